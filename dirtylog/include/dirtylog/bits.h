@@ -1,0 +1,31 @@
+/* Arithmetic on one word and its 64 pages: page 64*i + b is bit b of word i. */
+#ifndef DIRTYLOG_BITS_H
+#define DIRTYLOG_BITS_H
+
+#include <stdint.h>
+
+#define DL_WORD_PAGES 64u     /* pages a word */
+#define DL_LINE_WORDS 8u      /* words a cache line */
+#define DL_LINE_PAGES 512u    /* pages a cache line of words */
+#define DL_ALL_PAGES UINT64_MAX
+
+/* KVM's __ffs and __fls: 0-based, undefined on 0. */
+static inline unsigned dl_ffs(uint64_t mask) { return (unsigned)__builtin_ctzll(mask); }
+static inline unsigned dl_fls(uint64_t mask) { return 63u - (unsigned)__builtin_clzll(mask); }
+
+static inline uint64_t dl_bit(uint64_t page) { return UINT64_C(1) << (page % DL_WORD_PAGES); }
+
+/* Bits [first, DL_WORD_PAGES) and [0, end); `first` below 64, `end` in 1..64. */
+static inline uint64_t dl_mask_from(unsigned first) { return DL_ALL_PAGES << first; }
+static inline uint64_t dl_mask_below(unsigned end) { return DL_ALL_PAGES >> (DL_WORD_PAGES - end); }
+
+static inline uint64_t dl_words_for(uint64_t npages) { return npages / DL_WORD_PAGES + (npages % DL_WORD_PAGES != 0); }
+
+/* I7: the bits of the last word that stand for pages; all ones when it is full. */
+static inline uint64_t dl_tail_mask(uint64_t npages)
+{
+    unsigned used = (unsigned)(npages % DL_WORD_PAGES);
+    return used ? dl_mask_below(used) : DL_ALL_PAGES;
+}
+
+#endif /* DIRTYLOG_BITS_H */

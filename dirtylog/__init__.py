@@ -1,0 +1,70 @@
+"""dirtylog: which pages of memory were written since I last looked, without ever losing a write."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dirtylog._core import DirtyBitmap, ffs, fls, harvest_words, indices, popcount, runs
+from dirtylog._pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+
+if TYPE_CHECKING:
+    from dirtylog.log import DirtyLog, Epoch, Observer
+    from dirtylog.sources.memory import Tracker, empty, track, zeros
+    from dirtylog.sources.shared import SharedLog
+    from dirtylog.vm.arch import Arch
+    from dirtylog.vm.machine import VM
+
+__version__ = "0.1.0"
+
+# Names that cost more than a bitmap does are imported when they are first used:
+# whoever wants the bits alone pays for the bits alone.
+_LAZY = {
+    "VM": "dirtylog.vm.machine",
+    "Arch": "dirtylog.vm.arch",
+    "track": "dirtylog.sources.memory",
+    "Tracker": "dirtylog.sources.memory",
+    "empty": "dirtylog.sources.memory",
+    "zeros": "dirtylog.sources.memory",
+    "SharedLog": "dirtylog.sources.shared",
+    "DirtyLog": "dirtylog.log",
+    "Epoch": "dirtylog.log",
+    "Observer": "dirtylog.log",
+}
+
+__all__ = [
+    "VM",
+    "Arch",
+    "BackendUnavailable",
+    "DirtyBitmap",
+    "DirtyLog",
+    "DirtyLogError",
+    "DirtyPages",
+    "Epoch",
+    "IncompleteLogWarning",
+    "Observer",
+    "SharedLog",
+    "Tracker",
+    "empty",
+    "ffs",
+    "fls",
+    "harvest_words",
+    "indices",
+    "popcount",
+    "runs",
+    "track",
+    "zeros",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562)."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'dirtylog' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported yet or not."""
+    return sorted({*globals(), *__all__})

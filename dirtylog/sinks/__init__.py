@@ -1,0 +1,1 @@
+"""What dirty pages are used for: one file a sink."""

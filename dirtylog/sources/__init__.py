@@ -1,0 +1,1 @@
+"""Where dirty pages come from: one file a source."""

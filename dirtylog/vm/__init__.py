@@ -1,0 +1,1 @@
+"""The virtual machine: memslots, page tables, vCPUs and the dirty log as KVM keeps it."""

@@ -16,7 +16,7 @@ from setuptools import Extension, setup
 HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
 # Hand-written C that one module links, beside its own .pyx.
-C_SOURCES = {"dirtylog._core": ["dirtylog/_simd.c"]}
+C_SOURCES = {"dirtylog._pages": ["dirtylog/_simd.c"]}
 
 
 def switch(name: str) -> bool:
@@ -31,7 +31,7 @@ def extension(pyx: Path, headers: list[str]) -> Extension:
     if switch("DIRTYLOG_DEBUG"):
         compile_args += ["-O0", "-g3", "-UNDEBUG"]
     else:
-        compile_args += ["-O2"]
+        compile_args += ["-O3"]
     if sanitizers := os.environ.get("DIRTYLOG_SANITIZE"):
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
         link_args += [f"-fsanitize={sanitizers}"]

@@ -1,0 +1,44 @@
+# The dirty bitmap, for extension modules that mark and harvest without the GIL.
+from libc.stdint cimport uint64_t
+
+from dirtylog._pages cimport Block, DirtyPages
+
+
+cdef extern from "dirtylog/bitmap.h" nogil:
+    cdef struct dl_bitmap:
+        uint64_t *words
+        uint64_t *summary
+        uint64_t npages
+
+    cdef struct dl_taken:
+        uint64_t group
+        uint64_t lines
+
+    void dl_mark(const dl_bitmap *bitmap, uint64_t page)
+    void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
+    void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
+    void dl_batch_begin()
+    void dl_batch_mark(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
+
+
+# Where a harvest puts what it finds.
+cdef struct Sink:
+    uint64_t *numbers       # sparse: entries, as many as `capacity`
+    uint64_t *masks
+    size_t entries
+    size_t capacity
+    uint64_t *out           # dense if not NULL: words below `done` are written
+    uint64_t done
+    bint clear
+
+
+cdef class DirtyBitmap:
+    cdef dl_bitmap bits             # valid as long as the object lives; never changes
+    cdef readonly uint64_t page_size
+    cdef Block word_block           # what bits.words and bits.summary point into
+    cdef Block summary_block
+    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1
+    cdef DirtyPages pages_argument(self, object pages)
+    cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear)
+    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
+                              Block dense)

@@ -1,0 +1,1004 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
+"""The dirty bitmap: mark, harvest, clear, count, while others mark; and the same on foreign words."""
+
+import numpy as np
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.number cimport PyNumber_AsSsize_t
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from dirtylog._pages cimport (
+    Block,
+    DirtyPages,
+    block_new,
+    block_over,
+    expand_words,
+    export_words,
+    kernels,
+    pages_from_sparse_blocks,
+    pages_from_words_block,
+    runs_of_words,
+)
+
+from dirtylog._pages import check_geometry, integer_array, simd_path, simd_paths
+
+
+cdef extern from *:
+    """
+    #define DL_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
+    """
+    void DL_PREFETCH_WRITE(const void *p) nogil
+
+
+cdef extern from "dirtylog/atomic.h" nogil:
+    uint64_t dl_load_relaxed(const uint64_t *word)
+    uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
+    uint64_t dl_fetch_and(uint64_t *word, uint64_t bits)
+
+
+cdef extern from "dirtylog/bits.h" nogil:
+    unsigned dl_ffs(uint64_t mask)
+    unsigned dl_fls(uint64_t mask)
+    uint64_t dl_bit(uint64_t page)
+    uint64_t dl_words_for(uint64_t npages)
+    uint64_t dl_tail_mask(uint64_t npages)
+
+
+cdef extern from "dirtylog/bitmap.h" nogil:
+    cdef enum:
+        DL_LINE_WORDS, DL_GROUP_LINES, DL_GROUP_WORDS
+    uint64_t dl_lines_for(uint64_t npages)
+    uint64_t dl_groups_for(uint64_t npages)
+    uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
+    size_t dl_summary_take(const dl_bitmap *b, uint64_t first, uint64_t end, dl_taken *taken, size_t capacity)
+    size_t dl_summary_peek(const dl_bitmap *b, uint64_t first, uint64_t end, dl_taken *taken, size_t capacity)
+    void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
+    uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
+
+
+cdef extern from "_content.h" nogil:
+    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size, uint64_t *out)
+    void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
+
+
+__all__ = [
+    "DirtyBitmap", "compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "simd_path",
+    "simd_paths", "zero_pages",
+]
+
+cdef enum:
+    # Groups of lines that a harvest takes without asking for memory first.
+    FEW_GROUPS = 256
+    # How far ahead of the exchange a line is asked for; covers a miss in the cache.
+    AHEAD = 8
+
+
+# ---- where a harvest puts what it finds ---------------------------------------------
+
+cdef inline void sink_gap(Sink *sink, uint64_t start) noexcept nogil:
+    """Write zeros to the words from `done` to `start`, which hold nothing."""
+    if start > sink.done:
+        memset(sink.out + sink.done, 0, (start - sink.done) * 8)
+
+
+cdef inline void take_words(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
+    """Take whole words [start, end)."""
+    if sink.out != NULL:
+        sink_gap(sink, start)
+        kernels.take_dense(words + start, end - start, sink.out + start, sink.clear)
+        sink.done = end
+    else:
+        sink.entries += kernels.take_sparse(words + start, end - start, start, sink.numbers + sink.entries,
+                                            sink.masks + sink.entries, sink.clear)
+
+
+cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) noexcept nogil:
+    """Take pages [first, end) word by word, the first and the last perhaps in part."""
+    cdef uint64_t word, mask, bits
+    if first >= end:
+        return
+    for word in range(first // 64, (end - 1) // 64 + 1):
+        mask = dl_mask_part(word * 64, first, end - 1)
+        bits = dl_harvest_mask(words + word, mask) if sink.clear else dl_load_relaxed(words + word) & mask
+        if sink.out != NULL:
+            sink_gap(sink, word)
+            sink.out[word] = bits
+            sink.done = word + 1
+        elif bits:
+            sink.numbers[sink.entries] = word
+            sink.masks[sink.entries] = bits
+            sink.entries += 1
+
+
+cdef inline void prefetch_lines(const uint64_t *words, const dl_taken *taken) noexcept nogil:
+    cdef uint64_t lines = taken.lines
+    # Where most of a group is dirty the processor's own prefetcher does better.
+    if lines & (lines - 1) and dl_fls(lines) - dl_ffs(lines) < 8:
+        return
+    while lines:
+        DL_PREFETCH_WRITE(words + taken.group * DL_GROUP_WORDS + dl_ffs(lines) * <uint64_t>DL_LINE_WORDS)
+        lines &= lines - 1
+
+
+cdef void take_lines(Sink *sink, uint64_t *words, uint64_t nwords, const dl_taken *taken, size_t n) noexcept nogil:
+    """Take the words of the lines that the summary named (I4: after it)."""
+    cdef size_t i
+    cdef uint64_t lines, start, count, end
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch_lines(words, taken + i + AHEAD)
+        lines = taken[i].lines
+        while lines:
+            start = dl_ffs(lines)
+            count = dl_ffs(~(lines >> start)) if lines >> start != <uint64_t>-1 else 64
+            lines = lines & ~(((<uint64_t>-1) >> (64 - count)) << start)
+            start = taken[i].group * DL_GROUP_WORDS + start * DL_LINE_WORDS
+            end = start + count * DL_LINE_WORDS
+            take_words(sink, words, start, end if end < nwords else nwords)
+
+
+cdef size_t take_foreign(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
+    """Scan words [start, end), which no summary describes; returns where the sink was full."""
+    cdef uint64_t chunk
+    while start < end:
+        start = kernels.next_nonzero(words, start, end)
+        if start == end:
+            break
+        chunk = end - start if end - start < DL_GROUP_WORDS else DL_GROUP_WORDS
+        if sink.out == NULL and sink.capacity - sink.entries < chunk:
+            return start
+        take_words(sink, words, start, start + chunk)
+        start += chunk
+    return end
+
+
+@cython.final
+cdef class DirtyBitmap:
+    """One bit a page, marked by many threads at once while others harvest.
+
+    Parameters
+    ----------
+    npages : int
+        Pages to keep track of.
+    page_size : int, default 4096
+        Bytes a page, a power of two.
+
+    Attributes
+    ----------
+    npages : int
+        Pages in all.
+    page_size : int
+        Bytes a page.
+
+    Raises
+    ------
+    ValueError
+        `npages` or `page_size` is out of its bounds.
+    MemoryError
+        There is no memory for the words.
+
+    Notes
+    -----
+    Thread safety: every method may be called from any number of threads at
+    once, and no mark is lost. A mark that was made before a harvest began is
+    in that harvest (or in one that ran beside it); a mark made during a
+    harvest is in that one or in the next, never in both. No method holds a
+    lock; work of more than a word runs without the GIL.
+
+    Marking is a full memory barrier (I3): mark after the store to the page.
+    A summary bitmap, one bit for each 512 pages, makes a harvest cost what is
+    dirty (I4); memory is 1.002 bits a page.
+
+    References
+    ----------
+    ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``; ``util/hbitmap.c`` in QEMU.
+
+    Examples
+    --------
+    >>> import dirtylog as dl
+    >>> bitmap = dl.DirtyBitmap(1024)
+    >>> bitmap.mark_pages([3, 4, 5, 900])
+    >>> bitmap.harvest().runs().tolist()
+    [[3, 3], [900, 1]]
+    >>> bitmap.count()
+    0
+    """
+
+    def __init__(self, npages, page_size=4096):
+        if self.word_block is not None:
+            raise TypeError("a DirtyBitmap is made once; make another one")
+        npages, page_size = check_geometry(npages, page_size)
+        cdef Block words = block_new(dl_words_for(npages), True)
+        cdef Block summary = block_new(dl_groups_for(npages), True)
+        self.page_size = page_size
+        self.bits.npages = npages
+        self.bits.words = words.words
+        self.bits.summary = summary.words
+        self.word_block = words
+        self.summary_block = summary
+
+    @staticmethod
+    def from_buffer(buffer, npages=None, page_size=4096) -> DirtyBitmap:
+        """Return a bitmap that is a live view of foreign memory.
+
+        Whoever shares the memory marks by an atomic OR on naturally aligned
+        64-bit words (or on bytes of them, little-endian) and is harvested here.
+
+        Parameters
+        ----------
+        buffer : buffer
+            Writable, C-contiguous bytes or 64-bit unsigned words: mmap, shared memory,
+            numpy. Kept alive by the bitmap.
+        npages : int, optional
+            Pages in all; by default as many as the words hold.
+        page_size : int, default 4096
+            Bytes a page, a power of two.
+
+        Raises
+        ------
+        TypeError
+            `buffer` is no buffer of bytes or of unsigned 64-bit words.
+        ValueError
+            It is read-only, not aligned to 8 bytes (I8), not ``8 * ceil(npages / 64)``
+            bytes long, or has bits past `npages` (I7).
+
+        Notes
+        -----
+        There is no summary over memory that others mark without one: a
+        harvest scans every word, with vector instructions.
+        """
+        view, address, nwords = words_of_buffer(buffer, True, "buffer")
+        npages, page_size = check_geometry(64 * nwords if npages is None else npages, page_size)
+        if dl_words_for(npages) != nwords:
+            raise ValueError(
+                f"buffer has {8 * nwords} bytes; {npages} pages take {8 * dl_words_for(npages)}: slice it, or leave npages out"
+            )
+        cdef DirtyBitmap bitmap = DirtyBitmap.__new__(DirtyBitmap)
+        cdef uint64_t *words = <uint64_t *><size_t>address
+        if nwords and dl_load_relaxed(words + <size_t>nwords - 1) & ~dl_tail_mask(npages):
+            raise ValueError(f"buffer has bits set past page {npages - 1}; clear them or pass a larger npages")
+        bitmap.page_size = page_size
+        bitmap.bits.npages = npages
+        bitmap.bits.words = words
+        bitmap.word_block = block_over(words, nwords, view)
+        return bitmap
+
+    @property
+    def npages(self) -> int:
+        """Pages in all."""
+        return self.bits.npages
+
+    # ---- arguments
+
+    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1:
+        """Check a range of pages; `count` of None reaches to the end."""
+        cdef Py_ssize_t start = PyNumber_AsSsize_t(first, IndexError)
+        cdef Py_ssize_t npages = <Py_ssize_t>self.bits.npages
+        cdef Py_ssize_t n
+        if start < 0 or start > npages:
+            raise IndexError(f"first page {first} is out of range; pages are 0 to {npages - 1}")
+        n = npages - start if count is None else PyNumber_AsSsize_t(count, IndexError)
+        if n < 0:
+            raise ValueError(f"count is {n}; it must not be negative")
+        if n > npages - start:
+            raise IndexError(f"{n} pages from page {start} on reach past the last page, {npages - 1}")
+        first_page[0] = <uint64_t>start
+        end_page[0] = <uint64_t>(start + n)
+        return 0
+
+    # ---- marking
+
+    def mark(self, page) -> None:
+        """Set a page's bit.
+
+        Parameters
+        ----------
+        page : int
+            Page number in ``[0, npages)``.
+
+        Raises
+        ------
+        IndexError
+            `page` is out of range; negative numbers do not wrap around.
+
+        Notes
+        -----
+        Mark after the store to the page: a full memory barrier orders the two (I3). O(1).
+
+        References
+        ----------
+        ``mark_page_dirty_in_slot`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, IndexError)
+        if number < 0 or <uint64_t>number >= self.bits.npages:
+            raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
+        dl_mark(&self.bits, <uint64_t>number)
+
+    def mark_range(self, first, count) -> None:
+        """Set the bits of `count` pages from `first` on.
+
+        Raises
+        ------
+        IndexError
+            The range reaches out of ``[0, npages)``.
+        ValueError
+            `count` is negative.
+
+        Notes
+        -----
+        One store a word and one barrier for all (I3); O(count / 64).
+        """
+        cdef uint64_t start, end
+        self.span(first, count, &start, &end)
+        if start < end:
+            with nogil:
+                dl_mark_range(&self.bits, start, end - start)
+
+    def mark_pages(self, pages) -> None:
+        """Set the bits of many pages.
+
+        Parameters
+        ----------
+        pages : array_like of int
+            Page numbers, in any order; repeated ones are fine. All are checked before any bit is set.
+
+        Raises
+        ------
+        IndexError
+            A page is out of range; negative numbers do not wrap around.
+        TypeError
+            `pages` is not an array-like of integers; for a mask of bools use ``np.flatnonzero``.
+
+        Notes
+        -----
+        One full barrier for the whole batch, then a test before each set (I3).
+        """
+        array = integer_array(pages, "pages").ravel()
+        if array.size == 0:
+            return
+        cdef const int64_t[::1] numbers = array
+        cdef size_t n = numbers.shape[0]
+        cdef size_t bad
+        with nogil:
+            bad = check_batch(&numbers[0], n, self.bits.npages)
+            if bad == n:
+                bad = mark_batch(&self.bits, &numbers[0], n)
+        if bad < n:
+            raise IndexError(
+                f"page {numbers[bad]} (element {bad}) is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}"
+            )
+
+    def merge(self, pages, first_page=0) -> None:
+        """Set the bits of all pages in `pages`.
+
+        Parameters
+        ----------
+        pages : DirtyPages or array_like of uint64, shape (ceil(npages / 64),)
+            What was dirty elsewhere.
+        first_page : int, default 0
+            Where page 0 of `pages` lies here; only for DirtyPages.
+
+        Raises
+        ------
+        IndexError
+            `pages` reaches past the last page.
+        TypeError
+            `pages` is neither DirtyPages nor uint64.
+        ValueError
+            The page sizes differ, the array has another length or bits past `npages` (I7).
+
+        Notes
+        -----
+        One full barrier, then a test before each set (I3); O(dirty words).
+        """
+        cdef DirtyPages other = self.pages_argument(pages)
+        cdef uint64_t start, end
+        self.span(first_page, other.npages, &start, &end)
+        with nogil:
+            if other.numbers is not None:
+                merge_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries, start)
+            else:
+                merge_dense(&self.bits, other.dense.words, dl_words_for(other.npages), start)
+
+    def fill(self) -> None:
+        """Set every page's bit: KVM's initially-all-set."""
+        self.mark_range(0, self.bits.npages)
+
+    cdef DirtyPages pages_argument(self, object pages):
+        """Return `pages` as DirtyPages of this page size."""
+        if not isinstance(pages, DirtyPages):
+            return DirtyPages.from_words(pages, self.bits.npages, self.page_size)
+        if (<DirtyPages>pages).page_size != self.page_size:
+            raise ValueError(f"pages are of {pages.page_size} bytes, the bitmap's of {self.page_size}")
+        return pages
+
+    # ---- asking
+
+    def is_dirty(self, page) -> bool:
+        """Return whether a page's bit is set.
+
+        Raises
+        ------
+        IndexError
+            `page` is out of range.
+        """
+        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, IndexError)
+        if number < 0 or <uint64_t>number >= self.bits.npages:
+            raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
+        return (dl_load_relaxed(self.bits.words + number // 64) & dl_bit(<uint64_t>number)) != 0
+
+    def count(self) -> int:
+        """Return how many pages are dirty; a moment's view while others mark."""
+        cdef uint64_t total = 0
+        cdef uint64_t nwords = dl_words_for(self.bits.npages)
+        cdef uint64_t group, lines, start, end
+        with nogil:
+            if self.bits.summary == NULL:
+                total = kernels.popcount(self.bits.words, nwords)
+            else:
+                group = 0
+                while True:
+                    group = kernels.next_nonzero(self.bits.summary, group, dl_groups_for(self.bits.npages))
+                    if group == dl_groups_for(self.bits.npages):
+                        break
+                    lines = dl_load_relaxed(self.bits.summary + group)
+                    while lines:
+                        start = group * DL_GROUP_WORDS + dl_ffs(lines) * <uint64_t>DL_LINE_WORDS
+                        end = start + DL_LINE_WORDS
+                        total += kernels.popcount(self.bits.words + start, (end if end < nwords else nwords) - start)
+                        lines &= lines - 1
+                    group += 1
+        return total
+
+    # ---- harvest
+
+    def harvest(self, first=0, count=None, out=None) -> DirtyPages:
+        """Get and clear, atomically a word at a time.
+
+        Parameters
+        ----------
+        first : int, default 0
+            First page of the range.
+        count : int, optional
+            Pages in the range; by default up to the last one.
+        out : buffer of uint64, length ceil(npages / 64), optional
+            Receives the words, zeros outside the range; the result is then a view of it,
+            which changes when `out` does.
+
+        Returns
+        -------
+        DirtyPages
+            What was dirty in the range, by the bitmap's own page numbers.
+
+        Raises
+        ------
+        IndexError
+            The range reaches out of ``[0, npages)``.
+        TypeError, ValueError
+            `out` is no writable buffer of that many words; nothing has been cleared (I5).
+        MemoryError
+            There is no memory for the result; nothing has been cleared (I5).
+
+        Notes
+        -----
+        The order is I4's: the summary first, then the words it names. O(dirty), plus one bit
+        for each 512 pages of the range; O(npages) over foreign memory.
+
+        References
+        ----------
+        ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        cdef uint64_t start, end
+        self.span(first, count, &start, &end)
+        return self.take(start, end, out, True)
+
+    def peek(self, first=0, count=None) -> DirtyPages:
+        """Return what is dirty and clear nothing; as :meth:`harvest` otherwise."""
+        cdef uint64_t start, end
+        self.span(first, count, &start, &end)
+        return self.take(start, end, None, False)
+
+    cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear):
+        cdef uint64_t nwords = dl_words_for(self.bits.npages)
+        cdef Sink sink
+        cdef Block dense = None
+        cdef dl_taken few[FEW_GROUPS]
+        cdef dl_taken *taken = few
+        cdef size_t ntaken = 0
+        cdef uint64_t line_pages = 64 * DL_LINE_WORDS
+        # Lines that lie in the range whole; what is left and right of them is taken by words.
+        cdef uint64_t first_line = (first + line_pages - 1) // line_pages
+        cdef uint64_t end_line = dl_lines_for(end) if end == self.bits.npages else end // line_pages
+        cdef uint64_t groups, head_end, tail_first
+        memset(&sink, 0, sizeof(sink))
+        sink.clear = clear
+        if out is not None:
+            view, address, size = words_of_buffer(out, True, "out")
+            if size != nwords:
+                raise ValueError(f"out has {size} words; {self.bits.npages} pages take {nwords}")
+            dense = block_over(<uint64_t *><size_t>address, nwords, view)
+            check_apart(dense.words, nwords, self.bits.words, nwords)
+            sink.out = dense.words
+        if first >= end:
+            first_line = end_line = 0
+            head_end = tail_first = end
+        elif first_line >= end_line:
+            first_line = end_line = 0
+            head_end = tail_first = end
+        else:
+            head_end = first_line * line_pages
+            tail_first = end_line * line_pages if end_line * line_pages < end else end
+        if self.bits.summary == NULL:
+            return self.take_scan(first, head_end, tail_first, end, &sink, dense)
+        try:
+            # I5: memory first, as far as it can be known; then the summary; and if the result
+            # itself finds no memory, the summary gets its bits back.
+            with nogil:
+                groups = count_groups(&self.bits, first_line, end_line)
+            if groups > FEW_GROUPS:
+                taken = <dl_taken *>malloc(groups * sizeof(dl_taken))
+                if taken == NULL:
+                    raise MemoryError(f"no memory for {groups} groups of dirty lines")
+            with nogil:
+                if clear:
+                    ntaken = dl_summary_take(&self.bits, first_line, end_line, taken, groups)
+                else:
+                    ntaken = dl_summary_peek(&self.bits, first_line, end_line, taken, groups)
+            try:
+                numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords, dense)
+            except MemoryError:
+                if clear:
+                    dl_summary_untake(&self.bits, taken, ntaken)
+                raise
+            with nogil:
+                take_part(&sink, self.bits.words, first, head_end)
+                take_lines(&sink, self.bits.words, nwords, taken, ntaken)
+                take_part(&sink, self.bits.words, tail_first, end)
+                if sink.out != NULL:
+                    sink_gap(&sink, nwords)
+        finally:
+            if taken != few:
+                free(taken)
+        if dense is not None:
+            return pages_from_words_block(dense, self.bits.npages, self.page_size, True)
+        return pages_from_sparse_blocks(numbers, masks, sink.entries, self.bits.npages, self.page_size, True)
+
+    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
+                              Block dense):
+        """Take from foreign memory: few words as entries, and dense from where they become many."""
+        cdef uint64_t nwords = dl_words_for(self.bits.npages)
+        cdef uint64_t start, stop, reached
+        cdef size_t i
+        cdef Block numbers = None, masks = None
+        if tail_first == self.bits.npages:
+            # I7: whoever shares the memory may set bits past the last page; they are not ours.
+            tail_first -= tail_first % 64
+            head_end = min(head_end, tail_first)
+        if dense is None:
+            sink.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
+            numbers = block_new(sink.capacity, False)
+            masks = block_new(sink.capacity, False)
+            sink.numbers = numbers.words
+            sink.masks = masks.words
+        start = head_end // 64
+        stop = tail_first // 64
+        with nogil:
+            take_part(sink, self.bits.words, first, head_end)
+            reached = take_foreign(sink, self.bits.words, start, stop)
+        if reached < stop:
+            try:
+                dense = block_new(nwords, False)
+            except MemoryError:
+                for i in range(sink.entries if sink.clear else 0):
+                    dl_mark_mask(&self.bits, sink.numbers[i], sink.masks[i])  # I5
+                raise
+            with nogil:
+                memset(dense.words, 0, reached * 8)
+                for i in range(sink.entries):
+                    dense.words[sink.numbers[i]] = sink.masks[i]
+                sink.out = dense.words
+                sink.done = reached
+                take_foreign(sink, self.bits.words, reached, stop)
+        with nogil:
+            take_part(sink, self.bits.words, tail_first, end)
+            if sink.out != NULL:
+                sink_gap(sink, nwords)
+        if dense is not None:
+            return pages_from_words_block(dense, self.bits.npages, self.page_size, True)
+        return pages_from_sparse_blocks(trimmed(numbers, sink.entries), trimmed(masks, sink.entries), sink.entries,
+                                        self.bits.npages, self.page_size, True)
+
+    # ---- clearing
+
+    def clear(self, pages) -> None:
+        """Clear the bits of all pages in `pages`; others stay.
+
+        Parameters
+        ----------
+        pages : DirtyPages or array_like of uint64, shape (ceil(npages / 64),)
+            What is no longer dirty.
+
+        Raises
+        ------
+        ValueError
+            `pages` describes other pages than the bitmap does.
+
+        Notes
+        -----
+        Clear before you copy: a write during the copy is then seen next time. O(dirty words).
+        """
+        cdef DirtyPages other = self.pages_argument(pages)
+        if other.npages != self.bits.npages:
+            raise ValueError(f"pages describe {other.npages} pages, the bitmap {self.bits.npages}")
+        with nogil:
+            if other.numbers is not None:
+                clear_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries)
+            else:
+                clear_dense(&self.bits, other.dense.words)
+
+    def clear_range(self, first, count) -> None:
+        """Clear the bits of `count` pages from `first` on.
+
+        Raises
+        ------
+        IndexError
+            The range reaches out of ``[0, npages)``.
+        ValueError
+            `count` is negative.
+        """
+        cdef uint64_t start, end, word
+        self.span(first, count, &start, &end)
+        if start < end:
+            with nogil:
+                for word in range(start // 64, (end - 1) // 64 + 1):
+                    clear_word(&self.bits, word, dl_mask_part(word * 64, start, end - 1))
+
+    # ---- as a buffer and as an object
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if flags & PyBUF_WRITABLE:
+            raise BufferError("the live words are read-only from Python; mark and clear change them")
+        export_words(view, flags, self.bits.words, self.word_block.shape, self.word_block.stride)
+        view.obj = self
+
+    def __reduce__(self):
+        raise TypeError("a DirtyBitmap is live and has no pickle; pickle its peek() or harvest()")
+
+    def __sizeof__(self):
+        size = object.__sizeof__(self)
+        if self.bits.summary != NULL:
+            size += (self.word_block.nwords + self.summary_block.nwords) * 8
+        return size
+
+    def __repr__(self):
+        return f"<DirtyBitmap: {self.count()} of {self.npages} pages of {self.page_size} bytes dirty>"
+
+
+# ---- loops over words and pages -------------------------------------------------------
+
+cdef uint64_t count_groups(const dl_bitmap *bitmap, uint64_t first_line, uint64_t end_line) noexcept nogil:
+    """Groups of lines with anything marked; others may add more at once."""
+    cdef uint64_t count = 0
+    cdef uint64_t group = first_line // DL_GROUP_LINES
+    cdef uint64_t end = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
+    if first_line >= end_line:
+        return 0
+    while True:
+        group = kernels.next_nonzero(bitmap.summary, group, end)
+        if group >= end:
+            return count
+        count += 1
+        group += 1
+
+
+cdef uint64_t count_lines(const dl_taken *taken, size_t n) noexcept nogil:
+    cdef uint64_t count = 0
+    cdef uint64_t lines
+    cdef size_t i
+    for i in range(n):
+        lines = taken[i].lines
+        count += kernels.popcount(&lines, 1)
+    return count
+
+
+cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords, Block dense):
+    """Choose the form of the result by the lines it may touch, and give it memory."""
+    cdef Block numbers, masks
+    if sink.out != NULL:
+        return None, None, dense
+    if lines * 2 * DL_LINE_WORDS > nwords:
+        dense = block_new(nwords, False)
+        sink.out = dense.words
+        return None, None, dense
+    numbers = block_new(lines * DL_LINE_WORDS, False)
+    masks = block_new(lines * DL_LINE_WORDS, False)
+    sink.numbers = numbers.words
+    sink.masks = masks.words
+    return numbers, masks, None
+
+
+cdef Block trimmed(Block block, size_t n):
+    """Return a block of the first `n` words where the rest would be much."""
+    if n * 4 >= block.nwords:
+        return block
+    cdef Block smaller = block_new(n, False)
+    memcpy(smaller.words, block.words, n * 8)
+    return smaller
+
+
+cdef size_t check_batch(const int64_t *pages, size_t n, uint64_t npages) noexcept nogil:
+    """Return the place of the first page out of range, n if all are in."""
+    cdef size_t i
+    for i in range(n):
+        if <uint64_t>pages[i] >= npages:
+            return i
+    return n
+
+
+cdef size_t mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil:
+    """Mark pages; returns n, or the place of one that another thread has changed to be out of range."""
+    cdef size_t i
+    cdef uint64_t page, word
+    cdef uint64_t current = 0
+    cdef uint64_t mask = 0
+    dl_batch_begin()
+    for i in range(n):
+        if i + 2 * AHEAD < n:
+            DL_PREFETCH_WRITE(bitmap.words + <uint64_t>pages[i + 2 * AHEAD] // 64)
+        page = dl_load_relaxed(<const uint64_t *>pages + i)
+        if page >= bitmap.npages:
+            if mask:
+                dl_batch_mark(bitmap, current, mask)
+            return i
+        word = page // 64
+        if word != current and mask:
+            dl_batch_mark(bitmap, current, mask)
+            mask = 0
+        current = word
+        mask |= dl_bit(page)
+    dl_batch_mark(bitmap, current, mask)
+    return n
+
+
+cdef inline void merge_word(const dl_bitmap *bitmap, uint64_t page, uint64_t mask) noexcept nogil:
+    """Mark the pages of `mask`, whose bit 0 is `page`."""
+    cdef unsigned shift = page % 64
+    if mask << shift:
+        dl_batch_mark(bitmap, page // 64, mask << shift)
+    if shift and mask >> (64 - shift):
+        dl_batch_mark(bitmap, page // 64 + 1, mask >> (64 - shift))
+
+
+cdef void merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
+                       uint64_t start) noexcept nogil:
+    cdef size_t i
+    dl_batch_begin()
+    for i in range(n):
+        merge_word(bitmap, start + numbers[i] * 64, masks[i])
+
+
+cdef void merge_dense(const dl_bitmap *bitmap, const uint64_t *words, size_t n, uint64_t start) noexcept nogil:
+    cdef size_t i = 0
+    dl_batch_begin()
+    while True:
+        i = kernels.next_nonzero(words, i, n)
+        if i >= n:
+            return
+        merge_word(bitmap, start + <uint64_t>i * 64, words[i])
+        i += 1
+
+
+cdef inline void clear_word(const dl_bitmap *bitmap, uint64_t word, uint64_t mask) noexcept nogil:
+    """Clear bits; the summary stays set, which costs the next harvest a line and loses nothing (I4)."""
+    if dl_load_relaxed(bitmap.words + word) & mask:
+        dl_fetch_and(bitmap.words + word, ~mask)
+
+
+cdef void clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        clear_word(bitmap, numbers[i], masks[i])
+
+
+cdef void clear_dense(const dl_bitmap *bitmap, const uint64_t *words) noexcept nogil:
+    cdef size_t i
+    for i in range(dl_words_for(bitmap.npages)):
+        clear_word(bitmap, i, words[i])
+
+
+# ---- foreign words --------------------------------------------------------------------
+
+def words_of_buffer(buffer, writable, what) -> tuple[memoryview, int, int]:
+    """Return a view that keeps the buffer's memory, its address and its length in words.
+
+    Raises
+    ------
+    TypeError
+        It is no buffer, or one of other items than bytes or unsigned 64-bit words.
+    ValueError
+        It is read-only where it is to be written, not contiguous, not whole words, not aligned (I8).
+    """
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of uint64 is needed") from None
+    if view.format not in ("B", "b", "c") and (view.itemsize != 8 or view.format.lstrip("@=<") not in ("Q", "L", "N")):
+        raise TypeError(f"{what} has items of format {view.format!r}; uint64 or bytes are needed")
+    if writable and view.readonly:
+        raise ValueError(f"{what} is read-only; pass writable memory")
+    if view.ndim != 1 or not view.c_contiguous:
+        raise ValueError(f"{what} is not contiguous in one dimension; pass a contiguous slice")
+    if view.nbytes % 8:
+        raise ValueError(f"{what} has {view.nbytes} bytes; whole words of 8 are needed")
+    cdef Py_buffer raw
+    PyObject_GetBuffer(view, &raw, PyBUF_SIMPLE)
+    address = <size_t>raw.buf
+    PyBuffer_Release(&raw)
+    if address % 8:
+        raise ValueError(f"{what} begins at address {address:#x}; a multiple of 8 is needed")
+    return view, address, view.nbytes // 8
+
+
+cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb) except -1:
+    """Refuse an output that overlaps what is being cleared."""
+    if a < b + nb and b < a + na:
+        raise ValueError("out overlaps the words it is to be harvested from; pass other memory")
+    return 0
+
+
+def harvest_words(words, out=None) -> np.ndarray:
+    """Get and clear every word of a buffer, each by an atomic exchange.
+
+    Parameters
+    ----------
+    words : buffer of uint64
+        Writable, contiguous, aligned to 8 bytes (I8); cleared in place.
+    out : buffer of uint64, optional
+        Receives the words; as long as `words`, and other memory.
+
+    Returns
+    -------
+    numpy.ndarray of uint64
+        What the words were, in `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A buffer cannot be used; nothing has been cleared (I5).
+
+    Notes
+    -----
+    Others may set bits by atomic OR at the same time and lose none. Runs without the GIL; O(words).
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> words = np.array([0, 5], np.uint64)
+    >>> dl.harvest_words(words).tolist(), words.tolist()
+    ([0, 5], [0, 0])
+    """
+    view, address, n = words_of_buffer(words, True, "words")
+    if out is None:
+        out = np.empty(n, np.uint64)
+    target_view, target, room = words_of_buffer(out, True, "out")
+    if room != n:
+        raise ValueError(f"out has {room} words, words {n}; both must be equally long")
+    cdef uint64_t *source_words = <uint64_t *><size_t>address
+    cdef uint64_t *target_words = <uint64_t *><size_t>target
+    cdef size_t nwords = n
+    check_apart(target_words, nwords, source_words, nwords)
+    with nogil:
+        kernels.take_dense(source_words, nwords, target_words, True)
+    return out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
+
+
+def indices(words) -> np.ndarray:
+    """Return the numbers of the set bits of a buffer of uint64, ascending, as int64.
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> dl.indices(np.array([5, 1], np.uint64)).tolist()
+    [0, 2, 64]
+    """
+    view, address, n = words_of_buffer(words, False, "words")
+    return expand_words(<const uint64_t *><size_t>address, n)
+
+
+def runs(words) -> np.ndarray:
+    """Return the runs of set bits of a buffer of uint64 as an int64 array of shape (n, 2): first, count.
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> dl.runs(np.array([1 << 63, 3], np.uint64)).tolist()
+    [[63, 3]]
+    """
+    view, address, n = words_of_buffer(words, False, "words")
+    return runs_of_words(<const uint64_t *><size_t>address, n)
+
+
+def popcount(words) -> int:
+    """Return how many bits of a buffer of uint64 are set."""
+    view, address, n = words_of_buffer(words, False, "words")
+    cdef const uint64_t *source_words = <const uint64_t *><size_t>address
+    cdef size_t nwords = n
+    cdef uint64_t total
+    with nogil:
+        total = kernels.popcount(source_words, nwords)
+    return total
+
+
+cdef uint64_t mask_argument(mask) except? 0:
+    value = mask.__index__()
+    if not 0 < value < 1 << 64:
+        raise ValueError(f"mask is {value}; it must be a nonzero word, 1 to 2**64 - 1")
+    return value
+
+
+def ffs(mask) -> int:
+    """Return the number of the lowest set bit, 0-based: KVM's ``__ffs``; ValueError on 0."""
+    return dl_ffs(mask_argument(mask))
+
+
+def fls(mask) -> int:
+    """Return the number of the highest set bit, 0-based: KVM's ``__fls``; ValueError on 0."""
+    return dl_fls(mask_argument(mask))
+
+
+# ---- page contents ---------------------------------------------------------------------
+
+def compare_pages(a, b, page_size=4096) -> DirtyPages:
+    """Return the pages in which two buffers of equal length differ.
+
+    Parameters
+    ----------
+    a, b : buffer
+        C-contiguous, equally long in bytes; the last page may be a part of one.
+    page_size : int, default 4096
+        Bytes a page, a power of two.
+
+    Raises
+    ------
+    ValueError
+        The lengths differ.
+    """
+    cdef const unsigned char[::1] left = bytes_of(a)
+    cdef const unsigned char[::1] right = bytes_of(b)
+    if left.shape[0] != right.shape[0]:
+        raise ValueError(f"a has {left.shape[0]} bytes, b {right.shape[0]}; compare buffers of equal length")
+    _, page_size = check_geometry(0, page_size)
+    cdef size_t nbytes = left.shape[0]
+    cdef size_t size = page_size
+    cdef uint64_t npages = (nbytes + size - 1) // size
+    cdef Block words = block_new(dl_words_for(npages), True)
+    if nbytes:
+        with nogil:
+            dl_compare_pages(&left[0], &right[0], nbytes, size, words.words)
+    return pages_from_words_block(words, npages, size, True)
+
+
+def zero_pages(data, page_size=4096) -> DirtyPages:
+    """Return the pages of a buffer that hold only zeros; arguments as for `compare_pages`."""
+    cdef const unsigned char[::1] view = bytes_of(data)
+    _, page_size = check_geometry(0, page_size)
+    cdef size_t nbytes = view.shape[0]
+    cdef size_t size = page_size
+    cdef uint64_t npages = (nbytes + size - 1) // size
+    cdef Block words = block_new(dl_words_for(npages), True)
+    if nbytes:
+        with nogil:
+            dl_zero_pages(&view[0], nbytes, size, words.words)
+    return pages_from_words_block(words, npages, size, True)
+
+
+def bytes_of(buffer) -> memoryview:
+    """Return a buffer's memory as bytes; it must be C-contiguous."""
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        raise ValueError("the buffer is not C-contiguous; pass np.ascontiguousarray of it")
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -1,0 +1,49 @@
+# DirtyPages and the memory blocks it is made of, for the other extension modules.
+from libc.stdint cimport int64_t, uint64_t
+
+
+cdef extern from "_simd.h" nogil:
+    cdef struct dl_kernels:
+        const char *name
+        uint64_t (*popcount)(const uint64_t *words, size_t n) noexcept nogil
+        size_t (*next_nonzero)(const uint64_t *words, size_t start, size_t n) noexcept nogil
+        void (*take_dense)(uint64_t *words, size_t n, uint64_t *out, int clear) noexcept nogil
+        size_t (*take_sparse)(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks,
+                              int clear) noexcept nogil
+        size_t (*expand)(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity) noexcept nogil
+        size_t (*expand_sparse)(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,
+                                size_t capacity) noexcept nogil
+
+
+# The kernels chosen when the package was imported; never changes after.
+cdef const dl_kernels *kernels
+
+cdef class Block:
+    cdef uint64_t *words
+    cdef size_t nwords
+    cdef size_t mapped_bytes        # 0: from malloc
+    cdef object owner               # keeps memory that is not ours
+    cdef Py_ssize_t shape[1]
+    cdef Py_ssize_t stride[1]
+
+cdef class DirtyPages:
+    cdef readonly uint64_t npages
+    cdef readonly uint64_t page_size
+    cdef readonly bint exact
+    cdef Block dense                # ceil(npages / 64) words, or None
+    cdef Block numbers              # ascending word numbers and their nonzero masks, or None;
+    cdef Block masks                #   at least one of the two forms is there
+    cdef size_t entries             # used in numbers and masks
+    cdef int64_t known_count        # -1: not counted yet
+    cdef int64_t counted(self) noexcept
+    cdef Block dense_block(self)
+    cdef DirtyPages combined(self, int op, other)
+
+cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *shape, Py_ssize_t *stride) noexcept
+cdef Block block_new(size_t nwords, bint zero)
+cdef Block block_over(uint64_t *words, size_t nwords, object owner)
+cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t page_size, bint exact)
+cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, uint64_t npages, uint64_t page_size,
+                                         bint exact)
+cdef object expand_words(const uint64_t *words, size_t n)
+cdef object runs_of_words(const uint64_t *words, size_t n)

@@ -1,0 +1,196 @@
+/* A dirty bitmap with an optional summary level: mark while others harvest.
+ *
+ * `words` holds one bit a page. `summary`, where there is one, holds one bit
+ * for each 64-byte line of words (512 pages), so that a harvest reads only
+ * lines in which something was marked. Memory that others mark without knowing
+ * the summary (a kernel, a vhost-user back end) has none.
+ *
+ * No function here checks bounds: the caller has.
+ */
+#ifndef DIRTYLOG_BITMAP_H
+#define DIRTYLOG_BITMAP_H
+
+#include <stddef.h>
+
+#include "dirtylog/atomic.h"
+#include "dirtylog/bits.h"
+
+struct dl_bitmap {
+    uint64_t *words;   /* dl_words_for(npages), 64-byte aligned where there is a summary */
+    uint64_t *summary; /* NULL: none */
+    uint64_t npages;
+};
+
+/* Lines that a harvest has taken: the 64 lines from 64 * group on. */
+struct dl_taken {
+    uint64_t group;
+    uint64_t lines;
+};
+
+#define DL_GROUP_LINES 64u
+#define DL_GROUP_WORDS (DL_GROUP_LINES * DL_LINE_WORDS)
+
+static inline uint64_t dl_lines_for(uint64_t npages) { return (dl_words_for(npages) + DL_LINE_WORDS - 1) / DL_LINE_WORDS; }
+static inline uint64_t dl_groups_for(uint64_t npages) { return (dl_lines_for(npages) + DL_GROUP_LINES - 1) / DL_GROUP_LINES; }
+
+/* Bits [first, last] of one word that stand for [first, last] of a range, when
+ * the word's own bits begin at `start`: the part of a range in one word. */
+static inline uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
+{
+    uint64_t mask = DL_ALL_PAGES;
+    if (first > start)
+        mask &= dl_mask_from((unsigned)(first - start));
+    if (last < start + 63)
+        mask &= dl_mask_below((unsigned)(last - start) + 1);
+    return mask;
+}
+
+/* ---- marking ------------------------------------------------------------ */
+
+/* I4: pairs with the exchange in dl_summary_take(). The leaf was set before
+ * (fetch_or, seq_cst), so when this load still sees the summary bit, the
+ * harvester takes the summary after that, and reads the leaf after taking it.
+ * When it does not, the bit is set anew and the next harvest looks. */
+static inline void dl_summary_mark(const struct dl_bitmap *b, uint64_t group, uint64_t lines)
+{
+    if ((dl_load_seq_cst(&b->summary[group]) & lines) != lines)
+        dl_fetch_or(&b->summary[group], lines);
+}
+
+static inline void dl_summary_mark_word(const struct dl_bitmap *b, uint64_t word)
+{
+    if (b->summary)
+        dl_summary_mark(b, word / DL_GROUP_WORDS, UINT64_C(1) << (word / DL_LINE_WORDS % DL_GROUP_LINES));
+}
+
+/* Every line that words [first, last] touch. */
+static inline void dl_summary_mark_words(const struct dl_bitmap *b, uint64_t first, uint64_t last)
+{
+    if (!b->summary)
+        return;
+    first /= DL_LINE_WORDS;
+    last /= DL_LINE_WORDS;
+    for (uint64_t group = first / DL_GROUP_LINES; group <= last / DL_GROUP_LINES; group++)
+        dl_summary_mark(b, group, dl_mask_part(group * DL_GROUP_LINES, first, last));
+}
+
+/* I3: fetch_or is a full barrier between the caller's store to the page and
+ * whatever tells others to look; it is never skipped on a relaxed load. */
+static inline void dl_mark_mask(const struct dl_bitmap *b, uint64_t word, uint64_t mask)
+{
+    dl_fetch_or(&b->words[word], mask);
+    dl_summary_mark_word(b, word);
+}
+
+static inline void dl_mark(const struct dl_bitmap *b, uint64_t page)
+{
+    dl_mark_mask(b, page / DL_WORD_PAGES, dl_bit(page));
+}
+
+/* `count` of at least 1. */
+static inline void dl_mark_range(const struct dl_bitmap *b, uint64_t first, uint64_t count)
+{
+    uint64_t last = first + count - 1;
+    uint64_t first_word = first / DL_WORD_PAGES, last_word = last / DL_WORD_PAGES;
+    for (uint64_t word = first_word; word <= last_word; word++) {
+        uint64_t mask = dl_mask_part(word * DL_WORD_PAGES, first, last);
+        /* A word that becomes all ones needs no read-modify-write: whatever
+         * others mark in it meanwhile is part of the value stored, and a
+         * harvester's exchange comes either before it or after. Release: who
+         * sees the bits sees the pages' content (I3). */
+        if (mask == DL_ALL_PAGES)
+            dl_store_release(&b->words[word], DL_ALL_PAGES);
+        else
+            dl_fetch_or(&b->words[word], mask);
+    }
+    /* I4: plain stores may still wait in the store buffer while the summary is
+     * loaded; this fence stands for the barrier that fetch_or would have been. */
+    dl_fence_seq_cst();
+    dl_summary_mark_words(b, first_word, last_word);
+}
+
+/* ---- a batch: one full fence, then test before set ----------------------- */
+
+/* I3: after this fence every load of the batch is younger than the caller's
+ * stores. A bit seen set now has not been harvested before those stores, so
+ * the harvest that takes it reads the new content. */
+static inline void dl_batch_begin(void) { dl_fence_seq_cst(); }
+
+static inline void dl_batch_mark(const struct dl_bitmap *b, uint64_t word, uint64_t mask)
+{
+    if ((dl_load_relaxed(&b->words[word]) & mask) != mask)
+        dl_fetch_or(&b->words[word], mask);
+    /* Also where the leaf was set already: who set it may not have come to
+     * the summary yet, and this mark must not wait for him. */
+    dl_summary_mark_word(b, word);
+}
+
+/* ---- harvest ------------------------------------------------------------- */
+
+/* Take the summary of lines [first, end): append what was set to `taken`, at
+ * most `capacity` groups; returns the number appended. Groups beyond stay as
+ * they are, and so do the marks below them, for the next harvest.
+ *
+ * I4: the exchange comes before any word of the line is read; pairs with the
+ * load in dl_summary_mark(). A group of which the range covers a part gives
+ * only that part. */
+static inline size_t dl_summary_take(const struct dl_bitmap *b, uint64_t first, uint64_t end, struct dl_taken *taken,
+                                     size_t capacity)
+{
+    size_t n = 0;
+    if (first >= end)
+        return 0;
+    for (uint64_t group = first / DL_GROUP_LINES; group <= (end - 1) / DL_GROUP_LINES && n < capacity; group++) {
+        uint64_t mask = dl_mask_part(group * DL_GROUP_LINES, first, end - 1);
+        uint64_t lines = dl_load_relaxed(&b->summary[group]) & mask;
+        if (!lines)
+            continue;
+        lines = mask == DL_ALL_PAGES ? dl_exchange(&b->summary[group], 0) : dl_fetch_and(&b->summary[group], ~mask) & mask;
+        taken[n].group = group;
+        taken[n].lines = lines;
+        n++;
+    }
+    return n;
+}
+
+/* The same without taking anything. */
+static inline size_t dl_summary_peek(const struct dl_bitmap *b, uint64_t first, uint64_t end, struct dl_taken *taken,
+                                     size_t capacity)
+{
+    size_t n = 0;
+    if (first >= end)
+        return 0;
+    for (uint64_t group = first / DL_GROUP_LINES; group <= (end - 1) / DL_GROUP_LINES && n < capacity; group++) {
+        uint64_t lines = dl_load_acquire(&b->summary[group]) & dl_mask_part(group * DL_GROUP_LINES, first, end - 1);
+        if (!lines)
+            continue;
+        taken[n].group = group;
+        taken[n].lines = lines;
+        n++;
+    }
+    return n;
+}
+
+/* I5: a harvest that cannot go on gives the lines back, unread. */
+static inline void dl_summary_untake(const struct dl_bitmap *b, const struct dl_taken *taken, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        dl_fetch_or(&b->summary[taken[i].group], taken[i].lines);
+}
+
+/* Get and clear one word. The load spares clean words the locked exchange, as
+ * in KVM; a mark that comes after it is for the next harvest. */
+static inline uint64_t dl_harvest_word(uint64_t *word)
+{
+    return dl_load_relaxed(word) ? dl_exchange(word, 0) : 0;
+}
+
+/* Get and clear the bits of `mask` only. */
+static inline uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
+{
+    if (mask == DL_ALL_PAGES)
+        return dl_harvest_word(word);
+    return dl_load_relaxed(word) & mask ? dl_fetch_and(word, ~mask) & mask : 0;
+}
+
+#endif /* DIRTYLOG_BITMAP_H */

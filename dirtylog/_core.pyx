@@ -1,14 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
-"""The dirty bitmap: mark, harvest, clear, count, while others mark; and the same on foreign words."""
-
-import numpy as np
+"""The dirty bitmap: mark, harvest, clear, count, while others mark; of our own words or of foreign memory's."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_WRITABLE
 from cpython.number cimport PyNumber_AsSsize_t
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from dirtylog._pages cimport (
@@ -16,15 +14,26 @@ from dirtylog._pages cimport (
     DirtyPages,
     block_new,
     block_over,
-    expand_words,
     export_words,
     kernels,
     pages_from_sparse_blocks,
     pages_from_words_block,
-    runs_of_words,
 )
 
+from dirtylog._words cimport check_apart
+
 from dirtylog._pages import check_geometry, integer_array, simd_path, simd_paths
+from dirtylog._words import (
+    compare_pages,
+    ffs,
+    fls,
+    harvest_words,
+    indices,
+    popcount,
+    runs,
+    words_of_buffer,
+    zero_pages,
+)
 
 
 cdef extern from *:
@@ -54,15 +63,9 @@ cdef extern from "dirtylog/bitmap.h" nogil:
     uint64_t dl_lines_for(uint64_t npages)
     uint64_t dl_groups_for(uint64_t npages)
     uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
-    size_t dl_summary_take(const dl_bitmap *b, uint64_t first, uint64_t end, dl_taken *taken, size_t capacity)
-    size_t dl_summary_peek(const dl_bitmap *b, uint64_t first, uint64_t end, dl_taken *taken, size_t capacity)
+    uint64_t dl_summary_take(const dl_bitmap *b, uint64_t group, uint64_t mask)
     void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
     uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
-
-
-cdef extern from "_content.h" nogil:
-    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size, uint64_t *out)
-    void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
 
 
 __all__ = [
@@ -508,12 +511,14 @@ cdef class DirtyBitmap:
         cdef Block dense = None
         cdef dl_taken few[FEW_GROUPS]
         cdef dl_taken *taken = few
+        cdef dl_taken *more
         cdef size_t ntaken = 0
+        cdef size_t room = FEW_GROUPS
         cdef uint64_t line_pages = 64 * DL_LINE_WORDS
         # Lines that lie in the range whole; what is left and right of them is taken by words.
         cdef uint64_t first_line = (first + line_pages - 1) // line_pages
         cdef uint64_t end_line = dl_lines_for(end) if end == self.bits.npages else end // line_pages
-        cdef uint64_t groups, head_end, tail_first
+        cdef uint64_t head_end, tail_first
         memset(&sink, 0, sizeof(sink))
         sink.clear = clear
         if out is not None:
@@ -535,19 +540,21 @@ cdef class DirtyBitmap:
         if self.bits.summary == NULL:
             return self.take_scan(first, head_end, tail_first, end, &sink, dense)
         try:
-            # I5: memory first, as far as it can be known; then the summary; and if the result
-            # itself finds no memory, the summary gets its bits back.
-            with nogil:
-                groups = count_groups(&self.bits, first_line, end_line)
-            if groups > FEW_GROUPS:
-                taken = <dl_taken *>malloc(groups * sizeof(dl_taken))
-                if taken == NULL:
-                    raise MemoryError(f"no memory for {groups} groups of dirty lines")
-            with nogil:
-                if clear:
-                    ntaken = dl_summary_take(&self.bits, first_line, end_line, taken, groups)
-                else:
-                    ntaken = dl_summary_peek(&self.bits, first_line, end_line, taken, groups)
+            # I4: the summary first. I5: it is put back if what follows finds no memory.
+            while True:
+                with nogil:
+                    ntaken = take_summary(&self.bits, first_line, end_line, taken, ntaken, room, clear)
+                if ntaken < room:
+                    break
+                room *= 8
+                more = <dl_taken *>realloc(NULL if taken == few else taken, room * sizeof(dl_taken))
+                if more == NULL:
+                    if clear:
+                        dl_summary_untake(&self.bits, taken, ntaken)
+                    raise MemoryError(f"no memory to note {room} groups of dirty lines")
+                if taken == few:
+                    memcpy(more, few, sizeof(few))
+                taken = more
             try:
                 numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords, dense)
             except MemoryError:
@@ -680,19 +687,27 @@ cdef class DirtyBitmap:
 
 # ---- loops over words and pages -------------------------------------------------------
 
-cdef uint64_t count_groups(const dl_bitmap *bitmap, uint64_t first_line, uint64_t end_line) noexcept nogil:
-    """Groups of lines with anything marked; others may add more at once."""
-    cdef uint64_t count = 0
-    cdef uint64_t group = first_line // DL_GROUP_LINES
+cdef size_t take_summary(const dl_bitmap *bitmap, uint64_t first_line, uint64_t end_line, dl_taken *taken, size_t n,
+                         size_t room, bint clear) noexcept nogil:
+    """Note the dirty lines of [first_line, end_line), on from the last of the `n` groups noted; returns their number.
+
+    Ends when all are noted or there is no more room.
+    """
+    cdef uint64_t group = taken[n - 1].group + 1 if n else first_line // DL_GROUP_LINES
     cdef uint64_t end = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
-    if first_line >= end_line:
-        return 0
-    while True:
+    cdef uint64_t mask, lines
+    while n < room and first_line < end_line:
         group = kernels.next_nonzero(bitmap.summary, group, end)
         if group >= end:
-            return count
-        count += 1
+            break
+        mask = dl_mask_part(group * DL_GROUP_LINES, first_line, end_line - 1)
+        lines = dl_summary_take(bitmap, group, mask) if clear else dl_load_relaxed(bitmap.summary + group) & mask
+        if lines:
+            taken[n].group = group
+            taken[n].lines = lines
+            n += 1
         group += 1
+    return n
 
 
 cdef uint64_t count_lines(const dl_taken *taken, size_t n) noexcept nogil:
@@ -808,197 +823,3 @@ cdef void clear_dense(const dl_bitmap *bitmap, const uint64_t *words) noexcept n
     cdef size_t i
     for i in range(dl_words_for(bitmap.npages)):
         clear_word(bitmap, i, words[i])
-
-
-# ---- foreign words --------------------------------------------------------------------
-
-def words_of_buffer(buffer, writable, what) -> tuple[memoryview, int, int]:
-    """Return a view that keeps the buffer's memory, its address and its length in words.
-
-    Raises
-    ------
-    TypeError
-        It is no buffer, or one of other items than bytes or unsigned 64-bit words.
-    ValueError
-        It is read-only where it is to be written, not contiguous, not whole words, not aligned (I8).
-    """
-    try:
-        view = memoryview(buffer)
-    except TypeError:
-        raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of uint64 is needed") from None
-    if view.format not in ("B", "b", "c") and (view.itemsize != 8 or view.format.lstrip("@=<") not in ("Q", "L", "N")):
-        raise TypeError(f"{what} has items of format {view.format!r}; uint64 or bytes are needed")
-    if writable and view.readonly:
-        raise ValueError(f"{what} is read-only; pass writable memory")
-    if view.ndim != 1 or not view.c_contiguous:
-        raise ValueError(f"{what} is not contiguous in one dimension; pass a contiguous slice")
-    if view.nbytes % 8:
-        raise ValueError(f"{what} has {view.nbytes} bytes; whole words of 8 are needed")
-    cdef Py_buffer raw
-    PyObject_GetBuffer(view, &raw, PyBUF_SIMPLE)
-    address = <size_t>raw.buf
-    PyBuffer_Release(&raw)
-    if address % 8:
-        raise ValueError(f"{what} begins at address {address:#x}; a multiple of 8 is needed")
-    return view, address, view.nbytes // 8
-
-
-cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb) except -1:
-    """Refuse an output that overlaps what is being cleared."""
-    if a < b + nb and b < a + na:
-        raise ValueError("out overlaps the words it is to be harvested from; pass other memory")
-    return 0
-
-
-def harvest_words(words, out=None) -> np.ndarray:
-    """Get and clear every word of a buffer, each by an atomic exchange.
-
-    Parameters
-    ----------
-    words : buffer of uint64
-        Writable, contiguous, aligned to 8 bytes (I8); cleared in place.
-    out : buffer of uint64, optional
-        Receives the words; as long as `words`, and other memory.
-
-    Returns
-    -------
-    numpy.ndarray of uint64
-        What the words were, in `out` if it was given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A buffer cannot be used; nothing has been cleared (I5).
-
-    Notes
-    -----
-    Others may set bits by atomic OR at the same time and lose none. Runs without the GIL; O(words).
-
-    Examples
-    --------
-    >>> import dirtylog as dl, numpy as np
-    >>> words = np.array([0, 5], np.uint64)
-    >>> dl.harvest_words(words).tolist(), words.tolist()
-    ([0, 5], [0, 0])
-    """
-    view, address, n = words_of_buffer(words, True, "words")
-    if out is None:
-        out = np.empty(n, np.uint64)
-    target_view, target, room = words_of_buffer(out, True, "out")
-    if room != n:
-        raise ValueError(f"out has {room} words, words {n}; both must be equally long")
-    cdef uint64_t *source_words = <uint64_t *><size_t>address
-    cdef uint64_t *target_words = <uint64_t *><size_t>target
-    cdef size_t nwords = n
-    check_apart(target_words, nwords, source_words, nwords)
-    with nogil:
-        kernels.take_dense(source_words, nwords, target_words, True)
-    return out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
-
-
-def indices(words) -> np.ndarray:
-    """Return the numbers of the set bits of a buffer of uint64, ascending, as int64.
-
-    Examples
-    --------
-    >>> import dirtylog as dl, numpy as np
-    >>> dl.indices(np.array([5, 1], np.uint64)).tolist()
-    [0, 2, 64]
-    """
-    view, address, n = words_of_buffer(words, False, "words")
-    return expand_words(<const uint64_t *><size_t>address, n)
-
-
-def runs(words) -> np.ndarray:
-    """Return the runs of set bits of a buffer of uint64 as an int64 array of shape (n, 2): first, count.
-
-    Examples
-    --------
-    >>> import dirtylog as dl, numpy as np
-    >>> dl.runs(np.array([1 << 63, 3], np.uint64)).tolist()
-    [[63, 3]]
-    """
-    view, address, n = words_of_buffer(words, False, "words")
-    return runs_of_words(<const uint64_t *><size_t>address, n)
-
-
-def popcount(words) -> int:
-    """Return how many bits of a buffer of uint64 are set."""
-    view, address, n = words_of_buffer(words, False, "words")
-    cdef const uint64_t *source_words = <const uint64_t *><size_t>address
-    cdef size_t nwords = n
-    cdef uint64_t total
-    with nogil:
-        total = kernels.popcount(source_words, nwords)
-    return total
-
-
-cdef uint64_t mask_argument(mask) except? 0:
-    value = mask.__index__()
-    if not 0 < value < 1 << 64:
-        raise ValueError(f"mask is {value}; it must be a nonzero word, 1 to 2**64 - 1")
-    return value
-
-
-def ffs(mask) -> int:
-    """Return the number of the lowest set bit, 0-based: KVM's ``__ffs``; ValueError on 0."""
-    return dl_ffs(mask_argument(mask))
-
-
-def fls(mask) -> int:
-    """Return the number of the highest set bit, 0-based: KVM's ``__fls``; ValueError on 0."""
-    return dl_fls(mask_argument(mask))
-
-
-# ---- page contents ---------------------------------------------------------------------
-
-def compare_pages(a, b, page_size=4096) -> DirtyPages:
-    """Return the pages in which two buffers of equal length differ.
-
-    Parameters
-    ----------
-    a, b : buffer
-        C-contiguous, equally long in bytes; the last page may be a part of one.
-    page_size : int, default 4096
-        Bytes a page, a power of two.
-
-    Raises
-    ------
-    ValueError
-        The lengths differ.
-    """
-    cdef const unsigned char[::1] left = bytes_of(a)
-    cdef const unsigned char[::1] right = bytes_of(b)
-    if left.shape[0] != right.shape[0]:
-        raise ValueError(f"a has {left.shape[0]} bytes, b {right.shape[0]}; compare buffers of equal length")
-    _, page_size = check_geometry(0, page_size)
-    cdef size_t nbytes = left.shape[0]
-    cdef size_t size = page_size
-    cdef uint64_t npages = (nbytes + size - 1) // size
-    cdef Block words = block_new(dl_words_for(npages), True)
-    if nbytes:
-        with nogil:
-            dl_compare_pages(&left[0], &right[0], nbytes, size, words.words)
-    return pages_from_words_block(words, npages, size, True)
-
-
-def zero_pages(data, page_size=4096) -> DirtyPages:
-    """Return the pages of a buffer that hold only zeros; arguments as for `compare_pages`."""
-    cdef const unsigned char[::1] view = bytes_of(data)
-    _, page_size = check_geometry(0, page_size)
-    cdef size_t nbytes = view.shape[0]
-    cdef size_t size = page_size
-    cdef uint64_t npages = (nbytes + size - 1) // size
-    cdef Block words = block_new(dl_words_for(npages), True)
-    if nbytes:
-        with nogil:
-            dl_zero_pages(&view[0], nbytes, size, words.words)
-    return pages_from_words_block(words, npages, size, True)
-
-
-def bytes_of(buffer) -> memoryview:
-    """Return a buffer's memory as bytes; it must be C-contiguous."""
-    view = memoryview(buffer)
-    if not view.c_contiguous:
-        raise ValueError("the buffer is not C-contiguous; pass np.ascontiguousarray of it")
-    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -9,9 +9,9 @@ import numpy as np
 
 cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy
 
 
 cdef extern from "_simd.h" nogil:
@@ -182,8 +182,8 @@ cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, u
 
 def check_geometry(npages: int, page_size: int) -> tuple[int, int]:
     """Return `npages` and `page_size` as ints, or say what is wrong with them."""
-    npages = npages.__index__()
-    page_size = page_size.__index__()
+    npages = PyNumber_Index(npages)
+    page_size = PyNumber_Index(page_size)
     if not 0 <= npages <= MAX_PAGES:
         raise ValueError(f"npages is {npages}; it must be between 0 and {MAX_PAGES}")
     if page_size < 1 or page_size & (page_size - 1) or page_size > 1 << 30:
@@ -585,7 +585,7 @@ cdef class DirtyPages:
         return kernels.next_nonzero(self.dense.words, 0, n) < n
 
     def __contains__(self, page):
-        page = page.__index__()
+        page = PyNumber_Index(page)
         if not 0 <= page < self.npages:
             return False
         cdef uint64_t at = page

@@ -127,48 +127,14 @@ static inline void dl_batch_mark(const struct dl_bitmap *b, uint64_t word, uint6
 
 /* ---- harvest ------------------------------------------------------------- */
 
-/* Take the summary of lines [first, end): append what was set to `taken`, at
- * most `capacity` groups; returns the number appended. Groups beyond stay as
- * they are, and so do the marks below them, for the next harvest.
+/* Take the lines of `mask` in one group of the summary; returns which were set.
  *
- * I4: the exchange comes before any word of the line is read; pairs with the
- * load in dl_summary_mark(). A group of which the range covers a part gives
- * only that part. */
-static inline size_t dl_summary_take(const struct dl_bitmap *b, uint64_t first, uint64_t end, struct dl_taken *taken,
-                                     size_t capacity)
+ * I4: the exchange comes before any word of those lines is read; pairs with
+ * the load in dl_summary_mark(). */
+static inline uint64_t dl_summary_take(const struct dl_bitmap *b, uint64_t group, uint64_t mask)
 {
-    size_t n = 0;
-    if (first >= end)
-        return 0;
-    for (uint64_t group = first / DL_GROUP_LINES; group <= (end - 1) / DL_GROUP_LINES && n < capacity; group++) {
-        uint64_t mask = dl_mask_part(group * DL_GROUP_LINES, first, end - 1);
-        uint64_t lines = dl_load_relaxed(&b->summary[group]) & mask;
-        if (!lines)
-            continue;
-        lines = mask == DL_ALL_PAGES ? dl_exchange(&b->summary[group], 0) : dl_fetch_and(&b->summary[group], ~mask) & mask;
-        taken[n].group = group;
-        taken[n].lines = lines;
-        n++;
-    }
-    return n;
-}
-
-/* The same without taking anything. */
-static inline size_t dl_summary_peek(const struct dl_bitmap *b, uint64_t first, uint64_t end, struct dl_taken *taken,
-                                     size_t capacity)
-{
-    size_t n = 0;
-    if (first >= end)
-        return 0;
-    for (uint64_t group = first / DL_GROUP_LINES; group <= (end - 1) / DL_GROUP_LINES && n < capacity; group++) {
-        uint64_t lines = dl_load_acquire(&b->summary[group]) & dl_mask_part(group * DL_GROUP_LINES, first, end - 1);
-        if (!lines)
-            continue;
-        taken[n].group = group;
-        taken[n].lines = lines;
-        n++;
-    }
-    return n;
+    uint64_t *summary = &b->summary[group];
+    return mask == DL_ALL_PAGES ? dl_exchange(summary, 0) : dl_fetch_and(summary, ~mask) & mask;
 }
 
 /* I5: a harvest that cannot go on gives the lines back, unread. */

@@ -1,5 +1,6 @@
 """dirtylog: which pages of memory were written since I last looked, without ever losing a write."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ __all__ = [
     "empty",
     "ffs",
     "fls",
+    "get_include",
     "harvest_words",
     "indices",
     "popcount",
@@ -54,6 +56,11 @@ __all__ = [
     "track",
     "zeros",
 ]
+
+
+def get_include() -> str:
+    """Return the directory of dirtylog's C headers, for ``include_dirs`` of an extension that uses them."""
+    return os.path.join(os.path.dirname(__file__), "include")
 
 
 def __getattr__(name: str) -> Any:

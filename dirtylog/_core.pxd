@@ -1,5 +1,5 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from dirtylog._pages cimport Block, DirtyPages
 
@@ -42,3 +42,7 @@ cdef class DirtyBitmap:
     cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear)
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
                               Block dense)
+
+
+cdef size_t check_batch(const int64_t *pages, size_t n, uint64_t npages) noexcept nogil
+cdef size_t mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil

@@ -581,10 +581,9 @@ cdef class DirtyBitmap:
         cdef uint64_t start, stop, reached
         cdef size_t i
         cdef Block numbers = None, masks = None
-        if tail_first == self.bits.npages:
+        if head_end < tail_first and tail_first == self.bits.npages:
             # I7: whoever shares the memory may set bits past the last page; they are not ours.
             tail_first -= tail_first % 64
-            head_end = min(head_end, tail_first)
         if dense is None:
             sink.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
             numbers = block_new(sink.capacity, False)

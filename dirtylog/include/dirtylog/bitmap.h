@@ -11,6 +11,7 @@
 #define DIRTYLOG_BITMAP_H
 
 #include <stddef.h>
+#include <string.h>
 
 #include "dirtylog/atomic.h"
 #include "dirtylog/bits.h"
@@ -157,6 +158,45 @@ static inline uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
     if (mask == DL_ALL_PAGES)
         return dl_harvest_word(word);
     return dl_load_relaxed(word) & mask ? dl_fetch_and(word, ~mask) & mask : 0;
+}
+
+/* Get and clear words [first, end) into `out`, which holds the whole bitmap; returns the pages. */
+static inline uint64_t dl_harvest_words(const struct dl_bitmap *b, uint64_t first, uint64_t end, uint64_t *out)
+{
+    uint64_t pages = 0;
+    for (uint64_t word = first; word < end; word++) {
+        out[word] = dl_harvest_word(&b->words[word]);
+        pages += (uint64_t)__builtin_popcountll(out[word]);
+    }
+    return pages;
+}
+
+/* Get and clear everything into dl_words_for(npages) words; returns the pages.
+ * The same order as the library's own harvest, without its vector code. */
+static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out)
+{
+    uint64_t nwords = dl_words_for(b->npages), pages = 0;
+    if (!b->summary) {
+        /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
+        uint64_t whole = b->npages / DL_WORD_PAGES;
+        pages = dl_harvest_words(b, 0, whole, out);
+        if (whole < nwords) {
+            out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
+            pages += (uint64_t)__builtin_popcountll(out[whole]);
+        }
+        return pages;
+    }
+    memset(out, 0, nwords * sizeof *out);
+    for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
+        if (!dl_load_relaxed(&b->summary[group]))
+            continue;
+        for (uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES); lines; lines &= lines - 1) {
+            uint64_t first = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
+            uint64_t end = first + DL_LINE_WORDS;
+            pages += dl_harvest_words(b, first, end < nwords ? end : nwords, out);
+        }
+    }
+    return pages;
 }
 
 #endif /* DIRTYLOG_BITMAP_H */

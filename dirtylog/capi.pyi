@@ -1,0 +1,3 @@
+__all__: list[str]
+
+_C_API: object

@@ -28,6 +28,7 @@ _LAZY = {
     "zeros": "dirtylog.sources.memory",
     "SharedLog": "dirtylog.sources.shared",
     "DirtyLog": "dirtylog.log",
+    "_C_API": "dirtylog.capi",  # PyCapsule_Import asks the package for it
     "Epoch": "dirtylog.log",
     "Observer": "dirtylog.log",
 }

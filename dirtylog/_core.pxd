@@ -1,7 +1,7 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
 from libc.stdint cimport int64_t, uint64_t
 
-from dirtylog._pages cimport Block, DirtyPages
+from dirtylog._pages cimport Block, DirtyPages, dl_taken
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
@@ -9,10 +9,6 @@ cdef extern from "dirtylog/bitmap.h" nogil:
         uint64_t *words
         uint64_t *summary
         uint64_t npages
-
-    cdef struct dl_taken:
-        uint64_t group
-        uint64_t lines
 
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
@@ -27,8 +23,7 @@ cdef struct Sink:
     uint64_t *masks
     size_t entries
     size_t capacity
-    uint64_t *out           # dense if not NULL: words below `done` are written
-    uint64_t done
+    uint64_t *out           # dense if not NULL; zeroed
     bint clear
 
 
@@ -37,6 +32,7 @@ cdef class DirtyBitmap:
     cdef readonly uint64_t page_size
     cdef Block word_block           # what bits.words and bits.summary point into
     cdef Block summary_block
+    cdef uint64_t page(self, object page) except? <uint64_t>-1
     cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1
     cdef DirtyPages pages_argument(self, object pages)
     cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear)

@@ -4,7 +4,7 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
-from cpython.number cimport PyNumber_AsSsize_t
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
@@ -13,7 +13,7 @@ from dirtylog._pages cimport (
     Block,
     DirtyPages,
     block_new,
-    block_over,
+    block_of_buffer,
     export_words,
     kernels,
     pages_from_sparse_blocks,
@@ -31,7 +31,6 @@ from dirtylog._words import (
     indices,
     popcount,
     runs,
-    words_of_buffer,
     zero_pages,
 )
 
@@ -41,6 +40,11 @@ cdef extern from *:
     #define DL_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
     """
     void DL_PREFETCH_WRITE(const void *p) nogil
+
+
+cdef extern from "Python.h":
+    # With NULL for the exception a number past the range is cut to its end, which no page reaches.
+    Py_ssize_t PyNumber_AsSsize_t(object number, PyObject *exception) except? -1
 
 
 cdef extern from "dirtylog/atomic.h" nogil:
@@ -82,18 +86,10 @@ cdef enum:
 
 # ---- where a harvest puts what it finds ---------------------------------------------
 
-cdef inline void sink_gap(Sink *sink, uint64_t start) noexcept nogil:
-    """Write zeros to the words from `done` to `start`, which hold nothing."""
-    if start > sink.done:
-        memset(sink.out + sink.done, 0, (start - sink.done) * 8)
-
-
 cdef inline void take_words(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
     """Take whole words [start, end)."""
     if sink.out != NULL:
-        sink_gap(sink, start)
         kernels.take_dense(words + start, end - start, sink.out + start, sink.clear)
-        sink.done = end
     else:
         sink.entries += kernels.take_sparse(words + start, end - start, start, sink.numbers + sink.entries,
                                             sink.masks + sink.entries, sink.clear)
@@ -108,40 +104,20 @@ cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) n
         mask = dl_mask_part(word * 64, first, end - 1)
         bits = dl_harvest_mask(words + word, mask) if sink.clear else dl_load_relaxed(words + word) & mask
         if sink.out != NULL:
-            sink_gap(sink, word)
             sink.out[word] = bits
-            sink.done = word + 1
         elif bits:
             sink.numbers[sink.entries] = word
             sink.masks[sink.entries] = bits
             sink.entries += 1
 
 
-cdef inline void prefetch_lines(const uint64_t *words, const dl_taken *taken) noexcept nogil:
-    cdef uint64_t lines = taken.lines
-    # Where most of a group is dirty the processor's own prefetcher does better.
-    if lines & (lines - 1) and dl_fls(lines) - dl_ffs(lines) < 8:
-        return
-    while lines:
-        DL_PREFETCH_WRITE(words + taken.group * DL_GROUP_WORDS + dl_ffs(lines) * <uint64_t>DL_LINE_WORDS)
-        lines &= lines - 1
-
-
 cdef void take_lines(Sink *sink, uint64_t *words, uint64_t nwords, const dl_taken *taken, size_t n) noexcept nogil:
     """Take the words of the lines that the summary named (I4: after it)."""
-    cdef size_t i
-    cdef uint64_t lines, start, count, end
-    for i in range(n):
-        if i + AHEAD < n:
-            prefetch_lines(words, taken + i + AHEAD)
-        lines = taken[i].lines
-        while lines:
-            start = dl_ffs(lines)
-            count = dl_ffs(~(lines >> start)) if lines >> start != <uint64_t>-1 else 64
-            lines = lines & ~(((<uint64_t>-1) >> (64 - count)) << start)
-            start = taken[i].group * DL_GROUP_WORDS + start * DL_LINE_WORDS
-            end = start + count * DL_LINE_WORDS
-            take_words(sink, words, start, end if end < nwords else nwords)
+    if sink.out != NULL:
+        kernels.take_lines_dense(words, nwords, taken, n, sink.out, sink.clear)
+    else:
+        sink.entries += kernels.take_lines_sparse(words, nwords, taken, n, sink.numbers + sink.entries,
+                                                  sink.masks + sink.entries, sink.clear)
 
 
 cdef size_t take_foreign(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
@@ -254,20 +230,20 @@ cdef class DirtyBitmap:
         There is no summary over memory that others mark without one: a
         harvest scans every word, with vector instructions.
         """
-        view, address, nwords = words_of_buffer(buffer, True, "buffer")
+        cdef Block block = block_of_buffer(buffer, True, "buffer")
+        cdef size_t nwords = block.nwords
         npages, page_size = check_geometry(64 * nwords if npages is None else npages, page_size)
         if dl_words_for(npages) != nwords:
             raise ValueError(
                 f"buffer has {8 * nwords} bytes; {npages} pages take {8 * dl_words_for(npages)}: slice it, or leave npages out"
             )
         cdef DirtyBitmap bitmap = DirtyBitmap.__new__(DirtyBitmap)
-        cdef uint64_t *words = <uint64_t *><size_t>address
-        if nwords and dl_load_relaxed(words + <size_t>nwords - 1) & ~dl_tail_mask(npages):
+        if nwords and dl_load_relaxed(block.words + nwords - 1) & ~dl_tail_mask(npages):
             raise ValueError(f"buffer has bits set past page {npages - 1}; clear them or pass a larger npages")
         bitmap.page_size = page_size
         bitmap.bits.npages = npages
-        bitmap.bits.words = words
-        bitmap.word_block = block_over(words, nwords, view)
+        bitmap.bits.words = block.words
+        bitmap.word_block = block
         return bitmap
 
     @property
@@ -277,18 +253,25 @@ cdef class DirtyBitmap:
 
     # ---- arguments
 
+    cdef inline uint64_t page(self, object page) except? <uint64_t>-1:
+        """Check a page number."""
+        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, NULL)
+        if number < 0 or <uint64_t>number >= self.bits.npages:
+            raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
+        return <uint64_t>number
+
     cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1:
         """Check a range of pages; `count` of None reaches to the end."""
-        cdef Py_ssize_t start = PyNumber_AsSsize_t(first, IndexError)
+        cdef Py_ssize_t start = PyNumber_AsSsize_t(first, NULL)
         cdef Py_ssize_t npages = <Py_ssize_t>self.bits.npages
         cdef Py_ssize_t n
         if start < 0 or start > npages:
             raise IndexError(f"first page {first} is out of range; pages are 0 to {npages - 1}")
-        n = npages - start if count is None else PyNumber_AsSsize_t(count, IndexError)
+        n = npages - start if count is None else PyNumber_AsSsize_t(count, NULL)
         if n < 0:
-            raise ValueError(f"count is {n}; it must not be negative")
+            raise ValueError(f"count is {count}; it must not be negative")
         if n > npages - start:
-            raise IndexError(f"{n} pages from page {start} on reach past the last page, {npages - 1}")
+            raise IndexError(f"{count} pages from page {start} on reach past the last page, {npages - 1}")
         first_page[0] = <uint64_t>start
         end_page[0] = <uint64_t>(start + n)
         return 0
@@ -316,10 +299,7 @@ cdef class DirtyBitmap:
         ----------
         ``mark_page_dirty_in_slot`` in Linux ``virt/kvm/kvm_main.c``.
         """
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, IndexError)
-        if number < 0 or <uint64_t>number >= self.bits.npages:
-            raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
-        dl_mark(&self.bits, <uint64_t>number)
+        dl_mark(&self.bits, self.page(page))
 
     def mark_range(self, first, count) -> None:
         """Set the bits of `count` pages from `first` on.
@@ -429,10 +409,8 @@ cdef class DirtyBitmap:
         IndexError
             `page` is out of range.
         """
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, IndexError)
-        if number < 0 or <uint64_t>number >= self.bits.npages:
-            raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
-        return (dl_load_relaxed(self.bits.words + number // 64) & dl_bit(<uint64_t>number)) != 0
+        cdef uint64_t number = self.page(page)
+        return (dl_load_relaxed(self.bits.words + number // 64) & dl_bit(number)) != 0
 
     def count(self) -> int:
         """Return how many pages are dirty; a moment's view while others mark."""
@@ -522,12 +500,13 @@ cdef class DirtyBitmap:
         memset(&sink, 0, sizeof(sink))
         sink.clear = clear
         if out is not None:
-            view, address, size = words_of_buffer(out, True, "out")
-            if size != nwords:
-                raise ValueError(f"out has {size} words; {self.bits.npages} pages take {nwords}")
-            dense = block_over(<uint64_t *><size_t>address, nwords, view)
+            dense = block_of_buffer(out, True, "out")
+            if dense.nwords != nwords:
+                raise ValueError(f"out has {dense.nwords} words; {self.bits.npages} pages take {nwords}")
             check_apart(dense.words, nwords, self.bits.words, nwords)
             sink.out = dense.words
+            with nogil:
+                memset(sink.out, 0, nwords * 8)
         if first >= end:
             first_line = end_line = 0
             head_end = tail_first = end
@@ -565,8 +544,6 @@ cdef class DirtyBitmap:
                 take_part(&sink, self.bits.words, first, head_end)
                 take_lines(&sink, self.bits.words, nwords, taken, ntaken)
                 take_part(&sink, self.bits.words, tail_first, end)
-                if sink.out != NULL:
-                    sink_gap(&sink, nwords)
         finally:
             if taken != few:
                 free(taken)
@@ -597,22 +574,18 @@ cdef class DirtyBitmap:
             reached = take_foreign(sink, self.bits.words, start, stop)
         if reached < stop:
             try:
-                dense = block_new(nwords, False)
+                dense = block_new(nwords, True)
             except MemoryError:
                 for i in range(sink.entries if sink.clear else 0):
                     dl_mark_mask(&self.bits, sink.numbers[i], sink.masks[i])  # I5
                 raise
             with nogil:
-                memset(dense.words, 0, reached * 8)
                 for i in range(sink.entries):
                     dense.words[sink.numbers[i]] = sink.masks[i]
                 sink.out = dense.words
-                sink.done = reached
                 take_foreign(sink, self.bits.words, reached, stop)
         with nogil:
             take_part(sink, self.bits.words, tail_first, end)
-            if sink.out != NULL:
-                sink_gap(sink, nwords)
         if dense is not None:
             return pages_from_words_block(dense, self.bits.npages, self.page_size, True)
         return pages_from_sparse_blocks(trimmed(numbers, sink.entries), trimmed(masks, sink.entries), sink.entries,
@@ -725,7 +698,7 @@ cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords, Block dense):
     if sink.out != NULL:
         return None, None, dense
     if lines * 2 * DL_LINE_WORDS > nwords:
-        dense = block_new(nwords, False)
+        dense = block_new(nwords, True)
         sink.out = dense.words
         return None, None, dense
     numbers = block_new(lines * DL_LINE_WORDS, False)

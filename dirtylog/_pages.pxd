@@ -2,6 +2,12 @@
 from libc.stdint cimport int64_t, uint64_t
 
 
+cdef extern from "dirtylog/bitmap.h" nogil:
+    cdef struct dl_taken:
+        uint64_t group
+        uint64_t lines
+
+
 cdef extern from "_simd.h" nogil:
     cdef struct dl_kernels:
         const char *name
@@ -10,6 +16,10 @@ cdef extern from "_simd.h" nogil:
         void (*take_dense)(uint64_t *words, size_t n, uint64_t *out, int clear) noexcept nogil
         size_t (*take_sparse)(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks,
                               int clear) noexcept nogil
+        void (*take_lines_dense)(uint64_t *words, size_t n, const dl_taken *taken, size_t groups, uint64_t *out,
+                                 int clear) noexcept nogil
+        size_t (*take_lines_sparse)(uint64_t *words, size_t n, const dl_taken *taken, size_t groups, uint64_t *numbers,
+                                    uint64_t *masks, int clear) noexcept nogil
         size_t (*expand)(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity) noexcept nogil
         size_t (*expand_sparse)(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,
                                 size_t capacity) noexcept nogil
@@ -22,7 +32,8 @@ cdef class Block:
     cdef uint64_t *words
     cdef size_t nwords
     cdef size_t mapped_bytes        # 0: from malloc
-    cdef object owner               # keeps memory that is not ours
+    cdef Py_buffer source           # memory that is not ours, if `exported`
+    cdef bint exported
     cdef Py_ssize_t shape[1]
     cdef Py_ssize_t stride[1]
 
@@ -41,7 +52,8 @@ cdef class DirtyPages:
 
 cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *shape, Py_ssize_t *stride) noexcept
 cdef Block block_new(size_t nwords, bint zero)
-cdef Block block_over(uint64_t *words, size_t nwords, object owner)
+# TypeError, ValueError: the reason is in the message.
+cdef Block block_of_buffer(object buffer, bint writable, str what)
 cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t page_size, bint exact)
 cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, uint64_t npages, uint64_t page_size,
                                          bint exact)

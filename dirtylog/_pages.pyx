@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import numpy as np
 
 cimport cython
-from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.buffer cimport (
+    PyBUF_FORMAT,
+    PyBUF_ND,
+    PyBUF_RECORDS_RO,
+    PyBUF_STRIDES,
+    PyBUF_WRITABLE,
+    PyBuffer_IsContiguous,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy
@@ -109,7 +119,9 @@ cdef class Block:
         view.obj = self
 
     def __dealloc__(self):
-        if self.owner is None and self.words != NULL:
+        if self.exported:
+            PyBuffer_Release(&self.source)
+        elif self.words != NULL:
             dl_words_free(self.words, self.mapped_bytes)
 
 
@@ -143,14 +155,46 @@ cdef Block block_new(size_t nwords, bint zero):
     return block
 
 
-cdef Block block_over(uint64_t *words, size_t nwords, object owner):
-    """Return a view of words that `owner` keeps alive."""
+cdef bint is_words(const Py_buffer *view) noexcept:
+    """Whether the items are bytes or unsigned 64-bit words in this machine's order."""
+    cdef const char *format_ = view.format
+    if format_ == NULL:
+        return True
+    if view.itemsize == 8 and format_[0] in b"@=<":
+        format_ += 1
+    return format_[0] in (b"QLN" if view.itemsize == 8 else b"Bbc") and format_[1] == 0
+
+
+cdef Block block_of_buffer(object buffer, bint writable, str what):
+    """Return a live view of a buffer's words, which keeps its memory, after all checks (I8).
+
+    Raises
+    ------
+    TypeError
+        It is no buffer, or one of other items than bytes or unsigned 64-bit words.
+    ValueError
+        It is read-only where it is to be written, not contiguous, not whole words, not aligned.
+    """
     cdef Block block = Block.__new__(Block)
-    block.words = words
-    block.nwords = nwords
-    block.shape[0] = <Py_ssize_t>nwords
+    if not PyObject_CheckBuffer(buffer):
+        raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of uint64 is needed")
+    PyObject_GetBuffer(buffer, &block.source, PyBUF_RECORDS_RO)
+    block.exported = True
+    cdef Py_buffer *view = &block.source
+    if not is_words(view):
+        raise TypeError(f"{what} has items of format {view.format.decode()!r}; uint64 or bytes are needed")
+    if writable and view.readonly:
+        raise ValueError(f"{what} is read-only; pass writable memory")
+    if view.ndim != 1 or not PyBuffer_IsContiguous(view, b"C"):
+        raise ValueError(f"{what} is not contiguous in one dimension; pass a contiguous slice")
+    if view.len % 8:
+        raise ValueError(f"{what} has {view.len} bytes; whole words of 8 are needed")
+    if <size_t>view.buf % 8:
+        raise ValueError(f"{what} begins at address {<size_t>view.buf:#x}; a multiple of 8 is needed")
+    block.words = <uint64_t *>view.buf
+    block.nwords = view.len // 8
+    block.shape[0] = view.len // 8
     block.stride[0] = 8
-    block.owner = owner
     return block
 
 
@@ -209,13 +253,13 @@ def integer_array(values: object, what: str) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
-cdef tuple words_shape(words, uint64_t npages):
+cdef object words_array(words, uint64_t npages):
     array = np.asarray(words)
     if array.dtype != np.uint64:
         raise TypeError(f"words must be uint64, not {array.dtype}; use .view(np.uint64) on bytes")
     if array.ndim != 1 or array.shape[0] != dl_words_for(npages):
         raise ValueError(f"words have shape {array.shape}; {npages} pages take ({dl_words_for(npages)},)")
-    return (np.ascontiguousarray(array),)
+    return np.ascontiguousarray(array)
 
 
 cdef int check_tail(const uint64_t *words, uint64_t npages) except -1:
@@ -363,12 +407,12 @@ cdef class DirtyPages:
     def _adopt_words(words, npages, page_size=4096, bint exact=True) -> DirtyPages:
         """Keep `words` without a copy; the caller promises never to change them again."""
         npages, page_size = check_geometry(npages, page_size)
-        (words,) = words_shape(words, npages)
-        cdef const uint64_t[::1] view = words
+        words = words_array(words, npages)
         if npages == 0:
             return pages_from_words_block(block_new(0, False), 0, page_size, exact)
-        check_tail(&view[0], npages)
-        return pages_from_words_block(block_over(<uint64_t *>&view[0], view.shape[0], view), npages, page_size, exact)
+        cdef Block block = block_of_buffer(words, False, "words")
+        check_tail(block.words, npages)
+        return pages_from_words_block(block, npages, page_size, exact)
 
     @staticmethod
     def from_indices(pages, npages, page_size=4096, *, bint exact=True) -> DirtyPages:

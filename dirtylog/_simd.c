@@ -8,8 +8,6 @@
 
 #include <string.h>
 
-#include "dirtylog/atomic.h"
-#include "dirtylog/bits.h"
 
 #define DL_INLINE static inline __attribute__((always_inline))
 
@@ -44,26 +42,6 @@ DL_INLINE uint64_t take_word(uint64_t *word, int clear)
     return clear ? dl_exchange(word, 0) : dl_load_relaxed(word);
 }
 
-DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask)
-{
-    size_t i = 0;
-    for (; i + DL_LINE_WORDS <= n; i += DL_LINE_WORDS) {
-        unsigned mask = line_mask(words + i);
-        if (mask == 0xff) {
-            for (unsigned j = 0; j < DL_LINE_WORDS; j++)
-                out[i + j] = take_word(&words[i + j], clear);
-            continue;
-        }
-        memset(out + i, 0, DL_LINE_WORDS * sizeof *out);
-        for (; mask; mask &= mask - 1) {
-            size_t at = i + (size_t)__builtin_ctz(mask);
-            out[at] = take_word(&words[at], clear);
-        }
-    }
-    for (; i < n; i++)
-        out[i] = dl_load_relaxed(&words[i]) ? take_word(&words[i], clear) : 0;
-}
-
 /* A word seen nonzero may have been taken by another harvester since: an empty
  * exchange is no entry. */
 DL_INLINE size_t put_sparse(uint64_t *numbers, uint64_t *masks, size_t count, uint64_t number, uint64_t mask)
@@ -73,18 +51,93 @@ DL_INLINE size_t put_sparse(uint64_t *numbers, uint64_t *masks, size_t count, ui
     return count + (mask != 0);
 }
 
+/* Words [at, end), at most a line of them. */
+DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_line_mask_fn line_mask)
+{
+    if (at + DL_LINE_WORDS <= end)
+        return line_mask(words + at);
+    unsigned mask = 0;
+    for (unsigned i = 0; at + i < end; i++)
+        mask |= (unsigned)(dl_load_relaxed(&words[at + i]) != 0) << i;
+    return mask;
+}
+
+DL_INLINE void take_line_dense(uint64_t *words, size_t at, size_t end, uint64_t *out, int clear, dl_line_mask_fn line_mask)
+{
+    unsigned mask = words_mask(words, at, end, line_mask);
+    if (mask == 0xff) {
+        for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+            out[at + i] = take_word(&words[at + i], clear);
+        return;
+    }
+    for (; mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        out[word] = take_word(&words[word], clear);
+    }
+}
+
+DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, size_t end, uint64_t base, uint64_t *numbers, uint64_t *masks,
+                                  size_t count, int clear, dl_line_mask_fn line_mask)
+{
+    for (unsigned mask = words_mask(words, at, end, line_mask); mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        count = put_sparse(numbers, masks, count, base + word, take_word(&words[word], clear));
+    }
+    return count;
+}
+
+DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask)
+{
+    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
+        take_line_dense(words, at, n, out, clear, line_mask);
+}
+
 DL_INLINE size_t take_sparse_body(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks, int clear,
                                   dl_line_mask_fn line_mask)
 {
-    size_t count = 0, i = 0;
-    for (; i + DL_LINE_WORDS <= n; i += DL_LINE_WORDS)
-        for (unsigned mask = line_mask(words + i); mask; mask &= mask - 1) {
-            size_t at = i + (size_t)__builtin_ctz(mask);
-            count = put_sparse(numbers, masks, count, base + at, take_word(&words[at], clear));
-        }
-    for (; i < n; i++)
-        if (dl_load_relaxed(&words[i]))
-            count = put_sparse(numbers, masks, count, base + i, take_word(&words[i], clear));
+    size_t count = 0;
+    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
+        count = take_line_sparse(words, at, n, base, numbers, masks, count, clear, line_mask);
+    return count;
+}
+
+/* Ask for the lines of a group that is some way ahead: a locked exchange waits
+ * for its line alone, so that nothing else hides the miss. Where most of a group
+ * is dirty the processor's own prefetcher does better. */
+#define DL_AHEAD 12
+
+DL_INLINE void prefetch_lines(const uint64_t *words, const struct dl_taken *taken, size_t at, size_t groups)
+{
+    if (at >= groups || __builtin_popcountll(taken[at].lines) > 16)
+        return;
+    for (uint64_t lines = taken[at].lines; lines; lines &= lines - 1)
+        __builtin_prefetch(words + taken[at].group * DL_GROUP_WORDS + dl_ffs(lines) * DL_LINE_WORDS, 1);
+}
+
+DL_INLINE void take_lines_dense_body(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, uint64_t *out,
+                                     int clear, dl_line_mask_fn line_mask)
+{
+    for (size_t i = 0; i < groups; i++) {
+        prefetch_lines(words, taken, i + DL_AHEAD, groups);
+        size_t start = taken[i].group * DL_GROUP_WORDS;
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1)
+            take_line_dense(words, start + dl_ffs(lines) * DL_LINE_WORDS, n, out, clear, line_mask);
+    }
+}
+
+DL_INLINE size_t take_lines_sparse_body(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups,
+                                        uint64_t *numbers, uint64_t *masks, int clear, dl_line_mask_fn line_mask)
+{
+    size_t count = 0;
+    for (size_t i = 0; i < DL_AHEAD; i++)
+        prefetch_lines(words, taken, i, groups);
+    for (size_t i = 0; i < groups; i++) {
+        prefetch_lines(words, taken, i + DL_AHEAD, groups);
+        size_t start = taken[i].group * DL_GROUP_WORDS;
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1)
+            count = take_line_sparse(words, start + dl_ffs(lines) * DL_LINE_WORDS, n, 0, numbers, masks, count, clear,
+                                     line_mask);
+    }
     return count;
 }
 
@@ -152,6 +205,16 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     {                                                                                                                      \
         return take_sparse_body(words, n, base, numbers, masks, clear, line_mask_##path);                                  \
     }                                                                                                                      \
+    attributes static void take_lines_dense_##path(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, \
+                                                   uint64_t *out, int clear)                                               \
+    {                                                                                                                      \
+        take_lines_dense_body(words, n, taken, groups, out, clear, line_mask_##path);                                      \
+    }                                                                                                                      \
+    attributes static size_t take_lines_sparse_##path(uint64_t *words, size_t n, const struct dl_taken *taken,             \
+                                                      size_t groups, uint64_t *numbers, uint64_t *masks, int clear)        \
+    {                                                                                                                      \
+        return take_lines_sparse_body(words, n, taken, groups, numbers, masks, clear, line_mask_##path);                   \
+    }                                                                                                                      \
     attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
     {                                                                                                                      \
         return expand_body(words, n, first, out, capacity, line_mask_##path, expand_word_##path);                          \
@@ -162,8 +225,15 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
         return expand_sparse_body(numbers, masks, n, out, capacity, expand_word_##path);                                   \
     }                                                                                                                      \
     static const struct dl_kernels kernels_##path = {                                                                      \
-        #path,          popcount_##path, next_nonzero_##path, take_dense_##path, take_sparse_##path,                       \
-        expand_##path, expand_sparse_##path,                                                                               \
+        #path,                                                                                                             \
+        popcount_##path,                                                                                                   \
+        next_nonzero_##path,                                                                                               \
+        take_dense_##path,                                                                                                 \
+        take_sparse_##path,                                                                                                \
+        take_lines_dense_##path,                                                                                           \
+        take_lines_sparse_##path,                                                                                          \
+        expand_##path,                                                                                                     \
+        expand_sparse_##path,                                                                                              \
     };
 
 /* ---- scalar ---------------------------------------------------------------- */

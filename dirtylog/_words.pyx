@@ -4,14 +4,15 @@
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
+from libc.string cimport memset
 
 from dirtylog._pages cimport (
     Block,
     DirtyPages,
     block_new,
+    block_of_buffer,
     expand_words,
     kernels,
     pages_from_words_block,
@@ -32,41 +33,10 @@ cdef extern from "_content.h" nogil:
     void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
 
 
-__all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "words_of_buffer", "zero_pages"]
+__all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "zero_pages"]
 
 
 # ---- foreign words --------------------------------------------------------------------
-
-def words_of_buffer(buffer, writable, what) -> tuple[memoryview, int, int]:
-    """Return a view that keeps the buffer's memory, its address and its length in words.
-
-    Raises
-    ------
-    TypeError
-        It is no buffer, or one of other items than bytes or unsigned 64-bit words.
-    ValueError
-        It is read-only where it is to be written, not contiguous, not whole words, not aligned (I8).
-    """
-    try:
-        view = memoryview(buffer)
-    except TypeError:
-        raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of uint64 is needed") from None
-    if view.format not in ("B", "b", "c") and (view.itemsize != 8 or view.format.lstrip("@=<") not in ("Q", "L", "N")):
-        raise TypeError(f"{what} has items of format {view.format!r}; uint64 or bytes are needed")
-    if writable and view.readonly:
-        raise ValueError(f"{what} is read-only; pass writable memory")
-    if view.ndim != 1 or not view.c_contiguous:
-        raise ValueError(f"{what} is not contiguous in one dimension; pass a contiguous slice")
-    if view.nbytes % 8:
-        raise ValueError(f"{what} has {view.nbytes} bytes; whole words of 8 are needed")
-    cdef Py_buffer raw
-    PyObject_GetBuffer(view, &raw, PyBUF_SIMPLE)
-    address = <size_t>raw.buf
-    PyBuffer_Release(&raw)
-    if address % 8:
-        raise ValueError(f"{what} begins at address {address:#x}; a multiple of 8 is needed")
-    return view, address, view.nbytes // 8
-
 
 cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb) except -1:
     """Refuse an output that overlaps what is being cleared."""
@@ -106,18 +76,16 @@ def harvest_words(words, out=None) -> np.ndarray:
     >>> dl.harvest_words(words).tolist(), words.tolist()
     ([0, 5], [0, 0])
     """
-    view, address, n = words_of_buffer(words, True, "words")
+    cdef Block source = block_of_buffer(words, True, "words")
     if out is None:
-        out = np.empty(n, np.uint64)
-    target_view, target, room = words_of_buffer(out, True, "out")
-    if room != n:
-        raise ValueError(f"out has {room} words, words {n}; both must be equally long")
-    cdef uint64_t *source_words = <uint64_t *><size_t>address
-    cdef uint64_t *target_words = <uint64_t *><size_t>target
-    cdef size_t nwords = n
-    check_apart(target_words, nwords, source_words, nwords)
+        out = np.empty(source.nwords, np.uint64)
+    cdef Block target = block_of_buffer(out, True, "out")
+    if target.nwords != source.nwords:
+        raise ValueError(f"out has {target.nwords} words, words {source.nwords}; both must be equally long")
+    check_apart(target.words, target.nwords, source.words, source.nwords)
     with nogil:
-        kernels.take_dense(source_words, nwords, target_words, True)
+        memset(target.words, 0, target.nwords * 8)
+        kernels.take_dense(source.words, source.nwords, target.words, True)
     return out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
 
 
@@ -130,8 +98,8 @@ def indices(words) -> np.ndarray:
     >>> dl.indices(np.array([5, 1], np.uint64)).tolist()
     [0, 2, 64]
     """
-    view, address, n = words_of_buffer(words, False, "words")
-    return expand_words(<const uint64_t *><size_t>address, n)
+    cdef Block block = block_of_buffer(words, False, "words")
+    return expand_words(block.words, block.nwords)
 
 
 def runs(words) -> np.ndarray:
@@ -143,18 +111,16 @@ def runs(words) -> np.ndarray:
     >>> dl.runs(np.array([1 << 63, 3], np.uint64)).tolist()
     [[63, 3]]
     """
-    view, address, n = words_of_buffer(words, False, "words")
-    return runs_of_words(<const uint64_t *><size_t>address, n)
+    cdef Block block = block_of_buffer(words, False, "words")
+    return runs_of_words(block.words, block.nwords)
 
 
 def popcount(words) -> int:
     """Return how many bits of a buffer of uint64 are set."""
-    view, address, n = words_of_buffer(words, False, "words")
-    cdef const uint64_t *source_words = <const uint64_t *><size_t>address
-    cdef size_t nwords = n
+    cdef Block block = block_of_buffer(words, False, "words")
     cdef uint64_t total
     with nogil:
-        total = kernels.popcount(source_words, nwords)
+        total = kernels.popcount(block.words, block.nwords)
     return total
 
 

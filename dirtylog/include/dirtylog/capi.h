@@ -19,7 +19,7 @@
 #include <stdint.h>
 
 #define DIRTYLOG_API_VERSION 1u
-#define DIRTYLOG_API_CAPSULE "dirtylog.capi._C_API"
+#define DIRTYLOG_API_CAPSULE "dirtylog._C_API"
 
 struct dl_bitmap; /* opaque */
 typedef struct dl_bitmap dirtylog_bitmap;

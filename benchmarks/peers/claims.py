@@ -1,0 +1,207 @@
+"""What dirtylog claims to be faster than, and by how much: each row measured side by side."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import timeit
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import dirtylog as dl
+from benchmarks.peers.contestants import Bitarray, Dirtylog, KernelLoop, Numpy, Roaring
+from benchmarks.peers.native import yardsticks
+from benchmarks.peers.timing import side_by_side
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row: what was measured, the ratio found and the ratio wanted."""
+
+    work: str
+    ratio: float
+    wanted: float
+    at_least: bool = True
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.wanted if self.at_least else self.ratio <= self.wanted
+
+
+def random_pages(npages: int, density: float) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return sorted distinct pages, the same ones every time."""
+    if density >= 1:
+        return np.arange(npages)
+    count = int(npages * density)
+    rng = np.random.default_rng(npages + count)
+    if density > 0.05:
+        return np.flatnonzero(rng.random(npages, np.float32) < density)
+    return np.unique(rng.integers(0, npages, count))
+
+
+def nothing() -> None:
+    """Prepare nothing."""
+
+
+def versus(
+    npages: int, density: float, ours: str, peers: dict[str, tuple[type[Any], str]], **limits: Any
+) -> dict[str, float]:
+    """Return how many times as long each peer's work took as ours."""
+    pages = random_pages(npages, density)
+    works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    for name, (kind, work) in {"ours": (Dirtylog, ours), **peers}.items():
+        contestant = kind(npages)
+        contestant.prepare(pages)
+        works[name] = (contestant.fill, getattr(contestant, work))
+    times = side_by_side(works, **limits)
+    return {name: times[name] / times["ours"] for name in peers}
+
+
+def harvests() -> Iterator[Claim]:
+    kernel = {"kernel": (KernelLoop, "words")}
+    npages = 1 << 28
+    bitmap = dl.DirtyBitmap(npages)
+    loop = KernelLoop(npages)
+    empty = side_by_side({"ours": (nothing, bitmap.harvest), "kernel": (nothing, loop.words)}, rounds=51, seconds=2)
+    yield Claim("harvest, 2^28 pages, nothing dirty / kernel's loop", empty["kernel"] / empty["ours"], 300)
+    found = versus(npages, 1e-5, "numbers", kernel)
+    yield Claim("harvest to numbers, 2^28 pages, 0.001 % / kernel's loop alone", found["kernel"], 50)
+    worst = min(
+        (versus(1 << size, density, "words", kernel, rounds=31)["kernel"], size, density)
+        for size in (18, 24, 28)
+        for density in (0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1)
+    )
+    yield Claim(
+        "harvest to words, the worst of all sizes and densities / kernel's loop",
+        worst[0],
+        0.95,
+        note=f"worst at 2^{worst[1]} pages, {worst[2]:%}",
+    )
+
+
+def numbers() -> Iterator[Claim]:
+    for density, wanted in ((1e-4, 50), (1e-2, 20), (0.1, 8), (0.5, 5)):
+        peers = {"numpy": (Numpy, "numbers"), "bitarray": (Bitarray, "numbers")}
+        found = versus(1 << 24, density, "numbers", peers)
+        yield Claim(f"harvest to numbers, 2^24 pages, {density:g} / numpy's best", found["numpy"], wanted)
+        yield Claim(f"harvest to numbers, 2^24 pages, {density:g} / bitarray", found["bitarray"], 10)
+
+
+def cycles() -> Iterator[Claim]:
+    npages = 1 << 24
+    for density in (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1):
+        pages = random_pages(npages, density)
+        ours, theirs = Dirtylog(npages), Roaring(npages)
+        ours.prepare(pages)
+        theirs.prepare(pages)
+
+        def cycle(contestant: Any) -> Callable[[], None]:
+            def work() -> None:
+                contestant.mark()
+                contestant.numbers()
+
+            return work
+
+        times = side_by_side({"ours": (nothing, cycle(ours)), "theirs": (nothing, cycle(theirs))})
+        yield Claim(f"mark and harvest, 2^24 pages, {density:g} / pyroaring", times["theirs"] / times["ours"], 1)
+
+
+def extraction() -> Iterator[Claim]:
+    npages = 1 << 24
+    for density in (0.1, 0.5):
+        words = dl.DirtyPages.from_indices(random_pages(npages, density), npages).words.copy()
+        plain = yardsticks()
+
+        def c_way(words: Any = words) -> object:
+            out = np.empty(dl.popcount(words) + 64, np.int64)
+            return plain.indices(words, out), out
+
+        if c_way()[0] is None:  # type: ignore[index]
+            continue
+        times = side_by_side({"ours": (nothing, lambda words=words: dl.indices(words)), "c": (nothing, c_way)})
+        yield Claim(
+            f"page numbers from words, 2^24 pages, {density:g}: time over plain C with AVX-512 compress",
+            times["ours"] / times["c"],
+            1.5,
+            at_least=False,
+        )
+    for density in (0.01, 0.5):
+        contestant = Numpy(npages)
+        contestant.prepare(random_pages(npages, density))
+        words = contestant.source
+        times = side_by_side(
+            {"ours": (nothing, lambda words=words: dl.runs(words)), "numpy": (contestant.fill, contestant.runs)}
+        )
+        yield Claim(f"runs from words, 2^24 pages, {density:g} / numpy's diff", times["numpy"] / times["ours"], 10)
+
+
+def scaling() -> Iterator[Claim]:
+    works = {}
+    for size in (20, 28):
+        contestant = Dirtylog(1 << size)
+        contestant.prepare(np.unique(np.random.default_rng(1).integers(0, 1 << size, 1000)))
+        works[str(size)] = (contestant.fill, contestant.numbers)
+    times = side_by_side(works, rounds=101)
+    yield Claim(
+        "harvest of 1000 dirty pages: time at 2^28 pages over time at 2^20", times["28"] / times["20"], 3, at_least=False
+    )
+
+
+def marking() -> Iterator[Claim]:
+    npages = 1 << 24
+    bitmap = dl.DirtyBitmap(npages)
+    one = min(timeit.repeat("mark(77)", globals={"mark": bitmap.mark}, number=200_000, repeat=5)) / 200_000
+    yield Claim("mark one page from Python, ns", one * 1e9, 80, at_least=False)
+    pages = np.random.default_rng(2).integers(0, npages, 1_000_000)
+    batch = side_by_side({"batch": (bitmap.harvest, lambda: bitmap.mark_pages(pages))})["batch"]
+    yield Claim("mark a million random pages, ns each", batch * 1e3, 15, at_least=False)
+    plain = yardsticks()
+    words = np.zeros(npages // 64, np.uint64)
+    near = np.random.default_rng(3).integers(0, 1 << 18, 1_000_000)
+    for name, chosen in (("2^18", near), ("2^24", pages)):
+        times = side_by_side(
+            {
+                "ours": (nothing, lambda chosen=chosen: plain.mark(bitmap, chosen)),
+                "bare": (nothing, lambda chosen=chosen: plain.lock_or(words, chosen)),
+            }
+        )
+        yield Claim(
+            f"mark from C through the table, random pages of {name}: time over a bare lock or",
+            times["ours"] / times["bare"],
+            1.3,
+            at_least=False,
+        )
+
+
+def importing() -> Iterator[Claim]:
+    def run(module: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
+
+    works = {module: (nothing, run(module)) for module in ("numpy", "dirtylog")}
+    times = side_by_side(works, rounds=15, seconds=10)
+    yield Claim("import dirtylog: time over import numpy", times["dirtylog"] / times["numpy"], 1.3, at_least=False)
+
+
+def all_claims() -> Iterator[Claim]:
+    """Measure every row."""
+    for group in (harvests, numbers, cycles, extraction, scaling, marking, importing):
+        yield from group()
+
+
+def main() -> int:
+    """Print every row as it is measured; 1 if one is not met."""
+    missed = 0
+    for claim in all_claims():
+        bound = "at least" if claim.at_least else "at most"
+        verdict = "met" if claim.met else "MISSED"
+        print(f"{verdict:6} {claim.ratio:10.2f} ({bound} {claim.wanted:g})  {claim.work}  {claim.note}", flush=True)
+        missed += not claim.met
+    return missed > 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -224,7 +224,7 @@ cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, u
 
 # ---- arguments -----------------------------------------------------------------------
 
-def check_geometry(npages: int, page_size: int) -> tuple[int, int]:
+def check_geometry(npages, page_size) -> tuple[int, int]:
     """Return `npages` and `page_size` as ints, or say what is wrong with them."""
     npages = PyNumber_Index(npages)
     page_size = PyNumber_Index(page_size)
@@ -235,7 +235,7 @@ def check_geometry(npages: int, page_size: int) -> tuple[int, int]:
     return npages, page_size
 
 
-def integer_array(values: object, what: str) -> np.ndarray:
+def integer_array(values, what) -> np.ndarray:
     """Return an integer array-like as a C-contiguous int64 array, unchanged where it is one.
 
     Numbers past int64 become negative or raise IndexError: no page has them.

@@ -1,0 +1,26 @@
+# cython: language_level=3
+"""A Cython extension of another package that marks and harvests through dirtylog.capi."""
+
+from libc.stdint cimport uint64_t
+
+from dirtylog cimport capi
+
+
+def mark_many(pages, uint64_t first, uint64_t count):
+    """Mark page by page without the GIL; returns how many were refused."""
+    cdef const capi.dirtylog_bitmap *log = capi.bitmap(pages)
+    cdef uint64_t page
+    cdef uint64_t refused = 0
+    with nogil:
+        for page in range(first, first + count):
+            refused += capi.mark(log, page) != 0
+    return refused
+
+
+def harvest(pages, uint64_t[::1] out):
+    """Harvest into `out` without the GIL."""
+    cdef const capi.dirtylog_bitmap *log = capi.bitmap(pages)
+    cdef uint64_t count
+    with nogil:
+        count = capi.harvest(log, &out[0])
+    return count

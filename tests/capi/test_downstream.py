@@ -1,0 +1,113 @@
+"""Extensions of other packages, in C and in Cython, built against the installed dirtylog."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+
+HERE = Path(__file__).parent
+COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
+
+pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler: {COMPILER} is not on PATH")
+
+SETUP = """
+from setuptools import Extension, setup
+from Cython.Build import cythonize
+import dirtylog
+setup(
+    name="downstream",
+    ext_modules=cythonize(
+        [Extension("downstream_cython", ["downstream_cython.pyx"], include_dirs=[dirtylog.get_include()])]
+    ) + [Extension("downstream_c", ["downstream_c.c"], include_dirs=[dirtylog.get_include()])],
+)
+"""
+
+
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def downstream(tmp_path_factory):
+    """Build both extensions as a package of somebody else's would."""
+    pytest.importorskip("Cython", reason="Cython is not installed: no downstream Cython extension can be built")
+    directory = tmp_path_factory.mktemp("downstream")
+    for name in ("downstream_c.c", "downstream_cython.pyx"):
+        shutil.copy(HERE / name, directory)
+    (directory / "setup.py").write_text(SETUP)
+    package_parent = Path(dl.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=directory,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(package_parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return {name: load(name, directory / f"{name}{suffix}") for name in ("downstream_c", "downstream_cython")}
+
+
+@pytest.mark.parametrize("name", ["downstream_c", "downstream_cython"])
+def test_an_extension_marks_pages_and_is_refused_past_the_end(downstream, name):
+    bitmap = dl.DirtyBitmap(1000)
+    assert downstream[name].mark_many(bitmap, 990, 15) == 5
+    assert bitmap.harvest().runs().tolist() == [[990, 10]]
+
+
+@pytest.mark.parametrize("name", ["downstream_c", "downstream_cython"])
+def test_an_extension_is_told_when_it_passes_something_else(downstream, name):
+    with pytest.raises(TypeError, match="DirtyBitmap is needed, not ndarray"):
+        downstream[name].mark_many(np.zeros(4, np.uint64), 0, 1)
+
+
+def test_every_function_of_the_table_answers_as_the_header_says(downstream):
+    bitmap = dl.DirtyBitmap(1000)
+    out = np.full(16, 7, np.uint64)
+    assert downstream["downstream_c"].everything(bitmap, out) == (1000, 0, -1, 0, -1, 1, 0, -1, 4)
+    assert dl.indices(out).tolist() == [1, 3, 998, 999]
+    assert bitmap.count() == 0
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_an_extension_harvests_what_python_marked(downstream, foreign):
+    npages = 70_001
+    words = np.zeros((npages + 63) // 64, np.uint64)
+    bitmap = dl.DirtyBitmap.from_buffer(words, npages) if foreign else dl.DirtyBitmap(npages)
+    pages = np.unique(np.random.default_rng(5).integers(0, npages, 5000))
+    bitmap.mark_pages(pages)
+    out = np.full(words.size, 7, np.uint64)
+    assert downstream["downstream_cython"].harvest(bitmap, out) == pages.size
+    assert np.array_equal(dl.indices(out), pages)
+    assert not bitmap.peek()
+
+
+def test_extensions_mark_from_two_threads_while_python_harvests_and_none_is_lost(downstream):
+    npages = 1 << 20
+    bitmap = dl.DirtyBitmap(npages)
+    modules = [downstream["downstream_c"], downstream["downstream_cython"]]
+    threads = [
+        threading.Thread(target=module.mark_many, args=(bitmap, half * npages // 2, npages // 2))
+        for half, module in enumerate(modules)
+    ]
+    seen = np.zeros(npages, np.int64)
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        seen[bitmap.harvest().indices()] += 1
+    for thread in threads:
+        thread.join()
+    seen[bitmap.harvest().indices()] += 1
+    assert np.array_equal(seen, np.ones(npages, np.int64))

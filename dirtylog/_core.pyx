@@ -340,11 +340,11 @@ cdef class DirtyBitmap:
         -----
         One full barrier for the whole batch, then a test before each set (I3).
         """
-        array = integer_array(pages, "pages").ravel()
-        if array.size == 0:
-            return
-        cdef const int64_t[::1] numbers = array
+        array = integer_array(pages, "pages")
+        cdef const int64_t[::1] numbers = array if array.ndim == 1 else array.ravel()
         cdef size_t n = numbers.shape[0]
+        if n == 0:
+            return
         cdef size_t bad
         with nogil:
             bad = check_batch(&numbers[0], n, self.bits.npages)

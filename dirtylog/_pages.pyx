@@ -70,6 +70,9 @@ cdef extern from "dirtylog/bits.h" nogil:
 
 __all__ = ["DirtyPages"]
 
+ndarray = np.ndarray
+INT64 = np.dtype(np.int64)
+
 # Pages are counted in int64 (indices), and their bytes must fit too.
 MAX_PAGES = 1 << 52
 
@@ -240,6 +243,8 @@ def integer_array(values, what) -> np.ndarray:
 
     Numbers past int64 become negative or raise IndexError: no page has them.
     """
+    if type(values) is ndarray and values.dtype is INT64 and values.flags.c_contiguous:
+        return values
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):
         return np.empty(array.shape, np.int64)

@@ -62,42 +62,75 @@ DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_l
     return mask;
 }
 
-DL_INLINE void take_line_dense(uint64_t *words, size_t at, size_t end, uint64_t *out, int clear, dl_line_mask_fn line_mask)
+/* Which words of a group's lines are not zero, all found before the first of them
+ * is exchanged: no load passes a locked exchange, so a test between two of them
+ * would wait for the one and hold up the other. A mark that comes in between
+ * finds the summary bit taken and sets it again (I4), or, without a summary, is
+ * for the next harvest. */
+DL_INLINE void test_group(const uint64_t *words, size_t start, size_t end, uint64_t lines, uint8_t *dirty,
+                          dl_line_mask_fn line_mask)
 {
-    unsigned mask = words_mask(words, at, end, line_mask);
-    if (mask == 0xff) {
-        for (unsigned i = 0; i < DL_LINE_WORDS; i++)
-            out[at + i] = take_word(&words[at + i], clear);
-        return;
-    }
-    for (; mask; mask &= mask - 1) {
-        size_t word = at + (size_t)__builtin_ctz(mask);
-        out[word] = take_word(&words[word], clear);
+    for (; lines; lines &= lines - 1) {
+        unsigned line = dl_ffs(lines);
+        dirty[line] = (uint8_t)words_mask(words, start + line * DL_LINE_WORDS, end, line_mask);
     }
 }
 
-DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, size_t end, uint64_t base, uint64_t *numbers, uint64_t *masks,
-                                  size_t count, int clear, dl_line_mask_fn line_mask)
+DL_INLINE void take_group_dense(uint64_t *words, size_t start, size_t end, uint64_t lines, uint64_t *out, int clear,
+                                dl_line_mask_fn line_mask)
 {
-    for (unsigned mask = words_mask(words, at, end, line_mask); mask; mask &= mask - 1) {
-        size_t word = at + (size_t)__builtin_ctz(mask);
-        count = put_sparse(numbers, masks, count, base + word, take_word(&words[word], clear));
+    uint8_t dirty[DL_GROUP_LINES];
+    test_group(words, start, end, lines, dirty, line_mask);
+    for (; lines; lines &= lines - 1) {
+        unsigned line = dl_ffs(lines);
+        size_t at = start + line * DL_LINE_WORDS;
+        if (dirty[line] == 0xff) {
+            for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+                out[at + i] = take_word(&words[at + i], clear);
+            continue;
+        }
+        for (unsigned mask = dirty[line]; mask; mask &= mask - 1) {
+            size_t word = at + (size_t)__builtin_ctz(mask);
+            out[word] = take_word(&words[word], clear);
+        }
+    }
+}
+
+DL_INLINE size_t take_group_sparse(uint64_t *words, size_t start, size_t end, uint64_t lines, uint64_t base,
+                                   uint64_t *numbers, uint64_t *masks, size_t count, int clear, dl_line_mask_fn line_mask)
+{
+    uint8_t dirty[DL_GROUP_LINES];
+    test_group(words, start, end, lines, dirty, line_mask);
+    for (; lines; lines &= lines - 1) {
+        unsigned line = dl_ffs(lines);
+        size_t at = start + line * DL_LINE_WORDS;
+        for (unsigned mask = dirty[line]; mask; mask &= mask - 1) {
+            size_t word = at + (size_t)__builtin_ctz(mask);
+            count = put_sparse(numbers, masks, count, base + word, take_word(&words[word], clear));
+        }
     }
     return count;
 }
 
+/* The lines of a group that begin before `end`. */
+DL_INLINE uint64_t lines_before(size_t start, size_t end)
+{
+    size_t lines = (end - start + DL_LINE_WORDS - 1) / DL_LINE_WORDS;
+    return lines >= DL_GROUP_LINES ? DL_ALL_PAGES : dl_mask_below((unsigned)lines);
+}
+
 DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask)
 {
-    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
-        take_line_dense(words, at, n, out, clear, line_mask);
+    for (size_t at = 0; at < n; at += DL_GROUP_WORDS)
+        take_group_dense(words, at, n, lines_before(at, n), out, clear, line_mask);
 }
 
 DL_INLINE size_t take_sparse_body(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks, int clear,
                                   dl_line_mask_fn line_mask)
 {
     size_t count = 0;
-    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
-        count = take_line_sparse(words, at, n, base, numbers, masks, count, clear, line_mask);
+    for (size_t at = 0; at < n; at += DL_GROUP_WORDS)
+        count = take_group_sparse(words, at, n, lines_before(at, n), base, numbers, masks, count, clear, line_mask);
     return count;
 }
 
@@ -119,9 +152,7 @@ DL_INLINE void take_lines_dense_body(uint64_t *words, size_t n, const struct dl_
 {
     for (size_t i = 0; i < groups; i++) {
         prefetch_lines(words, taken, i + DL_AHEAD, groups);
-        size_t start = taken[i].group * DL_GROUP_WORDS;
-        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1)
-            take_line_dense(words, start + dl_ffs(lines) * DL_LINE_WORDS, n, out, clear, line_mask);
+        take_group_dense(words, taken[i].group * DL_GROUP_WORDS, n, taken[i].lines, out, clear, line_mask);
     }
 }
 
@@ -133,10 +164,8 @@ DL_INLINE size_t take_lines_sparse_body(uint64_t *words, size_t n, const struct 
         prefetch_lines(words, taken, i, groups);
     for (size_t i = 0; i < groups; i++) {
         prefetch_lines(words, taken, i + DL_AHEAD, groups);
-        size_t start = taken[i].group * DL_GROUP_WORDS;
-        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1)
-            count = take_line_sparse(words, start + dl_ffs(lines) * DL_LINE_WORDS, n, 0, numbers, masks, count, clear,
-                                     line_mask);
+        count = take_group_sparse(words, taken[i].group * DL_GROUP_WORDS, n, taken[i].lines, 0, numbers, masks, count,
+                                  clear, line_mask);
     }
     return count;
 }

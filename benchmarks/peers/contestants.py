@@ -49,7 +49,8 @@ class Dirtylog:
         return self.bitmap.harvest().runs()
 
     def words(self) -> object:
-        return self.bitmap.harvest(out=self.out).words
+        self.bitmap.harvest(out=self.out)
+        return self.out
 
     def union(self) -> object:
         return self.dirty | self.other

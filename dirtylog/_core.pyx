@@ -111,6 +111,14 @@ cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) n
             sink.entries += 1
 
 
+cdef void take_range(Sink *sink, const dl_bitmap *bitmap, uint64_t first, uint64_t head_end, const dl_taken *taken,
+                     size_t ntaken, uint64_t tail_first, uint64_t end) noexcept nogil:
+    """Take the lines noted, and word by word the pages left and right of them."""
+    take_part(sink, bitmap.words, first, head_end)
+    take_lines(sink, bitmap.words, dl_words_for(bitmap.npages), taken, ntaken)
+    take_part(sink, bitmap.words, tail_first, end)
+
+
 cdef void take_lines(Sink *sink, uint64_t *words, uint64_t nwords, const dl_taken *taken, size_t n) noexcept nogil:
     """Take the words of the lines that the summary named (I4: after it)."""
     if sink.out != NULL:
@@ -497,6 +505,8 @@ cdef class DirtyBitmap:
         cdef uint64_t first_line = (first + line_pages - 1) // line_pages
         cdef uint64_t end_line = dl_lines_for(end) if end == self.bits.npages else end // line_pages
         cdef uint64_t head_end, tail_first
+        cdef bint ready = False
+        cdef Block numbers = None, masks = None
         memset(&sink, 0, sizeof(sink))
         sink.clear = clear
         if out is not None:
@@ -505,8 +515,6 @@ cdef class DirtyBitmap:
                 raise ValueError(f"out has {dense.nwords} words; {self.bits.npages} pages take {nwords}")
             check_apart(dense.words, nwords, self.bits.words, nwords)
             sink.out = dense.words
-            with nogil:
-                memset(sink.out, 0, nwords * 8)
         if first >= end:
             first_line = end_line = 0
             head_end = tail_first = end
@@ -517,33 +525,36 @@ cdef class DirtyBitmap:
             head_end = first_line * line_pages
             tail_first = end_line * line_pages if end_line * line_pages < end else end
         if self.bits.summary == NULL:
+            if dense is not None:
+                with nogil:
+                    memset(sink.out, 0, nwords * 8)
             return self.take_scan(first, head_end, tail_first, end, &sink, dense)
         try:
             # I4: the summary first. I5: it is put back if what follows finds no memory.
             while True:
                 with nogil:
                     ntaken = take_summary(&self.bits, first_line, end_line, taken, ntaken, room, clear)
+                    ready = ntaken < room and sink.out != NULL
+                    if ready:
+                        memset(sink.out, 0, nwords * 8)
+                        take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
                 if ntaken < room:
                     break
                 room *= 8
                 more = <dl_taken *>realloc(NULL if taken == few else taken, room * sizeof(dl_taken))
                 if more == NULL:
-                    if clear:
-                        dl_summary_untake(&self.bits, taken, ntaken)
                     raise MemoryError(f"no memory to note {room} groups of dirty lines")
                 if taken == few:
                     memcpy(more, few, sizeof(few))
                 taken = more
-            try:
-                numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords, dense)
-            except MemoryError:
-                if clear:
-                    dl_summary_untake(&self.bits, taken, ntaken)
-                raise
-            with nogil:
-                take_part(&sink, self.bits.words, first, head_end)
-                take_lines(&sink, self.bits.words, nwords, taken, ntaken)
-                take_part(&sink, self.bits.words, tail_first, end)
+            if not ready:
+                numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords)
+                with nogil:
+                    take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
+        except MemoryError:
+            if clear:
+                dl_summary_untake(&self.bits, taken, ntaken)
+            raise
         finally:
             if taken != few:
                 free(taken)
@@ -692,11 +703,9 @@ cdef uint64_t count_lines(const dl_taken *taken, size_t n) noexcept nogil:
     return count
 
 
-cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords, Block dense):
+cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
-    cdef Block numbers, masks
-    if sink.out != NULL:
-        return None, None, dense
+    cdef Block numbers, masks, dense
     if lines * 2 * DL_LINE_WORDS > nwords:
         dense = block_new(nwords, True)
         sink.out = dense.words

@@ -112,6 +112,7 @@ choose_kernels()
 # ---- memory ------------------------------------------------------------------------
 
 @cython.final
+@cython.freelist(16)
 cdef class Block:
     """64-byte aligned words, exported read-only through the buffer protocol."""
 
@@ -340,6 +341,7 @@ cdef DirtyPages pages_of_sparse_bytes(const unsigned char[::1] numbers, const un
 
 
 @cython.final
+@cython.freelist(16)
 cdef class DirtyPages:
     """The pages that were written, as a set of page numbers that never changes.
 

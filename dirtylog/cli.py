@@ -1,0 +1,89 @@
+"""The command line: finds the command, runs it, and turns what went wrong into an exit code.
+
+A command is a module of `dirtylog.commands` named in `COMMANDS`. The first line
+of its docstring is its help, ``add_arguments(parser)`` declares its options, and
+``run(args)`` does the work and returns the exit code. What a command needs beyond
+`dirtylog` itself it imports in ``run``, so that ``--help`` stays quick.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import dirtylog
+
+__all__ = ["COMMANDS", "EXIT_CODES", "FAILED", "UNAVAILABLE", "main"]
+
+COMMANDS = ("demo", "info")
+
+FAILED = 1
+UNAVAILABLE = 3
+INTERRUPTED = 130
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    failed: the message says what, and what to do about it
+  2    the command line was not understood
+  3    this machine lacks a facility that the command needs
+  130  interrupted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser: one sub-command for each module in `COMMANDS`."""
+    top = argparse.ArgumentParser(
+        prog="dirtylog",
+        description="Which pages of memory were written since I last looked?",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"dirtylog {dirtylog.__version__}")
+    commands = top.add_subparsers(metavar="command", required=True)
+    for name in COMMANDS:
+        module = import_module(f"dirtylog.commands.{name}")
+        description = module.__doc__ or ""
+        command = commands.add_parser(
+            name,
+            help=description.partition("\n")[0],
+            description=description,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The words after ``dirtylog``; those of this process if left out.
+
+    Returns
+    -------
+    int
+        The exit code: see `EXIT_CODES`.
+    """
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough. What is still buffered has
+        # nowhere to go: without this, the interpreter would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except dirtylog.BackendUnavailable as error:
+        print(f"dirtylog: {error}", file=sys.stderr)
+        return UNAVAILABLE
+    except (dirtylog.DirtyLogError, OSError, MemoryError) as error:
+        print(f"dirtylog: {error or type(error).__name__}", file=sys.stderr)
+        return FAILED
+    return code

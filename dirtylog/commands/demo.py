@@ -1,0 +1,288 @@
+"""Track real memory and a model VM while threads write, copy only what is dirty, prove the copy complete.
+
+Threads write into an array of this process. `dirtylog.track` says which pages they
+wrote since it was last asked, again and again while they go on writing, and only
+those pages are copied into a replica. When the writers have stopped and the last
+harvest is copied, replica and original are compared byte for byte. Then the same
+writers run as vCPUs of the model VM, and KVM's way of dirty logging does the same.
+"""
+
+import argparse
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+import dirtylog as dl
+from dirtylog import reference, terminal
+
+Pages = NDArray[np.uint8]  # one row a page
+MIB = 1 << 20
+CHUNK_PAGES = 4096  # copied and compared at a time: bounds what fancy indexing buffers
+
+
+class Source(Protocol):
+    """Where the dirty pages come from: the tracker, or a slot of the model VM."""
+
+    def harvest(self) -> dl.DirtyPages:
+        """Take the dirty pages."""
+
+
+Write = Callable[[int, NDArray[np.int64]], None]  # (writer, pages): write into each of the pages
+
+
+@dataclass
+class Outcome:
+    """What one source showed, in pages, bytes and seconds."""
+
+    source: str
+    pages: int
+    page_size: int
+    harvest_seconds: list[float] = field(default_factory=list)
+    dirty_pages: list[int] = field(default_factory=list)
+    bytes_copied: int = 0
+    core_seconds: float = 0.0
+    reference_seconds: float = 0.0
+    equal: bool = False
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that a full copy moves."""
+        return self.pages * self.page_size
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster the core is than `dirtylog.reference` on the same words."""
+        return self.reference_seconds / self.core_seconds
+
+    def summary(self) -> dict[str, Any]:
+        """Give every figure to a program."""
+        return {**asdict(self), "bytes_held": self.bytes_held, "speed_up": self.speed_up}
+
+
+class Writers:
+    """Threads that write into random pages, most of them into a hot tenth of the memory, until told to stop."""
+
+    def __init__(self, write: Write, writers: int, pages: int, batch: int, pause: float) -> None:
+        self._write = write
+        self._pages = pages
+        self._batch = batch
+        self._pause = pause
+        self._stop = threading.Event()
+        self._failures: list[BaseException] = []
+        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(writers)]
+
+    def __enter__(self) -> "Writers":
+        """Start."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop, whatever happened."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop and wait; a failure of a writer is raised here."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        if self._failures:
+            raise self._failures.pop()
+
+    def _run(self, writer: int) -> None:
+        random = np.random.default_rng(writer)
+        hot = max(self._pages // 10, 1)
+        try:
+            while not self._stop.wait(self._pause):
+                anywhere = random.integers(self._pages, size=max(self._batch // 10, 1))
+                somewhere_hot = random.integers(hot, size=self._batch)
+                self._write(writer, np.concatenate((somewhere_hot, anywhere)))
+        except BaseException as error:
+            self._failures.append(error)
+
+
+def copy_pages(dirty: dl.DirtyPages, memory: Pages, replica: Pages) -> int:
+    """Copy the dirty pages; return the bytes copied.
+
+    A page that is written meanwhile may be copied half old and half new: it was
+    marked again by that write, so the next harvest brings it again.
+    """
+    pages = dirty.indices()
+    for start in range(0, len(pages), CHUNK_PAGES):
+        chunk = pages[start : start + CHUNK_PAGES]
+        replica[chunk] = memory[chunk]
+    return dirty.nbytes
+
+
+def equal_bytes(memory: Pages, replica: Pages) -> bool:
+    """Compare every byte, by numpy alone: the proof must not lean on what it proves."""
+    return all(
+        np.array_equal(memory[start : start + CHUNK_PAGES], replica[start : start + CHUNK_PAGES])
+        for start in range(0, len(memory), CHUNK_PAGES)
+    )
+
+
+def replicate(outcome: Outcome, source: Source, writers: Writers, memory: Pages, args: argparse.Namespace) -> None:
+    """Harvest and copy while the writers write, then once more when they have stopped, and compare."""
+    replica = memory.copy()
+    busiest = dl.DirtyPages.from_indices([], outcome.pages, outcome.page_size)
+
+    def harvest_and_copy() -> None:
+        nonlocal busiest
+        started = time.perf_counter()
+        dirty = source.harvest()
+        outcome.harvest_seconds.append(time.perf_counter() - started)
+        # The harvest comes before the copy: what is written during the copy is
+        # then reported next time. The other way round it would be lost (I2).
+        outcome.bytes_copied += copy_pages(dirty, memory, replica)
+        outcome.dirty_pages.append(dirty.count)
+        if dirty.count > busiest.count:
+            busiest = dirty
+
+    with writers:
+        for _ in terminal.with_progress(range(args.rounds), outcome.source):
+            time.sleep(args.interval)
+            harvest_and_copy()
+        writers.stop()
+        harvest_and_copy()
+    outcome.equal = equal_bytes(memory, replica)
+    outcome.core_seconds, outcome.reference_seconds = time_both(busiest)
+
+
+def time_both(dirty: dl.DirtyPages) -> tuple[float, float]:
+    """Time harvest and extraction of the same words by the core and by `dirtylog.reference`, best of several."""
+    words = dirty.words.tolist()
+
+    def best(harvest_and_list: Callable[[], object], prepare: Callable[[], object], times: int) -> float:
+        seconds = []
+        for _ in range(times):
+            prepare()
+            started = time.perf_counter()
+            harvest_and_list()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    fast = dl.DirtyBitmap(dirty.npages, dirty.page_size)
+    slow = reference.DirtyBitmap(dirty.npages, dirty.page_size)
+    return (
+        best(lambda: fast.harvest().indices(), lambda: fast.merge(dirty), 20),
+        best(lambda: slow.harvest().indices(), lambda: slow.words.__setitem__(slice(None), words), 5),
+    )
+
+
+def run_tracked(args: argparse.Namespace) -> Outcome:
+    """Run the writers on memory of this process, tracked by the kernel."""
+    memory = page_rows(args)
+    versions = np.zeros(args.writers, dtype=np.uint8)
+
+    def write(writer: int, pages: NDArray[np.int64]) -> None:
+        versions[writer] += 1
+        memory[pages, writer] = versions[writer]
+
+    with dl.track(memory, backend="userfaultfd") as tracker:
+        outcome = Outcome(f"this process, by {tracker.backend}", len(memory), memory.shape[1])
+        replicate(outcome, tracker, new_writers(write, args, len(memory)), memory, args)
+    return outcome
+
+
+def run_model(args: argparse.Namespace) -> Outcome:
+    """Run the same writers as vCPUs of the model VM."""
+    memory = page_rows(args)
+    with ExitStack() as stack:
+        vm = dl.VM(arch="x86", vcpus=args.writers, page_size=memory.shape[1])
+        if hasattr(vm, "close"):
+            stack.callback(vm.close)
+        vm.set_memory_region(0, 0, len(memory), memory=memory)
+
+        def write(writer: int, pages: NDArray[np.int64]) -> None:
+            vm.vcpus[writer].touch(pages)
+
+        outcome = Outcome(f"model VM, x86, {args.writers} vCPUs", len(memory), memory.shape[1])
+        replicate(outcome, vm.slot(0), new_writers(write, args, len(memory)), memory, args)
+    return outcome
+
+
+def page_rows(args: argparse.Namespace, page_size: int = 4096) -> Pages:
+    """Allocate the memory that is written to, one row a page."""
+    memory: Pages = dl.zeros((args.size * MIB // page_size, page_size), dtype=np.uint8)
+    return memory
+
+
+def new_writers(write: Write, args: argparse.Namespace, pages: int) -> Writers:
+    """Set up writers that, together, write about one page in a thousand a millisecond."""
+    return Writers(write, args.writers, pages, batch=max(pages // 1000 // args.writers, 1), pause=0.001)
+
+
+def show(outcomes: list[Outcome], args: argparse.Namespace) -> None:
+    """Print one column for each source."""
+    median = statistics.median
+    rows: list[tuple[str, Callable[[Outcome], str]]] = [
+        ("pages", lambda o: f"{o.pages:,} of {o.page_size} B"),
+        ("harvests, writers running", lambda o: f"{len(o.harvest_seconds) - 1}"),
+        ("dirty pages, all harvests", lambda o: f"{sum(o.dirty_pages):,}"),
+        ("dirty pages a harvest", lambda o: f"{median(o.dirty_pages):,.0f} ({median(o.dirty_pages) / o.pages:.1%})"),
+        ("harvest time", lambda o: terminal.seconds_text(median(o.harvest_seconds))),
+        ("bytes copied", lambda o: terminal.bytes_text(o.bytes_copied)),
+        (
+            "bytes held, copied each time",
+            lambda o: terminal.bytes_text(o.bytes_held * len(o.harvest_seconds)),
+        ),
+        ("copied of that", lambda o: f"{o.bytes_copied / (o.bytes_held * len(o.harvest_seconds)):.2%}"),
+        ("core, the busiest words", lambda o: terminal.seconds_text(o.core_seconds)),
+        ("reference.py, the same words", lambda o: terminal.seconds_text(o.reference_seconds)),
+        ("speed-up", lambda o: f"{o.speed_up:,.0f} x"),
+        ("replica equals original", lambda o: "yes, byte for byte" if o.equal else "NO"),
+    ]
+    terminal.show_table(
+        f"{args.size} MiB, {args.writers} writers, {args.rounds} harvests while they write",
+        ["", *(outcome.source for outcome in outcomes)],
+        [[label, *(text(outcome) for outcome in outcomes)] for label, text in rows],
+    )
+
+
+def at_least(low: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Read an option's number and hold it to its bound."""
+
+    def read(text: str) -> Any:
+        value = kind(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is too small: {low} or more")
+        return value
+
+    return read
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--size", type=at_least(1, int), default=256, metavar="MIB", help="memory, in MiB (256)")
+    parser.add_argument("--rounds", type=at_least(1, int), default=40, metavar="N", help="harvests (40)")
+    parser.add_argument(
+        "--interval", type=at_least(0, float), default=0.05, metavar="SECONDS", help="pause between harvests (0.05)"
+    )
+    parser.add_argument("--writers", type=at_least(1, int), default=2, metavar="N", help="threads, vCPUs (2)")
+    parser.add_argument("--json", action="store_true", help="print the figures for a program")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run both, print, and say by the exit code whether both replicas are equal."""
+    outcomes = []
+    unavailable = ""
+    try:
+        outcomes.append(run_tracked(args))
+    except dl.BackendUnavailable as error:
+        unavailable = str(error)
+        print(f"{unavailable}\nOnly the model VM is shown.", file=sys.stderr)
+    outcomes.append(run_model(args))
+    if args.json:
+        terminal.show_json({"unavailable": unavailable, "sources": [outcome.summary() for outcome in outcomes]})
+    else:
+        show(outcomes, args)
+    return 0 if all(outcome.equal for outcome in outcomes) else 1

@@ -1,0 +1,115 @@
+"""What a terminal shows: tables, progress and quantities, prettier where rich is installed."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+__all__ = ["bytes_text", "seconds_text", "show_json", "show_note", "show_table", "with_progress"]
+
+Item = TypeVar("Item")
+
+
+def bytes_text(size: float) -> str:
+    """Write a number of bytes with the unit a person would choose.
+
+    Examples
+    --------
+    >>> bytes_text(512), bytes_text(268435456)
+    ('512 B', '256.0 MiB')
+    """
+    if size < 1024:
+        return f"{size:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a time with the unit a person would choose.
+
+    Examples
+    --------
+    >>> seconds_text(0.0000004), seconds_text(0.0123), seconds_text(4)
+    ('400 ns', '12.3 ms', '4.00 s')
+    """
+    if seconds < 1e-6:
+        return f"{seconds * 1e9:.0f} ns"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.1f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s"
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """Print a table: the first column to the left, all others to the right."""
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(plain_table(title, columns, rows, caption))
+        return
+    table = Table(
+        title=title,
+        caption=caption or None,
+        title_justify="left",
+        caption_justify="left",
+        title_style="bold",
+        header_style="bold cyan",
+        box=box.ROUNDED,
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, markup=False).print(table)
+
+
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    r"""Lay out a table in plain text.
+
+    Examples
+    --------
+    >>> print(plain_table("Pages", ["state", "pages"], [["dirty", "12"], ["clean", "88"]]))
+    Pages
+    state  pages
+    -----  -----
+    dirty     12
+    clean     88
+    """
+    widths = [max(len(row[column]) for row in [columns, *rows]) for column in range(len(columns))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = cells
+        return "  ".join(
+            [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        ).rstrip()
+
+    lines = [title, line(columns), line(["-" * width for width in widths]), *map(line, rows)]
+    return "\n".join([*lines, caption] if caption else lines)
+
+
+def show_json(value: Any) -> None:
+    """Print a result for programs."""
+    print(json.dumps(value, indent=2))
+
+
+def show_note(text: str) -> None:
+    """Print a remark for people: to the error stream, which is not part of the result."""
+    print(text, file=sys.stderr)
+
+
+def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
+    """Go through items, with a progress bar if a person watches a terminal that rich can draw on."""
+    if not sys.stderr.isatty():
+        return items
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return items
+    return track(items, doing, console=Console(stderr=True), transient=True)

@@ -264,8 +264,10 @@ def checked_page(page: int, npages: int) -> int:
 def checked_range(first: int, count: int | None, npages: int) -> tuple[int, int]:
     """Return a range that lies inside `npages` pages; without `count`, all from `first` on."""
     first = index(first)
-    count = npages - first if count is None else index(count)
-    if first < 0 or count < 0 or first + count > npages:
+    count = max(npages - first, 0) if count is None else index(count)
+    if count < 0:
+        raise ValueError(f"count is {count}: a range has 0 pages or more")
+    if first < 0 or first + count > npages:
         raise IndexError(f"pages {first} to {first + count} are not inside the bitmap's {npages} pages")
     return first, count
 
@@ -471,8 +473,8 @@ class DirtyBitmap:
 
     def merge(self, dirty: DirtyPages, first_page: int = 0) -> None:
         """OR in what another source found, its page 0 at `first_page`."""
-        if not 0 <= first_page <= self.npages - dirty.npages:
-            raise ValueError(f"{dirty.npages} pages at page {first_page} do not fit into {self.npages} pages")
+        self.check_page_size(dirty)
+        checked_range(first_page, dirty.npages, self.npages)
         for first, count in dirty.runs():
             mark_range(self.words, first_page + first, count)
 
@@ -506,6 +508,7 @@ class DirtyBitmap:
 
     def clear(self, dirty: DirtyPages) -> None:
         """Clear the bits that are set in `dirty`: and-not."""
+        self.check_page_size(dirty)
         if dirty.npages != self.npages:
             raise ValueError(f"{dirty.npages} pages cannot be cleared from a bitmap of {self.npages} pages")
         for number, mask in enumerate(dirty.words):
@@ -514,3 +517,8 @@ class DirtyBitmap:
     def clear_range(self, first: int, count: int) -> None:
         """Clear the bits of adjacent pages."""
         clear_range(self.words, *checked_range(first, count, self.npages))
+
+    def check_page_size(self, dirty: DirtyPages) -> None:
+        """Refuse pages of another size."""
+        if dirty.page_size != self.page_size:
+            raise ValueError(f"pages of {dirty.page_size} bytes are not the bitmap's pages of {self.page_size}")

@@ -1,0 +1,359 @@
+"""DirtyBitmap: what is marked is harvested, once, and nothing else is."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+import dirtylog as dl
+from dirtylog import reference
+
+from .strategies import EDGE_SIZES, page_sets, ranges_of, runs_of, sized_page_sets, sizes, words_of
+
+
+def own(npages):
+    """A bitmap in its own memory, with a summary."""
+    return dl.DirtyBitmap(npages)
+
+
+def foreign(npages):
+    """A bitmap over another's memory, without a summary."""
+    return dl.DirtyBitmap.from_buffer(np.zeros(-(-npages // 64), np.uint64), npages)
+
+
+both_kinds = pytest.mark.parametrize("make", [own, foreign])
+
+
+def marked(make, npages, pages):
+    bitmap = make(npages)
+    bitmap.mark_pages(sorted(pages))
+    return bitmap
+
+
+@both_kinds
+@pytest.mark.parametrize("npages", EDGE_SIZES)
+def test_the_first_and_the_last_page_of_every_edge_size(make, npages):
+    bitmap = make(npages)
+    bitmap.mark(0)
+    bitmap.mark(npages - 1)
+    expected = sorted({0, npages - 1})
+    assert bitmap.count() == len(expected)
+    assert bitmap.peek().indices().tolist() == expected
+    assert bitmap.harvest().indices().tolist() == expected
+    assert bitmap.count() == 0
+    assert not bitmap.harvest()
+
+
+@both_kinds
+@pytest.mark.parametrize("npages", EDGE_SIZES)
+def test_fill_marks_every_page_and_no_tail_bit(make, npages):
+    bitmap = make(npages)
+    bitmap.fill()
+    assert bitmap.count() == npages
+    assert np.asarray(bitmap).tolist() == words_of(range(npages), npages).tolist()
+    assert bitmap.harvest().runs().tolist() == [[0, npages]]
+    assert not np.asarray(bitmap).any()
+
+
+@both_kinds
+@given(sized=sized_page_sets())
+def test_one_by_one_in_a_batch_in_runs_and_merged_all_mark_the_same(make, sized):
+    npages, pages = sized
+    one_by_one, batch, runs, merged, merged_words = (make(npages) for _ in range(5))
+    for page in pages:
+        one_by_one.mark(page)
+    batch.mark_pages(sorted(pages, reverse=True))
+    for first, count in runs_of(pages):
+        runs.mark_range(first, count)
+    merged.merge(dl.DirtyPages.from_indices(sorted(pages), npages))
+    merged_words.merge(words_of(pages, npages))
+    for bitmap in (one_by_one, batch, runs, merged, merged_words):
+        assert bitmap.peek().indices().tolist() == sorted(pages)
+        assert np.asarray(bitmap).tolist() == words_of(pages, npages).tolist()
+        assert bitmap.count() == len(pages)
+        assert bitmap.harvest().indices().tolist() == sorted(pages)
+        assert not bitmap.harvest()
+
+
+@both_kinds
+@given(data=st.data(), sized=sized_page_sets())
+def test_a_harvest_of_a_range_takes_that_range_alone(make, data, sized):
+    npages, pages = sized
+    first, count = data.draw(ranges_of(npages))
+    bitmap = marked(make, npages, pages)
+    inside = {page for page in pages if first <= page < first + count}
+    assert set(bitmap.peek(first, count)) == inside
+    assert bitmap.count() == len(pages)
+    taken = bitmap.harvest(first, count)
+    assert set(taken) == inside
+    assert taken.npages == npages
+    assert set(bitmap.harvest()) == pages - inside
+
+
+@both_kinds
+@pytest.mark.parametrize("base", [0, 448, 32768 - 64], ids=["first words", "across a line", "across a group"])
+def test_every_range_of_two_words_is_marked_harvested_and_cleared_exactly(make, base):
+    npages = base + 128
+    everything = set(range(base, npages))
+    bitmap = make(npages)
+    for first in range(base, npages):
+        for count in range(npages - first + 1):
+            inside = set(range(first, first + count))
+            bitmap.mark_range(first, count)
+            assert set(bitmap.harvest()) == inside
+            bitmap.mark_range(base, 128)
+            assert set(bitmap.harvest(first, count)) == inside
+            assert set(bitmap.harvest()) == everything - inside
+            bitmap.mark_range(base, 128)
+            bitmap.clear_range(first, count)
+            assert set(bitmap.harvest()) == everything - inside
+
+
+@both_kinds
+@given(data=st.data(), sized=sized_page_sets(2))
+def test_clear_is_and_not(make, data, sized):
+    npages, pages, other = sized
+    first, count = data.draw(ranges_of(npages))
+    bitmap = marked(make, npages, pages)
+    bitmap.clear(dl.DirtyPages.from_indices(sorted(other), npages))
+    left = pages - other
+    assert set(bitmap.peek()) == left
+    bitmap.clear_range(first, count)
+    assert set(bitmap.harvest()) == left - set(range(first, first + count))
+
+
+@both_kinds
+@given(data=st.data(), npages=sizes)
+def test_merge_shifts_by_the_first_page(make, data, npages):
+    first, count = data.draw(ranges_of(npages))
+    pages = data.draw(page_sets(count)) if count else set()
+    for dirty in (
+        dl.DirtyPages.from_indices(sorted(pages), count),
+        dl.DirtyPages.from_words(words_of(pages, count), count),
+    ):
+        bitmap = make(npages)
+        bitmap.merge(dirty, first)
+        assert bitmap.harvest().indices().tolist() == [page + first for page in sorted(pages)]
+
+
+@both_kinds
+@given(sized=sized_page_sets(2))
+def test_merge_keeps_what_was_dirty(make, sized):
+    npages, pages, other = sized
+    bitmap = marked(make, npages, pages)
+    bitmap.merge(dl.DirtyPages.from_indices(sorted(other), npages))
+    assert set(bitmap.harvest()) == pages | other
+
+
+@both_kinds
+@given(sized=sized_page_sets())
+def test_is_dirty_is_membership(make, sized):
+    npages, pages = sized
+    bitmap = marked(make, npages, pages)
+    probes = sorted({0, npages - 1, npages // 2, *list(pages)[:20]})
+    assert [bitmap.is_dirty(page) for page in probes] == [page in pages for page in probes]
+
+
+@both_kinds
+@given(sized=sized_page_sets())
+def test_the_harvest_is_that_of_the_reference(make, sized):
+    npages, pages = sized
+    twin = marked(reference.DirtyBitmap, npages, pages).harvest()
+    taken = marked(make, npages, pages).harvest()
+    assert taken.words.tolist() == list(twin.words)
+    assert taken.runs().tolist() == [list(run) for run in twin.runs()]
+    assert taken.to_bytes() == twin.to_bytes()
+
+
+@both_kinds
+@given(data=st.data(), sized=sized_page_sets())
+def test_out_receives_every_word_zeros_too(make, data, sized):
+    npages, pages = sized
+    first, count = data.draw(ranges_of(npages))
+    bitmap = marked(make, npages, pages)
+    out = np.full(-(-npages // 64), 2**64 - 1, np.uint64)
+    inside = {page for page in pages if first <= page < first + count}
+    taken = bitmap.harvest(first, count, out=out)
+    assert set(taken) == inside
+    assert out.tolist() == words_of(inside, npages).tolist()
+    assert np.shares_memory(taken.words, out)
+    assert set(bitmap.harvest(out=out)) == pages - inside
+
+
+@both_kinds
+def test_a_page_is_its_bit_of_its_word_whatever_marks_it(make):
+    for page in range(200):
+        bitmap = make(200)
+        bitmap.mark(page)
+        assert np.asarray(bitmap).tolist() == [(1 << page) >> (64 * word) & (2**64 - 1) for word in range(4)]
+
+
+@both_kinds
+def test_the_live_words_are_a_view_and_read_only(make):
+    bitmap = make(128)
+    words = np.asarray(bitmap)
+    bitmap.mark(65)
+    assert words.tolist() == [0, 2]
+    with pytest.raises(ValueError, match="read-only"):
+        words[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        words.flags.writeable = True
+    assert np.shares_memory(words, np.asarray(bitmap))
+
+
+def test_the_live_words_outlive_the_bitmap():
+    words = np.asarray(marked(own, 128, [65]))
+    assert words.tolist() == [0, 2]
+
+
+@both_kinds
+def test_a_harvest_does_not_change_afterwards(make):
+    bitmap = marked(make, 1000, [5, 999])
+    for ask in (bitmap.peek, bitmap.harvest):
+        before = ask()
+        bitmap.mark(6)
+        assert list(before) == [5, 999]
+        bitmap.clear_range(6, 1)
+
+
+@both_kinds
+def test_a_batch_is_any_integer_array_like(make):
+    for pages in ([3, 1, 3], (3, 1), range(1, 4, 2), np.array([[3], [1]], np.uint16), np.array([1, 3], ">i4"), np.array([9, 3, 9, 1])[1::2], iter_of_array(3, 1)):
+        bitmap = make(100)
+        bitmap.mark_pages(pages)
+        assert list(bitmap.harvest()) == [1, 3]
+    bitmap.mark_pages([])
+    bitmap.mark_pages(np.array([], np.int64))
+    assert not bitmap.harvest()
+
+
+def iter_of_array(*pages):
+    """An object that only `numpy.asarray` understands."""
+
+    class ArrayLike:
+        def __array__(self, dtype=None, copy=None):
+            return np.array(pages, dtype)
+
+    return ArrayLike()
+
+
+def test_a_batch_of_unsigned_numbers_past_int64_is_out_of_range_not_wrapped():
+    bitmap = own(100)
+    with pytest.raises(IndexError):
+        bitmap.mark_pages(np.array([1, 2**64 - 1], np.uint64))
+    assert bitmap.count() == 0
+
+
+@both_kinds
+def test_no_pages_at_all_is_a_bitmap_too(make):
+    bitmap = make(0)
+    bitmap.fill()
+    bitmap.mark_pages([])
+    bitmap.mark_range(0, 0)
+    assert (bitmap.count(), len(bitmap.harvest()), np.asarray(bitmap).size) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("page_size", [512, 4096, 16384, 65536, 2**21])
+def test_the_page_size_goes_with_the_pages(page_size):
+    bitmap = dl.DirtyBitmap(10, page_size)
+    bitmap.mark(3)
+    taken = bitmap.harvest()
+    assert (bitmap.page_size, taken.page_size, taken.nbytes) == (page_size, page_size, page_size)
+
+
+def test_a_summary_of_many_groups_finds_one_page_in_each():
+    npages = 2**24 + 5
+    bitmap = own(npages)
+    pages = sorted({*range(0, npages, 32768 + 513), npages - 1})
+    bitmap.mark_pages(pages)
+    assert bitmap.count() == len(pages)
+    assert bitmap.harvest().indices().tolist() == pages
+    assert bitmap.count() == 0
+
+
+class BitmapAgainstSet(RuleBasedStateMachine):
+    """Any sequence of operations on a bitmap and on a set of integers."""
+
+    @initialize(npages=sizes, make=st.sampled_from([own, foreign]))
+    def start(self, npages, make):
+        self.npages = npages
+        self.bitmap = make(npages)
+        self.pages = set()
+
+    def some_range(self, data):
+        first, count = data.draw(ranges_of(self.npages))
+        return first, count, set(range(first, first + count))
+
+    @rule(data=st.data())
+    def mark(self, data):
+        page = data.draw(st.integers(0, self.npages - 1))
+        self.bitmap.mark(page)
+        self.pages.add(page)
+
+    @rule(data=st.data())
+    def mark_range(self, data):
+        first, count, inside = self.some_range(data)
+        self.bitmap.mark_range(first, count)
+        self.pages |= inside
+
+    @rule(data=st.data())
+    def mark_pages(self, data):
+        pages = data.draw(page_sets(self.npages))
+        self.bitmap.mark_pages(list(pages))
+        self.pages |= pages
+
+    @rule(data=st.data())
+    def merge(self, data):
+        pages = data.draw(page_sets(self.npages))
+        self.bitmap.merge(dl.DirtyPages.from_indices(list(pages), self.npages))
+        self.pages |= pages
+
+    @rule()
+    def fill(self):
+        self.bitmap.fill()
+        self.pages = set(range(self.npages))
+
+    @rule(data=st.data())
+    def clear(self, data):
+        pages = data.draw(page_sets(self.npages))
+        self.bitmap.clear(dl.DirtyPages.from_indices(list(pages), self.npages))
+        self.pages -= pages
+
+    @rule(data=st.data())
+    def clear_range(self, data):
+        first, count, inside = self.some_range(data)
+        self.bitmap.clear_range(first, count)
+        self.pages -= inside
+
+    @rule(data=st.data())
+    def harvest(self, data):
+        first, count, inside = self.some_range(data)
+        assert set(self.bitmap.harvest(first, count)) == self.pages & inside
+        self.pages -= inside
+
+    @rule()
+    def harvest_all(self):
+        assert set(self.bitmap.harvest()) == self.pages
+        self.pages = set()
+
+    @rule()
+    def refused_operations_change_nothing(self):
+        for refused in (
+            lambda: self.bitmap.mark(self.npages),
+            lambda: self.bitmap.mark_range(0, self.npages + 1),
+            lambda: self.bitmap.mark_pages([0, self.npages]),
+            lambda: self.bitmap.harvest(0, self.npages + 1),
+            lambda: self.bitmap.clear_range(1, self.npages),
+        ):
+            with pytest.raises(IndexError):
+                refused()
+
+    @invariant()
+    def holds_the_same(self):
+        if hasattr(self, "bitmap"):
+            assert self.bitmap.count() == len(self.pages)
+            assert np.array_equal(np.asarray(self.bitmap), words_of(self.pages, self.npages))
+
+
+TestAnySequenceOfOperationsIsThatOfASet = BitmapAgainstSet.TestCase

@@ -1,0 +1,296 @@
+"""Real threads: no mark lost, none invented, and Python goes on while the core works."""
+
+import sys
+import threading
+from itertools import cycle
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+from dirtylog import _core
+
+NPAGES = 40_000  # more than one group of lines: the summary has several words
+WRITERS = 3
+ROUNDS = 120
+
+
+def own():
+    return dl.DirtyBitmap(NPAGES)
+
+
+def foreign():
+    return dl.DirtyBitmap.from_buffer(np.zeros(-(-NPAGES // 64), np.uint64), NPAGES)
+
+
+def mark_batch(bitmap, pages):
+    bitmap.mark_pages(pages)
+
+
+def mark_one_by_one(bitmap, pages):
+    for page in pages[:50].tolist():
+        bitmap.mark(page)
+    bitmap.mark_pages(pages[50:])
+
+
+def merge(bitmap, pages):
+    bitmap.merge(dl.DirtyPages.from_indices(pages, NPAGES))
+
+
+def harvest_whole(bitmap):
+    yield bitmap.harvest()
+
+
+def harvest_in_parts(bitmap):
+    for first, end in ((0, 100), (100, 33_001), (33_001, NPAGES)):
+        yield bitmap.harvest(first, end - first)
+
+
+def harvest_into(bitmap, out=np.zeros(-(-NPAGES // 64), np.uint64)):  # noqa: B008
+    yield bitmap.harvest(out=out)
+
+
+def peek_then_clear(bitmap):
+    """KVM's manual protection: report, clear what was reported, then use it."""
+    seen = bitmap.peek()
+    bitmap.clear(seen)
+    yield seen
+
+
+def run_threads(*targets):
+    """Run targets at once; what one raises is raised here."""
+    failures = []
+
+    def guarded(target):
+        try:
+            target()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@pytest.mark.parametrize("make", [own, foreign])
+@pytest.mark.parametrize("mark", [mark_batch, mark_one_by_one, merge])
+@pytest.mark.parametrize("harvest", [harvest_whole, harvest_in_parts, harvest_into, peek_then_clear])
+def test_three_writers_and_one_harvester_lose_no_mark_and_invent_none(make, mark, harvest):
+    bitmap = make()
+    contents = np.zeros(NPAGES, np.int64)
+    replica = np.zeros(NPAGES, np.int64)
+    marked = np.zeros(NPAGES, np.int64)
+    harvested = np.zeros(NPAGES, np.int64)
+    writing = [True] * WRITERS
+    start = threading.Barrier(WRITERS + 1)
+
+    def write(writer):
+        # Writers share words, never pages; every fourth page is nobody's.
+        random = np.random.default_rng(writer)
+        mine = np.arange(writer, NPAGES, WRITERS + 1)
+        start.wait()
+        for generation in range(1, ROUNDS + 1):
+            pages = random.choice(mine, size=500, replace=False)
+            contents[pages] = generation
+            marked[pages] += 1
+            mark(bitmap, pages)
+        writing[writer] = False
+
+    def take():
+        for dirty in harvest(bitmap):
+            pages = dirty.indices()
+            replica[pages] = contents[pages]
+            harvested[pages] += 1
+
+    def harvest_while_they_write():
+        start.wait()
+        while any(writing):
+            take()
+
+    run_threads(harvest_while_they_write, *(lambda writer=writer: write(writer) for writer in range(WRITERS)))
+    take()
+    assert np.array_equal(replica, contents), "a mark was lost: the replica has old contents"
+    assert (harvested <= marked).all(), "a mark was invented: a page was harvested oftener than marked"
+    assert ((harvested > 0) == (marked > 0)).all()
+    assert not bitmap.harvest()
+
+
+def test_marking_ranges_beside_a_harvester_loses_no_mark():
+    bitmap = own()
+    generations = 300
+    counts = np.zeros(NPAGES, np.int64)
+    last = np.zeros((2, NPAGES), np.int64)
+    writing = [True, True]
+
+    def write(writer):
+        # Both mark every page; a page's value tells which generation was seen.
+        for generation in range(1, generations + 1):
+            contents[writer, :] = generation
+            bitmap.mark_range(0, NPAGES)
+        writing[writer] = False
+
+    contents = np.zeros((2, NPAGES), np.int64)
+
+    def take():
+        pages = bitmap.harvest().indices()
+        counts[pages] += 1
+        last[:, pages] = contents[:, pages]
+
+    def harvest_while_they_write():
+        while any(writing):
+            take()
+
+    run_threads(harvest_while_they_write, lambda: write(0), lambda: write(1))
+    take()
+    assert (last == generations).all()
+    assert (counts <= 2 * generations).all()
+
+
+def test_two_harvesters_share_the_marks_and_take_each_once():
+    bitmap = own()
+    rounds = 300
+    taken = [np.zeros(NPAGES, np.int64) for _ in range(2)]
+    finished = threading.Event()
+    together = threading.Barrier(3)
+
+    def harvest(counts):
+        while not finished.is_set():
+            together.wait()
+            counts[bitmap.harvest().indices()] += 1
+            together.wait()
+
+    def mark():
+        for number in range(rounds):
+            bitmap.mark_range(number % 100, NPAGES - 100)
+            if number == rounds - 1:
+                finished.set()
+            together.wait()
+            together.wait()
+
+    run_threads(mark, lambda: harvest(taken[0]), lambda: harvest(taken[1]))
+    expected = np.zeros(NPAGES, np.int64)
+    for number in range(rounds):
+        expected[number % 100 : number % 100 + NPAGES - 100] += 1
+    assert np.array_equal(taken[0] + taken[1], expected)
+
+
+def test_a_mark_made_before_a_harvest_is_in_it_while_others_mark_lower_pages():
+    npages = 64 * 32768
+    bitmap = dl.DirtyBitmap(npages)
+    mine = npages - 1
+    lower = np.arange(0, npages - 32768, 32768)
+    finished = threading.Event()
+
+    def mark_lower_pages():
+        for _ in cycle([None]):
+            bitmap.mark_pages(lower)
+            if finished.is_set():
+                return
+
+    def mark_and_harvest():
+        try:
+            for _ in range(20_000):
+                bitmap.mark(mine)
+                assert mine in bitmap.harvest()
+        finally:
+            finished.set()
+
+    run_threads(mark_lower_pages, mark_and_harvest)
+
+
+BIG = 1 << 24
+EVERY_THIRD = np.arange(0, BIG, 3)
+
+
+def big_words():
+    return np.full(BIG // 64, 0x9249249249249249, np.uint64)
+
+
+def bulk_operations():
+    """Each operation of the core that takes long enough to matter, ready to call."""
+    bitmap = dl.DirtyBitmap(BIG)
+    pages = dl.DirtyPages.from_words(big_words(), BIG)
+    other = dl.DirtyPages.from_words(~big_words(), BIG)
+    memory = np.zeros(1 << 24, np.uint8)
+    copy = memory.copy()
+    return {
+        "mark_pages": lambda: bitmap.mark_pages(EVERY_THIRD),
+        "merge": lambda: bitmap.merge(pages),
+        "count": bitmap.count,
+        "peek": bitmap.peek,
+        "clear": lambda: bitmap.clear(other),
+        "harvest": bitmap.harvest,
+        "fill": bitmap.fill,
+        "harvest_into": lambda out=np.zeros(BIG // 64, np.uint64): bitmap.harvest(out=out),  # noqa: B008
+        "mark_range": lambda: bitmap.mark_range(1, BIG - 2),
+        "clear_range": lambda: bitmap.clear_range(1, BIG - 2),
+        "indices": pages.indices,
+        "runs": pages.runs,
+        "or": lambda: pages | other,
+        "and": lambda: pages & other,
+        "from_indices": lambda: dl.DirtyPages.from_indices(EVERY_THIRD, BIG),
+        "hash": lambda: hash(pages),
+        "words_indices": lambda words=big_words(): dl.indices(words),  # noqa: B008
+        "words_runs": lambda words=big_words(): dl.runs(words),  # noqa: B008
+        "words_popcount": lambda words=big_words(): dl.popcount(words),  # noqa: B008
+        "harvest_words": lambda: dl.harvest_words(big_words()),
+        "compare_pages": lambda: _core.compare_pages(memory, copy, 4096),
+        "zero_pages": lambda: _core.zero_pages(memory, 4096),
+    }
+
+
+BULK_OPERATIONS = """
+mark_pages merge count peek clear harvest fill harvest_into mark_range clear_range indices runs or and from_indices
+hash words_indices words_runs words_popcount harvest_words compare_pages zero_pages
+""".split()
+
+
+@pytest.fixture(scope="module")
+def operations():
+    operations = bulk_operations()
+    assert sorted(operations) == sorted(BULK_OPERATIONS)
+    return operations
+
+
+@pytest.fixture
+def no_forced_switches():
+    """Let threads change only where one gives up the GIL of its own accord."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("name", BULK_OPERATIONS)
+def test_another_thread_runs_python_during_bulk_work(operations, no_forced_switches, name):
+    operation = operations[name]
+    state = "before"
+    seen = []
+    wake = threading.Semaphore(0)
+    woken = threading.Semaphore(0)
+    tries = 500
+
+    def other_thread():
+        for _ in range(tries):
+            wake.acquire()
+            seen.append(state)
+            woken.release()
+            if seen[-1] == "during":
+                return
+
+    other = threading.Thread(target=other_thread)
+    other.start()
+    for _ in range(tries):
+        state = "during"
+        wake.release()  # makes it runnable; it needs the GIL, which this thread keeps until the operation lets go
+        operation()
+        state = "after"
+        woken.acquire()
+        if seen[-1] == "during":
+            break
+    other.join()
+    assert seen[-1] == "during", f"{name}: in {tries} calls no other thread got to run"

@@ -9,7 +9,12 @@ from hypothesis import HealthCheck, settings
 # A test that fails must fail for everybody: examples follow from the test's
 # name, not from chance. DIRTYLOG_HYPOTHESIS=thorough looks further, at random.
 settings.register_profile(
-    "repeatable", derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("thorough", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=2000)
 settings.load_profile(os.environ.get("DIRTYLOG_HYPOTHESIS", "repeatable"))

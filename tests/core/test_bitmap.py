@@ -219,7 +219,15 @@ def test_a_harvest_does_not_change_afterwards(make):
 
 @both_kinds
 def test_a_batch_is_any_integer_array_like(make):
-    for pages in ([3, 1, 3], (3, 1), range(1, 4, 2), np.array([[3], [1]], np.uint16), np.array([1, 3], ">i4"), np.array([9, 3, 9, 1])[1::2], iter_of_array(3, 1)):
+    for pages in (
+        [3, 1, 3],
+        (3, 1),
+        range(1, 4, 2),
+        np.array([[3], [1]], np.uint16),
+        np.array([1, 3], ">i4"),
+        np.array([9, 3, 9, 1])[1::2],
+        iter_of_array(3, 1),
+    ):
         bitmap = make(100)
         bitmap.mark_pages(pages)
         assert list(bitmap.harvest()) == [1, 3]

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-from itertools import cycle
 
 import numpy as np
 import pytest
@@ -154,21 +153,18 @@ def test_two_harvesters_share_the_marks_and_take_each_once():
     bitmap = own()
     rounds = 300
     taken = [np.zeros(NPAGES, np.int64) for _ in range(2)]
-    finished = threading.Event()
     together = threading.Barrier(3)
-
-    def harvest(counts):
-        while not finished.is_set():
-            together.wait()
-            counts[bitmap.harvest().indices()] += 1
-            together.wait()
 
     def mark():
         for number in range(rounds):
             bitmap.mark_range(number % 100, NPAGES - 100)
-            if number == rounds - 1:
-                finished.set()
             together.wait()
+            together.wait()
+
+    def harvest(counts):
+        for _ in range(rounds):
+            together.wait()
+            counts[bitmap.harvest().indices()] += 1
             together.wait()
 
     run_threads(mark, lambda: harvest(taken[0]), lambda: harvest(taken[1]))
@@ -183,15 +179,15 @@ def test_a_mark_made_before_a_harvest_is_in_it_while_others_mark_lower_pages():
     bitmap = dl.DirtyBitmap(npages)
     mine = npages - 1
     lower = np.arange(0, npages - 32768, 32768)
-    finished = threading.Event()
+    started, finished = threading.Event(), threading.Event()
 
     def mark_lower_pages():
-        for _ in cycle([None]):
+        while not finished.is_set():
             bitmap.mark_pages(lower)
-            if finished.is_set():
-                return
+            started.set()
 
     def mark_and_harvest():
+        started.wait()
         try:
             for _ in range(20_000):
                 bitmap.mark(mine)

@@ -89,14 +89,10 @@ def test_the_output_array_is_filled_and_returned():
     ],
     ids=["array", "bytearray", "memoryview"],
 )
-def test_words_may_come_from_any_buffer_of_64_bit_words(make):
+def test_words_may_come_from_any_buffer_of_64_bit_words_or_their_bytes(make):
     words = make([5, 0, 2**63])
-    if isinstance(words, bytearray):
-        with pytest.raises(TypeError):
-            dl.harvest_words(words)
-        return
     assert dl.harvest_words(words).tolist() == [5, 0, 2**63]
-    assert not any(memoryview(words).cast("B").cast("Q"))
+    assert not any(memoryview(words).cast("B"))
 
 
 @pytest.mark.parametrize("function", [dl.ffs, dl.fls])
@@ -117,7 +113,10 @@ def test_ffs_and_fls_refuse_zero(function, mask):
 
 
 @pytest.mark.parametrize("function", [dl.ffs, dl.fls])
-@pytest.mark.parametrize(("mask", "error"), [(-1, (ValueError, OverflowError)), (2**64, (ValueError, OverflowError)), (1.0, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [(-1, (ValueError, OverflowError)), (2**64, (ValueError, OverflowError)), (1.0, TypeError), ("1", TypeError)],
+)
 def test_ffs_and_fls_refuse_what_is_no_64_bit_mask(function, mask, error):
     with pytest.raises(error):
         function(mask)

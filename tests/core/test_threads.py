@@ -239,10 +239,30 @@ def bulk_operations():
     }
 
 
-BULK_OPERATIONS = """
-mark_pages merge count peek clear harvest fill harvest_into mark_range clear_range indices runs or and from_indices
-hash words_indices words_runs words_popcount harvest_words compare_pages zero_pages
-""".split()
+BULK_OPERATIONS = [
+    "mark_pages",
+    "merge",
+    "count",
+    "peek",
+    "clear",
+    "harvest",
+    "fill",
+    "harvest_into",
+    "mark_range",
+    "clear_range",
+    "indices",
+    "runs",
+    "or",
+    "and",
+    "from_indices",
+    "hash",
+    "words_indices",
+    "words_runs",
+    "words_popcount",
+    "harvest_words",
+    "compare_pages",
+    "zero_pages",
+]
 
 
 @pytest.fixture(scope="module")

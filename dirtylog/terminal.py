@@ -44,33 +44,31 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.2f} s"
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """Print a table: the first column to the left, all others to the right."""
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
+    """Print a table: the first `left` columns flush left, the numbers after them flush right."""
     try:
         from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(plain_table(title, columns, rows, caption))
+        print(plain_table(title, columns, rows, left))
         return
     table = Table(
         title=title,
-        caption=caption or None,
         title_justify="left",
-        caption_justify="left",
         title_style="bold",
         header_style="bold cyan",
         box=box.ROUNDED,
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)
 
 
-def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    r"""Lay out a table in plain text.
+def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Lay out a table in plain text.
 
     Examples
     --------
@@ -84,13 +82,12 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     widths = [max(len(row[column]) for row in [columns, *rows]) for column in range(len(columns))]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = cells
+        fitted = zip(cells, widths, strict=True)
         return "  ".join(
-            [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+            cell.ljust(width) if number < left else cell.rjust(width) for number, (cell, width) in enumerate(fitted)
         ).rstrip()
 
-    lines = [title, line(columns), line(["-" * width for width in widths]), *map(line, rows)]
-    return "\n".join([*lines, caption] if caption else lines)
+    return "\n".join([title, line(columns), line(["-" * width for width in widths]), *map(line, rows)])
 
 
 def show_json(value: Any) -> None:

@@ -9,11 +9,9 @@ writers run as vCPUs of the model VM, and KVM's way of dirty logging does the sa
 
 import argparse
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -196,17 +194,14 @@ def run_tracked(args: argparse.Namespace) -> Outcome:
 def run_model(args: argparse.Namespace) -> Outcome:
     """Run the same writers as vCPUs of the model VM."""
     memory = page_rows(args)
-    with ExitStack() as stack:
-        vm = dl.VM(arch="x86", vcpus=args.writers, page_size=memory.shape[1])
-        if hasattr(vm, "close"):
-            stack.callback(vm.close)
-        vm.set_memory_region(0, 0, len(memory), memory=memory)
+    vm = dl.VM(arch="x86", vcpus=args.writers, page_size=memory.shape[1])
+    vm.set_memory_region(0, 0, len(memory), memory=memory)
 
-        def write(writer: int, pages: NDArray[np.int64]) -> None:
-            vm.vcpus[writer].touch(pages)
+    def write(writer: int, pages: NDArray[np.int64]) -> None:
+        vm.vcpus[writer].touch(pages)
 
-        outcome = Outcome(f"model VM, x86, {args.writers} vCPUs", len(memory), memory.shape[1])
-        replicate(outcome, vm.slot(0), new_writers(write, args, len(memory)), memory, args)
+    outcome = Outcome(f"model VM, x86, {args.writers} vCPUs", len(memory), memory.shape[1])
+    replicate(outcome, vm.slot(0), new_writers(write, args, len(memory)), memory, args)
     return outcome
 
 
@@ -279,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
         outcomes.append(run_tracked(args))
     except dl.BackendUnavailable as error:
         unavailable = str(error)
-        print(f"{unavailable}\nOnly the model VM is shown.", file=sys.stderr)
+        terminal.show_note(f"{unavailable}\nOnly the model VM is shown.")
     outcomes.append(run_model(args))
     if args.json:
         terminal.show_json({"unavailable": unavailable, "sources": [outcome.summary() for outcome in outcomes]})

@@ -6,13 +6,23 @@ have a call compiled out, forbidden or broken.
 
 import argparse
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
 import dirtylog
 from dirtylog import _core, terminal
-from dirtylog.commands import _probes
+
+# What bears on dirty logging; the flags are named where the answer is a set of them.
+KVM_CAPABILITIES = (
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2",
+    "KVM_CAP_DIRTY_LOG_RING",
+    "KVM_CAP_DIRTY_LOG_RING_ACQ_REL",
+    "KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP",
+)
+MANUAL_PROTECT_FLAGS = {1: "enable", 2: "initially-all-set"}
+RING_ENTRY_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,49 @@ class Facility:
 
 def facilities() -> list[Facility]:
     """Probe everything, in the order in which it is printed."""
-    return [
-        Facility("SIMD", True, f"{_core.simd_path()} of {', '.join(_core.simd_paths())}"),
-        *(Facility(*probed) for probe in _probes.PROBES for probed in probe()),
-    ]
+    return [*kvm_facilities(), *memory_facilities(), *core_facilities()]
+
+
+def kvm_facilities() -> Iterator[Facility]:
+    """Ask /dev/kvm for its API and its dirty-log capabilities."""
+    from dirtylog.sources import kvm
+
+    found = kvm.probe()
+    yield Facility("KVM", found.available, f"/dev/kvm, API {found.api_version}" if found.available else found.reason)
+    for name in KVM_CAPABILITIES if found.available else ():
+        value = found.capabilities.get(name, 0)
+        yield Facility(name, value > 0, capability_text(name, value))
+
+
+def capability_text(name: str, value: int) -> str:
+    """Explain what KVM_CHECK_EXTENSION answered.
+
+    Examples
+    --------
+    >>> capability_text("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 3)
+    '3: enable, initially-all-set'
+    >>> capability_text("KVM_CAP_DIRTY_LOG_RING", 1048576)
+    'at most 65,536 pages a ring'
+    """
+    if value > 1 and "RING" in name:
+        return f"at most {value // RING_ENTRY_BYTES:,} pages a ring"
+    if value > 0 and name == "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2":
+        return f"{value}: {', '.join(text for flag, text in MANUAL_PROTECT_FLAGS.items() if value & flag)}"
+    return f"KVM_CHECK_EXTENSION answered {value}"
+
+
+def memory_facilities() -> Iterator[Facility]:
+    """Try what tracking this process's own memory rests on."""
+    from dirtylog.sources import probe
+
+    for found in probe.probe():
+        yield Facility(found.name, found.available, found.detail or "works")
+
+
+def core_facilities() -> Iterator[Facility]:
+    """Name the vector code in use and what else this CPU can run."""
+    chosen, paths = _core.simd_path(), _core.simd_paths()
+    yield Facility("SIMD", chosen != "scalar", f"{chosen}, of {', '.join(paths)} (DIRTYLOG_SIMD forces one)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,5 +102,6 @@ def run(args: argparse.Namespace) -> int:
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         ["facility", "here", "answer"],
         [[facility.name, "yes" if facility.available else "no", facility.answer] for facility in found],
+        left=3,
     )
     return 0

@@ -61,7 +61,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         box=box.ROUNDED,
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, markup=False).print(table)

@@ -99,10 +99,12 @@ class Writers:
         random = np.random.default_rng(writer)
         hot = max(self._pages // 10, 1)
         try:
-            while not self._stop.wait(self._pause):
+            writing = True
+            while writing:
                 anywhere = random.integers(self._pages, size=max(self._batch // 10, 1))
                 somewhere_hot = random.integers(hot, size=self._batch)
                 self._write(writer, np.concatenate((somewhere_hot, anywhere)))
+                writing = not self._stop.wait(self._pause)
         except BaseException as error:
             self._failures.append(error)
 

@@ -33,15 +33,13 @@ def seconds_text(seconds: float) -> str:
     Examples
     --------
     >>> seconds_text(0.0000004), seconds_text(0.0123), seconds_text(4)
-    ('400 ns', '12.3 ms', '4.00 s')
+    ('400 ns', '12.3 ms', '4 s')
     """
-    if seconds < 1e-6:
-        return f"{seconds * 1e9:.0f} ns"
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.1f} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.1f} ms"
-    return f"{seconds:.2f} s"
+    for unit in ("s", "ms", "µs"):
+        if seconds >= 0.9995:
+            return f"{seconds:.3g} {unit}" if seconds < 999.5 else f"{seconds:,.0f} {unit}"
+        seconds *= 1000
+    return f"{seconds:.0f} ns"
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
@@ -64,7 +62,8 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(column, justify="left" if number < left else "right", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    # A file or a pipe has no width: what fits a usual window is wide enough, and cells are not cut.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -10,7 +10,7 @@ from dirtylog import reference
 
 SIZES = (1 << 18, 1 << 24)
 DENSITIES = (0, 0.0001, 0.01, 0.1, 0.5, 1)
-OPERATIONS = ("mark", "range", "batch", "harvest", "indices", "runs")
+OPERATIONS = ("mark", "range", "batch", "harvest", "harvest to numbers", "indices", "runs")
 BATCH = 1_000_000
 
 Step = Callable[[], Any]
@@ -100,11 +100,16 @@ def contestants(operation: str, npages: int, density: float) -> Contestants:
             "reference": (refill(slow.words, [0] * len(words)), lambda: slow.mark_pages(listed)),
             "numpy": (refill(plain, 0), lambda: numpy_batch(plain, pages)),
         }
-    if operation == "harvest":
+    if operation.startswith("harvest"):
+        # numpy has no other form for the pages than their numbers.
         dirty = dl.DirtyPages.from_words(words, npages)
+        listing = operation == "harvest to numbers"
         return {
-            "dirtylog": (lambda: fast.merge(dirty), lambda: fast.harvest().indices()),
-            "reference": (refill(slow.words, word_list), lambda: slow.harvest().indices()),
+            "dirtylog": (lambda: fast.merge(dirty), lambda: fast.harvest().indices() if listing else fast.harvest()),
+            "reference": (
+                refill(slow.words, word_list),
+                lambda: slow.harvest().indices() if listing else slow.harvest(),
+            ),
             "numpy": (refill(plain, words), lambda: numpy_harvest(plain)),
         }
     if operation == "indices":

@@ -51,17 +51,18 @@ def main() -> None:
     args = parser.parse_args()
     cases = [(name, size, density) for name in args.operations for size in args.sizes for density in DENSITIES]
     rows = []
-    claims: dict[str, float] = {"against reference, 1 %": math.inf, "against numpy, any density": math.inf}
+    claims: dict[str, float] = {}
     for operation, npages, density in with_progress(cases, "measuring"):
         if operation == "mark" and not density:
             continue
         times = measured(contestants(operation, npages, density), npages * density, args.seconds)
         by_reference = times["reference"] / times["dirtylog"]
         by_numpy = times["numpy"] / times["dirtylog"]
-        if operation == "harvest" and npages == SIZES[-1]:
+        if operation.startswith("harvest") and npages == SIZES[-1]:
             if density == 0.01:
-                claims["against reference, 1 %"] = by_reference
-            claims["against numpy, any density"] = min(claims["against numpy, any density"], by_numpy)
+                claims[f"{operation} at 1 %, against reference"] = by_reference
+            worst = f"{operation}, against numpy, the worst density"
+            claims[worst] = min(claims.get(worst, math.inf), by_numpy)
         rows.append(
             [
                 operation,
@@ -77,12 +78,10 @@ def main() -> None:
         ["operation", "pages", "dirty", "dirtylog", "numpy", "reference", "numpy /", "reference /"],
         rows,
     )
-    summary = [
-        [f"harvest of 2^24 pages, {what}", ratio_text(ratio)] for what, ratio in claims.items() if ratio < math.inf
-    ]
+    summary = [[what, ratio_text(ratio)] for what, ratio in claims.items()]
     summary.append(["mark in a batch of a million random pages", f"{batch_nanoseconds(args.seconds):.1f} ns"])
     summary += [[f"second thread's speed beside: {name}", f"{share:.0%}"] for name, share in kept_speed().items()]
-    show_table("In short", ["", ""], summary)
+    show_table("In short, 2^24 pages", ["", ""], summary)
 
 
 if __name__ == "__main__":

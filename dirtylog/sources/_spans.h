@@ -1,0 +1,173 @@
+/* What the engines that watch this process's own memory share: which tracker wants which pages.
+ *
+ * Two trackers may watch the same page, and the kernel keeps one state for it. Whoever takes
+ * that state must hand it to the others, so each engine keeps one list of spans for the process
+ * and one lock round it. Nothing here locks: the engine's lock is held by every caller.
+ */
+#ifndef DIRTYLOG_SPANS_H
+#define DIRTYLOG_SPANS_H
+
+#include <stdint.h>
+
+#include "dirtylog/bits.h"
+
+struct dl_span {
+    struct dl_span *next;
+    uint64_t first, end;  /* pages of the address space: address / page size */
+    uint64_t *words;      /* dirty and not yet handed out, page `first` is bit 0 */
+    int pending;          /* `words` may hold a set bit */
+    int inexact;          /* `words` holds pages that nobody is known to have written (I6) */
+    int dead;             /* errno after which this span cannot be tracked again, else 0 */
+    int coarse;           /* mprotect: pages were opened that nobody wrote */
+    unsigned generation;  /* the engine's count of forks when the span was opened */
+    uint64_t *open;       /* mprotect: pages that are writable now */
+    uint64_t splits;      /* mprotect: about how many mappings the open pages cost */
+    uint64_t mapped;      /* bytes that hold this struct and its words */
+};
+
+/* Which step of opening a span was refused. */
+enum dl_step {
+    DL_STEP_NONE,
+    DL_STEP_USERFAULTFD,
+    DL_STEP_API,
+    DL_STEP_PAGEMAP,
+    DL_STEP_REGISTER,
+    DL_STEP_SCAN,
+    DL_STEP_SIGACTION,
+    DL_STEP_PROTECT,
+};
+
+enum dl_answer {
+    DL_CLEAN = 0, /* nothing was written, the caller's words are untouched */
+    DL_DIRTY = 1,
+    DL_LOST = 2, /* pages are reported that nobody is known to have written (I6) */
+};
+
+/* One way to find out what was written. Functions return 0 or more, or -errno; they take the
+ * engine's lock and may wait for it, so they are called without the GIL. */
+struct dl_engine {
+    /* Track the span from now on, clean. On failure `step` says which call refused. */
+    int (*open)(struct dl_span *span, uint64_t page_size, enum dl_step *step);
+    /* Idempotent; the span answers EBADF afterwards and may be freed. */
+    void (*close)(struct dl_span *span);
+    /* OR what was written into `words`, one bit a page of the span; with `take`, start clean again. */
+    int (*collect)(struct dl_span *span, uint64_t *words, int take);
+    /* Spans that are open in this process. */
+    int (*count)(void);
+};
+
+extern const struct dl_engine dl_uffd_engine, dl_mprotect_engine;
+
+/* Try each call in turn on a page of its own. */
+int dl_uffd_probe(enum dl_step *step);
+int dl_mprotect_probe(enum dl_step *step);
+
+/* mprotect: how many mappings the engine may make the kernel split before it opens memory in blocks. */
+void dl_mprotect_allow_splits(uint64_t splits);
+
+/* A span in pages of its own: the SIGSEGV handler writes to it, and must not fault doing so, which
+ * it would if a tracked buffer shared a page with it. NULL with errno set. */
+struct dl_span *dl_span_new(uint64_t first, uint64_t npages);
+void dl_span_free(struct dl_span *span);
+
+/* 0, or -ENOMEM when part of the span's memory is not mapped any more. */
+int dl_span_whole(const struct dl_span *span, uint64_t page_size);
+
+/* Plain stores: the words belong to whoever holds the engine's lock. */
+static inline void dl_words_set(uint64_t *words, uint64_t first, uint64_t end)
+{
+    uint64_t word = first / DL_WORD_PAGES, last = (end - 1) / DL_WORD_PAGES;
+    uint64_t head = dl_mask_from((unsigned)(first % DL_WORD_PAGES));
+    uint64_t tail = dl_mask_below((unsigned)((end - 1) % DL_WORD_PAGES) + 1);
+
+    if (word == last) {
+        words[word] |= head & tail;
+        return;
+    }
+    words[word] |= head;
+    while (++word < last)
+        words[word] = DL_ALL_PAGES;
+    words[last] |= tail;
+}
+
+static inline void dl_words_clear(uint64_t *words, uint64_t first, uint64_t end)
+{
+    for (uint64_t page = first; page < end;) {
+        uint64_t stop = (page / DL_WORD_PAGES + 1) * DL_WORD_PAGES;
+        uint64_t mask = dl_mask_from((unsigned)(page % DL_WORD_PAGES));
+
+        if (stop > end) {
+            stop = end;
+            mask &= dl_mask_below((unsigned)((end - 1) % DL_WORD_PAGES) + 1);
+        }
+        words[page / DL_WORD_PAGES] &= ~mask;
+        page = stop;
+    }
+}
+
+/* The part of [first, end) that lies in `span`; false when there is none. */
+static inline int dl_span_clip(const struct dl_span *span, uint64_t *first, uint64_t *end)
+{
+    if (*first < span->first)
+        *first = span->first;
+    if (*end > span->end)
+        *end = span->end;
+    return *first < *end;
+}
+
+static inline void dl_span_mark(struct dl_span *span, uint64_t first, uint64_t end)
+{
+    if (dl_span_clip(span, &first, &end)) {
+        dl_words_set(span->words, first - span->first, end - span->first);
+        span->pending = 1;
+    }
+}
+
+/* Deposit dirty pages with every tracker of them but `taker`, who has them already. */
+static inline void dl_spans_deposit(struct dl_span *list, const struct dl_span *taker, uint64_t first, uint64_t end)
+{
+    for (struct dl_span *span = list; span; span = span->next)
+        if (span != taker)
+            dl_span_mark(span, first, end);
+}
+
+/* The next stretch at or after `from` that `self` alone watches; false at the end. Quadratic in
+ * the number of trackers that overlap, of which there are few. */
+static inline int dl_span_alone(const struct dl_span *list, const struct dl_span *self, uint64_t from,
+                                uint64_t *first, uint64_t *end)
+{
+    const struct dl_span *span = list;
+
+    while (span) {
+        if (span != self && span->first <= from && from < span->end) {
+            from = span->end;
+            span = list;
+        } else {
+            span = span->next;
+        }
+    }
+    if (from >= self->end)
+        return 0;
+    *first = from;
+    *end = self->end;
+    for (span = list; span; span = span->next)
+        if (span != self && span->first > from && span->first < *end)
+            *end = span->first;
+    return 1;
+}
+
+static inline void dl_span_link(struct dl_span **list, struct dl_span *span)
+{
+    span->next = *list;
+    *list = span;
+}
+
+static inline void dl_span_unlink(struct dl_span **list, struct dl_span *span)
+{
+    while (*list && *list != span)
+        list = &(*list)->next;
+    if (*list)
+        *list = span->next;
+}
+
+#endif /* DIRTYLOG_SPANS_H */

@@ -1,0 +1,397 @@
+/* Userfaultfd write protection, asynchronous, read by PAGEMAP_SCAN: one registry for the process.
+ *
+ * A mapping can be registered with one userfaultfd only, and a scan that protects again (WP_MATCHING)
+ * consumes what it reports. So the process has one userfaultfd, and a scan for one tracker deposits
+ * what it found with every other tracker of the same pages before the lock is released (I5).
+ *
+ * The order inside a collect, for each page:
+ *   1. the kernel, under the page table's lock, tests "written", protects the page and flushes the
+ *      TLB: a store is either before that and reported, or after it and faults;
+ *   2. the page is deposited with the other trackers;
+ *   3. the lock is released, and only then is any answer handed out.
+ * A second tracker cannot scan between 1 and 2, where the page looks clean and is not yet deposited.
+ */
+#define _GNU_SOURCE
+#include "_spans.h"
+
+#include <errno.h>
+
+#ifdef __linux__
+
+#include <fcntl.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Declared here because the distribution's headers may be older than the kernel. */
+#ifndef UFFDIO_API
+struct uffdio_api {
+    uint64_t api, features, ioctls;
+};
+struct uffdio_range {
+    uint64_t start, len;
+};
+struct uffdio_register {
+    struct uffdio_range range;
+    uint64_t mode, ioctls;
+};
+#define UFFDIO_API _IOWR(0xAA, 0x3F, struct uffdio_api)
+#define UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct uffdio_register)
+#define UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct uffdio_range)
+#endif
+#ifndef UFFD_API
+#define UFFD_API UINT64_C(0xAA)
+#endif
+#ifndef UFFDIO_REGISTER_MODE_WP
+#define UFFDIO_REGISTER_MODE_WP (UINT64_C(1) << 1)
+#endif
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+#ifndef UFFD_FEATURE_WP_UNPOPULATED
+#define UFFD_FEATURE_WP_UNPOPULATED (UINT64_C(1) << 13)
+#endif
+#ifndef UFFD_FEATURE_WP_ASYNC
+#define UFFD_FEATURE_WP_ASYNC (UINT64_C(1) << 15)
+#endif
+#ifndef PAGEMAP_SCAN
+struct page_region {
+    uint64_t start, end, categories;
+};
+struct pm_scan_arg {
+    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
+    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
+};
+#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#define PM_SCAN_WP_MATCHING (UINT64_C(1) << 0)
+#define PM_SCAN_CHECK_WPASYNC (UINT64_C(1) << 1)
+#define PAGE_IS_WRITTEN (UINT64_C(1) << 1)
+#endif
+
+#define VECTOR 8192 /* regions one ioctl may report: 192 KiB */
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards everything below */
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static struct dl_span *spans;
+static int userfaultfd_fd = -1, pagemap_fd = -1;
+static uint64_t page_bytes;
+static unsigned forks;
+static struct page_region vector[VECTOR];
+
+/* The lock is held across the fork, so the child never inherits a half-done step. Both descriptors
+ * stand for the parent's memory: the child must let go of them, and of the parent's trackers. */
+static void before_fork(void) { pthread_mutex_lock(&lock); }
+static void after_fork_in_parent(void) { pthread_mutex_unlock(&lock); }
+
+static void close_descriptors(void)
+{
+    if (userfaultfd_fd >= 0)
+        close(userfaultfd_fd);
+    if (pagemap_fd >= 0)
+        close(pagemap_fd);
+    userfaultfd_fd = pagemap_fd = -1;
+}
+
+static void after_fork_in_child(void)
+{
+    close_descriptors();
+    spans = NULL;
+    forks++;
+    pthread_mutex_init(&lock, NULL);
+}
+
+static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+
+static int open_descriptors(int *uffd, int *pagemap, enum dl_step *step)
+{
+    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC};
+    int error;
+
+    /* USER_MODE_ONLY: an unprivileged process may have it. With WP_ASYNC nobody ever waits on the
+     * descriptor, and faults that the kernel takes on the process's behalf are resolved all the same. */
+    *step = DL_STEP_USERFAULTFD;
+    *uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    if (*uffd < 0)
+        return -errno;
+    *step = DL_STEP_API;
+    if (ioctl(*uffd, UFFDIO_API, &api) < 0)
+        goto fail;
+    *step = DL_STEP_PAGEMAP;
+    *pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (*pagemap < 0)
+        goto fail;
+    *step = DL_STEP_NONE;
+    return 0;
+fail:
+    error = -errno;
+    close(*uffd);
+    *uffd = -1;
+    return error;
+}
+
+static int registered(int uffd, uint64_t start, uint64_t end)
+{
+    struct uffdio_register want = {{start, end - start}, UFFDIO_REGISTER_MODE_WP, 0};
+
+    return ioctl(uffd, UFFDIO_REGISTER, &want) < 0 ? -errno : 0;
+}
+
+static int scan(int pagemap, struct pm_scan_arg *arg, uint64_t start, uint64_t end, int take)
+{
+    /* WRITTEN alone: a written page may have been swapped out since, so PRESENT is not asked for.
+     * CHECK_WPASYNC: memory that was replaced under the tracker answers EPERM, not "clean". */
+    *arg = (struct pm_scan_arg){
+        .size = sizeof(*arg),
+        .flags = PM_SCAN_CHECK_WPASYNC | (take ? PM_SCAN_WP_MATCHING : 0),
+        .start = start,
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)vector,
+        .vec_len = VECTOR,
+        .category_mask = PAGE_IS_WRITTEN,
+        .return_mask = PAGE_IS_WRITTEN,
+    };
+    int found = ioctl(pagemap, PAGEMAP_SCAN, arg);
+
+    return found < 0 ? -errno : found;
+}
+
+/* One pass over the span. `words` may be NULL: what is found is then dropped, for this span only. */
+static int walk(struct dl_span *span, uint64_t *words, int take)
+{
+    uint64_t at = span->first * page_bytes, end = span->end * page_bytes;
+    int shared = spans != span || span->next, answer = DL_CLEAN;
+    struct pm_scan_arg arg;
+
+    while (at < end) {
+        int found = scan(pagemap_fd, &arg, at, end, take);
+
+        if (found < 0)
+            return found;
+        for (int i = 0; i < found; i++) {
+            uint64_t first = vector[i].start / page_bytes, stop = vector[i].end / page_bytes;
+
+            if (words)
+                dl_words_set(words, first - span->first, stop - span->first);
+            if (take && shared)
+                dl_spans_deposit(spans, span, first, stop);
+        }
+        if (found)
+            answer = DL_DIRTY;
+        /* A full vector ends the walk early; a kernel that reports no progress would spin us. */
+        if (arg.walk_end <= at)
+            return -EIO;
+        at = arg.walk_end;
+    }
+    return answer;
+}
+
+/* The span's memory was replaced: what was written since the last collect is unknown, for every
+ * tracker of it (I6). Track what is there now, or never again. */
+static int start_over(struct dl_span *span)
+{
+    int error;
+
+    for (struct dl_span *other = spans; other; other = other->next) {
+        uint64_t first = span->first, end = span->end;
+
+        if (other != span && dl_span_clip(other, &first, &end)) {
+            dl_span_mark(other, first, end);
+            other->inexact = 1;
+        }
+    }
+    error = registered(userfaultfd_fd, span->first * page_bytes, span->end * page_bytes);
+    if (!error)
+        error = walk(span, NULL, 1);
+    if (error >= 0)
+        error = dl_span_whole(span, page_bytes);
+    if (error < 0)
+        span->dead = -error;
+    return error;
+}
+
+static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
+{
+    uint64_t npages = span->end - span->first;
+    int answer, error;
+
+    pthread_mutex_lock(&lock);
+    if (span->generation != forks) {
+        answer = -ECHILD;
+        goto out;
+    }
+    if (span->dead) {
+        answer = -span->dead;
+        goto out;
+    }
+    answer = walk(span, words, take);
+    /* PAGEMAP_SCAN passes over unmapped stretches in silence. */
+    error = dl_span_whole(span, page_bytes);
+    if (error < 0) {
+        answer = error;
+        span->dead = -error;
+        goto out;
+    }
+    if (answer < 0) {
+        /* A peek changes nothing: the next harvest meets the same gap. */
+        error = take ? start_over(span) : 0;
+        if (error < 0) {
+            answer = error;
+            goto out;
+        }
+        answer = DL_LOST;
+        dl_words_set(words, 0, npages);
+    }
+    if (span->pending) {
+        for (uint64_t i = 0; i < dl_words_for(npages); i++)
+            words[i] |= span->words[i];
+        answer = span->inexact || answer == DL_LOST ? DL_LOST : DL_DIRTY;
+        if (take) {
+            memset(span->words, 0, dl_words_for(npages) * sizeof(uint64_t));
+            span->pending = span->inexact = 0;
+        }
+    }
+out:
+    pthread_mutex_unlock(&lock);
+    return answer;
+}
+
+/* Lock held. Pages that another tracker still watches stay registered and armed. */
+static void forget(struct dl_span *span)
+{
+    uint64_t at = span->first, first, end;
+
+    while (dl_span_alone(spans, span, at, &first, &end)) {
+        struct uffdio_range range = {first * page_bytes, (end - first) * page_bytes};
+
+        /* Memory that was unmapped meanwhile needs no unregistering. */
+        (void)ioctl(userfaultfd_fd, UFFDIO_UNREGISTER, &range);
+        at = end;
+    }
+    dl_span_unlink(&spans, span);
+    if (!spans)
+        close_descriptors();
+}
+
+static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *step)
+{
+    int error = 0;
+
+    pthread_once(&once, watch_forks);
+    pthread_mutex_lock(&lock);
+    page_bytes = page_size;
+    if (userfaultfd_fd < 0)
+        error = open_descriptors(&userfaultfd_fd, &pagemap_fd, step);
+    if (!error) {
+        span->generation = forks;
+        dl_span_link(&spans, span);
+        *step = DL_STEP_REGISTER;
+        error = registered(userfaultfd_fd, span->first * page_size, span->end * page_size);
+        if (!error) {
+            *step = DL_STEP_SCAN;
+            error = walk(span, NULL, 1);
+        }
+        if (error >= 0) {
+            *step = DL_STEP_NONE;
+            error = 0;
+        } else {
+            forget(span);
+        }
+    }
+    pthread_mutex_unlock(&lock);
+    return error;
+}
+
+static void uffd_close(struct dl_span *span)
+{
+    pthread_mutex_lock(&lock);
+    /* A forked child inherits spans of the parent's registry, which are none of its own. */
+    if (span->generation == forks && span->dead != EBADF)
+        forget(span);
+    span->dead = EBADF;
+    pthread_mutex_unlock(&lock);
+}
+
+/* Scans one armed page of its own, written once: the answer must be that page. */
+static int probe_scan(int uffd, int pagemap, enum dl_step *step)
+{
+    size_t size = (size_t)sysconf(_SC_PAGESIZE);
+    volatile char *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint64_t start = (uint64_t)(uintptr_t)page;
+    struct pm_scan_arg arg;
+    int found;
+
+    if (page == MAP_FAILED)
+        return -errno;
+    *step = DL_STEP_REGISTER;
+    found = registered(uffd, start, start + size);
+    if (!found) {
+        *step = DL_STEP_SCAN;
+        found = scan(pagemap, &arg, start, start + size, 1);
+        if (found >= 0)
+            found = scan(pagemap, &arg, start, start + size, 1);
+        if (found == 0) {
+            page[0] = 1;
+            found = scan(pagemap, &arg, start, start + size, 1);
+        } else if (found > 0) {
+            found = -EIO;
+        }
+    }
+    munmap((void *)page, size);
+    return found == 1 ? 0 : found < 0 ? found : -EIO;
+}
+
+int dl_uffd_probe(enum dl_step *step)
+{
+    int uffd = -1, pagemap = -1, error;
+
+    pthread_once(&once, watch_forks);
+    /* Under the lock, because the scan's vector is the process's. */
+    pthread_mutex_lock(&lock);
+    error = open_descriptors(&uffd, &pagemap, step);
+    if (!error) {
+        error = probe_scan(uffd, pagemap, step);
+        close(uffd);
+        close(pagemap);
+    }
+    pthread_mutex_unlock(&lock);
+    if (!error)
+        *step = DL_STEP_NONE;
+    return error;
+}
+
+static int uffd_count(void)
+{
+    int count = 0;
+
+    pthread_mutex_lock(&lock);
+    for (struct dl_span *span = spans; span; span = span->next)
+        count++;
+    pthread_mutex_unlock(&lock);
+    return count;
+}
+
+#else /* no Linux, no userfaultfd */
+
+static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *step)
+{
+    *step = DL_STEP_USERFAULTFD;
+    return -ENOSYS;
+}
+
+static void uffd_close(struct dl_span *span) {}
+static int uffd_collect(struct dl_span *span, uint64_t *words, int take) { return -ENOSYS; }
+static int uffd_count(void) { return 0; }
+
+int dl_uffd_probe(enum dl_step *step)
+{
+    *step = DL_STEP_USERFAULTFD;
+    return -ENOSYS;
+}
+
+#endif
+
+const struct dl_engine dl_uffd_engine = {uffd_open, uffd_close, uffd_collect, uffd_count};

@@ -1,0 +1,344 @@
+"""Tracking of this process's own memory: which pages of a buffer were written since the last harvest."""
+
+import mmap
+import os
+import threading
+import warnings
+from errno import EBADF, ECHILD
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+import numpy as np
+
+from dirtylog._core import compare_pages
+from dirtylog._pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources import _tracking
+from dirtylog.sources.arrays import empty, zeros
+from dirtylog.sources.probe import Mapping, mappings_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["BACKENDS", "Tracker", "empty", "track", "zeros"]
+
+BACKENDS = ("userfaultfd", "mprotect", "compare")
+
+# Forks that this process began, and forks that it is the child of. A tracker
+# remembers both from when it was opened: see Tracker._collect.
+_forks = _births = 0
+
+
+def _before_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _after_fork_in_child() -> None:
+    global _births
+    _births += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+
+
+class _Engine(Protocol):
+    """One way to find out what was written. Failures are OSErrors; EBADF: closed, ECHILD: forked."""
+
+    def collect(self, take: bool) -> DirtyPages: ...
+    def close(self) -> None: ...
+
+
+class _Compare:
+    """Compare the pages with a private copy, which then takes over what differs."""
+
+    def __init__(self, pinned: _tracking.PinnedPages) -> None:
+        self._live = memoryview(pinned)
+        self._copy = np.array(self._live)
+        self._page_size = pinned.page_size
+        self._closed = False
+        # Two harvests at once would both report what one of them has copied.
+        self._lock = threading.Lock()
+
+    def collect(self, take: bool) -> DirtyPages:
+        with self._lock:
+            if self._closed:
+                raise OSError(EBADF, "closed")
+            pages: DirtyPages = compare_pages(self._live, self._copy, self._page_size)
+            if take and pages:
+                # A write that lands in between is in the copy and not in this answer, but it is
+                # in the memory too when the caller reads the page that this answer names.
+                _tracking.copy_runs(self._copy, self._live, pages.runs(), self._page_size)
+            return pages
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._live.release()
+
+
+class Tracker:
+    """The pages of one buffer that were written since the last harvest.
+
+    Made by :func:`track`; a source: it can be attached to a `DirtyLog`.
+
+    Attributes
+    ----------
+    npages : int
+        Whole pages that the buffer touches; page 0 holds the buffer's first byte.
+    page_size : int
+        The system's own, in bytes.
+    offset : int
+        Bytes from the start of page 0 to the buffer's first byte: byte ``i`` of
+        the buffer lies in page ``(offset + i) // page_size``.
+    backend : str
+        Which back end it is: ``"userfaultfd"``, ``"mprotect"`` or ``"compare"``.
+    refused : dict of str to str
+        The back ends that ``"auto"`` passed over, and why.
+
+    Notes
+    -----
+    Any number of threads may harvest, peek and write. A write that happened
+    before a harvest began is in that harvest, or in that of another thread at
+    the same time; never lost. Read a page's content after the harvest that
+    reported it.
+    """
+
+    def __init__(self, buffer: "Buffer", backend: str = "auto") -> None:
+        self._engine: _Engine | None = None
+        self._births = _births
+        self._forks = _forks
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+        self._pinned = _tracking.PinnedPages(buffer, mmap.PAGESIZE)
+        self.offset: int = self._pinned.offset
+        self.npages: int = self._pinned.npages
+        self.page_size: int = self._pinned.page_size
+        mappings = mappings_of(self._pinned.address, self.npages * self.page_size)
+        self._writers = {mapping.writers for mapping in mappings}
+        self.refused: dict[str, str] = {}
+        try:
+            self.backend, self._engine = self._open(backend, mappings)
+        except BaseException:
+            self._pinned.release()
+            raise
+
+    def _open(self, backend: str, mappings: list[Mapping]) -> tuple[str, _Engine]:
+        for name in BACKENDS if backend == "auto" else (backend,):
+            why = self._unsuited(name, mappings) if backend == "auto" else ""
+            if not why:
+                try:
+                    return name, self._engine_for(name, mappings)
+                except OSError as error:
+                    why = error.strerror or str(error)
+            self.refused[name] = why
+        others = [repr(name) for name in BACKENDS if name != backend]
+        raise BackendUnavailable(backend, self.refused[backend], f"try backend={' or '.join(others)}, or 'auto'")
+
+    def _unsuited(self, name: str, mappings: list[Mapping]) -> str:
+        """Say why ``"auto"`` should not choose a back end that would work."""
+        if name != "compare" and "anyone" in self._writers:
+            path = next(mapping.path for mapping in mappings if mapping.writers == "anyone")
+            return f"other processes may write {path}, and write protection sees this process's own stores only"
+        if name == "mprotect" and (self.offset or self._pinned.nbytes % self.page_size):
+            return "the buffer shares pages with other data, and system calls that write there would fail with EFAULT"
+        return ""
+
+    def _engine_for(self, name: str, mappings: list[Mapping]) -> _Engine:
+        if name == "compare":
+            return _Compare(self._pinned)
+        if name == "mprotect":
+            if odd := [mapping.permissions for mapping in mappings if not mapping.permissions.startswith("rw-")]:
+                raise OSError(f"the memory is mapped {odd[0]}, and closing would leave it rw-")
+            _tracking.allow_splits(_spare_mappings())
+        return _tracking.Span(name, self._pinned.address, self.npages, self.page_size)
+
+    def harvest(self) -> DirtyPages:
+        """Take the pages that were written since the last harvest.
+
+        Returns
+        -------
+        DirtyPages
+            Numbered from page 0 of the tracker. ``exact`` is False, with an
+            `IncompleteLogWarning`, when the tracker cannot vouch for its answer
+            and reports pages that nobody may have written (I6).
+
+        Raises
+        ------
+        ValueError
+            The tracker is closed.
+        DirtyLogError
+            The memory is gone, or this is the child of a fork: nothing can be
+            tracked any longer.
+
+        Notes
+        -----
+        userfaultfd: one PAGEMAP_SCAN for 8192 runs, O(pages) with a constant of
+        about 1 ns, less where huge pages are. mprotect: O(npages / 64), and one
+        mprotect a run. compare: reads all of the memory and of its copy.
+        """
+        return self._collect(True)
+
+    def peek(self) -> DirtyPages:
+        """Look at what the next harvest would report; the harvest reports it again.
+
+        Returns, Raises and Notes are those of :meth:`harvest`.
+        """
+        return self._collect(False)
+
+    def _collect(self, take: bool) -> DirtyPages:
+        engine = self._engine
+        if engine is None:
+            raise ValueError("the tracker is closed; track the buffer again")
+        if self._births != _births:
+            raise _forked()
+        try:
+            pages = engine.collect(take)
+        except OSError as error:
+            raise self._failure(error) from error
+        # Memory that children inherit shared is written behind our back from the first fork on.
+        if self._forks != _forks and "heirs" in self._writers and self.backend != "compare":
+            pages = DirtyPages._all(self.npages, self.page_size, exact=False)
+        if not pages.exact:
+            warnings.warn(
+                f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
+                f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or mappings "
+                "ran short",
+                IncompleteLogWarning,
+                stacklevel=3,
+            )
+        return pages
+
+    def _failure(self, error: OSError) -> Exception:
+        if error.errno == EBADF:
+            return ValueError("the tracker was closed by another thread; track the buffer again")
+        if error.errno == ECHILD:
+            return _forked()
+        where = f"{self.npages} pages from address {self._pinned.address:#x}"
+        return DirtyLogError(
+            f"{where} can no longer be tracked by {self.backend} ({error.strerror}): they were unmapped, moved or "
+            "replaced; take everything as written, close this tracker and track the memory where it is now"
+        )
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._engine is None
+
+    def close(self) -> None:
+        """Stop tracking and let go of the buffer; a second call does nothing."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+            self._pinned.release()
+
+    def __enter__(self) -> Self:
+        """Return the tracker itself."""
+        if self._engine is None:
+            raise ValueError("the tracker is closed; track the buffer again")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the tracker."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close a tracker that was forgotten, and say so; a forked child's copy goes in silence."""
+        if getattr(self, "_engine", None) is not None:
+            if self._births == _births:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
+
+    def __repr__(self) -> str:
+        """Name the back end and the size."""
+        state = "closed " if self.closed else ""
+        return f"<{state}Tracker: {self.npages} pages of {self.page_size} bytes by {self.backend}>"
+
+
+def _forked() -> DirtyLogError:
+    return DirtyLogError(
+        "this tracker belongs to the parent process: a fork's child is not tracked; "
+        "close it here and track the buffer in the child itself"
+    )
+
+
+def _spare_mappings() -> int:
+    """Half of the mappings that this process may still make: the rest of it needs some too."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        with Path("/proc/self/maps").open("rb") as maps:
+            used = sum(1 for _ in maps)
+    except OSError:
+        return 16384
+    return max(0, limit - used) // 2
+
+
+def track(buffer: "Buffer", backend: str = "auto") -> Tracker:
+    """Track which pages of a buffer are written, from now on.
+
+    What was written before this returns is not reported.
+
+    Parameters
+    ----------
+    buffer : object with the buffer protocol
+        A NumPy array (contiguous), `mmap.mmap`, `memoryview`, the ``buf`` of
+        `multiprocessing.shared_memory.SharedMemory`, `bytearray`, ... It is kept
+        alive and in place. One that does not fill whole pages is tracked by the
+        whole pages it touches: a neighbour's write is then reported too.
+    backend : {"auto", "userfaultfd", "mprotect", "compare"}
+        ``"auto"`` takes the first that works here and sees every writer:
+        memory that other processes can map (files, memfd, named shared memory)
+        is compared, since write protection sees the stores of this process,
+        through this mapping, only. Name a back end to have it all the same.
+
+    Returns
+    -------
+    Tracker
+        A source and a context manager.
+
+    Raises
+    ------
+    TypeError
+        No buffer protocol.
+    ValueError
+        An empty or scattered buffer, or no such back end.
+    BackendUnavailable
+        The back end that was named does not work here: with what it answered.
+
+    Notes
+    -----
+    userfaultfd (Linux 6.7) sees every write, system calls and other processes'
+    ``process_vm_writev`` included, and costs the writer about a microsecond for
+    the first write to a page after a harvest. Memory that is not filled yet gets
+    small pages while it is tracked.
+
+    mprotect sees stores, each 4 to 7 microseconds for the first write to a page.
+    System calls that write into a page before a store does fail with EFAULT,
+    ``MADV_DONTNEED`` goes unseen, and the program must not call ``mprotect`` on
+    the memory or install another SIGSEGV handler. When mappings run short
+    (``vm.max_map_count``) it opens memory in blocks, and says so (I6).
+
+    compare holds a copy and sees contents, not writes: a page that has its old
+    content again is clean. If it went there and back while the caller copied it,
+    the caller has content that no later harvest reports; let writers rest while
+    you copy, or choose another back end.
+
+    References
+    ----------
+    ``PAGEMAP_SCAN`` in Linux ``Documentation/admin-guide/mm/pagemap.rst``;
+    ``userfaultfd(2)``, asynchronous write protection.
+
+    Examples
+    --------
+    >>> import dirtylog as dl
+    >>> array = dl.zeros(4 * 4096, "uint8")
+    >>> with dl.track(array) as tracker:
+    ...     array[5000] = 1
+    ...     tracker.harvest().indices().tolist(), tracker.harvest().count
+    ([1], 0)
+    """
+    return Tracker(buffer, backend)

@@ -42,7 +42,6 @@ static __thread struct {
     uintptr_t address;
     uint64_t closes;
 } stranger __attribute__((tls_model("initial-exec")));
-static __thread int chained __attribute__((tls_model("initial-exec")));
 
 static void spin_lock(void)
 {
@@ -182,15 +181,10 @@ static void chain(int number, siginfo_t *info, void *context)
 {
     struct sigaction standard = {.sa_handler = SIG_DFL};
 
-    /* A handler that was installed over ours may call ours as its previous one: do not go round. */
-    if (!chained && (previous.sa_flags & SA_SIGINFO)) {
-        chained = 1;
+    if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(number, info, context);
-        chained = 0;
-    } else if (!chained && previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        chained = 1;
+    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
         previous.sa_handler(number);
-        chained = 0;
     } else if (!(previous.sa_handler == SIG_IGN && info->si_code <= 0)) {
         /* The store is tried again and ends the process, as it would have without us. */
         sigaction(SIGSEGV, &standard, NULL);
@@ -220,7 +214,8 @@ static void on_fault(int number, siginfo_t *info, void *context)
     errno = error;
 }
 
-/* Lock held. */
+/* Lock held. The handler stays for good: a thread may have faulted on a page that a close has since
+ * opened, and the signal that is on its way to it must still find the handler. */
 static int install(void)
 {
     struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK}, now;
@@ -229,24 +224,16 @@ static int install(void)
         return -errno;
     if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault)
         return 0;
+    /* Whoever installed a handler over ours may call ours as its previous one; over it once more, the
+     * two would call each other for ever. */
+    if (installed && ((now.sa_flags & SA_SIGINFO) || (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN)))
+        return -EBUSY;
     sigfillset(&ours.sa_mask);
     previous = now;
     if (sigaction(SIGSEGV, &ours, NULL) < 0)
         return -errno;
     installed = 1;
     return 0;
-}
-
-/* Lock held. Only if nobody installed another handler over ours. */
-static void uninstall(void)
-{
-    struct sigaction now;
-
-    if (installed && sigaction(SIGSEGV, NULL, &now) == 0 && (now.sa_flags & SA_SIGINFO) &&
-        now.sa_sigaction == on_fault) {
-        sigaction(SIGSEGV, &previous, NULL);
-        installed = 0;
-    }
 }
 
 /* Lock held. Protect the runs of `taken`, whose bit 0 is page `base`; what is protected is closed in
@@ -280,28 +267,10 @@ static int protect_runs(const uint64_t *taken, uint64_t nwords, uint64_t base)
     return 0;
 }
 
-/* Give back what a harvest that failed had taken (I5). */
-static void put_back(struct dl_span *span, const uint64_t *words, uint64_t nwords)
-{
-    uint64_t chunk[CHUNK_WORDS];
-    sigset_t mask;
-
-    for (uint64_t at = 0; at < nwords; at += CHUNK_WORDS) {
-        uint64_t size = nwords - at < CHUNK_WORDS ? nwords - at : CHUNK_WORDS;
-
-        memcpy(chunk, words + at, size * sizeof(*chunk));
-        lock_all(&mask);
-        for (uint64_t i = 0; i < size; i++)
-            span->words[at + i] |= chunk[i];
-        span->pending = 1;
-        unlock_all(&mask);
-    }
-}
-
 static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
 {
     uint64_t chunk[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first), seen = 0;
-    int error = 0, coarse = 0;
+    int error, coarse;
     sigset_t mask;
 
     lock_all(&mask);
@@ -322,27 +291,24 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         span->pending = span->coarse = 0;
     unlock_all(&mask);
 
-    for (uint64_t at = 0; at < nwords && !error; at += CHUNK_WORDS) {
-        uint64_t size = nwords - at < CHUNK_WORDS ? nwords - at : CHUNK_WORDS, any = 0;
+    for (uint64_t at = 0; at < nwords; at += CHUNK_WORDS) {
+        uint64_t size = nwords - at < CHUNK_WORDS ? nwords - at : CHUNK_WORDS;
 
         lock_all(&mask);
         memcpy(chunk, span->words + at, size * sizeof(*chunk));
-        if (take) {
-            error = protect_runs(chunk, size, span->first + at * DL_WORD_PAGES);
-            if (!error)
-                memset(span->words + at, 0, size * sizeof(*chunk));
+        if (take && protect_runs(chunk, size, span->first + at * DL_WORD_PAGES) == 0) {
+            memset(span->words + at, 0, size * sizeof(*chunk));
+        } else if (take) {
+            /* No mapping is left to protect with: what stays open stays marked (I1), and is reported
+             * again until the system lets us protect it. */
+            span->pending = coarse = 1;
         }
         unlock_all(&mask);
         /* The caller's words may share a page with a tracked buffer: outside the lock. */
-        for (uint64_t i = 0; i < size && !error; i++) {
-            any |= chunk[i];
+        for (uint64_t i = 0; i < size; i++) {
+            seen |= chunk[i];
             words[at + i] |= chunk[i];
         }
-        seen |= any;
-    }
-    if (error) {
-        put_back(span, words, nwords);
-        return error;
     }
     if (take) {
         lock_all(&mask);
@@ -365,8 +331,6 @@ static void forget(struct dl_span *span)
     }
     dl_span_unlink(&spans, span);
     closes++;
-    if (!spans)
-        uninstall();
 }
 
 static int mprotect_open(struct dl_span *span, uint64_t page_size, enum dl_step *step)
@@ -425,6 +389,19 @@ static int mprotect_count(void)
     return count;
 }
 
+int dl_mprotect_covers(uint64_t first, uint64_t end)
+{
+    struct dl_span hole = {.first = first, .end = end};
+    uint64_t from, to;
+    sigset_t mask;
+    int covered;
+
+    lock_all(&mask);
+    covered = !dl_span_alone(spans, &hole, first, &from, &to);
+    unlock_all(&mask);
+    return covered;
+}
+
 void dl_mprotect_allow_splits(uint64_t splits)
 {
     sigset_t mask;
@@ -473,6 +450,7 @@ static int mprotect_open(struct dl_span *span, uint64_t page_size, enum dl_step 
 static void mprotect_close(struct dl_span *span) {}
 static int mprotect_collect(struct dl_span *span, uint64_t *words, int take) { return -ENOSYS; }
 static int mprotect_count(void) { return 0; }
+int dl_mprotect_covers(uint64_t first, uint64_t end) { return 0; }
 void dl_mprotect_allow_splits(uint64_t splits) {}
 
 int dl_mprotect_probe(enum dl_step *step)

@@ -65,6 +65,9 @@ int dl_mprotect_probe(enum dl_step *step);
 /* mprotect: how many mappings the engine may make the kernel split before it opens memory in blocks. */
 void dl_mprotect_allow_splits(uint64_t splits);
 
+/* mprotect: whether every page of a range is tracked already, and so may be mapped read-only by us. */
+int dl_mprotect_covers(uint64_t first, uint64_t end);
+
 /* A span in pages of its own: the SIGSEGV handler writes to it, and must not fault doing so, which
  * it would if a tracked buffer shared a page with it. NULL with errno set. */
 struct dl_span *dl_span_new(uint64_t first, uint64_t npages);

@@ -45,6 +45,7 @@ cdef extern from "sources/_spans.h" nogil:
     int dl_uffd_probe(dl_step *step)
     int dl_mprotect_probe(dl_step *step)
     void dl_mprotect_allow_splits(uint64_t splits)
+    int dl_mprotect_covers(uint64_t first, uint64_t end)
     dl_span *dl_span_new(uint64_t first, uint64_t npages)
     void dl_span_free(dl_span *span)
 
@@ -121,6 +122,23 @@ def allow_splits(uint64_t splits):
     """
     with nogil:
         dl_mprotect_allow_splits(splits)
+
+
+def covers(uint64_t start, uint64_t end, uint64_t page_size):
+    """Tell whether mprotect spans track every page of a range.
+
+    Parameters
+    ----------
+    start, end : int
+        Addresses in bytes, multiples of `page_size`.
+    page_size : int
+        Bytes.
+    """
+    cdef bint answer
+
+    with nogil:
+        answer = dl_mprotect_covers(start // page_size, end // page_size)
+    return answer
 
 
 @cython.final

@@ -150,10 +150,17 @@ class Tracker:
         if name == "compare":
             return _Compare(self._pinned)
         if name == "mprotect":
-            if odd := [mapping.permissions for mapping in mappings if not mapping.permissions.startswith("rw-")]:
-                raise OSError(f"the memory is mapped {odd[0]}, and closing would leave it rw-")
+            for mapping in mappings:
+                if not mapping.permissions.startswith("rw-") and not self._ours(mapping):
+                    raise OSError(f"the memory is mapped {mapping.permissions}, and closing would leave it rw-")
             _tracking.allow_splits(_spare_mappings())
         return _tracking.Span(name, self._pinned.address, self.npages, self.page_size)
+
+    def _ours(self, mapping: Mapping) -> bool:
+        """Whether a mapping is read-only because another tracker made it so."""
+        start = max(mapping.start, self._pinned.address)
+        end = min(mapping.end, self._pinned.address + self.npages * self.page_size)
+        return mapping.permissions.startswith("r--") and _tracking.covers(start, end, self.page_size)
 
     def harvest(self) -> DirtyPages:
         """Take the pages that were written since the last harvest.
@@ -319,7 +326,8 @@ def track(buffer: "Buffer", backend: str = "auto") -> Tracker:
     mprotect sees stores, each 4 to 7 microseconds for the first write to a page.
     System calls that write into a page before a store does fail with EFAULT,
     ``MADV_DONTNEED`` goes unseen, and the program must not call ``mprotect`` on
-    the memory or install another SIGSEGV handler. When mappings run short
+    the memory or install another SIGSEGV handler over the tracker's, which stays
+    and passes on what is not its own. When mappings run short
     (``vm.max_map_count``) it opens memory in blocks, and says so (I6).
 
     compare holds a copy and sees contents, not writes: a page that has its old

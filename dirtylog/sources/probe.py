@@ -78,9 +78,10 @@ def mappings_of(address: int, nbytes: int) -> list[Mapping]:
     except OSError:
         return []
     for line in lines:
-        span, permissions, _, _, _, *path = line.split(maxsplit=5)
+        span, _, rest = line.partition(" ")
         start, end = (int(bound, 16) for bound in span.split("-"))
         if start < address + nbytes and address < end:
+            permissions, _, _, _, *path = rest.split(maxsplit=4)
             found.append(Mapping(start, end, permissions, path[0] if path else ""))
     return found
 

@@ -1,0 +1,222 @@
+"""The mprotect back end's own hazards: signals, and mappings that run short."""
+
+import mmap
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+from dirtylog.sources import _tracking
+
+PAGE = mmap.PAGESIZE
+REFUSAL = _tracking.probe("mprotect")
+pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=f"mprotect: {REFUSAL}")
+
+
+def run(code, returncode=0):
+    """In a process of its own, which a wrong handler may kill or hang."""
+    prelude = """
+import ctypes, faulthandler, mmap, os, signal, sys, threading, warnings
+import numpy as np
+import dirtylog as dl
+from dirtylog.sources import _tracking
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+signal.alarm(60)
+def array_of(npages):
+    array = dl.empty((npages, PAGE), np.uint8)
+    array[:] = 7
+    return array
+"""
+    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=False)
+    assert done.returncode == returncode, (done.returncode, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture
+def few_splits():
+    yield _tracking.allow_splits
+    _tracking.allow_splits(16384)
+
+
+def test_short_of_mappings_memory_is_opened_in_blocks_and_said_so(few_splits):
+    array = dl.empty((4096, PAGE), np.uint8)
+    array[:] = 7
+    with dl.track(array, "mprotect") as tracker:
+        few_splits(20)
+        array[:20:2] = 1
+        assert tracker.harvest().indices().tolist() == list(range(0, 20, 2))
+        array[::2] = 2
+        with pytest.warns(dl.IncompleteLogWarning, match="mappings ran short"):
+            answer = tracker.harvest()
+        assert not answer.exact
+        assert set(range(0, 4096, 2)) <= set(answer)
+        array[[1, 4095]] = 3
+        assert tracker.harvest().indices().tolist() == [1, 4095]
+
+
+def test_blocks_are_marked_for_every_tracker_they_touch(few_splits):
+    array = dl.empty((1024, PAGE), np.uint8)
+    array[:] = 7
+    with dl.track(array, "mprotect") as whole, dl.track(array[600:], "mprotect") as part:
+        few_splits(0)
+        array[700] = 1
+        for tracker, page in ((whole, 700), (part, 100)):
+            with pytest.warns(dl.IncompleteLogWarning):
+                answer = tracker.harvest()
+            assert page in answer
+
+
+USE_UP_MAPPINGS = """
+limit = int(open("/proc/sys/vm/max_map_count").read())
+def use_up_mappings():
+    spare = libc.mmap(None, 2 * limit * PAGE, 0, PRIVATE | 0x4000, -1, 0)
+    split = []
+    for page in range(0, 2 * limit, 2):
+        if libc.mprotect(spare + page * PAGE, PAGE, 1):
+            return spare, split
+        split.append(page)
+    sys.exit("mappings without end")
+"""
+
+
+def test_when_the_system_has_no_mapping_left_nothing_spins_and_nothing_is_lost():
+    answer = run(
+        USE_UP_MAPPINGS
+        + """
+array = array_of(2000)
+tracker = dl.track(array, "mprotect")
+_tracking.allow_splits(10**9)
+use_up_mappings()
+array[::2] = 1
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    answer = tracker.harvest()
+    print(set(range(0, 2000, 2)) <= set(answer), answer.exact, len(caught))
+    array[5] = 2
+    print(5 in tracker.harvest(), bool((array[::2][3:] == 1).all()))
+tracker.close()
+"""
+    )
+    assert answer == "True False 1\nTrue True\n"
+
+
+def test_a_fault_that_is_not_ours_goes_to_the_handler_that_was_there():
+    code = """
+faulthandler.enable()
+array = array_of(4)
+tracker = dl.track(array, "mprotect")
+array[1] = 1
+print(tracker.harvest().indices().tolist(), flush=True)
+ctypes.memset(libc.mmap(None, PAGE, 1, PRIVATE, -1, 0), 1, 1)
+"""
+    assert run(code, returncode=-11) == "[1]\n"
+
+
+def test_without_an_earlier_handler_a_foreign_fault_ends_the_process_as_ever():
+    for address in ("0", "libc.mmap(None, PAGE, 1, PRIVATE, -1, 0)"):
+        code = f"""
+tracker = dl.track(array_of(4), "mprotect")
+ctypes.memset({address}, 1, 1)
+"""
+        assert run(code, returncode=-11) == ""
+
+
+def test_an_earlier_handler_in_python_is_called_for_a_signal_that_was_sent():
+    code = """
+got = []
+signal.signal(signal.SIGSEGV, lambda number, frame: got.append(number))
+tracker = dl.track(array_of(4), "mprotect")
+os.kill(os.getpid(), signal.SIGSEGV)
+tracker.close()
+os.kill(os.getpid(), signal.SIGSEGV)
+print(got == [signal.SIGSEGV] * 2)
+"""
+    assert run(code) == "True\n"
+
+
+def test_under_a_handler_that_was_installed_later_no_new_tracker_is_opened():
+    """Over it once more, the two handlers would call each other for ever."""
+    code = """
+tracker = dl.track(array_of(4), "mprotect")
+faulthandler.enable()
+try:
+    dl.track(array_of(4), "mprotect")
+except dl.BackendUnavailable as error:
+    print(error.probed)
+faulthandler.disable()
+libc.signal(signal.SIGSEGV, 0)
+array = array_of(4)
+with dl.track(array, "mprotect") as another:
+    array[3] = 1
+    print(another.harvest().indices().tolist(), flush=True)
+    ctypes.memset(0, 1, 1)
+"""
+    assert run(code, returncode=-11) == "sigaction(SIGSEGV): Device or resource busy\n[3]\n"
+
+
+def test_a_fault_that_races_with_close_is_not_taken_for_a_crash():
+    code = """
+array = array_of(64)
+stop = threading.Event()
+def write():
+    while not stop.is_set():
+        array[:] = 1
+threads = [threading.Thread(target=write) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for _ in range(1000):
+    dl.track(array, "mprotect").close()
+stop.set()
+for thread in threads:
+    thread.join()
+print("alive")
+"""
+    assert run(code) == "alive\n"
+
+
+def test_a_store_to_the_handlers_own_books_cannot_fault():
+    """The log of a tracker lies in pages of its own: tracking every small buffer there is does no harm."""
+    code = """
+import gc
+buffers = [bytearray(3000) for _ in range(400)]
+trackers = [dl.track(buffer, "mprotect") for buffer in buffers]
+for buffer, tracker in zip(buffers, trackers):
+    buffer[0] = buffer[2999] = 1
+    assert (tracker.offset + 2999) // PAGE in tracker.harvest()
+for tracker in trackers:
+    tracker.close()
+print("alive")
+"""
+    assert run(code) == "alive\n"
+
+
+def test_pages_that_cannot_be_protected_again_stay_marked():
+    """I1 and I6: no mapping is left to protect with, so the pages are reported until there is."""
+    answer = run(
+        USE_UP_MAPPINGS
+        + """
+array = array_of(64)
+inner = array[10:20]
+tracker = dl.track(inner, "mprotect")
+_tracking.allow_splits(10**9)
+inner[:] = 1
+spare, split = use_up_mappings()
+for _ in range(2):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer = tracker.harvest()
+    print(answer.count, answer.exact, [warning.category.__name__ for warning in caught])
+for page in split[:100]:
+    libc.mprotect(spare + page * PAGE, PAGE, 0)
+print(tracker.harvest().count, tracker.harvest().count)
+tracker.close()
+"""
+    )
+    assert answer == 2 * "10 False ['IncompleteLogWarning']\n" + "10 0\n"

@@ -1,13 +1,11 @@
 """Tracking of this process's own memory: which pages of a buffer were written since the last harvest."""
 
 import mmap
-import os
 import threading
 import warnings
 from errno import EBADF, ECHILD
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -15,6 +13,7 @@ from dirtylog._core import compare_pages
 from dirtylog._pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.sources import _tracking
+from dirtylog.sources._resource import Resource
 from dirtylog.sources.arrays import empty, zeros
 from dirtylog.sources.probe import Mapping, mappings_of
 
@@ -24,25 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["BACKENDS", "Tracker", "empty", "track", "zeros"]
 
 BACKENDS = ("userfaultfd", "mprotect", "compare")
-
-# Forks that this process began, and forks that it is the child of. A tracker
-# remembers both from when it was opened: see Tracker._collect.
-_forks = _births = 0
-
-
-def _before_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-def _after_fork_in_child() -> None:
-    global _births
-    _births += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
-
 
 class _Engine(Protocol):
     """One way to find out what was written. Failures are OSErrors; EBADF: closed, ECHILD: forked."""
@@ -79,7 +59,7 @@ class _Compare:
             self._live.release()
 
 
-class Tracker:
+class Tracker(Resource):
     """The pages of one buffer that were written since the last harvest.
 
     Made by :func:`track`; a source: it can be attached to a `DirtyLog`.
@@ -107,9 +87,7 @@ class Tracker:
     """
 
     def __init__(self, buffer: "Buffer", backend: str = "auto") -> None:
-        self._engine: _Engine | None = None
-        self._births = _births
-        self._forks = _forks
+        super().__init__()
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
         self._pinned = _tracking.PinnedPages(buffer, mmap.PAGESIZE)
@@ -124,6 +102,7 @@ class Tracker:
         except BaseException:
             self._pinned.release()
             raise
+        self._closed = False
 
     def _open(self, backend: str, mappings: list[Mapping]) -> tuple[str, _Engine]:
         for name in BACKENDS if backend == "auto" else (backend,):
@@ -196,17 +175,15 @@ class Tracker:
         return self._collect(False)
 
     def _collect(self, take: bool) -> DirtyPages:
-        engine = self._engine
-        if engine is None:
-            raise ValueError("the tracker is closed; track the buffer again")
-        if self._births != _births:
+        self._check_open()
+        if self._inherited:
             raise _forked()
         try:
-            pages = engine.collect(take)
+            pages = self._engine.collect(take)
         except OSError as error:
             raise self._failure(error) from error
         # Memory that children inherit shared is written behind our back from the first fork on.
-        if self._forks != _forks and "heirs" in self._writers and self.backend != "compare":
+        if self._forked_since and "heirs" in self._writers and self.backend != "compare":
             pages = DirtyPages._all(self.npages, self.page_size, exact=False)
         if not pages.exact:
             warnings.warn(
@@ -220,7 +197,7 @@ class Tracker:
 
     def _failure(self, error: OSError) -> Exception:
         if error.errno == EBADF:
-            return ValueError("the tracker was closed by another thread; track the buffer again")
+            return ValueError("the Tracker is closed; open another one")
         if error.errno == ECHILD:
             return _forked()
         where = f"{self.npages} pages from address {self._pinned.address:#x}"
@@ -229,36 +206,9 @@ class Tracker:
             "replaced; take everything as written, close this tracker and track the memory where it is now"
         )
 
-    @property
-    def closed(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._engine is None
-
-    def close(self) -> None:
-        """Stop tracking and let go of the buffer; a second call does nothing."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-            self._pinned.release()
-
-    def __enter__(self) -> Self:
-        """Return the tracker itself."""
-        if self._engine is None:
-            raise ValueError("the tracker is closed; track the buffer again")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Close the tracker."""
-        self.close()
-
-    def __del__(self) -> None:
-        """Close a tracker that was forgotten, and say so; a forked child's copy goes in silence."""
-        if getattr(self, "_engine", None) is not None:
-            if self._births == _births:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            self.close()
+    def _release(self) -> None:
+        self._engine.close()
+        self._pinned.release()
 
     def __repr__(self) -> str:
         """Name the back end and the size."""

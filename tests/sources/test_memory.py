@@ -213,7 +213,7 @@ def test_closing_twice_is_fine_and_a_closed_tracker_refuses(backend):
     assert tracker.closed
     array[0] = 1
     for call in (tracker.harvest, tracker.peek, tracker.__enter__):
-        with pytest.raises(ValueError, match="tracker is closed"):
+        with pytest.raises(ValueError, match="the Tracker is closed; open another one"):
             call()
 
 

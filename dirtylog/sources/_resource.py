@@ -1,0 +1,92 @@
+"""The manners of whoever owns a descriptor, a mapping or a handler: closed once, and never forgotten in silence."""
+
+import os
+import warnings
+from types import TracebackType
+from typing import Self
+
+# Forks that this process began, and forks that it is the child of. A resource
+# remembers both from when it was made.
+_forks = _births = 0
+
+
+def _before_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _after_fork_in_child() -> None:
+    global _births
+    _births += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+
+
+class Resource:
+    """Base of sources that hold something the system must get back.
+
+    A subclass sets `_closed` to False when its construction has succeeded, and
+    gives back what it holds in `_release`, which is called once.
+    """
+
+    _closed = True
+
+    def __init__(self) -> None:
+        self._forks_at_start = _forks
+        self._births_at_start = _births
+
+    def _release(self) -> None:
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"the {type(self).__name__} is closed; open another one")
+
+    @property
+    def _inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from."""
+        return self._births_at_start != _births
+
+    @property
+    def _forked_since(self) -> bool:
+        """Whether this process, or its parent, has forked since."""
+        return self._forks_at_start != _forks
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        """Return the object itself.
+
+        Raises
+        ------
+        ValueError
+            It is closed.
+        """
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close what was forgotten, and say so; a forked child's copy goes in silence."""
+        if not self._closed:
+            try:
+                if not self._inherited:
+                    warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            finally:
+                self.close()

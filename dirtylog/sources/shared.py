@@ -67,7 +67,7 @@ class SharedLog(Resource):
 
     page_size = LOG_PAGE
 
-    def __init__(self, memory: "Buffer", npages: int, descriptor: int, size: int) -> None:
+    def __init__(self, memory: mmap.mmap | memoryview, npages: int, descriptor: int, size: int) -> None:
         super().__init__()
         self._memory = memory
         self._descriptor = descriptor
@@ -277,9 +277,11 @@ class SharedLog(Resource):
         # The views first, then the mapping they lie in. A harvest in another thread may still hold
         # one: the mapping then goes with it.
         del self._memory, self._bitmap, self._last
-        if isinstance(memory, mmap.mmap):
-            with contextlib.suppress(BufferError):
+        with contextlib.suppress(BufferError):
+            if isinstance(memory, mmap.mmap):
                 memory.close()
+            else:
+                memory.release()
         if self._descriptor >= 0:
             os.close(self._descriptor)
 

@@ -34,6 +34,7 @@ class Resource:
     _closed = True
 
     def __init__(self) -> None:
+        """Remember the process that the resource belongs to."""
         self._forks_at_start = _forks
         self._births_at_start = _births
 

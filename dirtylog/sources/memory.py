@@ -5,9 +5,10 @@ import threading
 import warnings
 from errno import EBADF, ECHILD
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dirtylog._core import compare_pages
 from dirtylog._pages import DirtyPages
@@ -20,9 +21,12 @@ from dirtylog.sources.probe import Mapping, mappings_of
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    Trackable = Buffer | npt.NDArray[Any]
+
 __all__ = ["BACKENDS", "Tracker", "empty", "track", "zeros"]
 
 BACKENDS = ("userfaultfd", "mprotect", "compare")
+
 
 class _Engine(Protocol):
     """One way to find out what was written. Failures are OSErrors; EBADF: closed, ECHILD: forked."""
@@ -36,7 +40,8 @@ class _Compare:
 
     def __init__(self, pinned: _tracking.PinnedPages) -> None:
         self._live = memoryview(pinned)
-        self._copy = np.array(self._live)
+        self._copy: Any = empty(len(self._live), np.uint8)
+        self._copy[:] = self._live
         self._page_size = pinned.page_size
         self._closed = False
         # Two harvests at once would both report what one of them has copied.
@@ -86,10 +91,12 @@ class Tracker(Resource):
     reported it.
     """
 
-    def __init__(self, buffer: "Buffer", backend: str = "auto") -> None:
+    def __init__(self, buffer: "Trackable", backend: str = "auto") -> None:
+        """Open the back end; see `track`."""
         super().__init__()
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {known}")
         self._pinned = _tracking.PinnedPages(buffer, mmap.PAGESIZE)
         self.offset: int = self._pinned.offset
         self.npages: int = self._pinned.npages
@@ -234,7 +241,7 @@ def _spare_mappings() -> int:
     return max(0, limit - used) // 2
 
 
-def track(buffer: "Buffer", backend: str = "auto") -> Tracker:
+def track(buffer: "Trackable", backend: str = "auto") -> Tracker:
     """Track which pages of a buffer are written, from now on.
 
     What was written before this returns is not reported.

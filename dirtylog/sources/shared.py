@@ -68,6 +68,7 @@ class SharedLog(Resource):
     page_size = LOG_PAGE
 
     def __init__(self, memory: mmap.mmap | memoryview, npages: int, descriptor: int, size: int) -> None:
+        """Take over the memory and the descriptor; use `create` or `open`."""
         super().__init__()
         self._memory = memory
         self._descriptor = descriptor
@@ -176,6 +177,8 @@ class SharedLog(Resource):
         """
         pages = _pages(npages, nbytes)
         if isinstance(source, SharedMemory):
+            if source.buf is None:
+                raise ValueError("the SharedMemory is closed; attach to it by name again")
             memory = memoryview(source.buf)
             size = _checked(memory.nbytes - offset, pages)
             return cls(memory[offset : offset + size], pages or size * 8, -1, 0)

@@ -1,6 +1,5 @@
 """track(): what every back end promises, whatever it is made of."""
 
-import gc
 import mmap
 import os
 import threading
@@ -118,7 +117,6 @@ def test_an_anonymous_mmap_is_tracked(backend, flags):
     with mmap.mmap(-1, 5 * PAGE, flags=flags | mmap.MAP_ANONYMOUS) as memory, dl.track(memory, backend) as tracker:
         memory[3 * PAGE] = 1
         assert dirty(tracker) == [3]
-        tracker.close()
 
 
 @pytest.mark.parametrize("flags", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
@@ -126,9 +124,10 @@ def test_a_mapped_file_is_tracked(backend, flags, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(5 * PAGE))
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, flags=flags) as memory:
-        with dl.track(memory, backend) as tracker:
-            memory[3 * PAGE] = 1
-            assert dirty(tracker) == [3]
+        tracker = dl.track(memory, backend)
+        memory[3 * PAGE] = 1
+        assert dirty(tracker) == [3]
+        tracker.close()
 
 
 def test_shared_memory_and_memfd_are_tracked(backend):
@@ -145,19 +144,17 @@ def test_shared_memory_and_memfd_are_tracked(backend):
     with mmap.mmap(descriptor, 0) as memory, dl.track(memory, backend) as tracker:
         memory[PAGE] = 1
         assert dirty(tracker) == [1]
-        tracker.close()
     os.close(descriptor)
 
 
 def test_auto_compares_memory_that_other_processes_can_map():
     descriptor = os.memfd_create("tracked")
     os.ftruncate(descriptor, 2 * PAGE)
-    with mmap.mmap(descriptor, 0) as memory:
-        with dl.track(memory) as tracker:
-            os.pwrite(descriptor, b"x", PAGE)
-            assert tracker.backend == "compare"
-            assert "memfd:tracked" in tracker.refused["userfaultfd"]
-            assert dirty(tracker) == [1]
+    with mmap.mmap(descriptor, 0) as memory, dl.track(memory) as tracker:
+        os.pwrite(descriptor, b"x", PAGE)
+        assert tracker.backend == "compare"
+        assert "memfd:tracked" in tracker.refused["userfaultfd"]
+        assert dirty(tracker) == [1]
     os.close(descriptor)
 
 
@@ -198,9 +195,8 @@ def test_the_buffer_is_kept_alive_and_in_place_until_close(backend):
     tracker.close()
     memory.close()
     array = bytearray(b"x" * PAGE)
-    with dl.track(array, backend):
-        with pytest.raises(BufferError):
-            array.extend(b"more")
+    with dl.track(array, backend), pytest.raises(BufferError):
+        array.extend(b"more")
     array.extend(b"more")
 
 
@@ -220,9 +216,9 @@ def test_closing_twice_is_fine_and_a_closed_tracker_refuses(backend):
 def test_a_forgotten_tracker_warns_and_is_closed(backend):
     array = pages(1)
     open_before = _tracking.open_spans(backend) if backend != "compare" else 0
+    tracker = dl.track(array, backend)
     with pytest.warns(ResourceWarning, match="unclosed <Tracker: 1 pages"):
-        dl.track(array, backend)
-        gc.collect()
+        del tracker
     if backend != "compare":
         assert _tracking.open_spans(backend) == open_before
 
@@ -303,12 +299,12 @@ def test_an_unknown_back_end_names_those_there_are():
         dl.track(bytearray(10), "soft-dirty")
 
 
-def test_a_failed_track_lets_go_of_the_buffer():
+def test_a_failed_track_lets_go_of_the_buffer(monkeypatch):
     memory = bytearray(10)
     with pytest.raises(ValueError, match="back end"):
         dl.track(memory, "none")
-    with pytest.raises(dl.BackendUnavailable), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dirtylog.sources.memory._Compare", _refuse)
+    monkeypatch.setattr("dirtylog.sources.memory._Compare", _refuse)
+    with pytest.raises(dl.BackendUnavailable, match="no room for the copy"):
         dl.track(memory, "compare")
     memory.extend(b"still resizable")
 

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import gc
 import io
 import mmap
 import os
@@ -108,6 +107,8 @@ def test_two_views_share_the_marks_by_shared_memory():
     finally:
         segment.close()
         segment.unlink()
+    with pytest.raises(ValueError, match="SharedMemory is closed"):
+        SharedLog.open(segment)
 
 
 def test_an_offset_is_where_the_log_starts():
@@ -255,9 +256,9 @@ def test_pages_outlive_the_log_they_came_from(log):
 
 
 def test_a_forgotten_log_warns():
+    log = SharedLog.create(10)
     with pytest.warns(ResourceWarning, match="unclosed <SharedLog: 10 pages"):
-        SharedLog.create(10)
-        gc.collect()
+        del log
 
 
 def test_a_thousand_logs_leave_no_descriptor_and_no_mapping(tmp_path):

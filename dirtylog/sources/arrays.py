@@ -15,7 +15,10 @@ HUGE_PAGE = 2 << 20
 
 
 def _shape(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
-    sizes = tuple(map(operator.index, shape)) if isinstance(shape, Sequence) else (operator.index(shape),)
+    try:
+        sizes: tuple[int, ...] = (operator.index(shape),)  # type: ignore[arg-type]
+    except TypeError:
+        sizes = tuple(map(operator.index, shape))  # type: ignore[arg-type]
     if any(size < 0 for size in sizes):
         raise ValueError(f"negative dimensions are not allowed, and the shape is {sizes}")
     return sizes

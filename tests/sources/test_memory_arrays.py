@@ -16,7 +16,7 @@ MAKERS = [dl.empty, dl.zeros]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("shape", [1, 5, (3, 4), [2, 3, 4], np.int64(7), (), (PAGE,), (1000, 1000)])
+@pytest.mark.parametrize("shape", [1, 5, (3, 4), [2, 3, 4], np.array([2, 5]), np.int64(7), (), (PAGE,), (1000, 1000)])
 @pytest.mark.parametrize("dtype", [float, "u1", np.complex128, "i4,f8", "S7", bool])
 def test_it_is_numpys_array_on_a_page_of_its_own(make, shape, dtype):
     array = make(shape, dtype)

@@ -1,0 +1,255 @@
+"""VM: memslots, vCPUs and an architecture put together, with KVM's calls as methods."""
+
+from __future__ import annotations
+
+import errno
+import operator
+from typing import TYPE_CHECKING
+
+from dirtylog.vm import mmu
+from dirtylog.vm._mmu import Mmu
+from dirtylog.vm.arch import Arch, find
+from dirtylog.vm.memslots import Memslot, Region, check_range, guest_memory, invalid
+from dirtylog.vm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from dirtylog._pages import DirtyPages
+
+__all__ = ["VM"]
+
+MIN_PAGE_SIZE, MAX_PAGE_SIZE = 64, 1 << 30
+MAX_VCPUS = 1024
+
+
+class VM:
+    """A virtual machine whose dirty log works as KVM's does, on one of its architectures.
+
+    Parameters
+    ----------
+    arch : Arch or str
+        An architecture, or the name of a registered one.
+    vcpus : int
+        Number of virtual CPUs.
+    page_size : int
+        Size of a page in bytes, a power of two.
+
+    Attributes
+    ----------
+    arch : Arch
+        The architecture.
+    vcpus : tuple of Vcpu
+        The virtual CPUs.
+    page_size : int
+        Size of a page in bytes.
+    slots_lock, mmu_lock : Lock
+        The machine's locks, in the order in which they are taken.
+
+    Raises
+    ------
+    ValueError
+        The architecture is not known, or a number is out of range.
+    TypeError
+        `arch` is neither a name nor an Arch.
+
+    Notes
+    -----
+    Every method may be called from any thread. Waiting for a lock releases the GIL.
+
+    Examples
+    --------
+    >>> import dirtylog as dl
+    >>> vm = dl.VM(arch="arm", vcpus=2)
+    >>> vm.set_memory_region(0, base_gfn=0, npages=1024)
+    >>> vm.vcpus[0].write(5 * 4096, b"hello")
+    >>> vm.vcpus[1].touch([7, 8])
+    2
+    >>> vm.get_dirty_log(0).runs().tolist()
+    [[5, 1], [7, 2]]
+    >>> vm.get_dirty_log(0).count
+    0
+    """
+
+    def __init__(self, arch: Arch | str = "x86", vcpus: int = 1, page_size: int = 4096) -> None:
+        if isinstance(arch, str):
+            arch = find(arch)
+        elif not isinstance(arch, Arch):
+            raise TypeError(f"arch is a {type(arch).__name__}; pass an Arch or the name of one")
+        vcpus, page_size = operator.index(vcpus), operator.index(page_size)
+        if not 1 <= vcpus <= MAX_VCPUS:
+            raise ValueError(f"vcpus {vcpus} is out of range: 1 to {MAX_VCPUS}")
+        if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
+            raise ValueError(f"page_size {page_size} is no power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
+        self.arch = arch
+        self.page_size = page_size
+        self.mmu = Mmu(vcpus, page_size.bit_length() - 1, arch.dirtying, arch.hooks)
+        self.slots_lock = self.mmu.slots_lock
+        self.mmu_lock = self.mmu.mmu_lock
+        self.vcpus = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
+        # Once a harvest, not once a word, and only where the hook is Python.
+        self.protects_in_python = type(arch).protect_masked is not Arch.protect_masked
+
+    # ---- memslots ------------------------------------------------------------------
+
+    def set_memory_region(
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool = True, memory: WriteableBuffer | None = None
+    ) -> None:
+        """Create, move or delete a slot, or switch its log on or off.
+
+        Parameters
+        ----------
+        slot : int
+            Memory slot id, below ``arch.user_mem_slots``.
+        base_gfn : int
+            The slot's first guest frame number.
+        npages : int
+            Its size in pages; 0 deletes it. A slot keeps its size.
+        log_dirty : bool
+            Whether it keeps a dirty log. Switched on, it starts clean: what is
+            written from then on is reported.
+        memory : buffer, optional
+            Writable, contiguous, at least `npages` pages. It is kept alive, and
+            exported so that it cannot be resized, until the slot is deleted.
+            Fresh zeroes if None; for a slot that exists, the memory it has.
+
+        Raises
+        ------
+        OSError
+            EINVAL: slot id or range out of range, deleting a slot that does not
+            exist, another size or memory for one that does; EEXIST: it overlaps
+            another slot.
+        ValueError, TypeError
+            `memory` cannot be used: see there.
+
+        Notes
+        -----
+        Holds ``slots_lock``. When a deletion returns, no vCPU uses the memory. A
+        store that meets a slot on the move waits for it.
+
+        References
+        ----------
+        ``__kvm_set_memory_region`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        slot = self.check_slot(slot)
+        region = Region(slot, operator.index(base_gfn), operator.index(npages), bool(log_dirty))
+        with self.slots_lock:
+            regions = self._regions()
+            old = next((known for known in regions if known.slot == slot), None)
+            check_range(region, regions, self.page_size, self.arch.dirtying == "vm-log")
+            if region.npages == 0:
+                if old is None:
+                    raise invalid(f"slot {slot} does not exist; nothing to delete")
+                self.mmu.remove(slot)
+            elif old is None:
+                array = guest_memory(memory, region.npages * self.page_size)
+                self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty)
+            else:
+                self._change(old, region, memory)
+
+    def _change(self, old: Region, new: Region, memory: WriteableBuffer | None) -> None:
+        if new.npages != old.npages:
+            raise invalid(f"slot {old.slot} has {old.npages} pages, not {new.npages}; delete it and create it anew")
+        if memory is not None and guest_memory(memory, 0).ctypes.data != self.mmu.memory(old.slot).ctypes.data:
+            raise invalid(f"slot {old.slot} has other memory; delete it and create it anew")
+        if new.base_gfn != old.base_gfn:
+            self.mmu.move(old.slot, new.base_gfn)
+        if new.log_dirty and not old.log_dirty:
+            self._start_log(old.slot)
+        elif old.log_dirty and not new.log_dirty:
+            with self.mmu_lock:
+                self.mmu.stop_log(old.slot)
+
+    def _start_log(self, slot: int) -> None:
+        with self.mmu_lock:
+            self.mmu.start_log(slot)
+        try:
+            with self.mmu_lock:
+                # I1: a page that faulted since the log began has its bit, and loses
+                # only its mapping.
+                self.arch.protect_region(self, slot)
+            # In this order: what is cached after it is forgotten has a mark again,
+            # what was cached before goes with the flush.
+            self.mmu.sync(slot, discard=True)
+            self.arch.flush_tlbs(self, slot)
+        except BaseException:
+            with self.mmu_lock:
+                self.mmu.stop_log(slot)
+            raise
+
+    def _regions(self) -> list[Region]:
+        return [Region(*values) for values in self.mmu.slots()]
+
+    def check_slot(self, slot: int) -> int:
+        """Return a slot id the architecture has, else EINVAL."""
+        slot = operator.index(slot)
+        if not 0 <= slot < self.arch.user_mem_slots:
+            raise invalid(f"slot {slot} is out of range: {self.arch.name} has {self.arch.user_mem_slots}, from 0")
+        return slot
+
+    def check_log(self, slot: int) -> int:
+        """Return the number of pages of a slot that keeps a log, else EINVAL or ENOENT; under ``slots_lock``."""
+        return self.mmu.check_log(self.check_slot(slot))
+
+    def region(self, slot: int) -> Region:
+        """Return a slot's place and size; ENOENT if there is none."""
+        slot = self.check_slot(slot)
+        with self.slots_lock:
+            for region in self._regions():
+                if region.slot == slot:
+                    return region
+        raise OSError(errno.ENOENT, f"slot {slot} does not exist; create it with set_memory_region()")
+
+    def memory(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a slot's bytes: the live guest memory, as the host sees it.
+
+        Writes through it are the host's and are not logged.
+        """
+        slot = self.check_slot(slot)
+        with self.slots_lock:
+            return self.mmu.memory(slot)
+
+    def slot(self, slot: int) -> Memslot:
+        """Return a slot as a source: ``npages``, ``page_size``, ``harvest()``, ``peek()``."""
+        return Memslot(self, self.region(slot).slot)
+
+    # ---- the dirty log -----------------------------------------------------------------
+
+    def get_dirty_log(self, slot: int, out: object = None) -> DirtyPages:
+        """Get and clear a slot's log: ``kvm_vm_ioctl_get_dirty_log``.
+
+        Parameters
+        ----------
+        slot : int
+            Memory slot id.
+        out : buffer of uint64, optional
+            ``ceil(npages / 64)`` words, writable: receives the bitmap as well.
+
+        Returns
+        -------
+        DirtyPages
+            Pages written since the last call, numbered from the slot's start.
+
+        Raises
+        ------
+        OSError
+            EINVAL: slot id out of range; ENOENT: the slot keeps no log; EFAULT: `out`
+            cannot take the words; ENOTSUP or EINVAL: the architecture has no
+            log. Nothing has been cleared.
+
+        See Also
+        --------
+        dirtylog.vm.mmu.get_dirty_log : the steps, their order and their locks.
+        """
+        return self.arch.get_dirty_log(self, operator.index(slot), out)
+
+    def peek(self, slot: int) -> DirtyPages:
+        """Copy a slot's log; clears nothing."""
+        return mmu.peek(self, operator.index(slot))
+
+    def __repr__(self) -> str:
+        """Name the architecture and the number of vCPUs."""
+        return f"<VM: {self.arch.name}, {len(self.vcpus)} vCPUs>"

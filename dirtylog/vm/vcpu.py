@@ -1,0 +1,116 @@
+"""Virtual CPUs: the guest's stores and loads, from as many threads as there are vCPUs."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from _typeshed import ReadableBuffer
+
+    from dirtylog.vm._mmu import Mmu
+
+__all__ = ["Vcpu"]
+
+GPA_BITS = 63
+
+
+def guest_frames(gfns: npt.ArrayLike) -> npt.NDArray[np.uint64]:
+    """Return gfns as a flat uint64 array; refuse what is no integer (TypeError) or negative (IndexError)."""
+    array = np.asarray(gfns).reshape(-1)
+    if array.size == 0:
+        return np.empty(0, np.uint64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"gfns are {array.dtype}; pass integers")
+    if array.dtype.kind == "i" and (lowest := int(array.min())) < 0:
+        raise IndexError(f"gfn {lowest} is negative; guest frames count from 0")
+    return np.ascontiguousarray(array, np.uint64)
+
+
+class Vcpu:
+    """One virtual CPU; ``vm.vcpus[i]``.
+
+    Notes
+    -----
+    Stores and loads release the GIL. A store and its translation are made in one
+    stay in guest mode: a TLB flush waits for it, and once the flush has returned no
+    store through an older entry lands. Two threads on one vCPU take turns.
+    """
+
+    def __init__(self, mmu: Mmu, index: int) -> None:
+        self._mmu = mmu
+        self.index = index
+
+    @property
+    def faults(self) -> int:
+        """Stores that left guest mode to be marked."""
+        return self._mmu.faults(self.index)
+
+    def write(self, gpa: int, data: ReadableBuffer) -> None:
+        """Store bytes at a guest-physical address; they may cross pages and slots.
+
+        Raises
+        ------
+        OSError
+            EFAULT: a page is in no memslot. Nothing has been stored, unless the
+            slot was deleted in the middle.
+        IndexError
+            `gpa` is negative or past the last address.
+        """
+        view = memoryview(data).cast("B")
+        self._mmu.write(self.index, check_gpa(gpa, view.nbytes), view)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Load `size` bytes from a guest-physical address; marks nothing.
+
+        Raises
+        ------
+        OSError
+            EFAULT: a page is in no memslot.
+        IndexError
+            `gpa` is negative or past the last address.
+        """
+        size = operator.index(size)
+        if size < 0:
+            raise ValueError(f"size {size} is negative; it counts bytes")
+        return self._mmu.read(self.index, check_gpa(gpa, size), size)
+
+    def touch(self, gfns: npt.ArrayLike) -> int:
+        """Add 1 to the first byte of each page, in the order given.
+
+        Parameters
+        ----------
+        gfns : array_like of int
+            Guest frame numbers; duplicates touch again.
+
+        Returns
+        -------
+        int
+            Number of touches.
+
+        Raises
+        ------
+        OSError
+            EFAULT: a page is in no memslot. Nothing has been touched, unless the
+            slot was deleted in the middle.
+        """
+        return self._mmu.store(self.index, guest_frames(gfns))
+
+    def store(self, gfns: npt.ArrayLike, value: int) -> int:
+        """Store one 64-bit `value`, little-endian, at the start of each page; else as `touch`."""
+        return self._mmu.store(self.index, guest_frames(gfns), operator.index(value))
+
+    def __repr__(self) -> str:
+        """Name the vCPU."""
+        return f"<vCPU {self.index}>"
+
+
+def check_gpa(gpa: int, size: int) -> int:
+    """Return a guest-physical address that with `size` bytes is in the address space, else IndexError."""
+    gpa = operator.index(gpa)
+    if gpa < 0 or gpa + size > 1 << GPA_BITS:
+        raise IndexError(f"gpa {gpa:#x} with {size} bytes is out of range: addresses are 0 to {(1 << GPA_BITS) - 1:#x}")
+    return gpa

@@ -13,10 +13,9 @@ from dirtylog.vm.memslots import Memslot, Region, check_range, guest_memory, inv
 from dirtylog.vm.vcpu import Vcpu
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
     import numpy as np
     import numpy.typing as npt
+    from _typeshed import WriteableBuffer
 
     from dirtylog._pages import DirtyPages
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
     import numpy.typing as npt
+    from _typeshed import WriteableBuffer
 
     from dirtylog._pages import DirtyPages
     from dirtylog.vm.machine import VM
@@ -42,7 +41,9 @@ def check_range(region: Region, others: list[Region], page_size: int, vm_log: bo
     """Refuse a region that is too large, wraps, or overlaps another slot (EEXIST)."""
     end = region.base_gfn + region.npages
     if region.base_gfn < 0 or region.npages < 0:
-        raise invalid(f"base_gfn {region.base_gfn} and npages {region.npages} must not be negative")
+        raise invalid(
+            f"base_gfn {region.base_gfn} and npages {region.npages} must not be negative; guest frames count from 0"
+        )
     if region.npages > MAX_SLOT_PAGES:
         raise invalid(f"npages {region.npages} is more than a slot holds, {MAX_SLOT_PAGES}; use several slots")
     if end * page_size > MAX_GPA:
@@ -54,7 +55,7 @@ def check_range(region: Region, others: list[Region], page_size: int, vm_log: bo
             raise OSError(
                 errno.EEXIST,
                 f"gfns {region.base_gfn:#x} to {end - 1:#x} overlap slot {other.slot}, which begins at"
-                f" {other.base_gfn:#x} and has {other.npages} pages",
+                f" {other.base_gfn:#x} and has {other.npages} pages; delete that slot or choose other gfns",
             )
 
 
@@ -77,7 +78,7 @@ def guest_memory(memory: WriteableBuffer | None, nbytes: int) -> npt.NDArray[np.
         raise ValueError(f"memory is {wrong}; a slot needs one writable piece of {nbytes} bytes")
     if view.nbytes < nbytes:
         raise ValueError(f"memory has {view.nbytes} bytes; the slot's pages need {nbytes}")
-    return np.frombuffer(memory, np.uint8, nbytes)
+    return np.frombuffer(view, np.uint8, nbytes)
 
 
 class Memslot:

@@ -73,7 +73,7 @@ class Arch:
     dirtying: ClassVar[str] = "fault"
     hooks: ClassVar[object] = PROTECT_EACH
 
-    def get_dirty_log(self, vm: VM, slot: int, out: npt.NDArray[np.uint64] | None = None) -> DirtyPages:
+    def get_dirty_log(self, vm: VM, slot: int, out: object = None) -> DirtyPages:
         """Do the whole call (HAVE_KVM_ARCH_DIRTY_LOG); the seed's four steps unless overridden."""
         return mmu.get_dirty_log(vm, slot, out)
 
@@ -81,9 +81,7 @@ class Arch:
         """Before a harvest: move what the hardware recorded into the slot's log."""
         vm.mmu.sync(slot)
 
-    def protect_masked(
-        self, vm: VM, slot: int, words: npt.NDArray[np.uint64], masks: npt.NDArray[np.uint64]
-    ) -> None:
+    def protect_masked(self, vm: VM, slot: int, words: npt.NDArray[np.uint64], masks: npt.NDArray[np.uint64]) -> None:
         """Write-protect the pages of a snapshot, given once a harvest as word numbers and masks."""
         vm.mmu.protect(slot, words, masks)
 
@@ -105,7 +103,7 @@ class Unsupported(Arch):
 
     error: ClassVar[int] = errno.ENOTSUP
 
-    def get_dirty_log(self, vm: VM, slot: int, out: npt.NDArray[np.uint64] | None = None) -> DirtyPages:
+    def get_dirty_log(self, vm: VM, slot: int, out: object = None) -> DirtyPages:
         """Refuse."""
         raise OSError(self.error, f"{self.name} keeps no dirty log: {os.strerror(self.error)}")
 

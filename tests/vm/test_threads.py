@@ -43,6 +43,24 @@ def test_copying_by_the_log_while_vcpus_store_ends_in_equal_memory(harvesting, h
     np.testing.assert_array_equal(replica, source)
 
 
+def test_a_harvest_that_meets_a_store_half_way_reports_the_rest_of_it(harvesting):
+    """The shoot-down: one store of 32 MiB is under way, through an entry cached before, when the log is harvested."""
+    size = 1 << 25
+    vm = dl.VM(harvesting, page_size=size)
+    vm.set_memory_region(0, 0, 1)
+    memory = vm.memory(0)
+    vm.vcpus[0].write(0, b"\1")
+    thread = threading.Thread(target=vm.vcpus[0].write, args=(0, b"\2" * size))
+    thread.start()
+    while memory[0] != 2:
+        pass
+    assert vm.get_dirty_log(0).count == 1
+    # The end of the page first: a copy from its start would trail the store.
+    last = int(memory[-1])
+    thread.join()
+    assert vm.get_dirty_log(0).count == 1 or last == 2
+
+
 def test_two_harvesters_share_the_pages_between_them(harvesting, helpers):
     vm = helpers.machine(harvesting, npages=200)
     found = [[], []]

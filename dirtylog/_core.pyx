@@ -16,6 +16,7 @@ from dirtylog._pages cimport (
     block_of_buffer,
     export_words,
     kernels,
+    no_words,
     pages_from_sparse_blocks,
     pages_from_words_block,
 )
@@ -195,8 +196,12 @@ cdef class DirtyBitmap:
     0
     """
 
+    def __cinit__(self):
+        self.word_block = no_words  # no page, and safe to ask, whoever calls __new__
+        self.bits.words = no_words.words
+
     def __init__(self, npages, page_size=4096):
-        if self.word_block is not None:
+        if self.word_block is not no_words:
             raise TypeError("a DirtyBitmap is made once; make another one")
         npages, page_size = check_geometry(npages, page_size)
         cdef Block words = block_new(dl_words_for(npages), True)

@@ -50,6 +50,7 @@ cdef class DirtyPages:
     cdef Block dense_block(self)
     cdef DirtyPages combined(self, int op, other)
 
+cdef Block no_words
 cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *shape, Py_ssize_t *stride) noexcept
 cdef Block block_new(size_t nwords, bint zero)
 # TypeError, ValueError: the reason is in the message.

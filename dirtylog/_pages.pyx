@@ -202,6 +202,9 @@ cdef Block block_of_buffer(object buffer, bint writable, str what):
     return block
 
 
+cdef Block no_words = block_new(0, False)
+
+
 cdef DirtyPages pages_bare(uint64_t npages, uint64_t page_size, bint exact):
     cdef DirtyPages pages = DirtyPages.__new__(DirtyPages)
     pages.npages = npages
@@ -220,6 +223,7 @@ cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t pa
 cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, uint64_t npages, uint64_t page_size,
                                          bint exact):
     cdef DirtyPages pages = pages_bare(npages, page_size, exact)
+    pages.dense = None
     pages.numbers = numbers
     pages.masks = masks
     pages.entries = n
@@ -380,6 +384,9 @@ cdef class DirtyPages:
     >>> 70 in pages, len(pages), pages.nbytes
     (True, 4, 16384)
     """
+
+    def __cinit__(self):
+        self.dense = no_words  # safe to ask, whoever calls __new__
 
     def __init__(self, *args, **kwargs):
         raise TypeError("DirtyPages has no constructor; use from_words, from_indices, from_runs or from_bytes")

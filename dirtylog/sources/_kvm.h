@@ -1,0 +1,356 @@
+/* KVM's dirty-log ABI in plain C: ioctls that answer -errno, the dirty ring, the kick of a running vCPU.
+ *
+ * Nothing of <linux/kvm.h> is included: distributions ship headers older than
+ * the interface, and the layouts below are frozen ABI.
+ */
+#ifndef DIRTYLOG_SOURCES_KVM_H
+#define DIRTYLOG_SOURCES_KVM_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#include "dirtylog/bits.h"
+
+struct dl_kvm_region {
+    uint32_t slot;
+    uint32_t flags;
+    uint64_t guest_address;
+    uint64_t bytes;
+    uint64_t host_address;
+};
+
+struct dl_kvm_enable {
+    uint32_t capability;
+    uint32_t flags;
+    uint64_t arguments[4];
+    uint8_t padding[64];
+};
+
+struct dl_kvm_dirty_log {
+    uint32_t slot;
+    uint32_t padding;
+    uint64_t bitmap;
+};
+
+struct dl_kvm_clear_log {
+    uint32_t slot;
+    uint32_t num_pages;
+    uint64_t first_page;
+    uint64_t bitmap;
+};
+
+/* Registers of x86 travel as plain bytes; only their size is part of a number. */
+struct dl_kvm_regs { uint8_t bytes[144]; };
+struct dl_kvm_sregs { uint8_t bytes[312]; };
+
+#define DL_KVM_GET_API_VERSION _IO(0xAE, 0x00)
+#define DL_KVM_CREATE_VM _IO(0xAE, 0x01)
+#define DL_KVM_CHECK_EXTENSION _IO(0xAE, 0x03)
+#define DL_KVM_GET_VCPU_MMAP_SIZE _IO(0xAE, 0x04)
+#define DL_KVM_CREATE_VCPU _IO(0xAE, 0x41)
+#define DL_KVM_GET_DIRTY_LOG _IOW(0xAE, 0x42, struct dl_kvm_dirty_log)
+#define DL_KVM_SET_USER_MEMORY_REGION _IOW(0xAE, 0x46, struct dl_kvm_region)
+#define DL_KVM_RUN _IO(0xAE, 0x80)
+#define DL_KVM_GET_REGS _IOR(0xAE, 0x81, struct dl_kvm_regs)
+#define DL_KVM_SET_REGS _IOW(0xAE, 0x82, struct dl_kvm_regs)
+#define DL_KVM_GET_SREGS _IOR(0xAE, 0x83, struct dl_kvm_sregs)
+#define DL_KVM_SET_SREGS _IOW(0xAE, 0x84, struct dl_kvm_sregs)
+#define DL_KVM_ENABLE_CAP _IOW(0xAE, 0xa3, struct dl_kvm_enable)
+#define DL_KVM_CLEAR_DIRTY_LOG _IOWR(0xAE, 0xc0, struct dl_kvm_clear_log)
+#define DL_KVM_RESET_DIRTY_RINGS _IO(0xAE, 0xc7)
+
+/* Where the ring is mapped on the vCPU's descriptor, in pages. */
+#define DL_KVM_DIRTY_LOG_PAGE_OFFSET 64
+
+static inline int dl_ioctl(int fd, unsigned long request, uintptr_t argument)
+{
+    int result = ioctl(fd, request, argument);
+    return result < 0 ? -errno : result;
+}
+
+static inline int dl_kvm_get_dirty_log(int fd, uint32_t slot, uint64_t *words)
+{
+    struct dl_kvm_dirty_log log = {slot, 0, (uintptr_t)words};
+    return dl_ioctl(fd, DL_KVM_GET_DIRTY_LOG, (uintptr_t)&log);
+}
+
+static inline int dl_kvm_clear_dirty_log(int fd, uint32_t slot, uint64_t first, uint32_t count, const uint64_t *words)
+{
+    struct dl_kvm_clear_log log = {slot, count, first, (uintptr_t)words};
+    return dl_ioctl(fd, DL_KVM_CLEAR_DIRTY_LOG, (uintptr_t)&log);
+}
+
+/* ---- a descriptor that is never closed under a call that uses it ---------- */
+
+/* The number of a closed descriptor may belong to another file a moment later,
+ * so close waits until the last call that read the number has left. */
+struct dl_gate {
+    pthread_mutex_t lock;
+    pthread_cond_t left;
+    unsigned users;
+    int shut;
+};
+
+static inline void dl_gate_init(struct dl_gate *gate)
+{
+    pthread_mutex_init(&gate->lock, NULL);
+    pthread_cond_init(&gate->left, NULL);
+    gate->users = 0;
+    gate->shut = 0;
+}
+
+static inline int dl_gate_enter(struct dl_gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    int open = !gate->shut;
+    gate->users += (unsigned)open;
+    pthread_mutex_unlock(&gate->lock);
+    return open;
+}
+
+static inline void dl_gate_leave(struct dl_gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    if (--gate->users == 0)
+        pthread_cond_broadcast(&gate->left);
+    pthread_mutex_unlock(&gate->lock);
+}
+
+/* True for the one caller that has to close. */
+static inline int dl_gate_shut(struct dl_gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    int first = !gate->shut;
+    gate->shut = 1;
+    pthread_mutex_unlock(&gate->lock);
+    return first;
+}
+
+static inline void dl_gate_drain(struct dl_gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    while (gate->users)
+        pthread_cond_wait(&gate->left, &gate->lock);
+    pthread_mutex_unlock(&gate->lock);
+}
+
+static inline int dl_gate_is_shut(struct dl_gate *gate)
+{
+    pthread_mutex_lock(&gate->lock);
+    int shut = gate->shut;
+    pthread_mutex_unlock(&gate->lock);
+    return shut;
+}
+
+static inline void dl_gate_destroy(struct dl_gate *gate)
+{
+    pthread_cond_destroy(&gate->left);
+    pthread_mutex_destroy(&gate->lock);
+}
+
+/* ---- running a vCPU, and making it return --------------------------------- */
+
+#define DL_RUN_IMMEDIATE_EXIT 1 /* offset of kvm_run.immediate_exit */
+
+struct dl_runner {
+    pthread_mutex_t lock;
+    pthread_t thread;
+    int running;
+};
+
+static inline void dl_runner_init(struct dl_runner *runner)
+{
+    pthread_mutex_init(&runner->lock, NULL);
+    runner->running = 0;
+}
+
+static inline void dl_runner_destroy(struct dl_runner *runner) { pthread_mutex_destroy(&runner->lock); }
+
+static inline void dl_kick_handler(int number) { (void)number; }
+
+/* A signal that nobody uses, with a handler that does nothing: its only effect
+ * is that KVM_RUN returns EINTR. Python's wakeup descriptor and handlers are
+ * not involved. No SA_RESTART: the interruption is the purpose. Answers 0 when
+ * every real-time signal is taken. */
+static inline int dl_kick_signal(void)
+{
+#ifdef SIGRTMIN
+    struct sigaction now, mine;
+    memset(&mine, 0, sizeof mine);
+    mine.sa_handler = dl_kick_handler;
+    sigemptyset(&mine.sa_mask);
+    for (int number = SIGRTMAX - 1; number >= SIGRTMIN; number--) {
+        if (sigaction(number, NULL, &now) || (now.sa_flags & SA_SIGINFO) || now.sa_handler != SIG_DFL)
+            continue;
+        if (!sigaction(number, &mine, NULL))
+            return number;
+    }
+#endif
+    return 0;
+}
+
+/* The store comes before the lock. Either the runner takes the lock later, and
+ * the kernel finds immediate_exit set when KVM_RUN starts; or it took it
+ * earlier, and we see `running` and interrupt it. A kick is never lost. */
+static inline void dl_kick(struct dl_runner *runner, uint8_t *run, int number)
+{
+    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 1, __ATOMIC_SEQ_CST);
+    pthread_mutex_lock(&runner->lock);
+    if (runner->running)
+        pthread_kill(runner->thread, number);
+    pthread_mutex_unlock(&runner->lock);
+}
+
+/* KVM_RUN once; -EBUSY when another thread runs this vCPU. A kick that arrives
+ * after the guest left for another reason stays for the next run: it is taken
+ * back only by the run that it ended. */
+static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run)
+{
+    pthread_mutex_lock(&runner->lock);
+    int busy = runner->running;
+    if (!busy) {
+        runner->thread = pthread_self();
+        runner->running = 1;
+    }
+    pthread_mutex_unlock(&runner->lock);
+    if (busy)
+        return -EBUSY;
+    int result = dl_ioctl(fd, DL_KVM_RUN, 0);
+    pthread_mutex_lock(&runner->lock);
+    runner->running = 0;
+    pthread_mutex_unlock(&runner->lock);
+    if (result == -EINTR)
+        __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 0, __ATOMIC_SEQ_CST);
+    return result;
+}
+
+/* ---- the dirty ring -------------------------------------------------------- */
+
+#define DL_RING_DIRTY 1u /* the kernel has filled the entry */
+#define DL_RING_RESET 2u /* we have read it; 0 again once the kernel has protected the page */
+
+struct dl_ring_entry {
+    uint32_t flags;
+    uint32_t slot;
+    uint64_t offset;
+};
+
+struct dl_ring {
+    struct dl_ring_entry *entries;
+    uint32_t size;  /* entries, a power of two */
+    uint32_t fetch; /* where the kernel puts the next entry that we have not read */
+    int full;       /* KVM_RUN said DIRTY_RING_FULL and nobody has harvested since */
+};
+
+struct dl_ring_slot {
+    uint64_t npages;
+    uint64_t *words;
+    uint32_t id;
+    int touched;
+};
+
+struct dl_ring_result {
+    uint64_t drained;
+    uint64_t foreign;    /* entries for no slot of ours, or past its end */
+    uint64_t bad_offset; /* the last of them */
+    uint32_t bad_slot;
+    int overflow;
+};
+
+static inline uint32_t dl_ring_flags(const struct dl_ring *ring, uint32_t index)
+{
+    /* Pairs with the write barrier (store-release with ACQ_REL) before the flag
+     * in kvm_dirty_ring_push(): slot and offset are read after the flag. */
+    return __atomic_load_n(&ring->entries[index & (ring->size - 1)].flags, __ATOMIC_ACQUIRE);
+}
+
+/* Does an entry between fetch and one lap further wait for us? The kernel
+ * fills them in order, so with none at `fetch` there is none behind it, unless
+ * the kernel has run past its own reset index: an overflow. */
+static inline int dl_ring_waits_behind(const struct dl_ring *ring, uint32_t count)
+{
+    for (uint32_t ahead = 1; ahead < count; ahead++)
+        if (dl_ring_flags(ring, ring->fetch + ahead) == DL_RING_DIRTY)
+            return 1;
+    return 0;
+}
+
+/* Move what the ring holds into the slots' words. Plain stores to the words:
+ * the caller holds the VM's harvest lock. `slots` is sorted by id. */
+static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct dl_ring_slot *slots, size_t nslots)
+{
+    struct dl_ring_result result = {0};
+    struct dl_ring_slot *slot = NULL;
+    uint32_t drained = 0;
+
+again:
+    for (; drained < ring->size && dl_ring_flags(ring, ring->fetch) == DL_RING_DIRTY; drained++) {
+        struct dl_ring_entry *entry = &ring->entries[ring->fetch & (ring->size - 1)];
+        uint32_t id = entry->slot;
+        uint64_t offset = entry->offset;
+        if (!slot || slot->id != id) {
+            size_t low = 0, high = nslots;
+            while (low < high) {
+                size_t middle = low + (high - low) / 2;
+                if (slots[middle].id < id)
+                    low = middle + 1;
+                else
+                    high = middle;
+            }
+            slot = low < nslots && slots[low].id == id ? &slots[low] : NULL;
+            if (slot)
+                slot->touched = 1;
+        }
+        if (slot && offset < slot->npages) {
+            slot->words[offset / DL_WORD_PAGES] |= dl_bit(offset);
+        } else {
+            result.foreign++;
+            result.bad_slot = id;
+            result.bad_offset = offset;
+        }
+        /* Pairs with the acquire in kvm_dirty_gfn_harvested(): the kernel may
+         * refill the entry once it has seen the flag, so we have read it. */
+        __atomic_store_n(&entry->flags, DL_RING_RESET, __ATOMIC_RELEASE);
+        ring->fetch++;
+    }
+    if (drained < ring->size && dl_ring_waits_behind(ring, ring->size - drained)) {
+        /* A running vCPU may have filled `fetch` and the ones behind it since
+         * we looked; seeing those with acquire, we see that one now. */
+        if (dl_ring_flags(ring, ring->fetch) == DL_RING_DIRTY)
+            goto again;
+        result.overflow = 1;
+    }
+    result.drained = drained;
+    /* A ring without one free entry may have lost any number of them: a vCPU
+     * stops 64 entries earlier unless it ran past its reserve. And one that
+     * KVM calls full while we find nothing is out of step for ever. */
+    if (drained == ring->size || (drained == 0 && ring->full))
+        result.overflow = 1;
+    ring->full = 0;
+    return result;
+}
+
+/* The answer to KVM_RESET_DIRTY_RINGS is the number of entries it took back. It
+ * stops early when a signal is pending, which is delivered on return: then call
+ * again, but only so often without progress that a stuck ring ends the loop. */
+#define DL_RESET_ATTEMPTS 16
+
+static inline int dl_kvm_reset_rings(int fd, uint64_t expected, uint64_t *reset)
+{
+    *reset = 0;
+    for (int idle = 0; *reset < expected && idle < DL_RESET_ATTEMPTS; ) {
+        int taken = dl_ioctl(fd, DL_KVM_RESET_DIRTY_RINGS, 0);
+        if (taken < 0 && taken != -EINTR)
+            return taken;
+        idle = taken > 0 ? 0 : idle + 1;
+        *reset += taken > 0 ? (uint64_t)taken : 0;
+    }
+    return 0;
+}
+
+#endif /* DIRTYLOG_SOURCES_KVM_H */

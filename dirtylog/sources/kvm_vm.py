@@ -1,0 +1,649 @@
+"""A virtual machine of KVM: memory slots and their dirty log, by bitmap, by manual protection or by rings."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import struct
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from dirtylog._pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources import _kvm
+from dirtylog.sources._owner import Owner
+from dirtylog.sources.kvm_vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from dirtylog.sources.kvm import Kvm
+
+__all__ = ["VM", "Slot"]
+
+_REGION = struct.Struct("=IIQQQ")
+_ENABLE = struct.Struct("=IIQ88x")
+_LOG_DIRTY_PAGES = 1 << 0
+_MANUAL_PROTECT, _INITIALLY_SET = 1 << 0, 1 << 1
+_RING_ENTRY_BYTES = 16
+
+_MANUAL = ("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 168)
+# Where both are offered they differ only in the barriers that user space owes; ours serve either.
+_RINGS = (("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", 223), ("KVM_CAP_DIRTY_LOG_RING", 192))
+
+
+def _refuse(number: int, why: str) -> NoReturn:
+    raise OSError(number, f"{why}: {os.strerror(number)}")
+
+
+class _Region:
+    """What the kernel knows of a slot, and what we owe its user."""
+
+    __slots__ = ("base_gfn", "incomplete", "log_dirty", "memory", "npages", "pending", "pinned", "slot")
+
+    def __init__(
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Buffer, pinned: _kvm.Pinned
+    ) -> None:
+        self.slot = slot
+        self.base_gfn = base_gfn
+        self.npages = npages
+        self.log_dirty = log_dirty
+        self.memory = memory
+        self.pinned = pinned
+        # I5: taken from the kernel, not handed out yet.
+        self.pending: DirtyPages | None = None
+        # I6: why the next harvest reports everything.
+        self.incomplete = ""
+
+
+class VM(Owner):
+    """One virtual machine; made by `Kvm.create_vm`.
+
+    Notes
+    -----
+    Any method from any thread. A lock of the VM is held around every change of
+    a slot and every harvest; `Vcpu.run` does not take it.
+    """
+
+    __slots__ = (
+        "_handle",
+        "_kvm",
+        "_lock",
+        "_lost",
+        "_manual",
+        "_outstanding",
+        "_regions",
+        "_ring_entries",
+        "_ringlog",
+        "_rings",
+        "_run_size",
+        "_vcpus",
+        "capabilities",
+        "harvests",
+    )
+
+    page_size = mmap.PAGESIZE
+
+    def __init__(self, handle: _kvm.Handle, kvm: Kvm, capabilities: Mapping[str, int], run_size: int) -> None:
+        self.capabilities = capabilities
+        self.harvests = 0
+        self._handle = handle
+        self._kvm = kvm
+        self._run_size = run_size
+        self._lock = threading.RLock()
+        self._regions: dict[int, _Region] = {}
+        self._manual = False
+        # The vCPUs keep the VM alive, not the other way round: no cycle delays a close.
+        self._vcpus: list[weakref.ref[Vcpu]] = []
+        self._ring_entries = 0
+        self._rings: list[_kvm.Ring] = []
+        self._ringlog = _kvm.RingLog()
+        self._outstanding = 0
+        self._lost = ""
+
+    def __repr__(self) -> str:
+        """Show slots, vCPUs and whether it is open."""
+        state = "closed" if self.closed else f"{len(self._regions)} slots, {len(self._vcpus)} vCPUs"
+        return f"<kvm.{self._handle.name}, {state}>"
+
+    # ---- memory -------------------------------------------------------------
+
+    def set_memory_region(
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool = True, memory: Buffer | None = None
+    ) -> None:
+        """Create, move, change or delete a memory slot.
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        base_gfn : int
+            First guest frame number.
+        npages : int
+            Size in pages; 0 deletes the slot.
+        log_dirty : bool, optional
+            Keep a dirty log.
+        memory : writable buffer, optional
+            Page-aligned, contiguous, at least ``npages * page_size`` bytes:
+            `dirtylog.zeros` makes such arrays. It is kept alive, and cannot be
+            resized or unmapped by its owner, until the slot is deleted or the
+            VM closed. Without it a new slot gets anonymous memory, an existing
+            one keeps what it has.
+
+        Raises
+        ------
+        TypeError
+            `memory` has no buffer.
+        ValueError
+            `memory` is read-only, has gaps, is not page-aligned or too small; the VM is closed.
+        OSError
+            EEXIST: overlaps another slot; EINVAL: a slot id out of range, or a
+            change that KVM does not know (delete the slot first).
+
+        Notes
+        -----
+        Deleting a slot or switching its log off drops the log, moving it
+        keeps it, as in KVM. Harvest first.
+
+        References
+        ----------
+        ``kvm_set_memory_region`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        self._handle.fileno()
+        slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
+        if not 0 <= slot < slots:
+            _refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+        if base_gfn < 0 or npages < 0 or (base_gfn + npages) * self.page_size >= 1 << 64:
+            _refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
+        with self._lock:
+            old = self._regions.get(slot)
+            if npages == 0:
+                if old is None:
+                    _refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
+                self._kernel_region(slot, 0, old.base_gfn, 0, 0)
+                if old.log_dirty:
+                    self._forget_log(old)
+                old.pinned.release()
+                del self._regions[slot]
+                return
+            new = self._new_region(slot, base_gfn, npages, log_dirty, memory, old)
+            self._install(new, old)
+
+    def _new_region(
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Buffer | None, old: _Region | None
+    ) -> _Region:
+        size = npages * self.page_size
+        if memory is None:
+            memory = old.memory if old else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            pinned = _kvm.Pinned(memory)
+        except BufferError as error:
+            raise ValueError(f"slot {slot}: memory has to be writable and contiguous ({error})") from error
+        if pinned.address % self.page_size:
+            raise ValueError(
+                f"slot {slot}: memory starts {pinned.address % self.page_size} bytes into a page; "
+                "dirtylog.zeros() makes page-aligned arrays"
+            )
+        if pinned.nbytes < size:
+            raise ValueError(f"slot {slot}: {npages} pages need {size} bytes of memory, got {pinned.nbytes}")
+        return _Region(slot, base_gfn, npages, log_dirty, memory, pinned)
+
+    def _kernel_region(self, slot: int, flags: int, base_gfn: int, npages: int, address: int) -> None:
+        size = npages * self.page_size
+        argument = bytearray(_REGION.pack(slot, flags, base_gfn * self.page_size, size, address))
+        what = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, {npages} pages from gfn {base_gfn}"
+        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what)
+
+    def _install(self, new: _Region, old: _Region | None) -> None:
+        # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
+        logs_anew = new.log_dirty and self._ring_entries > 0 and not (old and old.log_dirty)
+        if logs_anew:
+            self._ringlog.add(new.slot, new.npages)
+        try:
+            flags = _LOG_DIRTY_PAGES if new.log_dirty else 0
+            self._kernel_region(new.slot, flags, new.base_gfn, new.npages, new.pinned.address)
+        except OSError:
+            if logs_anew:
+                self._ringlog.remove(new.slot)
+            raise
+        if old is not None:
+            if old.log_dirty and new.log_dirty:
+                # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
+                new.pending, new.incomplete = old.pending, old.incomplete
+            elif old.log_dirty:
+                self._forget_log(old)
+            old.pinned.release()
+        self._regions[new.slot] = new
+
+    def _forget_log(self, region: _Region) -> None:
+        # The kernel pushes no entry for the slot once the ioctl has returned:
+        # what the rings still hold for it is emptied here, and an entry that
+        # names an unknown slot later is a foreign one.
+        if self._ring_entries:
+            self._drain()
+            self._ringlog.remove(region.slot)
+
+    # ---- the log, slot by slot ------------------------------------------------
+
+    def _region(self, slot: int) -> _Region:
+        region = self._regions.get(slot)
+        if region is None:
+            self._handle.fileno()
+            slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
+            if not 0 <= slot < slots:
+                _refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+            _refuse(errno.ENOENT, f"slot {slot} does not exist; there are {sorted(self._regions)}")
+        return region
+
+    def get_dirty_log(self, slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]] | None = None) -> DirtyPages:
+        """Report the pages of a slot written since the last report (KVM_GET_DIRTY_LOG).
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        out : uint64 array, optional
+            Also receives the words: ``ceil(npages / 64)`` of them, writable and contiguous.
+
+        Returns
+        -------
+        DirtyPages
+            Numbered from the slot's start.
+
+        Raises
+        ------
+        OSError
+            ENOENT: no such slot, or it keeps no log; EINVAL: slot out of range;
+            EFAULT: `out` cannot take the words; ENXIO: the rings are enabled.
+
+        Notes
+        -----
+        Clears the log and write-protects again; under manual protection it
+        does neither, see `clear_dirty_log`. Takes KVM's `slots_lock`; O(npages / 64).
+
+        References
+        ----------
+        ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        with self._lock:
+            region = self._region(slot)
+            if out is not None:
+                _check_out(slot, out, region.npages)
+            pages = self._handle.get_dirty_log(slot, region.npages, self.page_size)
+            if region.pending is not None:
+                pages |= region.pending
+                if not self._manual:
+                    region.pending = None
+        if out is not None:
+            out[:] = pages.words
+        return pages
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
+        """Clear reported bits and write-protect their pages again (KVM_CLEAR_DIRTY_LOG).
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        first_page, num_pages : int
+            Range within the slot, in pages. `first_page` is a multiple of 64, and
+            `num_pages` too unless the range ends at the slot's end.
+        dirty : DirtyPages
+            Pages to clear, numbered from the start of the slot.
+
+        Raises
+        ------
+        ValueError
+            `dirty` is not about `npages` pages of the slot.
+        OSError
+            EINVAL: unaligned or outside the slot; ENOENT: no such slot, or it keeps no log.
+
+        Notes
+        -----
+        Clear before you copy (I3): a write during the copy is then seen next time.
+
+        References
+        ----------
+        ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        with self._lock:
+            region = self._region(slot)
+            if dirty.npages != region.npages or dirty.page_size != self.page_size:
+                raise ValueError(
+                    f"slot {slot} has {region.npages} pages of {self.page_size} bytes, "
+                    f"dirty is about {dirty.npages} of {dirty.page_size}"
+                )
+            if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
+                _refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
+            self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
+            if region.pending is not None:
+                end = first_page + num_pages
+                cleared = dirty & DirtyPages.from_runs([(first_page, num_pages)], region.npages, self.page_size)
+                rest = region.pending - cleared if end > first_page else region.pending
+                region.pending = rest if rest else None
+
+    def enable_manual_protect(self, initially_set: bool = False) -> None:
+        """Let `get_dirty_log` report without clearing, and `clear_dirty_log` clear.
+
+        Parameters
+        ----------
+        initially_set : bool, optional
+            Slots that begin to log later report every page the first time.
+
+        Raises
+        ------
+        BackendUnavailable
+            The kernel does not offer it.
+        OSError
+            EINVAL: the rings are enabled.
+        """
+        wanted = _MANUAL_PROTECT | (_INITIALLY_SET if initially_set else 0)
+        name, number = _MANUAL
+        offered = self.capabilities[name]
+        if wanted & ~offered:
+            raise BackendUnavailable("KVM manual protection", f"{name} is {offered}, {wanted} is needed")
+        with self._lock:
+            if self._ring_entries:
+                # Initially-all-set leaves pages writable that a ring would have to hear of.
+                _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+            self._enable(name, number, wanted)
+            self._manual = True
+
+    def _enable(self, name: str, number: int, argument: int) -> None:
+        self._handle.ioctl(_kvm.ENABLE_CAP, bytearray(_ENABLE.pack(number, 0, argument)), f"KVM_ENABLE_CAP of {name}")
+
+    # ---- rings ---------------------------------------------------------------
+
+    def enable_dirty_ring(self, entries: int) -> None:
+        """Give every vCPU a ring of dirty pages in place of the slots' bitmaps.
+
+        Parameters
+        ----------
+        entries : int
+            Capacity of a ring in pages: a power of two. A vCPU leaves with
+            ``"DIRTY_RING_FULL"`` when 64 entries are left (512 more with PML).
+
+        Raises
+        ------
+        BackendUnavailable
+            The kernel does not offer it.
+        OSError
+            EINVAL: no power of two, too small or too large, a vCPU exists already,
+            enabled before, or manual protection is on.
+
+        References
+        ----------
+        ``KVM_CAP_DIRTY_LOG_RING`` in Linux ``Documentation/virt/kvm/api.rst``.
+        """
+        offered = [(name, number) for name, number in _RINGS if self.capabilities[name]]
+        if not offered:
+            raise BackendUnavailable("KVM dirty rings", f"{_RINGS[0][0]} and {_RINGS[1][0]} are 0")
+        name, number = offered[0]
+        most = self.capabilities[name] // _RING_ENTRY_BYTES
+        if entries <= 0 or entries & (entries - 1) or entries > most:
+            _refuse(errno.EINVAL, f"a dirty ring has a power of two of entries up to {most}, not {entries}")
+        with self._lock:
+            if self._vcpus:
+                _refuse(errno.EINVAL, "enable the dirty ring before the first vCPU is created")
+            if self._manual:
+                _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+            self._enable(name, number, entries * _RING_ENTRY_BYTES)
+            self._ring_entries = entries
+            for region in self._regions.values():
+                if region.log_dirty:
+                    self._ringlog.add(region.slot, region.npages)
+
+    def harvest_rings(self) -> dict[int, DirtyPages]:
+        """Empty the rings of all vCPUs and report the pages written since the last harvest.
+
+        Returns
+        -------
+        dict of int to DirtyPages
+            One entry for each slot that keeps a log.
+
+        Raises
+        ------
+        OSError
+            EINVAL: the rings are not enabled. Otherwise the kernel's errno, and
+            the pages are reported by the next harvest (I5).
+
+        Warns
+        -----
+        IncompleteLogWarning
+            A ring overflowed, or held an entry for no page of ours: every page
+            is reported, ``exact=False`` (I6).
+
+        Notes
+        -----
+        The order is: read the entries and mark them for reset; let KVM
+        write-protect their pages again; hand them out. A write between the
+        first and the second step goes unlogged and is harmless: its page is in
+        this harvest, and its content is read later (I2).
+
+        References
+        ----------
+        ``kvm_vm_ioctl_reset_dirty_pages`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        with self._lock:
+            self._handle.fileno()
+            if not self._ring_entries:
+                _refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
+            self._drain()
+            logging = [region for region in self._regions.values() if region.log_dirty]
+            # A warning turned into an error leaves by here, before anything was taken.
+            for region in logging:
+                self._warn_if_incomplete(region)
+            return {region.slot: self._take(region) for region in logging}
+
+    def _drain(self) -> None:
+        self.harvests += 1
+        problem = ""
+        for index, ring in enumerate(self._rings):
+            drained, overflow, (foreign, slot, offset) = self._ringlog.drain(ring)
+            self._outstanding += drained
+            if overflow:
+                self._lost = f"the dirty ring of vCPU {index} ({ring.entries} entries) overflowed"
+            if foreign:
+                problem = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
+        if problem:
+            for region in self._regions.values():
+                region.incomplete = problem
+        if self._outstanding:
+            reset = self._handle.reset_rings(self._outstanding)
+            # The kernel stops at an entry that it has overwritten since we read it.
+            if reset != self._outstanding:
+                self._lost = f"KVM took back {reset} of {self._outstanding} ring entries: a dirty ring overflowed"
+            self._outstanding = 0
+
+    def _warn_if_incomplete(self, region: _Region) -> bool:
+        why = self._lost or region.incomplete
+        if why:
+            message = f"slot {region.slot}: {why}; every page is reported"
+            warnings.warn(IncompleteLogWarning(message), stacklevel=4)
+        return bool(why)
+
+    def _take(self, region: _Region) -> DirtyPages:
+        pages = self._ringlog.take(region.slot, self.page_size)
+        if self._lost or region.incomplete:
+            region.incomplete = ""
+            return DirtyPages._all(region.npages, self.page_size, exact=False)
+        return pages
+
+    def ring_is_full(self, ring: _kvm.Ring, harvests: int) -> None:
+        """Note that KVM_RUN called a ring full; for `Vcpu.run`.
+
+        Parameters
+        ----------
+        ring : Ring
+            The vCPU's ring.
+        harvests : int
+            `harvests` before the run: with a harvest since, "full" may be old news.
+
+        Raises
+        ------
+        DirtyLogError
+            The ring is out of step after an overflow: full for ever, and nothing in it.
+        """
+        with self._lock:
+            if self._lost:
+                raise DirtyLogError(f"{self._lost}; this VM can no longer track, make a new one with a larger ring")
+            if harvests == self.harvests:
+                ring.mark_full()
+
+    # ---- sources and vCPUs -----------------------------------------------------
+
+    def slot(self, slot: int) -> Slot:
+        """Return a slot as a source of dirty pages; OSError ENOENT when there is none."""
+        return Slot(self, self._region(slot))
+
+    def harvest_slot(self, region: _Region) -> DirtyPages:
+        """Get and clear, in whatever way the log is kept; for `Slot`."""
+        with self._lock:
+            region = self._still(region)
+            if self._ring_entries:
+                self._drain()
+                self._warn_if_incomplete(region)
+                return self._take(region)
+            fresh = self._handle.get_dirty_log(region.slot, region.npages, self.page_size)
+            pages = fresh | region.pending if region.pending is not None else fresh
+            if self._manual and fresh:
+                # I5: a clear that fails half way has taken some bits: they are kept here.
+                region.pending = pages
+                self._handle.clear_dirty_log(region.slot, 0, region.npages, fresh.words)
+            region.pending = None
+            return pages
+
+    def peek_slot(self, region: _Region) -> DirtyPages:
+        """Report and keep, in whatever way the log is kept; for `Slot`."""
+        with self._lock:
+            region = self._still(region)
+            if self._ring_entries:
+                self._drain()
+                if self._warn_if_incomplete(region):
+                    return DirtyPages._all(region.npages, self.page_size, exact=False)
+                return self._ringlog.copy(region.slot, self.page_size)
+            pages = self._handle.get_dirty_log(region.slot, region.npages, self.page_size)
+            if region.pending is not None:
+                pages |= region.pending
+            if not self._manual:
+                region.pending = pages
+            return pages
+
+    def _still(self, region: _Region) -> _Region:
+        now = self._region(region.slot)
+        if now.npages != region.npages:
+            _refuse(errno.ENOENT, f"slot {region.slot} is another one since; ask for slot({region.slot}) again")
+        if not now.log_dirty:
+            _refuse(errno.ENOENT, f"slot {region.slot} keeps no log; set it with log_dirty=True")
+        return now
+
+    def create_vcpu(self) -> Vcpu:
+        """Make a virtual CPU, in reset state.
+
+        Returns
+        -------
+        Vcpu
+            A context manager; closing the VM closes it too.
+
+        Raises
+        ------
+        OSError
+            With the kernel's errno.
+        """
+        with self._lock:
+            index = len(self._vcpus)
+            descriptor = self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}")
+            handle = _kvm.VcpuHandle(descriptor, f"vCPU {index}", self._run_size)
+            ring = None
+            try:
+                if self._ring_entries:
+                    ring = _kvm.Ring(handle, self._ring_entries)
+                    self._rings.append(ring)
+            except BaseException:
+                handle.close()
+                raise
+            vcpu = Vcpu(self, handle, index, ring)
+            self._vcpus.append(weakref.ref(vcpu))
+            return vcpu
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._handle.closed
+
+    def close(self) -> None:
+        """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
+        self._handle.close()
+        # Not under the lock: a run under way ends in `ring_is_full`, which takes it.
+        for reference in list(self._vcpus):
+            vcpu = reference()
+            if vcpu is not None:
+                vcpu.close()
+        with self._lock:
+            self._rings.clear()
+            for region in self._regions.values():
+                region.pinned.release()
+            self._regions.clear()
+
+
+def _check_out(slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]], npages: int) -> None:
+    words = -(-npages // 64)
+    fits = isinstance(out, np.ndarray) and out.dtype == np.uint64 and out.shape == (words,)
+    if not (fits and out.flags.c_contiguous and out.flags.writeable):
+        _refuse(errno.EFAULT, f"slot {slot}: out has to be a writable, contiguous uint64 array of {words} words")
+
+
+class Slot:
+    """A memory slot as a source of dirty pages; made by `VM.slot`.
+
+    Attributes
+    ----------
+    npages : int
+        Size in pages.
+    page_size : int
+        In bytes.
+
+    Notes
+    -----
+    `harvest` and `peek` mean the same whichever way the log is kept. KVM's
+    bitmap has no peek: what a peek took from it is kept here for the next
+    harvest. Manual protection and rings need no such copy, or keep one anyhow.
+    """
+
+    __slots__ = ("_region", "_vm", "npages", "page_size")
+
+    def __init__(self, vm: VM, region: _Region) -> None:
+        self._vm = vm
+        self._region = region
+        self.npages = region.npages
+        self.page_size = vm.page_size
+
+    @property
+    def memory(self) -> Buffer:
+        """The memory behind the slot: what was given, or an anonymous mapping."""
+        return self._region.memory
+
+    def harvest(self) -> DirtyPages:
+        """Report the pages written since the last harvest, and clear them.
+
+        Returns
+        -------
+        DirtyPages
+            Numbered from the slot's start.
+
+        Raises
+        ------
+        OSError
+            ENOENT: the slot is gone or keeps no log; else the kernel's errno, and nothing is lost (I5).
+        """
+        return self._vm.harvest_slot(self._region)
+
+    def peek(self) -> DirtyPages:
+        """Report the pages written since the last harvest, and keep them for the next."""
+        return self._vm.peek_slot(self._region)

@@ -418,8 +418,18 @@ cdef class Ring:
         self.ring.entries = <dl_ring_entry *>self.pinned.view.buf
 
     def __dealloc__(self):
+        self.unmap()
+
+    cdef void unmap(self) noexcept:
         if self.mapped != NULL:
             munmap(self.mapped, <size_t>self.ring.size * 16)
+            self.mapped = NULL
+
+    def close(self) -> None:
+        """Let go of the entries: a later drain is a ValueError. Under the VM's harvest lock."""
+        self.unmap()
+        self.pinned = None
+        self.ring.entries = NULL
 
     def mark_full(self) -> None:
         """Note that KVM called the ring full and nobody has harvested since."""
@@ -502,6 +512,8 @@ cdef class RingLog:
         ``kvm_dirty_ring_push`` and ``kvm_dirty_ring_reset`` in Linux ``virt/kvm/dirty_ring.c``.
         """
         cdef dl_ring_result result
+        if ring.ring.entries == NULL:
+            raise ValueError("the ring is closed, and with it its VM")
         with nogil:
             result = dl_ring_drain(&ring.ring, self.slots, self.nslots)
         return result.drained, bool(result.overflow), (result.foreign, result.bad_slot, result.bad_offset)

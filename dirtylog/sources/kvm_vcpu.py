@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-import threading
+import weakref
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -156,7 +156,7 @@ def _pack(name: str, layout: struct.Struct, values: object) -> bytes:
 
 
 class Vcpu(Owner):
-    """One virtual CPU; made by `VM.create_vcpu`.
+    """One virtual CPU; made by `VM.create_vcpu`, closed with its VM at the latest.
 
     Notes
     -----
@@ -164,15 +164,15 @@ class Vcpu(Owner):
     any other meanwhile. Closing waits until the run under way has returned.
     """
 
-    __slots__ = ("_answer_at", "_handle", "_lock", "_ring", "_vm", "index")
+    __slots__ = ("_answer_at", "_handle", "_ring", "_vm", "index")
 
     def __init__(self, vm: VM, handle: _kvm.VcpuHandle, index: int, ring: _kvm.Ring | None) -> None:
         self.index = index
-        self._vm = vm
+        # Weak: the VM owns its vCPUs, and a cycle would put off its closing.
+        self._vm = weakref.ref(vm)
         self._handle = handle
         self._ring = ring
         self._answer_at: tuple[int, int] | None = None
-        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         """Show the number and whether it is open."""
@@ -275,13 +275,14 @@ class Vcpu(Owner):
         ----------
         ``KVM_RUN`` and ``struct kvm_run`` in Linux ``Documentation/virt/kvm/api.rst``.
         """
-        harvests = self._vm.harvests
+        vm = self._vm()
+        harvests = vm.harvests if vm else 0
         if not self._handle.run():
             return Exit("INTR")
         (number,) = _REASON.unpack(self._handle.load(0, _REASON.size))
         reason = EXIT_REASONS[number] if number < len(EXIT_REASONS) else f"EXIT_{number}"
-        if reason == "DIRTY_RING_FULL" and self._ring is not None:
-            self._vm.ring_is_full(self._ring, harvests)
+        if reason == "DIRTY_RING_FULL" and vm and self._ring:
+            vm.ring_is_full(self._ring, harvests)
         return self._describe(reason)
 
     def _describe(self, reason: str) -> Exit:

@@ -8,7 +8,6 @@ import os
 import struct
 import threading
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
@@ -99,8 +98,7 @@ class VM(Owner):
         self._lock = threading.RLock()
         self._regions: dict[int, _Region] = {}
         self._manual = False
-        # The vCPUs keep the VM alive, not the other way round: no cycle delays a close.
-        self._vcpus: list[weakref.ref[Vcpu]] = []
+        self._vcpus: list[Vcpu] = []
         self._ring_entries = 0
         self._rings: list[_kvm.Ring] = []
         self._ringlog = _kvm.RingLog()
@@ -183,7 +181,7 @@ class VM(Owner):
             memory = old.memory if old else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         try:
             pinned = _kvm.Pinned(memory)
-        except BufferError as error:
+        except (BufferError, ValueError) as error:
             raise ValueError(f"slot {slot}: memory has to be writable and contiguous ({error})") from error
         if pinned.address % self.page_size:
             raise ValueError(
@@ -352,11 +350,11 @@ class VM(Owner):
             if self._ring_entries:
                 # Initially-all-set leaves pages writable that a ring would have to hear of.
                 _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
-            self._enable(name, number, wanted)
+            self._enable(f"{name} with {wanted}", number, wanted)
             self._manual = True
 
-    def _enable(self, name: str, number: int, argument: int) -> None:
-        self._handle.ioctl(_kvm.ENABLE_CAP, bytearray(_ENABLE.pack(number, 0, argument)), f"KVM_ENABLE_CAP of {name}")
+    def _enable(self, what: str, number: int, argument: int) -> None:
+        self._handle.ioctl(_kvm.ENABLE_CAP, bytearray(_ENABLE.pack(number, 0, argument)), f"KVM_ENABLE_CAP of {what}")
 
     # ---- rings ---------------------------------------------------------------
 
@@ -393,7 +391,9 @@ class VM(Owner):
                 _refuse(errno.EINVAL, "enable the dirty ring before the first vCPU is created")
             if self._manual:
                 _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
-            self._enable(name, number, entries * _RING_ENTRY_BYTES)
+            if self._ring_entries:
+                _refuse(errno.EINVAL, f"dirty rings of {self._ring_entries} entries are enabled already")
+            self._enable(f"{name}, {entries} entries a ring", number, entries * _RING_ENTRY_BYTES)
             self._ring_entries = entries
             for region in self._regions.values():
                 if region.log_dirty:
@@ -569,7 +569,7 @@ class VM(Owner):
                 handle.close()
                 raise
             vcpu = Vcpu(self, handle, index, ring)
-            self._vcpus.append(weakref.ref(vcpu))
+            self._vcpus.append(vcpu)
             return vcpu
 
     @property
@@ -581,11 +581,11 @@ class VM(Owner):
         """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
         self._handle.close()
         # Not under the lock: a run under way ends in `ring_is_full`, which takes it.
-        for reference in list(self._vcpus):
-            vcpu = reference()
-            if vcpu is not None:
-                vcpu.close()
+        for vcpu in list(self._vcpus):
+            vcpu.close()
         with self._lock:
+            for ring in self._rings:
+                ring.close()
             self._rings.clear()
             for region in self._regions.values():
                 region.pinned.release()

@@ -264,20 +264,31 @@ struct dl_ring_result {
 
 static inline uint32_t dl_ring_flags(const struct dl_ring *ring, uint32_t index)
 {
-    /* Pairs with the write barrier (store-release with ACQ_REL) before the flag
-     * in kvm_dirty_ring_push(): slot and offset are read after the flag. */
     return __atomic_load_n(&ring->entries[index & (ring->size - 1)].flags, __ATOMIC_ACQUIRE);
 }
 
-/* Does an entry between fetch and one lap further wait for us? The kernel
- * fills them in order, so with none at `fetch` there is none behind it, unless
- * the kernel has run past its own reset index: an overflow. */
-static inline int dl_ring_waits_behind(const struct dl_ring *ring, uint32_t count)
+/* Does an entry behind the free one at `fetch + drained` wait for us? The
+ * kernel fills them in order, so with none there, there is none behind it,
+ * unless the kernel has run past its own reset index: an overflow. */
+static inline int dl_ring_waits_behind(const struct dl_ring *ring, uint32_t drained)
 {
-    for (uint32_t ahead = 1; ahead < count; ahead++)
+    for (uint32_t ahead = drained + 1; ahead < ring->size; ahead++)
         if (dl_ring_flags(ring, ring->fetch + ahead) == DL_RING_DIRTY)
             return 1;
     return 0;
+}
+
+static inline struct dl_ring_slot *dl_ring_find(struct dl_ring_slot *slots, size_t nslots, uint32_t id)
+{
+    size_t low = 0, high = nslots;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (slots[middle].id < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < nslots && slots[low].id == id ? &slots[low] : NULL;
 }
 
 /* Move what the ring holds into the slots' words. Plain stores to the words:
@@ -286,28 +297,30 @@ static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct d
 {
     struct dl_ring_result result = {0};
     struct dl_ring_slot *slot = NULL;
+    const uint32_t mask = ring->size - 1;
     uint32_t drained = 0;
+    /* Copies of what the loop needs: its stores might alias the originals. */
+    uint32_t id = 0;
+    uint64_t npages = 0, *words = NULL;
 
 again:
-    for (; drained < ring->size && dl_ring_flags(ring, ring->fetch) == DL_RING_DIRTY; drained++) {
-        struct dl_ring_entry *entry = &ring->entries[ring->fetch & (ring->size - 1)];
-        uint32_t id = entry->slot;
+    for (; drained < ring->size; drained++) {
+        struct dl_ring_entry *entry = &ring->entries[(ring->fetch + drained) & mask];
+        /* Pairs with the write barrier (store-release with ACQ_REL) before the
+         * flag in kvm_dirty_ring_push(): slot and offset are read after it. */
+        if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != DL_RING_DIRTY)
+            break;
         uint64_t offset = entry->offset;
-        if (!slot || slot->id != id) {
-            size_t low = 0, high = nslots;
-            while (low < high) {
-                size_t middle = low + (high - low) / 2;
-                if (slots[middle].id < id)
-                    low = middle + 1;
-                else
-                    high = middle;
-            }
-            slot = low < nslots && slots[low].id == id ? &slots[low] : NULL;
+        if (!slot || id != entry->slot) {
+            id = entry->slot;
+            slot = dl_ring_find(slots, nslots, id);
+            npages = slot ? slot->npages : 0;
+            words = slot ? slot->words : NULL;
             if (slot)
                 slot->touched = 1;
         }
-        if (slot && offset < slot->npages) {
-            slot->words[offset / DL_WORD_PAGES] |= dl_bit(offset);
+        if (offset < npages) {
+            words[offset / DL_WORD_PAGES] |= dl_bit(offset);
         } else {
             result.foreign++;
             result.bad_slot = id;
@@ -316,15 +329,15 @@ again:
         /* Pairs with the acquire in kvm_dirty_gfn_harvested(): the kernel may
          * refill the entry once it has seen the flag, so we have read it. */
         __atomic_store_n(&entry->flags, DL_RING_RESET, __ATOMIC_RELEASE);
-        ring->fetch++;
     }
-    if (drained < ring->size && dl_ring_waits_behind(ring, ring->size - drained)) {
-        /* A running vCPU may have filled `fetch` and the ones behind it since
-         * we looked; seeing those with acquire, we see that one now. */
-        if (dl_ring_flags(ring, ring->fetch) == DL_RING_DIRTY)
+    if (dl_ring_waits_behind(ring, drained)) {
+        /* A running vCPU may have filled the free entry and those behind it
+         * since we looked; seeing those with acquire, we see that one now. */
+        if (dl_ring_flags(ring, ring->fetch + drained) == DL_RING_DIRTY)
             goto again;
         result.overflow = 1;
     }
+    ring->fetch += drained;
     result.drained = drained;
     /* A ring without one free entry may have lost any number of them: a vCPU
      * stops 64 entries earlier unless it ran past its reserve. And one that

@@ -27,8 +27,9 @@ from types import MappingProxyType
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import _kvm
 from dirtylog.sources._owner import Owner
+from dirtylog.sources.kvm_slot import Slot
 from dirtylog.sources.kvm_vcpu import Dtable, Exit, Regs, Segment, Sregs, Vcpu
-from dirtylog.sources.kvm_vm import VM, Slot
+from dirtylog.sources.kvm_vm import VM
 
 __all__ = ["VM", "Dtable", "Exit", "Kvm", "Probe", "Regs", "Segment", "Slot", "Sregs", "Vcpu", "probe"]
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import struct
-import weakref
 from dataclasses import astuple, dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dirtylog.sources import _kvm
 from dirtylog.sources._owner import Owner
 
 if TYPE_CHECKING:
-    from dirtylog.sources.kvm_vm import VM
+    from dirtylog.sources.kvm_rings import Rings
 
 __all__ = ["Dtable", "Exit", "Regs", "Segment", "Sregs", "Vcpu"]
 
@@ -21,7 +20,7 @@ EXIT_REASONS = (
     "S390_SIEIC S390_RESET DCR NMI INTERNAL_ERROR OSI PAPR_HCALL S390_UCONTROL WATCHDOG S390_TSCH EPR SYSTEM_EVENT "
     "S390_STSI IOAPIC_EOI HYPERV ARM_NISV X86_RDMSR X86_WRMSR DIRTY_RING_FULL AP_RESET_HOLD X86_BUS_LOCK XEN "
     "RISCV_SBI RISCV_CSR NOTIFY LOONGARCH_IOCSR MEMORY_FAULT"
-).split()
+).split()  # noqa: SIM905  forty lines less
 
 CR0_PE = 1 << 0
 RFLAGS_ALWAYS = 1 << 1
@@ -164,12 +163,12 @@ class Vcpu(Owner):
     any other meanwhile. Closing waits until the run under way has returned.
     """
 
-    __slots__ = ("_answer_at", "_handle", "_ring", "_vm", "index")
+    __slots__ = ("_answer_at", "_handle", "_ring", "_rings", "index")
 
-    def __init__(self, vm: VM, handle: _kvm.VcpuHandle, index: int, ring: _kvm.Ring | None) -> None:
+    def __init__(self, handle: _kvm.VcpuHandle, index: int, rings: Rings | None, ring: _kvm.Ring | None) -> None:
         self.index = index
-        # Weak: the VM owns its vCPUs, and a cycle would put off its closing.
-        self._vm = weakref.ref(vm)
+        # Not the VM: it owns its vCPUs, and a cycle would put off its closing.
+        self._rings = rings
         self._handle = handle
         self._ring = ring
         self._answer_at: tuple[int, int] | None = None
@@ -193,10 +192,12 @@ class Vcpu(Owner):
         """Return segments, tables and control registers (KVM_GET_SREGS)."""
         buffer = bytearray(8 * _SEGMENT.size + 2 * _DTABLE.size + _CONTROL.size)
         self._handle.ioctl(_kvm.GET_SREGS, buffer, f"KVM_GET_SREGS of {self._handle.name}")
-        segments = [Segment(*_SEGMENT.unpack_from(buffer, at * _SEGMENT.size)) for at in range(8)]
-        tables = [Dtable(*_DTABLE.unpack_from(buffer, 8 * _SEGMENT.size + at * _DTABLE.size)) for at in range(2)]
-        *control, b0, b1, b2, b3 = _CONTROL.unpack_from(buffer, 8 * _SEGMENT.size + 2 * _DTABLE.size)
-        return Sregs(*segments, *tables, *control, (b0, b1, b2, b3))
+        control = 8 * _SEGMENT.size + 2 * _DTABLE.size
+        parts: list[Any] = [Segment(*_SEGMENT.unpack_from(buffer, at * _SEGMENT.size)) for at in range(8)]
+        parts += [Dtable(*_DTABLE.unpack_from(buffer, 8 * _SEGMENT.size + at * _DTABLE.size)) for at in range(2)]
+        *registers, b0, b1, b2, b3 = _CONTROL.unpack_from(buffer, control)
+        parts += [*registers, (b0, b1, b2, b3)]
+        return Sregs(*parts)
 
     def set_sregs(self, sregs: Sregs) -> None:
         """Set segments, tables and control registers (KVM_SET_SREGS); ValueError for a value outside its field."""
@@ -204,9 +205,7 @@ class Vcpu(Owner):
         parts = [_pack("segment", _SEGMENT, part) for part in (s.cs, s.ds, s.es, s.fs, s.gs, s.ss, s.tr, s.ldt)]
         parts += [_pack("table", _DTABLE, part) for part in (s.gdt, s.idt)]
         try:
-            parts.append(
-                _CONTROL.pack(s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base, *s.interrupt_bitmap)
-            )
+            parts.append(_CONTROL.pack(s.cr0, s.cr2, s.cr3, s.cr4, s.cr8, s.efer, s.apic_base, *s.interrupt_bitmap))
         except struct.error as error:
             raise ValueError(f"a control register is outside 64 bits ({error})") from None
         self._handle.ioctl(_kvm.SET_SREGS, bytearray(b"".join(parts)), f"KVM_SET_SREGS of {self._handle.name}")
@@ -275,14 +274,13 @@ class Vcpu(Owner):
         ----------
         ``KVM_RUN`` and ``struct kvm_run`` in Linux ``Documentation/virt/kvm/api.rst``.
         """
-        vm = self._vm()
-        harvests = vm.harvests if vm else 0
+        harvests = self._rings.harvests if self._rings else 0
         if not self._handle.run():
             return Exit("INTR")
         (number,) = _REASON.unpack(self._handle.load(0, _REASON.size))
         reason = EXIT_REASONS[number] if number < len(EXIT_REASONS) else f"EXIT_{number}"
-        if reason == "DIRTY_RING_FULL" and vm and self._ring:
-            vm.ring_is_full(self._ring, harvests)
+        if reason == "DIRTY_RING_FULL" and self._rings and self._ring:
+            self._rings.note_full(self._ring, harvests)
         return self._describe(reason)
 
     def _describe(self, reason: str) -> Exit:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import errno
-import mmap
-import os
 import struct
 import threading
-import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dirtylog._pages import DirtyPages
-from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import _kvm
 from dirtylog.sources._owner import Owner
+from dirtylog.sources.kvm_rings import Rings
+from dirtylog.sources.kvm_slot import PAGE_SIZE, Region, Slot, check_out, lend, refuse
 from dirtylog.sources.kvm_vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from dirtylog.sources.kvm import Kvm
 
-__all__ = ["VM", "Slot"]
+__all__ = ["VM"]
 
 _REGION = struct.Struct("=IIQQQ")
 _ENABLE = struct.Struct("=IIQ88x")
@@ -35,30 +34,6 @@ _RING_ENTRY_BYTES = 16
 _MANUAL = ("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 168)
 # Where both are offered they differ only in the barriers that user space owes; ours serve either.
 _RINGS = (("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", 223), ("KVM_CAP_DIRTY_LOG_RING", 192))
-
-
-def _refuse(number: int, why: str) -> NoReturn:
-    raise OSError(number, f"{why}: {os.strerror(number)}")
-
-
-class _Region:
-    """What the kernel knows of a slot, and what we owe its user."""
-
-    __slots__ = ("base_gfn", "incomplete", "log_dirty", "memory", "npages", "pending", "pinned", "slot")
-
-    def __init__(
-        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Buffer, pinned: _kvm.Pinned
-    ) -> None:
-        self.slot = slot
-        self.base_gfn = base_gfn
-        self.npages = npages
-        self.log_dirty = log_dirty
-        self.memory = memory
-        self.pinned = pinned
-        # I5: taken from the kernel, not handed out yet.
-        self.pending: DirtyPages | None = None
-        # I6: why the next harvest reports everything.
-        self.incomplete = ""
 
 
 class VM(Owner):
@@ -74,36 +49,26 @@ class VM(Owner):
         "_handle",
         "_kvm",
         "_lock",
-        "_lost",
         "_manual",
-        "_outstanding",
         "_regions",
-        "_ring_entries",
-        "_ringlog",
         "_rings",
         "_run_size",
         "_vcpus",
         "capabilities",
-        "harvests",
     )
 
-    page_size = mmap.PAGESIZE
+    page_size = PAGE_SIZE
 
     def __init__(self, handle: _kvm.Handle, kvm: Kvm, capabilities: Mapping[str, int], run_size: int) -> None:
         self.capabilities = capabilities
-        self.harvests = 0
         self._handle = handle
         self._kvm = kvm
         self._run_size = run_size
         self._lock = threading.RLock()
-        self._regions: dict[int, _Region] = {}
+        self._regions: dict[int, Region] = {}
         self._manual = False
         self._vcpus: list[Vcpu] = []
-        self._ring_entries = 0
-        self._rings: list[_kvm.Ring] = []
-        self._ringlog = _kvm.RingLog()
-        self._outstanding = 0
-        self._lost = ""
+        self._rings: Rings | None = None
 
     def __repr__(self) -> str:
         """Show slots, vCPUs and whether it is open."""
@@ -156,41 +121,24 @@ class VM(Owner):
         self._handle.fileno()
         slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
         if not 0 <= slot < slots:
-            _refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+            refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
         if base_gfn < 0 or npages < 0 or (base_gfn + npages) * self.page_size >= 1 << 64:
-            _refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
+            refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
         with self._lock:
             old = self._regions.get(slot)
             if npages == 0:
                 if old is None:
-                    _refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
+                    refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
                 self._kernel_region(slot, 0, old.base_gfn, 0, 0)
                 if old.log_dirty:
                     self._forget_log(old)
                 old.pinned.release()
                 del self._regions[slot]
                 return
-            new = self._new_region(slot, base_gfn, npages, log_dirty, memory, old)
-            self._install(new, old)
-
-    def _new_region(
-        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Buffer | None, old: _Region | None
-    ) -> _Region:
-        size = npages * self.page_size
-        if memory is None:
-            memory = old.memory if old else mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            pinned = _kvm.Pinned(memory)
-        except (BufferError, ValueError) as error:
-            raise ValueError(f"slot {slot}: memory has to be writable and contiguous ({error})") from error
-        if pinned.address % self.page_size:
-            raise ValueError(
-                f"slot {slot}: memory starts {pinned.address % self.page_size} bytes into a page; "
-                "dirtylog.zeros() makes page-aligned arrays"
-            )
-        if pinned.nbytes < size:
-            raise ValueError(f"slot {slot}: {npages} pages need {size} bytes of memory, got {pinned.nbytes}")
-        return _Region(slot, base_gfn, npages, log_dirty, memory, pinned)
+            if memory is None and old is not None:
+                memory = old.memory
+            memory, pinned = lend(slot, npages, memory)
+            self._install(Region(slot, base_gfn, npages, log_dirty, memory, pinned), old)
 
     def _kernel_region(self, slot: int, flags: int, base_gfn: int, npages: int, address: int) -> None:
         size = npages * self.page_size
@@ -198,45 +146,46 @@ class VM(Owner):
         what = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, {npages} pages from gfn {base_gfn}"
         self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what)
 
-    def _install(self, new: _Region, old: _Region | None) -> None:
+    def _install(self, new: Region, old: Region | None) -> None:
         # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
-        logs_anew = new.log_dirty and self._ring_entries > 0 and not (old and old.log_dirty)
-        if logs_anew:
-            self._ringlog.add(new.slot, new.npages)
+        rings = self._rings
+        logs_anew = rings is not None and new.log_dirty and not (old and old.log_dirty)
+        if rings and logs_anew:
+            rings.add_slot(new.slot, new.npages)
         try:
             flags = _LOG_DIRTY_PAGES if new.log_dirty else 0
             self._kernel_region(new.slot, flags, new.base_gfn, new.npages, new.pinned.address)
         except OSError:
-            if logs_anew:
-                self._ringlog.remove(new.slot)
+            if rings and logs_anew:
+                rings.remove_slot(new.slot)
             raise
         if old is not None:
             if old.log_dirty and new.log_dirty:
                 # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
-                new.pending, new.incomplete = old.pending, old.incomplete
+                new.pending = old.pending
             elif old.log_dirty:
                 self._forget_log(old)
             old.pinned.release()
         self._regions[new.slot] = new
 
-    def _forget_log(self, region: _Region) -> None:
+    def _forget_log(self, region: Region) -> None:
         # The kernel pushes no entry for the slot once the ioctl has returned:
         # what the rings still hold for it is emptied here, and an entry that
         # names an unknown slot later is a foreign one.
-        if self._ring_entries:
-            self._drain()
-            self._ringlog.remove(region.slot)
+        if self._rings:
+            self._rings.drain(self._handle)
+            self._rings.remove_slot(region.slot)
 
     # ---- the log, slot by slot ------------------------------------------------
 
-    def _region(self, slot: int) -> _Region:
+    def _region(self, slot: int) -> Region:
         region = self._regions.get(slot)
         if region is None:
             self._handle.fileno()
             slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
             if not 0 <= slot < slots:
-                _refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
-            _refuse(errno.ENOENT, f"slot {slot} does not exist; there are {sorted(self._regions)}")
+                refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+            refuse(errno.ENOENT, f"slot {slot} does not exist; there are {sorted(self._regions)}")
         return region
 
     def get_dirty_log(self, slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]] | None = None) -> DirtyPages:
@@ -270,10 +219,11 @@ class VM(Owner):
         ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
         with self._lock:
-            region = self._region(slot)
+            # Straight to the ioctl: with nothing dirty this method costs as much as the kernel.
+            region = self._regions.get(slot) or self._region(slot)
             if out is not None:
-                _check_out(slot, out, region.npages)
-            pages = self._handle.get_dirty_log(slot, region.npages, self.page_size)
+                check_out(slot, out, region.npages)
+            pages = self._handle.get_dirty_log(slot, region.npages, PAGE_SIZE)
             if region.pending is not None:
                 pages |= region.pending
                 if not self._manual:
@@ -318,7 +268,7 @@ class VM(Owner):
                     f"dirty is about {dirty.npages} of {dirty.page_size}"
                 )
             if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
-                _refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
+                refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
             self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
             if region.pending is not None:
                 end = first_page + num_pages
@@ -347,9 +297,9 @@ class VM(Owner):
         if wanted & ~offered:
             raise BackendUnavailable("KVM manual protection", f"{name} is {offered}, {wanted} is needed")
         with self._lock:
-            if self._ring_entries:
+            if self._rings:
                 # Initially-all-set leaves pages writable that a ring would have to hear of.
-                _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+                refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
             self._enable(f"{name} with {wanted}", number, wanted)
             self._manual = True
 
@@ -385,19 +335,20 @@ class VM(Owner):
         name, number = offered[0]
         most = self.capabilities[name] // _RING_ENTRY_BYTES
         if entries <= 0 or entries & (entries - 1) or entries > most:
-            _refuse(errno.EINVAL, f"a dirty ring has a power of two of entries up to {most}, not {entries}")
+            refuse(errno.EINVAL, f"a dirty ring has a power of two of entries up to {most}, not {entries}")
         with self._lock:
             if self._vcpus:
-                _refuse(errno.EINVAL, "enable the dirty ring before the first vCPU is created")
+                refuse(errno.EINVAL, "enable the dirty ring before the first vCPU is created")
             if self._manual:
-                _refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
-            if self._ring_entries:
-                _refuse(errno.EINVAL, f"dirty rings of {self._ring_entries} entries are enabled already")
+                refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+            if self._rings:
+                refuse(errno.EINVAL, f"dirty rings of {self._rings.entries} entries are enabled already")
             self._enable(f"{name}, {entries} entries a ring", number, entries * _RING_ENTRY_BYTES)
-            self._ring_entries = entries
+            rings = Rings(entries, self.page_size, self._lock)
             for region in self._regions.values():
                 if region.log_dirty:
-                    self._ringlog.add(region.slot, region.npages)
+                    rings.add_slot(region.slot, region.npages)
+            self._rings = rings
 
     def harvest_rings(self) -> dict[int, DirtyPages]:
         """Empty the rings of all vCPUs and report the pages written since the last harvest.
@@ -432,69 +383,15 @@ class VM(Owner):
         """
         with self._lock:
             self._handle.fileno()
-            if not self._ring_entries:
-                _refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
-            self._drain()
+            rings = self._rings
+            if rings is None:
+                refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
+            rings.drain(self._handle)
             logging = [region for region in self._regions.values() if region.log_dirty]
             # A warning turned into an error leaves by here, before anything was taken.
             for region in logging:
-                self._warn_if_incomplete(region)
-            return {region.slot: self._take(region) for region in logging}
-
-    def _drain(self) -> None:
-        self.harvests += 1
-        problem = ""
-        for index, ring in enumerate(self._rings):
-            drained, overflow, (foreign, slot, offset) = self._ringlog.drain(ring)
-            self._outstanding += drained
-            if overflow:
-                self._lost = f"the dirty ring of vCPU {index} ({ring.entries} entries) overflowed"
-            if foreign:
-                problem = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
-        if problem:
-            for region in self._regions.values():
-                region.incomplete = problem
-        if self._outstanding:
-            reset = self._handle.reset_rings(self._outstanding)
-            # The kernel stops at an entry that it has overwritten since we read it.
-            if reset != self._outstanding:
-                self._lost = f"KVM took back {reset} of {self._outstanding} ring entries: a dirty ring overflowed"
-            self._outstanding = 0
-
-    def _warn_if_incomplete(self, region: _Region) -> bool:
-        why = self._lost or region.incomplete
-        if why:
-            message = f"slot {region.slot}: {why}; every page is reported"
-            warnings.warn(IncompleteLogWarning(message), stacklevel=4)
-        return bool(why)
-
-    def _take(self, region: _Region) -> DirtyPages:
-        pages = self._ringlog.take(region.slot, self.page_size)
-        if self._lost or region.incomplete:
-            region.incomplete = ""
-            return DirtyPages._all(region.npages, self.page_size, exact=False)
-        return pages
-
-    def ring_is_full(self, ring: _kvm.Ring, harvests: int) -> None:
-        """Note that KVM_RUN called a ring full; for `Vcpu.run`.
-
-        Parameters
-        ----------
-        ring : Ring
-            The vCPU's ring.
-        harvests : int
-            `harvests` before the run: with a harvest since, "full" may be old news.
-
-        Raises
-        ------
-        DirtyLogError
-            The ring is out of step after an overflow: full for ever, and nothing in it.
-        """
-        with self._lock:
-            if self._lost:
-                raise DirtyLogError(f"{self._lost}; this VM can no longer track, make a new one with a larger ring")
-            if harvests == self.harvests:
-                ring.mark_full()
+                rings.warn_if_incomplete(region.slot)
+            return {region.slot: rings.take(region.slot, region.npages) for region in logging}
 
     # ---- sources and vCPUs -----------------------------------------------------
 
@@ -502,45 +399,36 @@ class VM(Owner):
         """Return a slot as a source of dirty pages; OSError ENOENT when there is none."""
         return Slot(self, self._region(slot))
 
-    def harvest_slot(self, region: _Region) -> DirtyPages:
+    def harvest_slot(self, region: Region) -> DirtyPages:
         """Get and clear, in whatever way the log is kept; for `Slot`."""
         with self._lock:
             region = self._still(region)
-            if self._ring_entries:
-                self._drain()
-                self._warn_if_incomplete(region)
-                return self._take(region)
-            fresh = self._handle.get_dirty_log(region.slot, region.npages, self.page_size)
-            pages = fresh | region.pending if region.pending is not None else fresh
-            if self._manual and fresh:
-                # I5: a clear that fails half way has taken some bits: they are kept here.
-                region.pending = pages
-                self._handle.clear_dirty_log(region.slot, 0, region.npages, fresh.words)
+            if self._rings:
+                self._rings.drain(self._handle)
+                self._rings.warn_if_incomplete(region.slot)
+                return self._rings.take(region.slot, region.npages)
+            if self._manual:
+                return region.harvest_manual(self._handle)
+            pages = region.report(self._handle, keep=False)
             region.pending = None
             return pages
 
-    def peek_slot(self, region: _Region) -> DirtyPages:
+    def peek_slot(self, region: Region) -> DirtyPages:
         """Report and keep, in whatever way the log is kept; for `Slot`."""
         with self._lock:
             region = self._still(region)
-            if self._ring_entries:
-                self._drain()
-                if self._warn_if_incomplete(region):
-                    return DirtyPages._all(region.npages, self.page_size, exact=False)
-                return self._ringlog.copy(region.slot, self.page_size)
-            pages = self._handle.get_dirty_log(region.slot, region.npages, self.page_size)
-            if region.pending is not None:
-                pages |= region.pending
-            if not self._manual:
-                region.pending = pages
-            return pages
+            if self._rings:
+                self._rings.drain(self._handle)
+                return self._rings.peek(region.slot, region.npages)
+            # Manual protection keeps the bits itself.
+            return region.report(self._handle, keep=not self._manual)
 
-    def _still(self, region: _Region) -> _Region:
+    def _still(self, region: Region) -> Region:
         now = self._region(region.slot)
         if now.npages != region.npages:
-            _refuse(errno.ENOENT, f"slot {region.slot} is another one since; ask for slot({region.slot}) again")
+            refuse(errno.ENOENT, f"slot {region.slot} is another one since; ask for slot({region.slot}) again")
         if not now.log_dirty:
-            _refuse(errno.ENOENT, f"slot {region.slot} keeps no log; set it with log_dirty=True")
+            refuse(errno.ENOENT, f"slot {region.slot} keeps no log; set it with log_dirty=True")
         return now
 
     def create_vcpu(self) -> Vcpu:
@@ -560,15 +448,12 @@ class VM(Owner):
             index = len(self._vcpus)
             descriptor = self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}")
             handle = _kvm.VcpuHandle(descriptor, f"vCPU {index}", self._run_size)
-            ring = None
             try:
-                if self._ring_entries:
-                    ring = _kvm.Ring(handle, self._ring_entries)
-                    self._rings.append(ring)
+                ring = self._rings.add_vcpu(handle) if self._rings else None
             except BaseException:
                 handle.close()
                 raise
-            vcpu = Vcpu(self, handle, index, ring)
+            vcpu = Vcpu(handle, index, self._rings, ring)
             self._vcpus.append(vcpu)
             return vcpu
 
@@ -580,70 +465,12 @@ class VM(Owner):
     def close(self) -> None:
         """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
         self._handle.close()
-        # Not under the lock: a run under way ends in `ring_is_full`, which takes it.
+        # Not under the lock: a run under way may end in `Rings.note_full`, which takes it.
         for vcpu in list(self._vcpus):
             vcpu.close()
         with self._lock:
-            for ring in self._rings:
-                ring.close()
-            self._rings.clear()
+            if self._rings:
+                self._rings.close()
             for region in self._regions.values():
                 region.pinned.release()
             self._regions.clear()
-
-
-def _check_out(slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]], npages: int) -> None:
-    words = -(-npages // 64)
-    fits = isinstance(out, np.ndarray) and out.dtype == np.uint64 and out.shape == (words,)
-    if not (fits and out.flags.c_contiguous and out.flags.writeable):
-        _refuse(errno.EFAULT, f"slot {slot}: out has to be a writable, contiguous uint64 array of {words} words")
-
-
-class Slot:
-    """A memory slot as a source of dirty pages; made by `VM.slot`.
-
-    Attributes
-    ----------
-    npages : int
-        Size in pages.
-    page_size : int
-        In bytes.
-
-    Notes
-    -----
-    `harvest` and `peek` mean the same whichever way the log is kept. KVM's
-    bitmap has no peek: what a peek took from it is kept here for the next
-    harvest. Manual protection and rings need no such copy, or keep one anyhow.
-    """
-
-    __slots__ = ("_region", "_vm", "npages", "page_size")
-
-    def __init__(self, vm: VM, region: _Region) -> None:
-        self._vm = vm
-        self._region = region
-        self.npages = region.npages
-        self.page_size = vm.page_size
-
-    @property
-    def memory(self) -> Buffer:
-        """The memory behind the slot: what was given, or an anonymous mapping."""
-        return self._region.memory
-
-    def harvest(self) -> DirtyPages:
-        """Report the pages written since the last harvest, and clear them.
-
-        Returns
-        -------
-        DirtyPages
-            Numbered from the slot's start.
-
-        Raises
-        ------
-        OSError
-            ENOENT: the slot is gone or keeps no log; else the kernel's errno, and nothing is lost (I5).
-        """
-        return self._vm.harvest_slot(self._region)
-
-    def peek(self) -> DirtyPages:
-        """Report the pages written since the last harvest, and keep them for the next."""
-        return self._vm.peek_slot(self._region)

@@ -527,12 +527,12 @@ def test_a_reset_that_takes_back_too_few_entries_is_an_overflow_for_good(vm):
     with pytest.warns(IncompleteLogWarning):
         assert vm.slot(0).peek().count == 100
     with pytest.raises(DirtyLogError, match="can no longer track"):
-        vm.ring_is_full(vm._rings[0], vm.harvests)
+        vm._rings.note_full(vm._rings.rings[0], vm._rings.harvests)
 
 
 def fake_ring(vm, size=16):
     entries = np.zeros(size, np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")]))
-    vm._rings.append(_kvm.Ring(entries, size))
+    vm._rings.rings.append(_kvm.Ring(entries, size))
     return entries
 
 
@@ -540,7 +540,7 @@ def fake_ring(vm, size=16):
 def test_a_full_ring_with_nothing_in_it_reports_everything(vm):
     machine(vm, "ring", 100)
     fake_ring(vm)
-    vm.ring_is_full(vm._rings[1], vm.harvests)
+    vm._rings.note_full(vm._rings.rings[1], vm._rings.harvests)
     with pytest.warns(IncompleteLogWarning, match=r"vCPU 1 \(16 entries\) overflowed"):
         assert vm.slot(0).harvest().count == 100
 
@@ -549,9 +549,9 @@ def test_a_full_ring_with_nothing_in_it_reports_everything(vm):
 def test_a_ring_that_was_harvested_since_it_was_full_is_not_stuck(vm):
     machine(vm, "ring", 100)
     fake_ring(vm)
-    before = vm.harvests
+    before = vm._rings.harvests
     vm.harvest_rings()
-    vm.ring_is_full(vm._rings[1], before)
+    vm._rings.note_full(vm._rings.rings[1], before)
     assert vm.harvest_rings()[0].exact
 
 

@@ -204,7 +204,7 @@ def test_a_kick_stays_away_from_pythons_signal_handling(vm):
         os.close(writing)
 
 
-class Alarm(Exception):
+class AlarmError(Exception):
     """Raised by a test's signal handler."""
 
 
@@ -217,7 +217,7 @@ def signal_when_running():
     def handler(number, frame):
         calls.append(number)
         if raising:
-            raise Alarm
+            raise AlarmError
 
     before = signal.signal(signal.SIGUSR1, handler)
     threads = []
@@ -250,7 +250,7 @@ def test_a_handler_that_raises_ends_the_run_with_its_exception_and_the_guest_goe
     raising.append(True)
     cpu, memory = boot(vm, SPIN)
     send(memory)
-    with pytest.raises(Alarm):
+    with pytest.raises(AlarmError):
         cpu.run()
     assert calls == [signal.SIGUSR1]
     assert vm.get_dirty_log(0).indices().tolist() == [0]

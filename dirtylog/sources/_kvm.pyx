@@ -6,7 +6,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, EBUSY, errno
+from libc.errno cimport EBUSY, EINTR, ENOENT, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
@@ -17,6 +17,14 @@ from posix.unistd cimport close
 from dirtylog._pages cimport Block, DirtyPages, block_new, pages_from_words_block
 
 import os
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
 
 cdef extern from "sources/_kvm.h" nogil:
     struct dl_gate:
@@ -106,6 +114,8 @@ cdef class Pinned:
 
     cdef Py_buffer view
     cdef bint held
+    # The slot was deleted; under the `layout` lock of its VM.
+    cdef bint gone
 
     def __cinit__(self, object memory):
         PyObject_GetBuffer(memory, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
@@ -150,17 +160,22 @@ cdef class Handle:
     """
 
     cdef dl_gate gate
+    # Held by whoever deletes a slot, and by whoever has words for its pages written:
+    # another slot of that number may be larger than the words.
+    cdef pthread_mutex_t layout
     cdef int fd
     cdef readonly str name
 
     def __cinit__(self, int fd, str name, *args):
         dl_gate_init(&self.gate)
+        pthread_mutex_init(&self.layout, NULL)
         self.fd = fd
         self.name = name
 
     def __dealloc__(self):
         if self.fd >= 0:
             close(self.fd)
+        pthread_mutex_destroy(&self.layout)
         dl_gate_destroy(&self.gate)
 
     cdef int enter(self) except -1:
@@ -196,7 +211,7 @@ cdef class Handle:
         close(self.fd)
         self.fd = -1
 
-    def ioctl(self, unsigned long request, argument, str what) -> int:
+    def ioctl(self, unsigned long request, argument, str what, Pinned ending=None) -> int:
         """Call ioctl without the GIL.
 
         Parameters
@@ -207,6 +222,8 @@ cdef class Handle:
             The third argument: itself, or the address of the buffer.
         what : str
             Names the call in the error: ``"KVM_CREATE_VCPU"``.
+        ending : Pinned, optional
+            The memory of a slot that this call deletes: `get_dirty_log` refuses it from then on.
 
         Returns
         -------
@@ -230,7 +247,12 @@ cdef class Handle:
         while True:
             self.enter()
             with nogil:
+                if ending is not None:
+                    pthread_mutex_lock(&self.layout)
                 result = dl_ioctl(self.fd, request, plain)
+                if ending is not None:
+                    ending.gone = ending.gone or result >= 0
+                    pthread_mutex_unlock(&self.layout)
                 dl_gate_leave(&self.gate)
             if result >= 0:
                 return result
@@ -238,14 +260,16 @@ cdef class Handle:
                 fail(result, what)
             PyErr_CheckSignals()
 
-    def get_dirty_log(self, uint32_t slot, uint64_t npages, uint64_t page_size) -> DirtyPages:
-        """KVM_GET_DIRTY_LOG; OSError with the kernel's errno and the slot."""
+    def get_dirty_log(self, uint32_t slot, Pinned memory not None, uint64_t npages, uint64_t page_size) -> DirtyPages:
+        """KVM_GET_DIRTY_LOG of a slot of `npages` on `memory`; OSError with the kernel's errno and the slot."""
         # I5: the words exist before the kernel clears the first bit.
         cdef Block block = block_new(dl_words_for(npages), False)
         cdef int result
         self.enter()
         with nogil:
-            result = dl_kvm_get_dirty_log(self.fd, slot, block.words)
+            pthread_mutex_lock(&self.layout)
+            result = -ENOENT if memory.gone else dl_kvm_get_dirty_log(self.fd, slot, block.words)
+            pthread_mutex_unlock(&self.layout)
             dl_gate_leave(&self.gate)
         if result < 0:
             fail(result, f"KVM_GET_DIRTY_LOG of slot {slot}")

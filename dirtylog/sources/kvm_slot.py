@@ -46,7 +46,7 @@ class Region:
 
     def report(self, handle: _kvm.Handle, keep: bool) -> DirtyPages:
         """Ask the kernel, and add what is pending; `keep` it pending."""
-        pages = handle.get_dirty_log(self.slot, self.npages, PAGE_SIZE)
+        pages = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
         if self.pending is not None:
             pages |= self.pending
         if keep:
@@ -55,7 +55,7 @@ class Region:
 
     def harvest_manual(self, handle: _kvm.Handle) -> DirtyPages:
         """Ask the kernel, and clear what it said."""
-        fresh = handle.get_dirty_log(self.slot, self.npages, PAGE_SIZE)
+        fresh = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
         pages = fresh if self.pending is None else fresh | self.pending
         if fresh:
             # I5: a clear that fails half way has taken some bits: they are kept here.

@@ -42,7 +42,7 @@ class VM(Owner):
     Notes
     -----
     Any method from any thread. A lock of the VM is held around every change of
-    a slot and every harvest; `Vcpu.run` does not take it.
+    a slot and every harvest; `Vcpu.run` and `get_dirty_log` do not take it.
     """
 
     __slots__ = (
@@ -129,7 +129,7 @@ class VM(Owner):
             if npages == 0:
                 if old is None:
                     refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
-                self._kernel_region(slot, 0, old.base_gfn, 0, 0)
+                self._kernel_region(slot, 0, old.base_gfn, 0, 0, ending=old.pinned)
                 if old.log_dirty:
                     self._forget_log(old)
                 old.pinned.release()
@@ -140,11 +140,13 @@ class VM(Owner):
             memory, pinned = lend(slot, npages, memory)
             self._install(Region(slot, base_gfn, npages, log_dirty, memory, pinned), old)
 
-    def _kernel_region(self, slot: int, flags: int, base_gfn: int, npages: int, address: int) -> None:
+    def _kernel_region(
+        self, slot: int, flags: int, base_gfn: int, npages: int, address: int, ending: _kvm.Pinned | None = None
+    ) -> None:
         size = npages * self.page_size
         argument = bytearray(_REGION.pack(slot, flags, base_gfn * self.page_size, size, address))
         what = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, {npages} pages from gfn {base_gfn}"
-        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what)
+        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what, ending)
 
     def _install(self, new: Region, old: Region | None) -> None:
         # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
@@ -218,19 +220,26 @@ class VM(Owner):
         ----------
         ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
-        with self._lock:
-            # Straight to the ioctl: with nothing dirty this method costs as much as the kernel.
-            region = self._regions.get(slot) or self._region(slot)
-            if out is not None:
-                check_out(slot, out, region.npages)
-            pages = self._handle.get_dirty_log(slot, region.npages, PAGE_SIZE)
-            if region.pending is not None:
-                pages |= region.pending
-                if not self._manual:
-                    region.pending = None
+        # Straight to the ioctl and without the VM's lock: with little dirty, a
+        # lock costs as much as the rest of this method.
+        region = self._regions.get(slot) or self._region(slot)
+        if out is not None:
+            check_out(slot, out, region.npages)
+        pages = self._handle.get_dirty_log(slot, region.pinned, region.npages, PAGE_SIZE)
+        if region.pending is not None:
+            pages = self._with_pending(region, pages)
         if out is not None:
             out[:] = pages.words
         return pages
+
+    def _with_pending(self, region: Region, pages: DirtyPages) -> DirtyPages:
+        with self._lock:
+            pending = region.pending
+            if pending is None:
+                return pages
+            if not self._manual:
+                region.pending = None
+            return pages | pending
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
         """Clear reported bits and write-protect their pages again (KVM_CLEAR_DIRTY_LOG).

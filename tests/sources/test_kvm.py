@@ -348,6 +348,16 @@ def test_a_change_of_size_is_refused_until_the_slot_is_deleted(vm):
 
 
 @needs_kvm
+def test_words_for_a_deleted_slot_are_never_filled_from_a_larger_one(vm):
+    """Another thread may delete a slot between the look-up of its size and the ioctl."""
+    vm.set_memory_region(0, GFN, 64)
+    pinned = vm._regions[0].pinned
+    vm.set_memory_region(0, GFN, 0)
+    vm.set_memory_region(0, GFN, 1 << 16)
+    refused(errno.ENOENT, vm._handle.get_dirty_log, 0, pinned, 64, PAGE)
+
+
+@needs_kvm
 def test_deleting_what_does_not_exist_and_addresses_past_64_bits_are_refused(vm):
     refused(errno.EINVAL, vm.set_memory_region, 0, 0, 0)
     refused(errno.EINVAL, vm.set_memory_region, 0, -1, 1)

@@ -13,6 +13,7 @@ from dirtylog._pages import DirtyPages
 from dirtylog.sources import _kvm
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Buffer
 
     from dirtylog.sources.kvm_vm import VM
@@ -84,12 +85,18 @@ def lend(slot: int, npages: int, memory: Buffer | None) -> tuple[Buffer, _kvm.Pi
     return memory, pinned
 
 
-def check_out(slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]], npages: int) -> None:
-    """Refuse an output array that cannot take the words, before a bit is cleared (I5)."""
-    words = -(-npages // 64)
-    fits = isinstance(out, np.ndarray) and out.dtype == np.uint64 and out.shape == (words,)
-    if not (fits and out.flags.c_contiguous and out.flags.writeable):
-        refuse(errno.EFAULT, f"slot {slot}: out has to be a writable, contiguous uint64 array of {words} words")
+def check_out(slot: int, out: object, npages: int) -> npt.NDArray[np.uint64]:
+    """Return the caller's buffer as words; EFAULT when it cannot take them, before a bit is cleared (I5)."""
+    count = -(-npages // 64)
+    try:
+        view = memoryview(out)  # type: ignore[arg-type]
+    except TypeError:
+        refuse(errno.EFAULT, f"slot {slot}: out has no buffer; pass a uint64 array of {count} words")
+    fits = view.format in ("Q", "L") and view.itemsize == 8 and view.shape == (count,) and view.c_contiguous
+    words = np.asarray(view) if fits and not view.readonly else None
+    if words is None or not words.flags.aligned:
+        refuse(errno.EFAULT, f"slot {slot}: out has to be a writable, contiguous uint64 array of {count} words")
+    return words
 
 
 class Slot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import operator
 import struct
 import threading
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from dirtylog.sources.kvm_slot import PAGE_SIZE, Region, Slot, check_out, lend, 
 from dirtylog.sources.kvm_vcpu import Vcpu
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     from typing_extensions import Buffer
 
     from dirtylog.sources.kvm import Kvm
@@ -119,9 +121,8 @@ class VM(Owner):
         ``kvm_set_memory_region`` in Linux ``virt/kvm/kvm_main.c``.
         """
         self._handle.fileno()
-        slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
-        if not 0 <= slot < slots:
-            refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+        slot, base_gfn, npages = operator.index(slot), operator.index(base_gfn), operator.index(npages)
+        self._check_slot(slot)
         if base_gfn < 0 or npages < 0 or (base_gfn + npages) * self.page_size >= 1 << 64:
             refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
         with self._lock:
@@ -135,8 +136,13 @@ class VM(Owner):
                 old.pinned.release()
                 del self._regions[slot]
                 return
-            if memory is None and old is not None:
-                memory = old.memory
+            if old is not None:
+                if npages != old.npages:
+                    refuse(
+                        errno.EINVAL,
+                        f"slot {slot} has {old.npages} pages, not {npages}; delete it and create it anew",
+                    )
+                memory = old.memory if memory is None else memory
             memory, pinned = lend(slot, npages, memory)
             self._install(Region(slot, base_gfn, npages, log_dirty, memory, pinned), old)
 
@@ -184,20 +190,31 @@ class VM(Owner):
         region = self._regions.get(slot)
         if region is None:
             self._handle.fileno()
-            slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
-            if not 0 <= slot < slots:
-                refuse(errno.EINVAL, f"slot {slot} is outside 0..{slots - 1}")
+            self._check_slot(operator.index(slot))
             refuse(errno.ENOENT, f"slot {slot} does not exist; there are {sorted(self._regions)}")
         return region
 
-    def get_dirty_log(self, slot: int, out: np.ndarray[tuple[int], np.dtype[np.uint64]] | None = None) -> DirtyPages:
+    def _check_slot(self, slot: int) -> None:
+        slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
+        if not 0 <= slot < slots:
+            refuse(errno.EINVAL, f"slot {slot} is out of range: KVM has {slots}, from 0")
+
+    def memory(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a slot's bytes: the live guest memory; OSError ENOENT when there is no such slot.
+
+        Writes through it are the host's, and KVM does not log them.
+        """
+        region = self._region(slot)
+        return np.frombuffer(region.memory, np.uint8, region.npages * self.page_size)
+
+    def get_dirty_log(self, slot: int, out: object = None) -> DirtyPages:
         """Report the pages of a slot written since the last report (KVM_GET_DIRTY_LOG).
 
         Parameters
         ----------
         slot : int
             Slot id.
-        out : uint64 array, optional
+        out : buffer of uint64, optional
             Also receives the words: ``ceil(npages / 64)`` of them, writable and contiguous.
 
         Returns
@@ -223,13 +240,12 @@ class VM(Owner):
         # Straight to the ioctl and without the VM's lock: with little dirty, a
         # lock costs as much as the rest of this method.
         region = self._regions.get(slot) or self._region(slot)
-        if out is not None:
-            check_out(slot, out, region.npages)
+        words = None if out is None else check_out(slot, out, region.npages)
         pages = self._handle.get_dirty_log(slot, region.pinned, region.npages, PAGE_SIZE)
         if region.pending is not None:
             pages = self._with_pending(region, pages)
-        if out is not None:
-            out[:] = pages.words
+        if words is not None:
+            words[:] = pages.words
         return pages
 
     def _with_pending(self, region: Region, pages: DirtyPages) -> DirtyPages:

@@ -339,6 +339,8 @@ def test_overlapping_slots_are_refused_and_nothing_has_changed(vm):
 def test_a_change_of_size_is_refused_until_the_slot_is_deleted(vm):
     vm.set_memory_region(0, GFN, 10)
     refused(errno.EINVAL, vm.set_memory_region, 0, GFN, 9)
+    refused(errno.EINVAL, vm.set_memory_region, 0, GFN, 11)
+    refused(errno.EINVAL, vm.set_memory_region, 0, GFN, 10, memory=anonymous(10))
     source = vm.slot(0)
     assert source.npages == 10
     vm.set_memory_region(0, GFN, 0)

@@ -3,8 +3,8 @@
     python benchmarks/kvm_dirty_log.py
 
 Each round of Python stands beside one of C on the same dirty pages; the figure
-is the ratio of the lower quartiles, since whatever else runs only adds time. Needs /dev/kvm, a C compiler and the headers of
-Linux 5.11 or later.
+is the ratio of the lower quartiles, since whatever else runs only adds time.
+Needs /dev/kvm, a C compiler and the headers of Linux 5.11 or later.
 """
 
 import argparse

@@ -8,7 +8,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EBUSY, EINTR, ENOENT, errno
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
@@ -275,7 +275,9 @@ cdef class Handle:
             fail(result, f"KVM_GET_DIRTY_LOG of slot {slot}")
         return pages_from_words_block(block, npages, page_size, True)
 
-    def clear_dirty_log(self, uint32_t slot, uint64_t first_page, uint32_t num_pages, const uint64_t[::1] words) -> None:
+    def clear_dirty_log(
+        self, uint32_t slot, uint64_t first_page, uint32_t num_pages, const uint64_t[::1] words
+    ) -> None:
         """KVM_CLEAR_DIRTY_LOG; `words` start at the slot's first page and cover the range."""
         cdef int result
         cdef uint64_t first_word = first_page // 64

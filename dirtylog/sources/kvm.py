@@ -2,13 +2,11 @@
 
 Examples
 --------
->>> import dirtylog as dl
 >>> from dirtylog.sources import kvm
->>> memory = dl.zeros(16 * 4096, dtype="u1")
->>> memory[:5] = [0xC6, 0x06, 0x00, 0x30, 0xF4]  # mov byte [0x3000], 0xF4, then zeros
->>> memory[5] = 0xF4  # hlt
+>>> program = [0xC6, 0x06, 0x00, 0x30, 0x07, 0xF4]  # mov byte [0x3000], 7; hlt
 >>> with kvm.Kvm() as system, system.create_vm() as vm:  # doctest: +SKIP
-...     vm.set_memory_region(0, 0, 16, memory=memory)
+...     vm.set_memory_region(0, base_gfn=0, npages=16)
+...     vm.memory(0)[:6] = program
 ...     cpu = vm.create_vcpu()
 ...     cpu.enter_real_mode(0)
 ...     cpu.run().reason

@@ -205,7 +205,7 @@ class VM(Owner):
         Writes through it are the host's, and KVM does not log them.
         """
         region = self._region(slot)
-        return np.frombuffer(region.memory, np.uint8, region.npages * self.page_size)
+        return np.frombuffer(memoryview(region.memory), np.uint8, region.npages * self.page_size)
 
     def get_dirty_log(self, slot: int, out: object = None) -> DirtyPages:
         """Report the pages of a slot written since the last report (KVM_GET_DIRTY_LOG).

@@ -186,7 +186,7 @@ def test_the_same_code_runs_on_either_machine():
         vm.get_dirty_log(0, out)
         answers.append(out.tolist())
         for slot, buffer in ((0, np.zeros(1, np.uint64)), (1, None), (-1, None)):
-            with pytest.raises(OSError, match="slot|out") as caught:
+            with pytest.raises(OSError, match=r"slot|out") as caught:
                 vm.get_dirty_log(slot, buffer)
             answers.append(caught.value.errno)
         vm.set_memory_region(0, 1 << 16, 0)

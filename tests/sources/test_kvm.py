@@ -1,9 +1,11 @@
 """KVM's dirty log against a real guest: what is reported, what is refused, what stays after a failure."""
 
+import doctest
 import errno
 import gc
 import mmap
 import os
+import signal
 import threading
 import warnings
 
@@ -279,6 +281,26 @@ def test_a_harvest_runs_while_the_guest_writes_and_no_write_is_lost(vm, mode):
 
 
 @needs_kvm
+def test_signals_during_a_harvest_of_the_rings_lose_nothing(vm):
+    """KVM stops taking entries back as soon as a signal is pending."""
+    guest = machine(vm, "ring", 12000, ring=16384)
+    order = np.random.default_rng(3).permutation(12000)
+    guest.write(GFN + order)
+    calls = []
+    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(None))
+    signal.setitimer(signal.ITIMER_REAL, 20e-6, 20e-6)
+    try:
+        harvested = vm.harvest_rings()[0]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert (harvested.count, harvested.exact) == (12000, True)
+    assert calls
+    guest.write(GFN + order[:100])
+    assert pages(vm.harvest_rings()[0]) == sorted(order[:100].tolist())
+
+
+@needs_kvm
 def test_a_slot_that_is_moved_keeps_its_log(vm):
     guest = machine(vm, "legacy", 64)
     guest.write([GFN + 5])
@@ -298,6 +320,25 @@ def test_a_log_that_was_switched_off_starts_anew(vm, mode):
     vm.set_memory_region(0, GFN, 64)
     guest.write([GFN + 7])
     assert pages(vm.slot(0).harvest()) == [7]
+
+
+@needs_kvm
+def test_the_example_of_the_module_runs_as_it_stands():
+    example = doctest.DocTestParser().get_doctest(
+        kvm.__doc__.replace("# doctest: +SKIP", ""), {}, "kvm", kvm.__file__, 0
+    )
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@needs_kvm
+def test_memory_of_a_slot_is_the_live_guest_memory(vm):
+    guest = machine(vm, "legacy", 8)
+    memory = vm.memory(0)
+    assert memory.nbytes == 8 * PAGE
+    guest.write([GFN + 7], 42)
+    assert memory[7 * PAGE] == 42
+    with pytest.raises(OSError, match="slot 1 does not exist"):
+        vm.memory(1)
 
 
 # ---- what is refused --------------------------------------------------------------

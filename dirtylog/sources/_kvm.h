@@ -93,11 +93,21 @@ struct dl_gate {
     pthread_mutex_t lock;
     pthread_cond_t left;
     unsigned users;
+    unsigned births; /* of the process that it was made in */
     int shut;
 };
 
+/* How often the process that we are was forked from another since this was
+ * loaded. KVM serves only the process that made the machine; and in a child,
+ * locks may be held and calls be under way by threads that are not there. */
+static unsigned dl_births;
+static inline void dl_born(void) { dl_births++; }
+
+static inline int dl_gate_inherited(const struct dl_gate *gate) { return gate->births != dl_births; }
+
 static inline void dl_gate_init(struct dl_gate *gate)
 {
+    gate->births = dl_births;
     pthread_mutex_init(&gate->lock, NULL);
     pthread_cond_init(&gate->left, NULL);
     gate->users = 0;

@@ -6,7 +6,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EBUSY, EINTR, ENOENT, errno
+from libc.errno cimport EBUSY, EINTR, EIO, ENOENT, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, realloc
@@ -25,6 +25,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)())
 
 cdef extern from "sources/_kvm.h" nogil:
     struct dl_gate:
@@ -75,6 +76,8 @@ cdef extern from "sources/_kvm.h" nogil:
     dl_ring_result dl_ring_drain(dl_ring *ring, dl_ring_slot *slots, size_t nslots)
     uint64_t dl_words_for(uint64_t npages)
     int dl_gate_is_shut(dl_gate *gate)
+    int dl_gate_inherited(const dl_gate *gate)
+    void dl_born()
 
 GET_API_VERSION = DL_KVM_GET_API_VERSION
 CREATE_VM = DL_KVM_CREATE_VM
@@ -89,6 +92,8 @@ SET_SREGS = DL_KVM_SET_SREGS
 ENABLE_CAP = DL_KVM_ENABLE_CAP
 
 cdef int kick_number = 0
+
+pthread_atfork(NULL, NULL, dl_born)
 
 
 cdef int fail(int result, str what) except -1:
@@ -179,6 +184,8 @@ cdef class Handle:
         dl_gate_destroy(&self.gate)
 
     cdef int enter(self) except -1:
+        if dl_gate_inherited(&self.gate):
+            raise OSError(EIO, f"{self.name} belongs to the process that this one was forked from; make a new machine")
         if not dl_gate_enter(&self.gate):
             raise ValueError(f"{self.name} is closed; open a new one")
         return 0
@@ -190,9 +197,14 @@ cdef class Handle:
         pass
 
     @property
+    def inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from."""
+        return bool(dl_gate_inherited(&self.gate))
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return bool(dl_gate_is_shut(&self.gate))
+        return self.fd < 0 if self.inherited else bool(dl_gate_is_shut(&self.gate))
 
     def fileno(self) -> int:
         """Return the descriptor; ValueError once closed."""
@@ -202,11 +214,16 @@ cdef class Handle:
 
     def close(self) -> None:
         """Close the descriptor when the calls under way have left; the second time does nothing."""
-        if not dl_gate_shut(&self.gate):
+        if self.inherited:
+            # Whoever is in a call, or holds a lock, is in the other process.
+            if self.fd < 0:
+                return
+        elif not dl_gate_shut(&self.gate):
             return
-        self.interrupt()
-        with nogil:
-            dl_gate_drain(&self.gate)
+        else:
+            self.interrupt()
+            with nogil:
+                dl_gate_drain(&self.gate)
         self.unmap()
         close(self.fd)
         self.fd = -1

@@ -16,6 +16,11 @@ class Owner:
     __slots__ = ("__weakref__",)
 
     @property
+    def inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from."""
+        raise NotImplementedError
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         raise NotImplementedError
@@ -37,12 +42,17 @@ class Owner:
         self.close()
 
     def __del__(self) -> None:
-        """Close what was forgotten, with a ResourceWarning."""
+        """Close what was forgotten, with a ResourceWarning; a forked child's copy goes in silence."""
         # An object whose constructor failed has nothing to close and no name to warn by.
         try:
             forgotten = not self.closed
         except AttributeError:
             return
-        if forgotten:
-            warnings.warn(f"unclosed {self!r}; use it as a context manager", ResourceWarning, source=self, stacklevel=2)
+        if not forgotten:
+            return
+        try:
+            if not self.inherited:
+                message = f"unclosed {self!r}; use it as a context manager"
+                warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
+        finally:
             self.close()

@@ -153,6 +153,11 @@ class Kvm(Owner):
         return machine
 
     @property
+    def inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
+        return self._handle.inherited
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._handle.closed

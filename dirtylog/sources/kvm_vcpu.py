@@ -344,6 +344,11 @@ class Vcpu(Owner):
         self._handle.kick()
 
     @property
+    def inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
+        return self._handle.inherited
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._handle.closed

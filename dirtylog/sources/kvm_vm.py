@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import operator
+import os
 import struct
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -38,13 +40,28 @@ _MANUAL = ("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 168)
 _RINGS = (("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", 223), ("KVM_CAP_DIRTY_LOG_RING", 192))
 
 
+_machines: weakref.WeakSet[VM] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Whoever held the lock is in the other process.
+    for machine in list(_machines):
+        machine._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class VM(Owner):
     """One virtual machine; made by `Kvm.create_vm`.
 
     Notes
     -----
     Any method from any thread. A lock of the VM is held around every change of
-    a slot and every harvest; `Vcpu.run` and `get_dirty_log` do not take it.
+    a slot and every harvest; `Vcpu.run` and `get_dirty_log` do not take it. In
+    the child of a fork every call is OSError EIO, as KVM has it, and `close`
+    gives back what the child inherited.
     """
 
     __slots__ = (
@@ -71,6 +88,7 @@ class VM(Owner):
         self._manual = False
         self._vcpus: list[Vcpu] = []
         self._rings: Rings | None = None
+        _machines.add(self)
 
     def __repr__(self) -> str:
         """Show slots, vCPUs and whether it is open."""
@@ -481,6 +499,11 @@ class VM(Owner):
             vcpu = Vcpu(handle, index, self._rings, ring)
             self._vcpus.append(vcpu)
             return vcpu
+
+    @property
+    def inherited(self) -> bool:
+        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
+        return self._handle.inherited
 
     @property
     def closed(self) -> bool:

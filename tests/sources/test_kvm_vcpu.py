@@ -1,10 +1,12 @@
 """Running a real vCPU: registers, exits, kicks and signals."""
 
 import dataclasses
+import errno
 import mmap
 import os
 import signal
 import threading
+import warnings
 
 import pytest
 
@@ -301,6 +303,38 @@ def test_a_vcpu_that_nobody_holds_is_closed_with_its_vm():
         descriptor = vm.create_vcpu()._handle.fileno()
         assert os.readlink(f"/proc/self/fd/{descriptor}") == "anon_inode:kvm-vcpu:0"
     assert not os.path.exists(f"/proc/self/fd/{descriptor}")
+
+
+def test_a_forked_child_is_refused_and_closes_without_waiting_for_its_parents_threads(vm):
+    cpu, memory = boot(vm, SPIN)
+    source = vm.slot(0)
+    thread, exits = run_in_thread(cpu)
+    wait_for_guest(memory)
+    with warnings.catch_warnings(), vm._lock:
+        # Newer Pythons advise against forks beside threads: these are what is tested.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                refused = 0
+                for call in (source.harvest, cpu.run, cpu.kick, vm.create_vcpu, lambda: vm.get_dirty_log(0)):
+                    try:
+                        call()
+                    except OSError as error:
+                        refused += error.errno == errno.EIO
+                vm.close()
+                vm.close()
+                cpu.close()
+                status = 0 if refused == 5 and vm.closed and cpu.closed else 2
+            finally:
+                os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    cpu.kick()
+    thread.join(60)
+    assert exits == [kvm.Exit("INTR")]
+    assert source.harvest().indices().tolist() == [0]
 
 
 def test_the_run_page_is_not_read_outside(vm):

@@ -504,6 +504,13 @@ cdef class RingLog:
     def __dealloc__(self):
         free(self.slots)
 
+    def __contains__(self, uint32_t slot) -> bool:
+        cdef size_t i
+        for i in range(self.nslots):
+            if self.slots[i].id == slot:
+                return True
+        return False
+
     cdef Py_ssize_t find(self, uint32_t slot) except -1:
         cdef size_t i
         for i in range(self.nslots):
@@ -512,7 +519,9 @@ cdef class RingLog:
         raise KeyError(slot)
 
     def add(self, uint32_t slot, uint64_t npages) -> None:
-        """Begin to collect for a slot that is not known yet."""
+        """Begin to collect for a slot; ValueError when it is known already."""
+        if slot in self:
+            raise ValueError(f"slot {slot} is known already; remove it first")
         cdef Block block = block_new(dl_words_for(npages), True)
         cdef dl_ring_slot *grown = <dl_ring_slot *>realloc(self.slots, (self.nslots + 1) * sizeof(dl_ring_slot))
         cdef size_t place = 0

@@ -217,6 +217,14 @@ def test_memory_that_is_too_small_misaligned_or_read_only_is_refused():
         _kvm.Ring(bytes(1024), 16)
 
 
+def test_a_slot_is_added_once():
+    log = log_of({1: 10})
+    assert 1 in log
+    assert 2 not in log
+    with pytest.raises(ValueError, match="slot 1 is known already"):
+        log.add(1, 20)
+
+
 def test_a_closed_ring_cannot_be_drained():
     fake = FakeRing(8)
     fake.ring.close()

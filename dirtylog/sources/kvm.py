@@ -24,7 +24,7 @@ from types import MappingProxyType
 
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import _kvm
-from dirtylog.sources._owner import Owner
+from dirtylog.sources._resource import Resource
 from dirtylog.sources.kvm_slot import Slot
 from dirtylog.sources.kvm_vcpu import Dtable, Exit, Regs, Segment, Sregs, Vcpu
 from dirtylog.sources.kvm_vm import VM
@@ -69,7 +69,7 @@ _WAY_OUT = {
 }
 
 
-class Kvm(Owner):
+class Kvm(Resource):
     """The KVM system descriptor.
 
     Parameters
@@ -87,9 +87,8 @@ class Kvm(Owner):
     Any method from any thread. Closing it closes its virtual machines first.
     """
 
-    __slots__ = ("_capabilities", "_handle", "_machines", "_names")
-
     def __init__(self, path: str = "/dev/kvm") -> None:
+        super().__init__()
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -110,6 +109,7 @@ class Kvm(Owner):
         self._machines: weakref.WeakSet[VM] = weakref.WeakSet()
         self._names = 0
         self._capabilities: Mapping[str, int] | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         """Show the device and whether it is open."""
@@ -152,17 +152,7 @@ class Kvm(Owner):
         self._machines.add(machine)
         return machine
 
-    @property
-    def inherited(self) -> bool:
-        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
-        return self._handle.inherited
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._handle.closed
-
-    def close(self) -> None:
+    def _release(self) -> None:
         """Close the virtual machines that are still open, then the descriptor."""
         for machine in list(self._machines):
             machine.close()

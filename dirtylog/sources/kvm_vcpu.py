@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.sources import _kvm
-from dirtylog.sources._owner import Owner
+from dirtylog.sources._resource import Resource
 
 if TYPE_CHECKING:
     from dirtylog.sources.kvm_rings import Rings
@@ -157,7 +157,7 @@ def _pack(name: str, layout: struct.Struct, values: object) -> bytes:
         raise ValueError(f"{name} {values}: a field is out of its range ({error})") from None
 
 
-class Vcpu(Owner):
+class Vcpu(Resource):
     """One virtual CPU; made by `VM.create_vcpu`, closed with its VM at the latest.
 
     Notes
@@ -166,15 +166,15 @@ class Vcpu(Owner):
     any other meanwhile. Closing waits until the run under way has returned.
     """
 
-    __slots__ = ("_answer_at", "_handle", "_ring", "_rings", "index")
-
     def __init__(self, handle: _kvm.VcpuHandle, index: int, rings: Rings | None, ring: _kvm.Ring | None) -> None:
+        super().__init__()
         self.index = index
         # Not the VM: it owns its vCPUs, and a cycle would put off its closing.
         self._rings = rings
         self._handle = handle
         self._ring = ring
         self._answer_at: tuple[int, int] | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         """Show the number and whether it is open."""
@@ -343,16 +343,6 @@ class Vcpu(Owner):
         """
         self._handle.kick()
 
-    @property
-    def inherited(self) -> bool:
-        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
-        return self._handle.inherited
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._handle.closed
-
-    def close(self) -> None:
+    def _release(self) -> None:
         """Kick the vCPU, wait until it has returned, close it; its ring is still harvested by the VM."""
         self._handle.close()

@@ -16,7 +16,7 @@ import numpy as np
 from dirtylog._pages import DirtyPages
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import _kvm
-from dirtylog.sources._owner import Owner
+from dirtylog.sources._resource import Resource
 from dirtylog.sources.kvm_rings import Rings
 from dirtylog.sources.kvm_slot import PAGE_SIZE, Region, Slot, check_out, lend, refuse
 from dirtylog.sources.kvm_vcpu import Vcpu
@@ -53,7 +53,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class VM(Owner):
+class VM(Resource):
     """One virtual machine; made by `Kvm.create_vm`.
 
     Notes
@@ -64,21 +64,10 @@ class VM(Owner):
     gives back what the child inherited.
     """
 
-    __slots__ = (
-        "_handle",
-        "_kvm",
-        "_lock",
-        "_manual",
-        "_regions",
-        "_rings",
-        "_run_size",
-        "_vcpus",
-        "capabilities",
-    )
-
     page_size = PAGE_SIZE
 
     def __init__(self, handle: _kvm.Handle, kvm: Kvm, capabilities: Mapping[str, int], run_size: int) -> None:
+        super().__init__()
         self.capabilities = capabilities
         self._handle = handle
         self._kvm = kvm
@@ -89,6 +78,7 @@ class VM(Owner):
         self._vcpus: list[Vcpu] = []
         self._rings: Rings | None = None
         _machines.add(self)
+        self._closed = False
 
     def __repr__(self) -> str:
         """Show slots, vCPUs and whether it is open."""
@@ -500,17 +490,7 @@ class VM(Owner):
             self._vcpus.append(vcpu)
             return vcpu
 
-    @property
-    def inherited(self) -> bool:
-        """Whether it was made by the process that this one was forked from: then KVM refuses it."""
-        return self._handle.inherited
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._handle.closed
-
-    def close(self) -> None:
+    def _release(self) -> None:
         """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
         self._handle.close()
         # Not under the lock: a run under way may end in `Rings.note_full`, which takes it.

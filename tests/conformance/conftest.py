@@ -1,7 +1,6 @@
 """Every kind of source behind one interface: open it, write to its pages, ask it."""
 
-from contextlib import ExitStack, contextmanager
-from multiprocessing import shared_memory
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,12 +94,7 @@ def tracked(backend):
 
 @contextmanager
 def shared_log(npages):
-    with ExitStack() as stack:
-        memory = shared_memory.SharedMemory(create=True, size=-(-npages // 64) * 8)
-        stack.callback(memory.unlink)
-        stack.callback(memory.close)
-        log = stack.enter_context(dl.SharedLog(memory, npages))
-        writer = stack.enter_context(dl.SharedLog(memory, npages))
+    with dl.SharedLog.create(npages) as log, dl.SharedLog.open(log.fileno(), npages) as writer:
         yield Opened(source=log, write=writer.mark_pages, overreports=False)
 
 
@@ -111,6 +105,11 @@ SOURCES = {
     "bitmap": bitmap,
     "bitmap-foreign-memory": bitmap_on_foreign_memory,
     **{f"model-{name}": model(arch=name) for name in ARCHITECTURES},
+    "model-manual-protect": model(manual_protect=True),
+    "model-dirty-ring": model(dirty_ring=4096),
+    "model-huge-pages-eager": model(huge_pages="eager"),
+    "model-huge-pages-on-write": model(huge_pages="on-write"),
+    "model-pml": model(pml=True),
     **{f"kvm-{mode}": real_machine(mode) for mode in ("bitmap", "manual", "ring")},
     **{f"track-{backend}": tracked(backend) for backend in ("userfaultfd", "mprotect", "compare")},
     "shared": shared_log,

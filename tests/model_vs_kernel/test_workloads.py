@@ -105,7 +105,7 @@ class Pair:
             assert np.array_equal(ours[firsts], theirs[firsts])
 
 
-modes = pytest.mark.parametrize("mode", ["legacy"])
+modes = pytest.mark.parametrize("mode", ["legacy", "manual", "ring"])
 
 writes = st.tuples(st.just("write"), st.lists(st.sampled_from(GFNS), min_size=1, max_size=40), st.integers(0, 255))
 asks = st.tuples(st.sampled_from(["harvest", "peek"]), st.sampled_from([slot for slot, _, _ in SLOTS]))

@@ -207,7 +207,10 @@ def _integer(value: object, low: int, high: int, what: str) -> int:
 def _validated(body: dict[str, Any]) -> Sidecar:
     _check(body.pop("format", None) == FORMAT, "it is no snapshot's sidecar")
     version = body.pop("version", None)
-    _check(version == VERSION, f"it is of version {version!r:.20}; this library reads version {VERSION}")
+    _check(
+        type(version) is int and version == VERSION,
+        f"it is of version {version!r:.20}; this library reads version {VERSION}",
+    )
     _check(set(body) == set(Sidecar.__dataclass_fields__), "it has other fields than a sidecar has")
     page_size = _integer(body["page_size"], 1, 1 << 30, "page_size")
     _check(page_size & (page_size - 1) == 0, f"page_size is {page_size}; it must be a power of two")

@@ -143,8 +143,8 @@ class Staged:
         if self.sync:
             _sync_directory(self.path)
         os.rename(self.part, self.path)
-        os.close(self.descriptor)
-        self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        os.close(descriptor)
         return digest
 
     def close(self) -> None:
@@ -158,8 +158,8 @@ class Staged:
             committed = False
         if not committed:
             _remove(self.part)
-        os.close(self.descriptor)
-        self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        os.close(descriptor)
 
     def __enter__(self) -> Self:
         """Return the staged file."""

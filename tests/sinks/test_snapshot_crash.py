@@ -1,0 +1,285 @@
+"""Snapshots that are interrupted: a full disk, a size limit, a kill at any step leave the last good chain."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
+from dirtylog.sinks import snapshot, staged
+from dirtylog.sinks.snapshot import SnapshotError, rebase, restore, save, save_diff, verify
+
+NPAGES = 64
+
+
+def states(seed, n):
+    """Return the memory at n moments, and what was dirty from each to the next."""
+    rng = np.random.default_rng(seed)
+    memory = rng.integers(0, 256, NPAGES * 4096, np.uint8)
+    moments, dirty = [memory.copy()], []
+    for _ in range(1, n):
+        pages = rng.choice(NPAGES, 12, replace=False)
+        for page in pages:
+            memory[page * 4096 : page * 4096 + 4096] = rng.integers(0, 256) if rng.random() < 0.8 else 0
+        moments.append(memory.copy())
+        dirty.append(DirtyPages.from_indices(pages, NPAGES))
+    return moments, dirty
+
+
+def logged(memory):
+    bitmap = DirtyBitmap(memory.nbytes // 4096)
+    log = DirtyLog()
+    log.attach(bitmap)
+    return bitmap, log.observer("backup")
+
+
+def check_failed_and_retried(directory, observer, memory, expected_errno, make_room):
+    """A diff fails, changes nothing, rolls its epoch back, and is written in full once there is room."""
+    before = sorted(os.listdir(directory))
+    with pytest.raises(OSError, match="diff") as caught, observer.collect() as epoch:
+        first = epoch.pages
+        save_diff(directory / "diff", memory, epoch.pages, parent=directory / "base")
+    assert caught.value.errno == expected_errno
+    assert sorted(os.listdir(directory)) == before
+    verify(directory / "base")
+    make_room()
+    with observer.collect() as epoch:
+        assert epoch.pages == first
+        assert epoch.number == 1
+        save_diff(directory / "diff", memory, epoch.pages, parent=directory / "base")
+    assert (restore(directory / "diff") == memory).all()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk: mount -t tmpfs answered {mounted.returncode}: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_leaves_the_chain_and_rolls_the_epoch_back(small_disk):
+    memory = np.zeros(1 << 21, np.uint8)
+    memory[: 1 << 18] = 1
+    save(small_disk / "base", memory)
+    (small_disk / "ballast").write_bytes(bytes(400 << 10))
+    bitmap, observer = logged(memory)
+    memory[1 << 18 : 5 << 17] = 2
+    bitmap.mark_range(64, 96)
+    check_failed_and_retried(small_disk, observer, memory, errno.ENOSPC, lambda: os.truncate(small_disk / "ballast", 0))
+
+
+def test_a_file_size_limit_leaves_the_chain_and_rolls_the_epoch_back(tmp_path):
+    memory = np.zeros(1 << 21, np.uint8)
+    save(tmp_path / "base", memory)
+    bitmap, observer = logged(memory)
+    memory[(1 << 21) - 1] = 2
+    bitmap.mark(511)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        check_failed_and_retried(
+            tmp_path, observer, memory, errno.EFBIG, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Steps:
+    """The system calls of a transaction, the k-th of which fails or kills; stands in for the `os` module."""
+
+    NAMES = ("open", "ftruncate", "fsync", "rename", "close", "unlink")
+    # What may have happened although it answered an error. An open that failed has opened nothing.
+    DONE_AND_FAILED = ("ftruncate", "fsync", "rename", "unlink")
+
+    def __init__(self, at, strike, after, names=NAMES):
+        self.at, self.strike, self.after, self.names, self.taken = at, strike, after, names, 0
+
+    def __getattr__(self, name):
+        function = getattr(os, name)
+        if name not in self.names:
+            return function
+
+        def step(*args, **kwargs):
+            self.taken += 1
+            hit = self.taken == self.at
+            if hit and not self.after:
+                self.strike()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                # After a call that failed, too: a name that is not there is an answer.
+                if hit and self.after:
+                    self.strike()
+
+        return step
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def strike_with_error():
+    raise Interrupted
+
+
+def work(directory, moments, dirty, progress):
+    """Two diffs over a base, and a rebase: what the interrupted process does."""
+    for i in (1, 2):
+        save_diff(directory / f"s{i}", moments[i], dirty[i - 1], parent=directory / f"s{i - 1}", progress=progress)
+    rebase(directory / "s0", directory / "s1", progress=progress)
+
+
+def check_survivors(directory, moments, dirty):
+    """Whatever has a sidecar restores its moment; the rest can be written as if nothing had been."""
+    base = restore(directory / "s0")
+    rebased = (base == moments[1]).all()
+    assert rebased or (base == moments[0]).all()
+    verify(directory / "s0")
+    there = [i for i in (1, 2) if (directory / f"s{i}.json").exists()]
+    assert there in ([], [1], [1, 2])
+    for i in there:
+        verify(directory / f"s{i}")
+        assert (restore(directory / f"s{i}") == moments[i]).all()
+    for i in {1, 2} - set(there):
+        save_diff(directory / f"s{i}", moments[i], dirty[i - 1], parent=directory / f"s{i - 1}", sync=False)
+    rebase(directory / "s0", directory / "s1", sync=False)
+    for i in (1, 2):
+        assert (restore(directory / f"s{i}") == moments[i]).all()
+    # Whoever writes a name next clears up after those who died writing it.
+    rebase(directory / "s1", directory / "s2", sync=False)
+    save(directory / "s2", moments[2], replace=True, sync=False)
+    assert sorted(os.listdir(directory)) == sorted(f"s{i}{suffix}" for i in range(3) for suffix in ("", ".json"))
+
+
+def count_steps(directory, moments, dirty, monkeypatch, names=Steps.NAMES):
+    save(directory / "s0", moments[0], sync=False)
+    steps = Steps(0, die, False, names)
+    monkeypatch.setattr(staged, "os", steps)
+    work(directory, moments, dirty, lambda *_: None)
+    monkeypatch.undo()
+    return steps.taken
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_snapshot_crash as t
+moments, dirty = t.states(1, 3)
+statuses = []
+for directory, at, after in json.loads(sys.argv[2]):
+    directory = Path(directory)
+    directory.mkdir()
+    t.save(directory / "s0", moments[0], sync=False)
+    child = os.fork()
+    if child == 0:
+        t.staged.os = t.Steps(at, t.die, after)
+        t.work(directory, moments, dirty, lambda *_: None)
+        os._exit(0)
+    statuses.append(os.waitpid(child, 0)[1])
+print(json.dumps(statuses))
+"""
+
+
+def test_a_kill_before_or_after_any_system_call_leaves_a_chain_that_restores(tmp_path, monkeypatch):
+    moments, dirty = states(1, 3)
+    (tmp_path / "count").mkdir()
+    taken = count_steps(tmp_path / "count", moments, dirty, monkeypatch)
+    assert taken > 30
+    plan = [(str(tmp_path / f"{at}{after}"), at, after) for at in range(1, taken + 1) for after in (False, True)]
+    here = Path(__file__).parent
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(here), json.dumps(plan)],
+        capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == [signal.SIGKILL] * len(plan)
+    for directory, _, _ in plan:
+        check_survivors(Path(directory), moments, dirty)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_an_error_at_any_system_call_leaves_a_chain_that_restores(tmp_path, monkeypatch, after):
+    moments, dirty = states(2, 3)
+    names = Steps.DONE_AND_FAILED if after else Steps.NAMES
+    (tmp_path / "count").mkdir()
+    for at in range(1, count_steps(tmp_path / "count", moments, dirty, monkeypatch, names) + 1):
+        directory = tmp_path / str(at)
+        directory.mkdir()
+        save(directory / "s0", moments[0], sync=False)
+        monkeypatch.setattr(staged, "os", Steps(at, strike_with_error, after, names))
+        with pytest.raises(Interrupted):
+            work(directory, moments, dirty, lambda *_: None)
+        monkeypatch.undo()
+        check_survivors(directory, moments, dirty)
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_snapshot_crash as t
+moments, dirty = t.states(3, 40)
+directory = Path(sys.argv[2])
+def said(*_):
+    os.write(1, b".")
+t.save(directory / "s0", moments[0], progress=said)
+for i in range(1, 40):
+    t.save_diff(directory / f"s{i}", moments[i], dirty[i - 1], parent=directory / f"s{i - 1}", progress=said)
+    said()
+"""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_kill_at_a_random_moment_leaves_a_chain_that_restores(tmp_path, seed):
+    moments, _ = states(3, 40)
+    rng = np.random.default_rng(seed)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    with process:
+        # The writer says when it gets on; after so many words it is shot, wherever it is by then.
+        for _ in range(int(rng.integers(3, 75))):
+            assert process.stdout.read(1) == b"."
+        process.kill()
+    last = max(int(name[1:-5]) for name in os.listdir(tmp_path) if name.endswith(".json") and name[0] == "s")
+    assert last >= 1 or not (tmp_path / "s1.json").exists()
+    for i in range(last + 1):
+        assert (restore(tmp_path / f"s{i}") == moments[i]).all()
+    verify(tmp_path / f"s{last}")
+
+
+def test_a_writer_that_lives_is_not_cleared_away(tmp_path):
+    with staged.Staged(str(tmp_path / "s"), 4096, sync=False) as writer:
+        staged.finish(str(tmp_path / "s"))
+        assert os.path.exists(writer.part)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_damaged_sidecar_may_still_need_is_not_cleared_away(tmp_path):
+    (tmp_path / "s.json").write_bytes(b"{}")
+    (tmp_path / ".s.0123.part").write_bytes(b"data")
+    with pytest.raises(SnapshotError):
+        snapshot.info(tmp_path / "s")
+    staged.finish(str(tmp_path / "s"))
+    assert (tmp_path / ".s.0123.part").exists()

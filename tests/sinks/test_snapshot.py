@@ -188,7 +188,7 @@ def test_a_missing_parent_is_an_error_and_never_zeros(tmp_path):
         restore(tmp_path / "s3", out=out)
     os.unlink(tmp_path / "s1.json")
     for use in (lambda p: restore(p, out=out), verify, lambda p: rebase(tmp_path / "s0", p)):
-        with pytest.raises(SnapshotError, match="s2: its parent cannot be used: .*s1: there is no such snapshot"):
+        with pytest.raises(SnapshotError, match=r"s2: its parent cannot be used: .*s1: there is no such snapshot"):
             use(tmp_path / "s3")
     assert (out == 7).all()
     with pytest.raises(SnapshotError, match="no such snapshot"):
@@ -291,7 +291,7 @@ def test_a_damaged_diff_is_not_laid_over_its_base(tmp_path):
     moments = chain(tmp_path, Workload(17), 2)
     page = int(restored_pages(tmp_path / "s1")[0])
     flip(tmp_path / "s1", page * 4096, 3)
-    with pytest.raises(SnapshotError, match="s1: pages .* does not match its digest"):
+    with pytest.raises(SnapshotError, match=r"s1: pages .* does not match its digest"):
         rebase(tmp_path / "s0", tmp_path / "s1")
     assert (restore(tmp_path / "s0") == moments["s0"]).all()
     assert len(os.listdir(tmp_path)) == 4
@@ -331,6 +331,13 @@ def test_a_flipped_bit_anywhere_in_any_file_of_the_chain_is_found(tmp_path, page
             assert first <= offset // page_size <= last
             (tmp_path / name).write_bytes(original)
     verify(tmp_path / "s2")
+
+
+def test_what_is_damaged_is_not_restored(tmp_path):
+    chain(tmp_path, Workload(22), 2)
+    flip(tmp_path / "s0", int(restored_pages(tmp_path / "s0")[-1]) * 4096 + 9, 0)
+    with pytest.raises(SnapshotError, match=r"s0: pages .* does not match its digest"):
+        restore(tmp_path / "s1")
 
 
 def test_a_flipped_bit_anywhere_in_a_sidecar_is_found(tmp_path):

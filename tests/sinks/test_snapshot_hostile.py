@@ -114,6 +114,13 @@ def test_a_made_up_value_is_refused(base, changes):
     assert sorted(os.listdir(base.parent)) == names
 
 
+@pytest.mark.parametrize("parent", ["../x/above", "/above", "x/above", ".", "..", "", ".above", "above\n", "a" * 300])
+def test_a_parent_is_looked_for_in_no_other_directory(base, parent):
+    forge(base, **LINK, parent=parent)
+    with pytest.raises(SnapshotError, match="must be a plain file name in the same directory"):
+        restore(base)
+
+
 def test_the_forger_can_write_what_is_right(base):
     # The test above would be worth nothing if forge() spoilt every sidecar.
     forge(base, epoch=77)

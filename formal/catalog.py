@@ -1,0 +1,125 @@
+"""What is checked: each model's properties, the variants that must hold and those that must be refuted."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Expectation = Literal["holds", "refuted"]
+
+# Property -> (macro that switches its assertion on, what it says).
+PROPERTIES = {
+    "no write is lost": "CHECK_LOSS",
+    "I1 at every release of mmu_lock": "CHECK_I1",
+    "a push finds a free entry": "CHECK_ROOM",
+    "a returned mark is in the next harvest": "CHECK_PROMPT",
+}
+LOSS, GOLDEN, ROOM, PROMPT = PROPERTIES
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run of Spin: a model, one property, one variant, and the verdict that it must give."""
+
+    model: str
+    claim: str
+    variant: str
+    expect: Expectation
+    defines: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name the check for ``--only``: model/variant/property-macro, in lower case."""
+        return f"{self.model}/{self.variant}/{PROPERTIES[self.claim].removeprefix('CHECK_').lower()}"
+
+
+def _check(model: str, claim: str, *macros: str, variant: str, expect: Expectation) -> Check:
+    return Check(model, claim, variant, expect, (PROPERTIES[claim], *macros))
+
+
+def _holds(model: str, *properties: str, macros: tuple[str, ...] = (), variant: str = "as built") -> list[Check]:
+    return [_check(model, name, *macros, variant=variant, expect="holds") for name in properties]
+
+
+def _refuted(model: str, claim: str, *variants: str, macros: tuple[str, ...] = ()) -> list[Check]:
+    return [
+        _check(model, claim, *macros, name, variant=name.lower().replace("_", "-"), expect="refuted")
+        for name in variants
+    ]
+
+
+CHECKS: tuple[Check, ...] = (
+    # I2: the four steps of a harvest, and the fault path.
+    *_holds("dirty_log", LOSS, GOLDEN),
+    *_refuted(
+        "dirty_log",
+        LOSS,
+        "FLUSH_LEFT_OUT",
+        "FLUSH_BEFORE_PROTECT",
+        "COPY_BEFORE_FLUSH",
+        "COPY_THEN_ZERO",
+        "PROTECT_LEFT_OUT",
+        "CLEAR_AFTER_UNLOCK",
+        "MARK_BEFORE_STORE",
+    ),
+    *_refuted("dirty_log", GOLDEN, "CLEAR_BEFORE_LOCK", "CLEAR_AFTER_UNLOCK", "MARK_OUTSIDE_LOCK"),
+    # Manual protection: get, clear, copy.
+    *_holds("manual_protect", LOSS, GOLDEN),
+    *_refuted(
+        "manual_protect",
+        LOSS,
+        "COPY_BEFORE_CLEAR",
+        "CLEAR_UNREPORTED",
+        "CLEAR_WITHOUT_PROTECT",
+        "CLEAR_WITHOUT_FLUSH",
+        "GET_CLEARS",
+    ),
+    # The ring: push, harvest, reset, soft limit.
+    *_holds("dirty_ring", LOSS, GOLDEN, ROOM, variant="as built, 2 vCPUs"),
+    *_holds("dirty_ring", LOSS, GOLDEN, ROOM, macros=("ONE_VCPU",), variant="as built, 1 vCPU"),
+    *_refuted(
+        "dirty_ring",
+        LOSS,
+        "COPY_BEFORE_RESET",
+        "FLAG_BEFORE_ENTRY",
+        "RESET_UNHARVESTED",
+        "FLUSH_LEFT_OUT",
+        "PROTECT_LEFT_OUT",
+    ),
+    *_refuted("dirty_ring", LOSS, "REUSE_BEFORE_RESET", "NO_SOFT_LIMIT", macros=("ONE_VCPU",)),
+    *_refuted("dirty_ring", ROOM, "NO_SOFT_LIMIT", macros=("ONE_VCPU",)),
+    # I4: the summary level.
+    *_holds("summary", LOSS, PROMPT),
+    *_refuted(
+        "summary",
+        LOSS,
+        "SUMMARY_AFTER_LEAVES",
+        "SUMMARY_BEFORE_LEAF",
+        "SUMMARY_LOADED_EARLY",
+        "LEAF_COPY_THEN_ZERO",
+        "PARTIAL_TAKES_LINE",
+    ),
+    *_refuted("summary", PROMPT, "SKIP_WHEN_LEAF_IS_SET"),
+    # I3 and I4 with store buffers: x86's order, then stores that leave in any order.
+    *(
+        check
+        for operation in ("MARK", "BATCH", "RANGE")
+        for order, macros in (("TSO", ()), ("weak stores", ("WEAK",)))
+        for check in _holds("store_buffer", LOSS, macros=(operation, *macros), variant=f"{operation.lower()}, {order}")
+    ),
+    *_holds("store_buffer", LOSS, macros=("RANGE", "RANGE_RELAXED"), variant="range-relaxed, TSO"),
+    *_refuted("store_buffer", LOSS, "TEST_INSTEAD_OF_FETCH_OR", macros=("MARK",)),
+    *_refuted("store_buffer", LOSS, "TEST_WITHOUT_FENCE", macros=("BATCH",)),
+    *_refuted("store_buffer", LOSS, "RANGE_WITHOUT_FENCE", macros=("RANGE",)),
+    *_refuted("store_buffer", LOSS, "RANGE_RELAXED", macros=("RANGE", "WEAK")),
+    # I5: observers, epochs, roll-back.
+    *_holds("observers", LOSS),
+    *_refuted(
+        "observers",
+        LOSS,
+        "ROLL_BACK_LEFT_OUT",
+        "ROLL_BACK_REPLACES",
+        "ROLL_BACK_WITHOUT_LOCK",
+        "PARTS_ARE_KEPT",
+        "ONLY_THE_COLLECTOR",
+        "FORGET_AT_COMMIT",
+    ),
+)

@@ -1,0 +1,130 @@
+"""Do the tests notice? One-line mutations of the core and the machine, each rebuilt and run against the tests it concerns.
+
+``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--list]``: in a scratch copy, for each mutation of
+`mutations.MUTATIONS`: change one place, rebuild the modules that hold it, run its tests, restore. Prints a table
+and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
+"""
+
+import argparse
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import scratch
+from mutations import MUTATIONS, Mutation
+
+# Mutants are built without optimisation: the compile time is most of the run. What the compiler could hide is not tested
+# here; the sanitizers and the models are for that.
+ENVIRONMENT = {**os.environ, "DIRTYLOG_DEBUG": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+# A mutant may hang or crash: both are caught mutants.
+TIMEOUT = 240
+# Builds the modules that are named, and no others.
+BUILD = """
+import sys
+from setuptools.command.build_ext import build_ext
+wanted = set(sys.argv[1:])
+whole = build_ext.build_extensions
+def chosen(self):
+    self.extensions = [extension for extension in self.extensions if extension.name in wanted]
+    whole(self)
+build_ext.build_extensions = chosen
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
+"""
+
+
+def build(directory: Path, modules: tuple[str, ...]) -> str:
+    """Build some extension modules; returns what went wrong, "" if nothing did."""
+    if not modules:
+        return ""
+    command = [sys.executable, "-c", BUILD, *modules]
+    done = subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    return "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+
+def run_tests(directory: Path, tests: tuple[str, ...]) -> str:
+    """Run tests until one fails; returns its name, "" if all pass."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--benchmark-skip", "--no-header"]
+    try:
+        done = subprocess.run(
+            [*command, "--timeout=60", *tests],
+            cwd=directory,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"hangs for {TIMEOUT} s"
+    if done.returncode == 0:
+        return ""
+    for line in done.stdout.splitlines():
+        if line.startswith(("FAILED ", "ERROR ")):
+            return line.split(" ")[1].split(" - ")[0]
+    return f"pytest ends with {done.returncode}"
+
+
+def attempt(directory: Path, mutation: Mutation) -> str:
+    """Apply one mutation, build, test, restore; returns who caught it, "" if nobody."""
+    place = directory / mutation.file
+    original = place.read_text()
+    try:
+        place.write_text(original.replace(mutation.old, mutation.new))
+        if problem := build(directory, mutation.modules):
+            raise RuntimeError(f"{mutation.name} does not compile:\n{problem}")
+        return run_tests(directory, mutation.tests)
+    finally:
+        place.write_text(original)
+
+
+def stale(directory: Path) -> list[str]:
+    """Return the mutations whose line is not in its file exactly once."""
+    return [m.name for m in MUTATIONS if (directory / m.file).read_text().count(m.old) != 1]
+
+
+def main() -> int:
+    """Run the mutations asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of mutations, as a shell pattern")
+    parser.add_argument("--list", action="store_true", help="print the mutations, and run nothing")
+    options = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if fnmatch.fnmatch(mutation.name, options.only)]
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.name:<42} {mutation.file:<40} {mutation.old.strip()}  ->  {mutation.new.strip()}")
+        return 0
+    directory = options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-mutate-"))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch.copy(directory)
+        if changed := stale(directory):
+            print(f"no longer in the source exactly once: {', '.join(changed)}", file=sys.stderr)
+            return 1
+        scratch.build(directory, ENVIRONMENT)
+        for tests in sorted({mutation.tests for mutation in chosen}):
+            if broken := run_tests(directory, tests):
+                print(f"{' '.join(tests)}: {broken} before anything was mutated", file=sys.stderr)
+                return 1
+        survivors = []
+        for mutation in chosen:
+            begin = time.perf_counter()
+            by = attempt(directory, mutation)
+            survivors += [mutation.name] * (not by)
+            verdict = "caught" if by else "SURVIVED"
+            print(f"{mutation.name:<42} {verdict:<9} {time.perf_counter() - begin:>5.0f} s  {by}", flush=True)
+        print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught; survived: {', '.join(survivors) or 'none'}")
+        return 1 if survivors else 0
+    finally:
+        if options.scratch is None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
-"""Do the tests notice? One-line mutations of the core and the machine, each rebuilt and run against the tests it concerns.
+"""Do the tests notice? One-line mistakes in the core and the machine, each built and run against its tests.
 
-``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--list]``: in a scratch copy, for each mutation of
-`mutations.MUTATIONS`: change one place, rebuild the modules that hold it, run its tests, restore. Prints a table
+``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--list]``: in a scratch copy, for each mutation in
+``mutations.txt``: change one place, rebuild the modules that hold it, run its tests, restore. Prints a table
 and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
 """
 
@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import scratch
-from mutations import MUTATIONS, Mutation
 
-# Mutants are built without optimisation: the compile time is most of the run. What the compiler could hide is not tested
-# here; the sanitizers and the models are for that.
+LIST = Path(__file__).with_name("mutations.txt")
+# Mutants are built without optimisation: the compile time is most of the run.
 ENVIRONMENT = {**os.environ, "DIRTYLOG_DEBUG": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 # A mutant may hang or crash: both are caught mutants.
 TIMEOUT = 240
@@ -36,6 +36,33 @@ build_ext.build_extensions = chosen
 sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
 exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
 """
+
+
+@dataclass
+class Mutation:
+    """One mistake: `old` in `file` becomes `new`, `modules` are rebuilt, `tests` have to notice."""
+
+    name: str
+    file: str
+    modules: tuple[str, ...]
+    tests: tuple[str, ...]
+    old: str = ""
+    new: str = ""
+
+
+def read_mutations() -> list[Mutation]:
+    """Read the list; its format is said at its head."""
+    found: list[Mutation] = []
+    for line in LIST.read_text().splitlines():
+        match line[:1]:
+            case "@":
+                name, file, modules, tests = line[1:].strip().split(", ")
+                found.append(Mutation(name, file, tuple(modules.replace("-", "").split()), tuple(tests.split())))
+            case "-":
+                found[-1].old += "\n" * bool(found[-1].old) + line[1:]
+            case "+":
+                found[-1].new += "\n" * bool(found[-1].new) + line[1:]
+    return found
 
 
 def build(directory: Path, modules: tuple[str, ...]) -> str:
@@ -83,19 +110,19 @@ def attempt(directory: Path, mutation: Mutation) -> str:
         place.write_text(original)
 
 
-def stale(directory: Path) -> list[str]:
-    """Return the mutations whose line is not in its file exactly once."""
-    return [m.name for m in MUTATIONS if (directory / m.file).read_text().count(m.old) != 1]
+def stale(directory: Path, mutations: list[Mutation]) -> list[str]:
+    """Return the mutations whose text is not in its file exactly once."""
+    return [m.name for m in mutations if (directory / m.file).read_text().count(m.old) != 1]
 
 
 def main() -> int:
     """Run the mutations asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)")
+    parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of mutations, as a shell pattern")
     parser.add_argument("--list", action="store_true", help="print the mutations, and run nothing")
     options = parser.parse_args()
-    chosen = [mutation for mutation in MUTATIONS if fnmatch.fnmatch(mutation.name, options.only)]
+    chosen = [mutation for mutation in read_mutations() if fnmatch.fnmatch(mutation.name, options.only)]
     if options.list:
         for mutation in chosen:
             print(f"{mutation.name:<42} {mutation.file:<40} {mutation.old.strip()}  ->  {mutation.new.strip()}")
@@ -104,7 +131,7 @@ def main() -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         scratch.copy(directory)
-        if changed := stale(directory):
+        if changed := stale(directory, chosen):
             print(f"no longer in the source exactly once: {', '.join(changed)}", file=sys.stderr)
             return 1
         scratch.build(directory, ENVIRONMENT)

@@ -97,10 +97,17 @@ def run_tests(directory: Path, tests: tuple[str, ...]) -> str:
     return f"pytest ends with {done.returncode}"
 
 
+def built(directory: Path, modules: tuple[str, ...]) -> dict[Path, bytes]:
+    """Return the extension modules' files and what is in them."""
+    found = [path for name in modules for path in directory.glob(f"{name.replace('.', '/')}.*.so")]
+    return {path: path.read_bytes() for path in found}
+
+
 def attempt(directory: Path, mutation: Mutation) -> str:
-    """Apply one mutation, build, test, restore; returns who caught it, "" if nobody."""
+    """Apply one mutation, build, test, restore source and modules; returns who caught it, "" if nobody."""
     place = directory / mutation.file
     original = place.read_text()
+    intact = built(directory, mutation.modules)
     try:
         place.write_text(original.replace(mutation.old, mutation.new))
         if problem := build(directory, mutation.modules):
@@ -108,6 +115,8 @@ def attempt(directory: Path, mutation: Mutation) -> str:
         return run_tests(directory, mutation.tests)
     finally:
         place.write_text(original)
+        for path, content in intact.items():
+            path.write_bytes(content)
 
 
 def stale(directory: Path, mutations: list[Mutation]) -> list[str]:

@@ -1,0 +1,53 @@
+"""How the documentation is built: ``python -m sphinx -W -b html docs docs/_build/html`` after an in-place build."""
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import dirtylog  # noqa: E402 - found in the checkout
+
+project = "dirtylog"
+author = "The dirtylog developers"
+project_copyright = author
+version = release = dirtylog.__version__
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"dirtylog {version}"
+html_static_path = ["_static"]
+# The documentation is built without a network, too: intersphinx is on only where its inventories are at hand.
+intersphinx_mapping: dict[str, tuple[str, str | None]] = {}
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# Cython writes the signature into the first line of a docstring.
+autodoc_docstring_signature = True
+numpydoc_show_class_members = False
+numpydoc_class_members_toctree = False
+
+
+def needed(page: Path) -> list[str]:
+    """Return the modules that a page says it is about, in comments ``<!-- needs: module -->``."""
+    return re.findall(r"<!-- needs: ([\w.]+) -->", page.read_text())
+
+
+exclude_patterns = [
+    "_build",
+    # A page about a module that this build does not have is left out.
+    *(
+        str(page.relative_to(HERE))
+        for page in HERE.rglob("*.md")
+        if "_build" not in page.parts and any(find_spec(module) is None for module in needed(page))
+    ),
+]

@@ -11,9 +11,9 @@ inline take()
 {
 #ifdef COPY_THEN_ZERO
     taken = bitmap;
-    atomic { printf("harvest copies bits %d, then zeroes the word\n", taken); bitmap = 0 }
+    atomic { printf("harvest copies mask %d, then zeroes the word\n", taken); bitmap = 0 }
 #else
-    atomic { taken = bitmap; bitmap = 0; printf("harvest takes bits %d\n", taken) }
+    atomic { taken = bitmap; bitmap = 0; printf("harvest takes the bits of mask %d\n", taken) }
 #endif
 }
 

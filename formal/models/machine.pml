@@ -39,7 +39,7 @@ bool mmu_lock;
 #endif
 
 #ifdef CHECK_LOSS
-#define NOTHING_LOST atomic { printf("the last harvest is copied; stale pages: %d\n", stale); assert(stale == 0) }
+#define NOTHING_LOST atomic { printf("the last harvest is copied; mask of stale pages: %d\n", stale); assert(stale == 0) }
 #else
 #define NOTHING_LOST skip
 #endif
@@ -85,5 +85,5 @@ inline flush_tlbs()
 
 inline protect(taken)
 {
-    atomic { printf("pages %d are write-protected\n", taken); writable = writable & ~taken }
+    atomic { printf("the pages of mask %d are write-protected\n", taken); writable = writable & ~taken }
 }

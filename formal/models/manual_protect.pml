@@ -17,9 +17,9 @@ proctype harvester()
 
        /* KVM_GET_DIRTY_LOG */
 #ifdef GET_CLEARS
-       atomic { reported = bitmap; bitmap = 0; printf("GET reports and clears %d\n", reported) };
+       atomic { reported = bitmap; bitmap = 0; printf("GET reports and clears mask %d\n", reported) };
 #else
-       atomic { reported = bitmap; printf("GET reports %d\n", reported) };
+       atomic { reported = bitmap; printf("GET reports mask %d\n", reported) };
 #endif
 
 #ifdef COPY_BEFORE_CLEAR
@@ -29,9 +29,9 @@ proctype harvester()
        /* KVM_CLEAR_DIRTY_LOG: one fetch-and-andnot a word; only bits that were still set are protected. */
        ACQUIRE(mmu_lock);
 #ifdef CLEAR_UNREPORTED
-       atomic { cleared = bitmap; bitmap = 0; printf("CLEAR zeroes the word, which held %d\n", cleared) };
+       atomic { cleared = bitmap; bitmap = 0; printf("CLEAR zeroes the word, which held mask %d\n", cleared) };
 #else
-       atomic { cleared = bitmap & reported; bitmap = bitmap & ~reported; printf("CLEAR clears %d\n", cleared) };
+       atomic { cleared = bitmap & reported; bitmap = bitmap & ~reported; printf("CLEAR clears mask %d\n", cleared) };
 #endif
 #ifndef CLEAR_WITHOUT_PROTECT
        protect(cleared);

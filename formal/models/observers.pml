@@ -48,7 +48,7 @@ proctype observer(byte id)
        owed[0] = owed[0] | taken;
        owed[1] = owed[1] | taken;
 #endif
-       atomic { epoch = owed[id]; taken = 0; printf("observer %d collects pages %d\n", id, epoch) };
+       atomic { epoch = owed[id]; taken = 0; printf("observer %d collects mask %d\n", id, epoch) };
 #ifndef FORGET_AT_COMMIT
        owed[id] = 0;
 #endif
@@ -73,19 +73,19 @@ proctype observer(byte id)
           stale[id] = stale[id] | epoch;
 #if defined(ROLL_BACK_REPLACES)
           ACQUIRE(log_lock);
-          atomic { owed[id] = epoch; printf("observer %d is owed pages %d again\n", id, epoch) };
+          atomic { owed[id] = epoch; printf("observer %d is owed mask %d again\n", id, epoch) };
           log_lock = false;
 #elif defined(ROLL_BACK_WITHOUT_LOCK)
           mine = owed[id];
-          atomic { owed[id] = mine | epoch; printf("observer %d is owed pages %d again\n", id, epoch) };
+          atomic { owed[id] = mine | epoch; printf("observer %d is owed mask %d again\n", id, epoch) };
 #elif defined(PARTS_ARE_KEPT)
           ACQUIRE(log_lock);
           epoch = epoch & ~(BIT(page) - 1);
-          atomic { owed[id] = owed[id] | epoch; printf("observer %d is owed pages %d again\n", id, epoch) };
+          atomic { owed[id] = owed[id] | epoch; printf("observer %d is owed mask %d again\n", id, epoch) };
           log_lock = false;
 #else
           ACQUIRE(log_lock);
-          atomic { owed[id] = owed[id] | epoch; printf("observer %d is owed pages %d again\n", id, epoch) };
+          atomic { owed[id] = owed[id] | epoch; printf("observer %d is owed mask %d again\n", id, epoch) };
           log_lock = false;
 #endif
 #endif
@@ -101,7 +101,7 @@ proctype observer(byte id)
        atomic { epoch = 0; page = 0; mine = 0; failed = false }
     od;
 #ifdef CHECK_LOSS
-    atomic { printf("observer %d has collected for the last time; stale pages: %d\n", id, stale[id]); assert(stale[id] == 0) }
+    atomic { printf("observer %d has collected for the last time; mask of stale pages: %d\n", id, stale[id]); assert(stale[id] == 0) }
 #endif
 }
 

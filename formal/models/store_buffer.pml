@@ -148,7 +148,7 @@ proctype harvester()
     od;
     harvest();
 #ifdef CHECK_LOSS
-    atomic { printf("the last harvest is copied; stale pages: %d\n", stale); assert(stale == 0) }
+    atomic { printf("the last harvest is copied; mask of stale pages: %d\n", stale); assert(stale == 0) }
 #endif
 }
 

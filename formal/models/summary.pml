@@ -18,7 +18,7 @@
 #define BIT(page) (1 << (page))
 
 #ifdef CHECK_LOSS
-#define NOTHING_LOST atomic { printf("the last harvest is copied; stale pages: %d\n", stale); assert(stale == 0) }
+#define NOTHING_LOST atomic { printf("the last harvest is copied; mask of stale pages: %d\n", stale); assert(stale == 0) }
 #else
 #define NOTHING_LOST skip
 #endif

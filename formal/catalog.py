@@ -49,6 +49,7 @@ def _refuted(model: str, claim: str, *variants: str, macros: tuple[str, ...] = (
 CHECKS: tuple[Check, ...] = (
     # I2: the four steps of a harvest, and the fault path.
     *_holds("dirty_log", LOSS, GOLDEN),
+    *_holds("dirty_log", LOSS, GOLDEN, macros=("STORE_IN_FAULT",), variant="store in the fault"),
     *_refuted(
         "dirty_log",
         LOSS,

@@ -1,8 +1,20 @@
 /* Who writes while a bitmap keeps the log: guest stores that fault, and the VMM's own stores.
  *
+ * A fault marks, makes writable, and the guest stores when it tries again, as KVM has it. With
+ * STORE_IN_FAULT the fault completes the store itself and fills the TLB, all under the lock, as
+ * dirtylog's machine does.
+ *
  * Variants: MARK_OUTSIDE_LOCK, MARK_BEFORE_STORE.
  */
-#ifdef MARK_OUTSIDE_LOCK
+#if defined(STORE_IN_FAULT)
+#define FAULT(id, page)                                                                             \
+    ACQUIRE(mmu_lock);                                                                              \
+    atomic { printf("vCPU %d faults on page %d: stored\n", id, page); stale = stale | BIT(page) };   \
+    atomic { printf("vCPU %d marks page %d\n", id, page); bitmap = bitmap | BIT(page) };             \
+    atomic { printf("vCPU %d makes page %d writable\n", id, page); writable = writable | BIT(page) };  \
+    atomic { printf("vCPU %d caches page %d\n", id, page); tlb[id] = tlb[id] | BIT(page) };          \
+    RELEASE_MMU_LOCK
+#elif defined(MARK_OUTSIDE_LOCK)
 #define FAULT(id, page)                                                                             \
     ACQUIRE(mmu_lock);                                                                              \
     atomic { printf("vCPU %d faults on page %d: writable\n", id, page); writable = writable | BIT(page) }; \

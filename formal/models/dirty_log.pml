@@ -2,9 +2,14 @@
  *
  * Snapshot and clear, write-protect: under mmu_lock. Flush the TLBs, hand out: after it.
  *
+ * STORE_IN_FAULT: see bitmap_writers.pml.
+ *
  * Variants: FLUSH_LEFT_OUT, FLUSH_BEFORE_PROTECT, COPY_BEFORE_FLUSH, COPY_THEN_ZERO,
  * PROTECT_LEFT_OUT, CLEAR_AFTER_UNLOCK, CLEAR_BEFORE_LOCK, and those of bitmap_writers.pml.
  */
+#ifdef STORE_IN_FAULT
+#define AFTER_FAULT break
+#endif
 #include "machine.pml"
 
 inline take()

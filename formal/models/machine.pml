@@ -51,6 +51,9 @@ inline choose_page(page)
 
 /* A store of the guest. The check of the TLB and the store are one step because a flush arrives as
  * an interrupt, and interrupts are taken between instructions. `FAULT` is the log's fault path. */
+#ifndef AFTER_FAULT
+#define AFTER_FAULT skip    /* and the guest tries again */
+#endif
 #define GUEST_STORE(id, page)                                                                       \
     do                                                                                              \
     :: atomic { tlb[id] & BIT(page) ->                                                              \
@@ -58,7 +61,7 @@ inline choose_page(page)
        break                                                                                        \
     :: atomic { !(tlb[id] & BIT(page)) && (writable & BIT(page)) ->                                 \
            printf("vCPU %d walks the page table for page %d\n", id, page); tlb[id] = tlb[id] | BIT(page) } \
-    :: !(tlb[id] & BIT(page)) && !(writable & BIT(page)) -> FAULT(id, page)                         \
+    :: !(tlb[id] & BIT(page)) && !(writable & BIT(page)) -> FAULT(id, page); AFTER_FAULT            \
     od
 
 /* The copy of the pages that `taken` names: afterwards the replica holds what they held then. */

@@ -25,6 +25,7 @@
 
 #include "_memory.h"
 #include "dirtylog/protect.h"
+#include "vm/_ring.h"
 
 /* How an architecture learns that a page was written. */
 enum dl_dirtying {
@@ -42,7 +43,12 @@ enum dl_dirtying {
 #define DL_REQUEST_TLB_FLUSH UINT64_C(1)
 
 /* Why a vCPU left guest mode before its store; negative values are errnos. */
-enum { DL_STORED = 0, DL_EXIT_FAULT = 1, DL_EXIT_RETRY = 2 };
+enum { DL_STORED = 0, DL_EXIT_FAULT = 1, DL_EXIT_RETRY = 2, DL_EXIT_PML_FULL = 3, DL_EXIT_RING_FULL = 4 };
+
+#define DL_PML_ENTRIES 512u
+
+/* Whether 512 pages may be mapped in one piece, and when logging splits it. */
+enum dl_huge_split { DL_NO_HUGE_PAGES, DL_SPLIT_EAGERLY, DL_SPLIT_ON_WRITE };
 
 /* A mutex that knows its owner: a second acquisition by the owner is an error, not a hang. */
 struct dl_lock {
@@ -82,6 +88,9 @@ struct dl_vcpu {
     uint64_t faults;
     uint64_t flushes;
     uint32_t index;
+    uint32_t pml_count;
+    uint64_t pml[DL_PML_ENTRIES]; /* gfns whose D bit this vCPU set; under its guest lock */
+    struct dl_ring ring;
     struct dl_tlb_entry tlb[DL_TLB_ENTRIES];
 };
 
@@ -98,6 +107,8 @@ struct dl_mmu {
     uint64_t vm_log_words;
     size_t vm_log_mapped;
     struct dl_arch_hooks hooks;
+    int pml;
+    int huge_split;
 };
 
 /* ---- locks ---------------------------------------------------------------- */
@@ -221,6 +232,8 @@ static inline struct dl_memslot *dl_slot_new(const struct dl_mmu *mmu, uint32_t 
     slot->table.ptes = dl_words_alloc(npages, 1, &slot->table_mapped);
     if (mmu->dirtying == DL_BY_SHADOW)
         slot->shadow = dl_words_alloc(npages * mmu->nvcpus, 1, &slot->shadow_mapped);
+    if (mmu->huge_split != DL_NO_HUGE_PAGES && base_gfn % DL_HUGE_PAGES == 0)
+        slot->table.huge = dl_words_alloc(npages / DL_HUGE_PAGES + 1, 1, &slot->huge_mapped);
     if (!slot->table.ptes || (mmu->dirtying == DL_BY_SHADOW && !slot->shadow)) {
         dl_slot_free(slot);
         return NULL;
@@ -396,9 +409,13 @@ static inline void dl_store_apply(unsigned char *host, const struct dl_store *st
     }
 }
 
-static inline void dl_mark_page_dirty(struct dl_memslot *slot, uint64_t page)
+static inline void dl_mark_page_dirty(struct dl_vcpu *vcpu, struct dl_memslot *slot, uint64_t page)
 {
-    if (slot->logging)
+    if (!slot->logging)
+        return;
+    if (vcpu->ring.size)
+        dl_ring_push(&vcpu->ring, slot->id, page);
+    else
         dl_mark(&slot->log.marked, page);
 }
 
@@ -414,6 +431,73 @@ static inline struct dl_tlb_entry *dl_tlb_fill(struct dl_vcpu *vcpu, uint64_t gf
     return entry;
 }
 
+/* The D bit goes from clear to set, and the hardware notes the gfn: in guest mode,
+ * so a drain, which passes the guest lock, finds it before the bit can be
+ * cleared by the harvest that the drain belongs to. */
+static inline int dl_pml_log(struct dl_vcpu *vcpu, uint64_t *pte, uint64_t gfn)
+{
+    if (vcpu->pml_count == DL_PML_ENTRIES)
+        return DL_EXIT_PML_FULL;
+    if (!(dl_fetch_or(pte, DL_PTE_DIRTY) & DL_PTE_DIRTY))
+        vcpu->pml[vcpu->pml_count++] = gfn;
+    return DL_STORED;
+}
+
+/* Mark what one vCPU noted; its guest lock is held. `leaving` is a slot that is
+ * no longer in the table and still wants its marks. */
+static inline void dl_pml_drain(struct dl_mmu *mmu, struct dl_vcpu *vcpu, struct dl_memslot *leaving)
+{
+    for (uint32_t i = 0; i < vcpu->pml_count; i++) {
+        struct dl_memslot *slot = dl_slot_of_gfn(mmu, vcpu->pml[i]);
+        if (!slot && leaving && vcpu->pml[i] - leaving->base_gfn < leaving->npages)
+            slot = leaving;
+        if (slot && slot->logging)
+            dl_mark(&slot->log.marked, vcpu->pml[i] - slot->base_gfn);
+    }
+    vcpu->pml_count = 0;
+}
+
+/* A full buffer makes the vCPU leave guest mode and empty it. mmu_lock: the log
+ * of a slot may be going away. */
+static inline int dl_pml_full(struct dl_mmu *mmu, struct dl_vcpu *vcpu)
+{
+    int error = dl_lock_acquire(mmu->mmu_lock);
+    if (error)
+        return error;
+    pthread_mutex_lock(&vcpu->guest);
+    dl_pml_drain(mmu, vcpu, NULL);
+    dl_guest_leave(vcpu);
+    dl_lock_release(mmu->mmu_lock);
+    return 0;
+}
+
+/* Give the 512 pages of a 2 MiB mapping entries of their own that permit what it
+ * permitted. Under mmu_lock. The entries first: a walk that finds the large
+ * entry gone finds them; one that still found it is waited for by the flush. */
+static inline void dl_huge_divide(struct dl_memslot *slot, uint64_t group)
+{
+    uint64_t entry = dl_load_relaxed(&slot->table.huge[group]);
+    if (!entry)
+        return;
+    for (uint64_t page = group * DL_HUGE_PAGES; page < (group + 1) * DL_HUGE_PAGES; page++)
+        dl_store_release(&slot->table.ptes[page], entry);
+    dl_exchange(&slot->table.huge[group], 0);
+}
+
+/* Map the faulting page, or the 512 pages about it where that needs no log. */
+static inline void dl_map_writable(struct dl_mmu *mmu, struct dl_memslot *slot, uint64_t page)
+{
+    uint64_t group = page / DL_HUGE_PAGES;
+    if (slot->table.huge && (group + 1) * DL_HUGE_PAGES <= slot->npages) {
+        if (!slot->logging) {
+            dl_fetch_or(&slot->table.huge[group], DL_PTE_PRESENT | DL_PTE_WRITABLE);
+            return;
+        }
+        dl_huge_divide(slot, group);
+    }
+    dl_fetch_or(&slot->table.ptes[page], DL_PTE_PRESENT | DL_PTE_WRITABLE | (mmu->pml ? DL_PTE_DIRTY : 0));
+}
+
 /* The hardware's page walk for a store, in guest mode, without mmu_lock. What it
  * reads may be protected right after: the harvester's flush then waits for the
  * guest lock, so the store lands before the flush is over, and the page is in
@@ -423,7 +507,15 @@ static inline int dl_walk(const struct dl_mmu *mmu, struct dl_vcpu *vcpu, struct
     uint64_t *pte = &slot->table.ptes[page], seen;
     switch (mmu->dirtying) {
     case DL_BY_FAULT:
-        return dl_load_acquire(pte) & DL_PTE_WRITABLE ? DL_STORED : DL_EXIT_FAULT;
+        if (slot->table.huge) {
+            seen = dl_load_acquire(&slot->table.huge[page / DL_HUGE_PAGES]);
+            if (seen)
+                return seen & DL_PTE_WRITABLE ? DL_STORED : DL_EXIT_FAULT;
+        }
+        seen = dl_load_acquire(pte);
+        if (mmu->pml && (seen & DL_PTE_WRITABLE) && !(seen & DL_PTE_DIRTY))
+            return dl_pml_log(vcpu, pte, slot->base_gfn + page);
+        return seen & DL_PTE_WRITABLE ? DL_STORED : DL_EXIT_FAULT;
     case DL_BY_SHADOW:
         return slot->shadow[vcpu->index * slot->npages + page] & DL_PTE_WRITABLE ? DL_STORED : DL_EXIT_FAULT;
     case DL_BY_CHANGE_BIT:
@@ -500,9 +592,9 @@ static inline int dl_fault(struct dl_mmu *mmu, struct dl_vcpu *vcpu, uint64_t gf
         if (mmu->dirtying == DL_BY_VM_LOG)
             dl_fetch_or(&mmu->vm_log[gfn / DL_WORD_PAGES], dl_bit(gfn));
         else
-            dl_mark_page_dirty(slot, page);
+            dl_mark_page_dirty(vcpu, slot, page);
         if (mmu->dirtying == DL_BY_FAULT)
-            dl_fetch_or(&slot->table.ptes[page], DL_PTE_PRESENT | DL_PTE_WRITABLE);
+            dl_map_writable(mmu, slot, page);
         else if (mmu->dirtying == DL_BY_SHADOW)
             slot->shadow[vcpu->index * slot->npages + page] = DL_PTE_PRESENT | DL_PTE_WRITABLE;
         dl_tlb_fill(vcpu, gfn, generation, mmu, slot);
@@ -535,13 +627,18 @@ static inline int dl_vcpu_store(struct dl_mmu *mmu, struct dl_vcpu *vcpu, const 
         size_t burst_end = i + DL_TLB_BURST < n ? i + DL_TLB_BURST : n;
         dl_guest_enter(vcpu);
         do {
-            exit = dl_guest_store(mmu, vcpu, gfns[i], store);
+            /* Before the store: what it may push has its place. */
+            exit = dl_ring_full(&vcpu->ring) ? DL_EXIT_RING_FULL : dl_guest_store(mmu, vcpu, gfns[i], store);
         } while (exit == DL_STORED && ++i < burst_end);
         dl_guest_leave(vcpu);
         if (exit == DL_EXIT_FAULT) {
             exit = dl_fault(mmu, vcpu, gfns[i], store);
             i += exit == DL_STORED;
         }
+        if (exit == DL_EXIT_PML_FULL)
+            exit = dl_pml_full(mmu, vcpu);
+        if (exit == DL_EXIT_RING_FULL)
+            exit = -ENOBUFS;
         if (exit == DL_EXIT_RETRY)
             sched_yield();
         if (exit == -EFAULT && dl_backed_after_update(mmu, gfns[i]))
@@ -567,11 +664,12 @@ static inline size_t dl_vcpu_unbacked(struct dl_mmu *mmu, struct dl_vcpu *vcpu, 
 /* Bytes at any address, page by page; 0 or -errno, `*bad_gfn` for -EFAULT.
  * Nothing is stored unless every page is backed when it begins. */
 static inline int dl_vcpu_write(struct dl_mmu *mmu, struct dl_vcpu *vcpu, uint64_t gpa, const unsigned char *data,
-                                uint64_t size, uint64_t *bad_gfn)
+                                uint64_t size, uint64_t *written, uint64_t *bad_gfn)
 {
     const uint64_t page_size = UINT64_C(1) << mmu->page_shift;
     struct dl_store store = {.kind = DL_STORE_BYTES};
     size_t done;
+    *written = 0;
     if (!size)
         return 0;
     for (*bad_gfn = gpa >> mmu->page_shift; *bad_gfn <= (gpa + size - 1) >> mmu->page_shift; ++*bad_gfn)
@@ -586,6 +684,7 @@ static inline int dl_vcpu_write(struct dl_mmu *mmu, struct dl_vcpu *vcpu, uint64
         error = dl_vcpu_store(mmu, vcpu, bad_gfn, 1, &store, &done);
         if (error)
             return error;
+        *written += store.size;
     }
     return 0;
 }
@@ -709,6 +808,11 @@ static inline int dl_sync(struct dl_mmu *mmu, struct dl_memslot *slot, int disca
         dl_sync_storage_keys(slot, discard);
         return 0;
     default:
+        for (uint32_t i = 0; mmu->pml && i < mmu->nvcpus; i++) {
+            dl_guest_kick(&mmu->vcpus[i]);
+            dl_pml_drain(mmu, &mmu->vcpus[i], slot);
+            dl_guest_leave(&mmu->vcpus[i]);
+        }
         if (mmu->hooks.sync_dirty_log && !discard)
             mmu->hooks.sync_dirty_log(mmu->hooks.context, &slot->table, &slot->log.marked);
         return 0;
@@ -792,11 +896,127 @@ static inline int dl_mmu_harvest(struct dl_mmu *mmu, struct dl_memslot *slot, in
     return 0;
 }
 
-/* Under mmu_lock, when logging is switched on. */
+/* Under mmu_lock, when logging is switched on: 2 MiB mappings are divided at once,
+ * or protected whole and divided by the first write fault. */
 static inline void dl_mmu_protect_region(struct dl_mmu *mmu, struct dl_memslot *slot)
 {
+    for (uint64_t group = 0; slot->table.huge && group < slot->npages / DL_HUGE_PAGES; group++) {
+        if (mmu->huge_split == DL_SPLIT_EAGERLY)
+            dl_huge_divide(slot, group);
+        else if (dl_load_relaxed(&slot->table.huge[group]) & DL_PTE_WRITABLE)
+            dl_pte_protect(&slot->table.huge[group]);
+    }
     if (mmu->hooks.protect_region)
         mmu->hooks.protect_region(mmu->hooks.context, &slot->table);
+}
+
+/* ---- manual protection: under slots_lock ------------------------------------------ */
+
+/* Initially all set: every page is reported once before any is protected. */
+static inline void dl_log_fill(struct dl_memslot *slot) { dl_mark_range(&slot->log.marked, 0, slot->npages); }
+
+/* Copy the log out and remember in the second half what was reported. */
+static inline void dl_log_report(struct dl_double_log *log, uint64_t *out)
+{
+    for (uint64_t word = 0; word < dl_words_for(log->marked.npages); word++) {
+        out[word] = dl_load_relaxed(&log->marked.words[word]);
+        log->snapshot[word] |= out[word];
+    }
+}
+
+/* Clear those of `words` that were reported, and write-protect their pages; what
+ * was cleared goes to `cleared`. Under mmu_lock: a fault marks before or after
+ * the whole of it. Returns whether anything was. */
+static inline int dl_log_clear(struct dl_mmu *mmu, struct dl_memslot *slot, uint64_t first_word, uint64_t nwords,
+                               const uint64_t *words, uint64_t *cleared, int protect)
+{
+    uint64_t any = 0;
+    for (uint64_t i = 0; i < nwords; i++) {
+        uint64_t word = first_word + i, mask = words[i] & slot->log.snapshot[word];
+        if (mask)
+            mask = dl_fetch_and(&slot->log.marked.words[word], ~mask) & mask;
+        cleared[i] = mask;
+        slot->log.snapshot[word] &= ~mask;
+        any |= mask;
+        if (mask && protect)
+            dl_protect_word(&mmu->hooks, &slot->table, word, mask);
+    }
+    return any != 0;
+}
+
+static inline void dl_log_unclear(struct dl_memslot *slot, uint64_t first_word, uint64_t nwords, const uint64_t *cleared)
+{
+    for (uint64_t i = 0; i < nwords; i++)
+        if (cleared[i]) {
+            dl_mark_mask(&slot->log.marked, first_word + i, cleared[i]);
+            slot->log.snapshot[first_word + i] |= cleared[i];
+        }
+}
+
+/* ---- dirty rings: under slots_lock -------------------------------------------------- */
+
+static inline int dl_rings_init(struct dl_mmu *mmu, uint64_t size)
+{
+    for (uint32_t i = 0; i < mmu->nvcpus; i++) {
+        mmu->vcpus[i].ring.entries = calloc(size, sizeof(struct dl_ring_entry));
+        if (!mmu->vcpus[i].ring.entries)
+            return -ENOMEM;
+        mmu->vcpus[i].ring.size = size;
+    }
+    return 0;
+}
+
+/* Fetch; returns the number of entries fetched and not released yet. */
+static inline size_t dl_rings_fetch(struct dl_mmu *mmu)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < mmu->nvcpus; i++)
+        n += dl_ring_fetch(&mmu->vcpus[i].ring);
+    return n;
+}
+
+static inline void dl_rings_entries(const struct dl_mmu *mmu, uint64_t *slots, uint64_t *offsets)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < mmu->nvcpus; i++)
+        n += dl_ring_entries(&mmu->vcpus[i].ring, slots + n, offsets + n);
+}
+
+static inline size_t dl_rings_masks(struct dl_mmu *mmu, struct dl_ring_mask *masks)
+{
+    size_t n = 0;
+    for (uint32_t i = 0; i < mmu->nvcpus; i++)
+        n += dl_ring_masks(&mmu->vcpus[i].ring, masks + n);
+    return n;
+}
+
+/* A mask may begin at any page: at most two aligned words of the page table. */
+static inline int dl_rings_protect(struct dl_mmu *mmu, const struct dl_ring_mask *masks, size_t n)
+{
+    int error = dl_lock_acquire(mmu->mmu_lock);
+    if (error)
+        return error;
+    for (size_t i = 0; i < n; i++) {
+        struct dl_memslot *slot = dl_slot_of_id(mmu, (uint32_t)masks[i].slot);
+        uint64_t word = masks[i].offset / DL_WORD_PAGES;
+        unsigned shift = (unsigned)(masks[i].offset % DL_WORD_PAGES);
+        /* The slot may have been deleted since, or be a smaller one of the same id. */
+        if (!slot || masks[i].offset + dl_fls(masks[i].mask) >= slot->npages)
+            continue;
+        if (masks[i].mask << shift)
+            dl_protect_word(&mmu->hooks, &slot->table, word, masks[i].mask << shift);
+        if (shift && masks[i].mask >> (DL_WORD_PAGES - shift))
+            dl_protect_word(&mmu->hooks, &slot->table, word + 1, masks[i].mask >> (DL_WORD_PAGES - shift));
+    }
+    dl_lock_release(mmu->mmu_lock);
+    return 0;
+}
+
+/* Room again, once the pages are protected and the TLBs flushed. */
+static inline void dl_rings_release(struct dl_mmu *mmu)
+{
+    for (uint32_t i = 0; i < mmu->nvcpus; i++)
+        dl_ring_release(&mmu->vcpus[i].ring);
 }
 
 /* ---- the built-in hook tables ------------------------------------------------ */
@@ -811,6 +1031,10 @@ static const struct dl_arch_hooks dl_hooks_none = {0};
 static const struct dl_arch_hooks dl_hooks_each = {
     .protect_masked = dl_protect_each,
     .protect_region = dl_protect_all,
+};
+static const struct dl_arch_hooks dl_hooks_dirty_bits = {
+    .protect_masked = dl_protect_dirty_bits,
+    .protect_region = dl_protect_all_dirty_bits,
 };
 static const struct dl_arch_hooks dl_hooks_range = {
     .protect_masked = dl_protect_range,
@@ -831,7 +1055,7 @@ static inline void dl_mmu_destroy(struct dl_mmu *mmu)
             dl_slot_free(mmu->table->slots[i]);
     free(mmu->table);
     for (uint32_t i = 0; mmu->vcpus && i < mmu->nvcpus; i++)
-        pthread_mutex_destroy(&mmu->vcpus[i].guest);
+        pthread_mutex_destroy(&mmu->vcpus[i].guest), free(mmu->vcpus[i].ring.entries);
     free(mmu->vcpus);
     if (mmu->vm_log)
         dl_words_free(mmu->vm_log, mmu->vm_log_mapped);

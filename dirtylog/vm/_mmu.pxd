@@ -12,6 +12,7 @@ cdef extern from "dirtylog/protect.h" nogil:
 
     struct dl_page_table:
         uint64_t *ptes
+        uint64_t *huge
         uint64_t npages
 
     struct dl_double_log:
@@ -71,6 +72,18 @@ cdef extern from "vm/_mmu.h" nogil:
         int dirtying
         uint64_t flushes
         dl_arch_hooks hooks
+        int pml
+        int huge_split
+
+    enum:
+        DL_NO_HUGE_PAGES
+        DL_SPLIT_EAGERLY
+        DL_SPLIT_ON_WRITE
+
+    struct dl_ring_mask:
+        uint64_t slot
+        uint64_t offset
+        uint64_t mask
 
     struct dl_store:
         int kind
@@ -78,6 +91,7 @@ cdef extern from "vm/_mmu.h" nogil:
 
     const dl_arch_hooks dl_hooks_none
     const dl_arch_hooks dl_hooks_each
+    const dl_arch_hooks dl_hooks_dirty_bits
     const dl_arch_hooks dl_hooks_range
     const dl_arch_hooks dl_hooks_range_vmid
 
@@ -107,5 +121,18 @@ cdef extern from "vm/_mmu.h" nogil:
     size_t dl_vcpu_unbacked(dl_mmu *mmu, dl_vcpu *vcpu, const uint64_t *gfns, size_t n)
     int dl_vcpu_store(dl_mmu *mmu, dl_vcpu *vcpu, const uint64_t *gfns, size_t n, const dl_store *store, size_t *done)
     int dl_vcpu_write(dl_mmu *mmu, dl_vcpu *vcpu, uint64_t gpa, const unsigned char *data, uint64_t size,
-                      uint64_t *bad_gfn)
+                      uint64_t *written, uint64_t *bad_gfn)
     int dl_vcpu_read(dl_mmu *mmu, dl_vcpu *vcpu, uint64_t gpa, unsigned char *out, uint64_t size, uint64_t *bad_gfn)
+    void dl_guest_enter(dl_vcpu *vcpu)
+    void dl_guest_leave(dl_vcpu *vcpu)
+    void dl_log_report(dl_double_log *log, uint64_t *out)
+    bint dl_log_clear(dl_mmu *mmu, dl_memslot *slot, uint64_t first_word, uint64_t nwords, const uint64_t *words,
+                      uint64_t *cleared, int protect)
+    void dl_log_unclear(dl_memslot *slot, uint64_t first_word, uint64_t nwords, const uint64_t *cleared)
+    void dl_log_fill(dl_memslot *slot)
+    int dl_rings_init(dl_mmu *mmu, uint64_t size)
+    size_t dl_rings_fetch(dl_mmu *mmu)
+    void dl_rings_entries(const dl_mmu *mmu, uint64_t *slots, uint64_t *offsets)
+    size_t dl_rings_masks(dl_mmu *mmu, dl_ring_mask *masks)
+    int dl_rings_protect(dl_mmu *mmu, const dl_ring_mask *masks, size_t n)
+    void dl_rings_release(dl_mmu *mmu)

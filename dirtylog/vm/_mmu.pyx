@@ -24,6 +24,7 @@ from dirtylog._pages cimport Block, DirtyPages, block_new, pages_from_sparse_blo
 
 cdef extern from "<errno.h>" nogil:
     const int EDEADLK
+    const int ENOBUFS
 
 
 __all__ = ["Lock", "Mmu"]
@@ -37,6 +38,8 @@ DIRTYING = {
     "storage-key": DL_BY_STORAGE_KEY,
 }
 
+HUGE_PAGES = {None: DL_NO_HUGE_PAGES, "eager": DL_SPLIT_EAGERLY, "on-write": DL_SPLIT_ON_WRITE}
+
 
 cdef object hooks_capsule(const dl_arch_hooks *hooks):
     return PyCapsule_New(<void *>hooks, DL_ARCH_HOOKS_CAPSULE, NULL)
@@ -44,6 +47,7 @@ cdef object hooks_capsule(const dl_arch_hooks *hooks):
 
 NO_PROTECTION = hooks_capsule(&dl_hooks_none)
 PROTECT_EACH = hooks_capsule(&dl_hooks_each)
+PROTECT_DIRTY_BITS = hooks_capsule(&dl_hooks_dirty_bits)
 PROTECT_RANGE = hooks_capsule(&dl_hooks_range)
 PROTECT_RANGE_FLUSH_VMID = hooks_capsule(&dl_hooks_range_vmid)
 
@@ -123,6 +127,12 @@ cdef class Mmu:
         How pages become dirty: a key of `DIRTYING`.
     hooks : PyCapsule
         ``struct dl_arch_hooks`` under the name ``dirtylog.arch_hooks.1``.
+    dirty_ring : int
+        Entries of each vCPU's dirty ring, 0 for none.
+    huge_pages : str or None
+        When logging splits 2 MiB mappings: a key of `HUGE_PAGES`.
+    pml : bool
+        Whether each vCPU keeps a page-modification log.
 
     Notes
     -----
@@ -137,20 +147,23 @@ cdef class Mmu:
     cdef readonly object hooks
     cdef dict memories          # slot id -> the array a slot's pages live in
 
-    def __cinit__(self, uint32_t vcpus, unsigned page_shift, str dirtying, object hooks):
+    def __cinit__(self, uint32_t vcpus, unsigned page_shift, str dirtying, object hooks, uint64_t dirty_ring=0,
+                  object huge_pages=None, bint pml=False):
         memset(&self.mmu, 0, sizeof(dl_mmu))
         self.memories = {}
         self.hooks = hooks
         self.mmu.hooks = hooks_of(hooks)[0]
         self.mmu.page_shift = page_shift
         self.mmu.dirtying = DIRTYING[dirtying]
+        self.mmu.huge_split = HUGE_PAGES[huge_pages]
+        self.mmu.pml = pml
         self.slots_lock = Lock("slots_lock")
         self.mmu_lock = Lock("mmu_lock")
         self.dirty_log_lock = Lock("dirty_log_lock")
         self.mmu.slots_lock = self.slots_lock.lock
         self.mmu.mmu_lock = self.mmu_lock.lock
         self.mmu.dirty_log_lock = self.dirty_log_lock.lock
-        if dl_mmu_init(&self.mmu, vcpus):
+        if dl_mmu_init(&self.mmu, vcpus) or (dirty_ring and dl_rings_init(&self.mmu, dirty_ring)):
             raise MemoryError
 
     def __dealloc__(self):
@@ -158,10 +171,14 @@ cdef class Mmu:
 
     # ---- memslots ----------------------------------------------------------------
 
-    cdef dl_memslot *slot(self, uint32_t slot) except NULL:
-        cdef dl_memslot *found
+    cdef int check_slots_lock(self) except -1:
         if not dl_lock_held(self.mmu.slots_lock):
             raise RuntimeError("slots_lock is not held by this thread: use `with vm.slots_lock:`")
+        return 0
+
+    cdef dl_memslot *slot(self, uint32_t slot) except NULL:
+        cdef dl_memslot *found
+        self.check_slots_lock()
         found = dl_slot_of_id(&self.mmu, slot)
         if found == NULL:
             raise OSError(errno.ENOENT, f"slot {slot} does not exist; create it with set_memory_region()")
@@ -176,8 +193,7 @@ cdef class Mmu:
     def slots(self) -> list[tuple[int, int, int, bool]]:
         """Return ``(id, base_gfn, npages, logging)`` of every slot, by gfn; under ``slots_lock``."""
         cdef size_t i
-        if not dl_lock_held(self.mmu.slots_lock):
-            raise RuntimeError("slots_lock is not held by this thread: use `with vm.slots_lock:`")
+        self.check_slots_lock()
         return [(self.mmu.table.slots[i].id, self.mmu.table.slots[i].base_gfn, self.mmu.table.slots[i].npages,
                  bool(self.mmu.table.slots[i].logging)) for i in range(self.mmu.table.count)]
 
@@ -186,18 +202,20 @@ cdef class Mmu:
         self.slot(slot)
         return self.memories[slot]
 
-    def add(self, uint32_t slot, uint64_t base_gfn, uint64_t npages, unsigned char[::1] memory, bint log):
+    def add(self, uint32_t slot, uint64_t base_gfn, uint64_t npages, unsigned char[::1] memory, bint log,
+            bint all_set=False):
         """Create a slot over `memory`, whose size the caller has checked."""
         cdef dl_memslot *fresh
         cdef int error
-        if not dl_lock_held(self.mmu.slots_lock):
-            raise RuntimeError("slots_lock is not held by this thread: use `with vm.slots_lock:`")
+        self.check_slots_lock()
         with nogil:
             fresh = dl_slot_new(&self.mmu, slot, base_gfn, npages, &memory[0])
             error = -ENOMEM if fresh == NULL else 0
             if not error and log:
                 error = dl_log_alloc(fresh)
                 fresh.logging = 1
+                if all_set and not error:
+                    dl_log_fill(fresh)
         if not error:
             # Before vCPUs see the slot, so that an interrupt leaves nothing dangling.
             self.memories[slot] = np.asarray(memory)
@@ -227,13 +245,15 @@ cdef class Mmu:
         if error:
             raise failed(error, f"slot {slot}")
 
-    def start_log(self, uint32_t slot):
-        """Switch a slot's log on; under ``mmu_lock``, write protection and flush follow."""
+    def start_log(self, uint32_t slot, bint all_set=False):
+        """Switch a slot's log on; under ``mmu_lock``. Unless all pages are set, protection and flush follow."""
         cdef dl_memslot *found = self.slot(slot)
         if not self.mmu_lock.held:
             raise RuntimeError("mmu_lock is not held by this thread: use `with vm.mmu_lock:`")
         if dl_log_alloc(found):
             raise MemoryError(f"slot {slot}: no memory for the log")
+        if all_set:
+            dl_log_fill(found)
         found.logging = 1
 
     def stop_log(self, uint32_t slot):
@@ -343,6 +363,105 @@ cdef class Mmu:
             dl_log_copy(&found.log, words.words)
         return pages_from_words_block(words, found.npages, <uint64_t>1 << self.mmu.page_shift, True)
 
+    # ---- manual protection ---------------------------------------------------------------
+
+    def report(self, uint32_t slot) -> DirtyPages:
+        """Copy the log out and clear nothing, but remember what was reported."""
+        cdef dl_memslot *found = self.logging_slot(slot)
+        cdef Block words = block_new((found.npages + 63) // 64, False)
+        with nogil:
+            dl_log_report(&found.log, words.words)
+        return pages_from_words_block(words, found.npages, <uint64_t>1 << self.mmu.page_shift, True)
+
+    def clear(self, uint32_t slot, uint64_t first_word, const uint64_t[::1] words, object protect=None) -> bool:
+        """Clear those of `words` that were reported and protect their pages; True if anything was cleared.
+
+        ``protect(numbers, masks)`` takes the place of the C hook, under ``mmu_lock``.
+        """
+        cdef dl_memslot *found = self.logging_slot(slot)
+        cdef uint64_t nwords = words.shape[0]
+        cdef bint any_cleared, native = protect is None
+        if first_word + nwords > (found.npages + 63) // 64:
+            raise IndexError(f"words {first_word} to {first_word + nwords - 1} are out of range of slot {slot}")
+        if nwords == 0:
+            return False
+        cleared = np.empty(nwords, np.uint64)
+        cdef uint64_t[::1] to_cleared = cleared
+        with self.mmu_lock:
+            with nogil:
+                any_cleared = dl_log_clear(&self.mmu, found, first_word, nwords, &words[0], &to_cleared[0], native)
+            if any_cleared and not native:
+                try:
+                    numbers = np.flatnonzero(cleared)
+                    protect((numbers + first_word).astype(np.uint64), cleared[numbers])
+                except BaseException:
+                    dl_log_unclear(found, first_word, nwords, &to_cleared[0])
+                    raise
+        return any_cleared
+
+    def unclear(self, uint32_t slot, uint64_t first_word, const uint64_t[::1] words):
+        """Mark again what `clear` may have cleared, when the flush after it failed (I5)."""
+        cdef dl_memslot *found = self.logging_slot(slot)
+        cdef uint64_t nwords = words.shape[0]
+        if first_word + nwords > (found.npages + 63) // 64:
+            raise IndexError(f"words {first_word} to {first_word + nwords - 1} are out of range of slot {slot}")
+        if nwords:
+            with nogil:
+                dl_log_unclear(found, first_word, nwords, &words[0])
+
+    # ---- dirty rings -----------------------------------------------------------------------
+
+    def ring_entries(self) -> tuple[np.ndarray, np.ndarray]:
+        """Fetch every ring; return slot ids and pages of all entries not released yet."""
+        cdef size_t n
+        self.check_slots_lock()
+        with nogil:
+            n = dl_rings_fetch(&self.mmu)
+        slots, offsets = np.empty(n, np.uint64), np.empty(n, np.uint64)
+        cdef uint64_t[::1] to_slots = slots, to_offsets = offsets
+        if n:
+            with nogil:
+                dl_rings_entries(&self.mmu, &to_slots[0], &to_offsets[0])
+        return slots, offsets
+
+    def ring_masks(self, size_t entries) -> np.ndarray:
+        """Return rows of slot, first page and mask: the fetched entries, neighbours coalesced."""
+        cdef size_t n = 0
+        self.check_slots_lock()
+        masks = np.empty((entries, 3), np.uint64)
+        cdef uint64_t[:, ::1] to_masks = masks
+        if entries:
+            with nogil:
+                n = dl_rings_masks(&self.mmu, <dl_ring_mask *>&to_masks[0, 0])
+        return masks[:n]
+
+    def ring_protect(self, const uint64_t[:, ::1] masks):
+        """Take ``mmu_lock`` and write-protect the pages of `ring_masks` with the C hook."""
+        cdef size_t n = masks.shape[0]
+        cdef int error = 0
+        self.check_slots_lock()
+        if masks.shape[1] != 3:
+            raise ValueError(f"rows have {masks.shape[1]} numbers; they are slot, first page and mask")
+        if n:
+            with nogil:
+                error = dl_rings_protect(&self.mmu, <const dl_ring_mask *>&masks[0, 0], n)
+        if error:
+            raise failed(error, "reset of the dirty rings")
+
+    def ring_release(self):
+        """Make room: the entries' pages are protected, the TLBs flushed."""
+        self.check_slots_lock()
+        with nogil:
+            dl_rings_release(&self.mmu)
+
+    def huge_mappings(self, uint32_t slot) -> int:
+        """Return how many 2 MiB mappings a slot has now."""
+        cdef dl_memslot *found = self.slot(slot)
+        cdef uint64_t group
+        if found.table.huge == NULL:
+            return 0
+        return sum([found.table.huge[group] != 0 for group in range(found.npages // 512)])
+
     # ---- write protection and flushes ---------------------------------------------------
 
     def protect(self, uint32_t slot, const uint64_t[::1] numbers, const uint64_t[::1] masks, object hooks=None):
@@ -400,12 +519,20 @@ cdef class Mmu:
             raise IndexError(f"vCPU {vcpu} is out of range: the machine has {self.mmu.nvcpus}")
         return &self.mmu.vcpus[vcpu]
 
+    def guest_mode(self, uint32_t vcpu) -> GuestMode:
+        """Keep a vCPU in guest mode for the length of a ``with`` block, as one long store does."""
+        self.vcpu(vcpu)
+        return GuestMode(self, vcpu)
+
     def faults(self, uint32_t vcpu) -> int:
         """How many of its stores left guest mode to be marked."""
         return self.vcpu(vcpu).faults
 
     def store(self, uint32_t vcpu, const uint64_t[::1] gfns, object value=None) -> int:
-        """Add 1 to each page's first byte or, with a value, store it as each page's first word."""
+        """Add 1 to each page's first byte or, with a value, store it as each page's first word.
+
+        Returns the number of pages; fewer than given when the vCPU's dirty ring is full.
+        """
         cdef dl_vcpu *cpu = self.vcpu(vcpu)
         cdef dl_store store
         cdef size_t n = gfns.shape[0], done = 0, backed = 0
@@ -425,23 +552,24 @@ cdef class Mmu:
             raise unbacked(gfns[backed])
         if error == -EFAULT:
             raise unbacked(gfns[done])
-        if error:
+        if error and error != -ENOBUFS:
             raise failed(error, f"vCPU {vcpu}, gfn {gfns[done]:#x}")
         return done
 
-    def write(self, uint32_t vcpu, uint64_t gpa, const unsigned char[::1] data):
-        """Store bytes at a guest-physical address."""
+    def write(self, uint32_t vcpu, uint64_t gpa, const unsigned char[::1] data) -> int:
+        """Store bytes at a guest-physical address; return how many, fewer when the dirty ring is full."""
         cdef dl_vcpu *cpu = self.vcpu(vcpu)
-        cdef uint64_t size = data.shape[0], bad_gfn = 0
+        cdef uint64_t size = data.shape[0], written = 0, bad_gfn = 0
         cdef int error
         if size == 0:
-            return
+            return 0
         with nogil:
-            error = dl_vcpu_write(&self.mmu, cpu, gpa, &data[0], size, &bad_gfn)
+            error = dl_vcpu_write(&self.mmu, cpu, gpa, &data[0], size, &written, &bad_gfn)
         if error == -EFAULT:
             raise unbacked(bad_gfn)
-        if error:
+        if error and error != -ENOBUFS:
             raise failed(error, f"vCPU {vcpu}, gfn {bad_gfn:#x}")
+        return written
 
     def read(self, uint32_t vcpu, uint64_t gpa, size_t size) -> bytes:
         """Load bytes from a guest-physical address."""
@@ -455,6 +583,31 @@ cdef class Mmu:
         if error:
             raise unbacked(bad_gfn)
         return data
+
+
+@cython.final
+cdef class GuestMode:
+    """A stay of one vCPU in guest mode; a flush waits for its end."""
+
+    cdef Mmu owner
+    cdef uint32_t index
+    cdef bint inside
+
+    def __cinit__(self, Mmu owner, uint32_t index):
+        self.owner = owner
+        self.index = index
+
+    def __enter__(self) -> GuestMode:
+        cdef dl_vcpu *vcpu = self.owner.vcpu(self.index)
+        with nogil:
+            dl_guest_enter(vcpu)
+        self.inside = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.inside:
+            self.inside = False
+            dl_guest_leave(self.owner.vcpu(self.index))
 
 
 cdef object unbacked(uint64_t gfn):

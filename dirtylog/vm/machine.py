@@ -7,9 +7,10 @@ import operator
 from typing import TYPE_CHECKING
 
 from dirtylog.vm import mmu
-from dirtylog.vm._mmu import Mmu
+from dirtylog.vm._mmu import HUGE_PAGES, Mmu
 from dirtylog.vm.arch import Arch, find
 from dirtylog.vm.memslots import Memslot, Region, check_range, guest_memory, invalid
+from dirtylog.vm.ring import Rings, check_entries
 from dirtylog.vm.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -36,6 +37,21 @@ class VM:
         Number of virtual CPUs.
     page_size : int
         Size of a page in bytes, a power of two.
+    manual_protect : bool
+        `get_dirty_log` clears nothing; `clear_dirty_log` clears and protects.
+    initially_set : bool
+        A log starts with every page set and nothing protected; wants
+        `manual_protect`.
+    dirty_ring : int
+        Entries of a dirty ring for each vCPU, a power of two, in place of
+        bitmaps: `harvest_rings`. 0: none.
+    huge_pages : {None, "eager", "on-write"}
+        Map 512 pages at once where they are not logged, and divide such a
+        mapping when logging is switched on, or at the first write after. With
+        `initially_set` it is always the first write after a clear.
+    pml : bool
+        Each vCPU notes up to 512 pages whose dirty bit it sets, in place of
+        write faults; the notes are collected before a harvest.
 
     Attributes
     ----------
@@ -51,7 +67,8 @@ class VM:
     Raises
     ------
     ValueError
-        The architecture is not known, or a number is out of range.
+        The architecture is not known, a number is out of range, or the
+        architecture cannot do what is asked for.
     TypeError
         `arch` is neither a name nor an Arch.
 
@@ -73,7 +90,18 @@ class VM:
     0
     """
 
-    def __init__(self, arch: Arch | str = "x86", vcpus: int = 1, page_size: int = 4096) -> None:
+    def __init__(
+        self,
+        arch: Arch | str = "x86",
+        vcpus: int = 1,
+        page_size: int = 4096,
+        *,
+        manual_protect: bool = False,
+        initially_set: bool = False,
+        dirty_ring: int = 0,
+        huge_pages: str | None = None,
+        pml: bool = False,
+    ) -> None:
         if isinstance(arch, str):
             arch = find(arch)
         elif not isinstance(arch, Arch):
@@ -83,9 +111,29 @@ class VM:
             raise ValueError(f"vcpus {vcpus} is out of range: 1 to {MAX_VCPUS}")
         if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
             raise ValueError(f"page_size {page_size} is no power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
+        if huge_pages not in HUGE_PAGES:
+            raise ValueError(f"huge_pages {huge_pages!r} is not known; choose None, 'eager' or 'on-write'")
+        if initially_set and not manual_protect:
+            raise ValueError("initially_set wants manual_protect=True: only clear_dirty_log() protects its pages")
+        if dirty_ring and (manual_protect or pml):
+            raise ValueError("a dirty ring excludes manual_protect and pml; choose one")
+        if (dirty_ring or huge_pages) and arch.dirtying != "fault":
+            raise ValueError(f"{arch.name} has no write faults; dirty rings and huge pages rest on them")
+        if pml and arch.pml_hooks is None:
+            raise ValueError(f"{arch.name} has no page-modification log; x86 has")
         self.arch = arch
         self.page_size = page_size
-        self.mmu = Mmu(vcpus, page_size.bit_length() - 1, arch.dirtying, arch.hooks)
+        self.manual_protect, self.initially_set = bool(manual_protect), bool(initially_set)
+        self.mmu = Mmu(
+            vcpus,
+            page_size.bit_length() - 1,
+            arch.dirtying,
+            arch.pml_hooks if pml else arch.hooks,
+            dirty_ring=check_entries(operator.index(dirty_ring)) if dirty_ring else 0,
+            huge_pages=huge_pages,
+            pml=pml,
+        )
+        self.rings = Rings(self) if dirty_ring else None
         self.slots_lock = self.mmu.slots_lock
         self.mmu_lock = self.mmu.mmu_lock
         self.vcpus = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
@@ -136,16 +184,18 @@ class VM:
         slot = self.check_slot(slot)
         region = Region(slot, operator.index(base_gfn), operator.index(npages), bool(log_dirty))
         with self.slots_lock:
-            regions = self._regions()
+            regions = self.regions()
             old = next((known for known in regions if known.slot == slot), None)
             check_range(region, regions, self.page_size, self.arch.dirtying == "vm-log")
             if region.npages == 0:
                 if old is None:
                     raise invalid(f"slot {slot} does not exist; nothing to delete")
                 self.mmu.remove(slot)
+                if self.rings is not None:
+                    self.rings.forget(slot)
             elif old is None:
                 array = guest_memory(memory, region.npages * self.page_size)
-                self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty)
+                self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty, self.initially_set)
             else:
                 self._change(old, region, memory)
 
@@ -163,23 +213,28 @@ class VM:
                 self.mmu.stop_log(old.slot)
 
     def _start_log(self, slot: int) -> None:
+        # Old news first. What the hardware notes from here on may be reported
+        # although it was written before this call returned.
+        self.mmu.sync(slot, discard=True)
         with self.mmu_lock:
-            self.mmu.start_log(slot)
-        try:
-            with self.mmu_lock:
-                # I1: a page that faulted since the log began has its bit, and loses
-                # only its mapping.
+            self.mmu.start_log(slot, self.initially_set)
+            if self.initially_set:
+                return
+            try:
+                # In the same stay under mmu_lock: a fault comes before both, or marks (I1).
                 self.arch.protect_region(self, slot)
-            # In this order: what is cached after it is forgotten has a mark again,
-            # what was cached before goes with the flush.
-            self.mmu.sync(slot, discard=True)
+            except BaseException:
+                self.mmu.stop_log(slot)
+                raise
+        try:
             self.arch.flush_tlbs(self, slot)
         except BaseException:
             with self.mmu_lock:
                 self.mmu.stop_log(slot)
             raise
 
-    def _regions(self) -> list[Region]:
+    def regions(self) -> list[Region]:
+        """Return every slot, by gfn; under ``slots_lock``."""
         return [Region(*values) for values in self.mmu.slots()]
 
     def check_slot(self, slot: int) -> int:
@@ -197,7 +252,7 @@ class VM:
         """Return a slot's place and size; ENOENT if there is none."""
         slot = self.check_slot(slot)
         with self.slots_lock:
-            for region in self._regions():
+            for region in self.regions():
                 if region.slot == slot:
                     return region
         raise OSError(errno.ENOENT, f"slot {slot} does not exist; create it with set_memory_region()")
@@ -245,9 +300,78 @@ class VM:
         """
         return self.arch.get_dirty_log(self, operator.index(slot), out)
 
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
+        """Clear reported bits and write-protect their pages again.
+
+        The second half of manual protection: `get_dirty_log` has reported the
+        pages, the caller is about to copy them, and only pages that were
+        reported are cleared.
+
+        Parameters
+        ----------
+        slot : int
+            Memory slot id.
+        first_page, num_pages : int
+            Range within the slot, in pages. `first_page` is a multiple of 64, and
+            `num_pages` too unless the range ends at the slot's end.
+        dirty : DirtyPages
+            Pages to clear, numbered from the start of the slot; those outside the
+            range are left alone.
+
+        Raises
+        ------
+        OSError
+            EINVAL: unaligned or out of range, or no manual protection; ENOENT: the
+            slot keeps no log; ENXIO: the machine has dirty rings.
+        ValueError
+            `dirty` is about another number of pages.
+
+        Notes
+        -----
+        Clear before you copy (I3): a write during the copy is then seen next time.
+
+        References
+        ----------
+        ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        mmu.clear_dirty_log(self, operator.index(slot), operator.index(first_page), operator.index(num_pages), dirty)
+
+    def harvest_rings(self) -> dict[int, DirtyPages]:
+        """Harvest and reset every vCPU's dirty ring: ``KVM_RESET_DIRTY_RINGS``.
+
+        Returns
+        -------
+        dict of int to DirtyPages
+            The pages of each slot in which something was written.
+
+        Raises
+        ------
+        OSError
+            ENXIO: the machine has no dirty rings.
+        """
+        if self.rings is None:
+            raise OSError(errno.ENXIO, "the machine has no dirty rings; create it with dirty_ring=4096")
+        with self.slots_lock:
+            return self.rings.harvest()
+
+    def harvest(self, slot: int) -> DirtyPages:
+        """Get and clear a slot's log, whichever way the machine keeps it; what `slot(id).harvest()` does."""
+        slot = operator.index(slot)
+        if self.rings is not None:
+            with self.slots_lock:
+                return self.rings.take(slot, clear=True)
+        pages = self.get_dirty_log(slot)
+        if self.manual_protect and pages:
+            self.clear_dirty_log(slot, 0, pages.npages, pages)
+        return pages
+
     def peek(self, slot: int) -> DirtyPages:
         """Copy a slot's log; clears nothing."""
-        return mmu.peek(self, operator.index(slot))
+        slot = operator.index(slot)
+        if self.rings is not None:
+            with self.slots_lock:
+                return self.rings.take(slot, clear=False)
+        return mmu.peek(self, slot)
 
     def __repr__(self) -> str:
         """Name the architecture and the number of vCPUs."""

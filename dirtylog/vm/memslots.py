@@ -118,8 +118,8 @@ class Memslot:
         return self.vm.region(self.id).npages
 
     def harvest(self) -> DirtyPages:
-        """Get and clear: :meth:`VM.get_dirty_log`."""
-        return self.vm.get_dirty_log(self.id)
+        """Get and clear: :meth:`VM.harvest`."""
+        return self.vm.harvest(self.id)
 
     def peek(self) -> DirtyPages:
         """Copy the log, clear nothing."""

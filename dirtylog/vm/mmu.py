@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog._pages import DirtyPages
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
-    from dirtylog._pages import DirtyPages
     from dirtylog.vm.machine import VM
 
-__all__ = ["get_dirty_log", "peek"]
+    BatchHook = Callable[[npt.NDArray[np.uint64], npt.NDArray[np.uint64]], None]
+
+__all__ = ["clear_dirty_log", "get_dirty_log", "peek"]
 
 
 def check_out(out: object, npages: int) -> npt.NDArray[np.uint64]:
@@ -39,11 +45,15 @@ def check_out(out: object, npages: int) -> npt.NDArray[np.uint64]:
     return words
 
 
-def take(vm: VM, slot: int) -> bool:
-    """Snapshot and protect, with the architecture's hook in C or in Python; True if anything was dirty."""
-    if vm.protects_in_python:
-        return vm.mmu.harvest_batch(slot, lambda words, masks: vm.arch.protect_masked(vm, slot, words, masks))
-    return vm.mmu.harvest(slot)
+def python_hook(vm: VM, slot: int) -> BatchHook | None:
+    """Return the batch form of the architecture's write protection where it is written in Python."""
+    return partial(vm.arch.protect_masked, vm, slot) if vm.protects_in_python else None
+
+
+def refuse_rings(vm: VM) -> None:
+    """Raise ENXIO where the machine keeps dirty rings: the bitmaps stay empty there."""
+    if vm.rings is not None:
+        raise OSError(errno.ENXIO, "the machine has dirty rings, which exclude the dirty log; use harvest_rings()")
 
 
 def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
@@ -67,7 +77,8 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
     ------
     OSError
         EINVAL: slot id out of range; ENOENT: the slot keeps no log; EFAULT: `out`
-        cannot take the words. Nothing has been cleared.
+        cannot take the words; ENXIO: the machine has dirty rings. Nothing has been
+        cleared.
 
     Notes
     -----
@@ -76,6 +87,9 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
     anything was dirty; (4) hand the copy out. Between (2) and (3) a vCPU may
     still write through a stale TLB entry: harmless, since that page is in this
     snapshot and its content is read after the flush.
+
+    With manual protection only the copy is made: clearing, protection and flush
+    come with `clear_dirty_log`.
 
     ``mmu_lock`` is free during the flush, as in the seed. A page that faults
     meanwhile is marked for the next harvest.
@@ -86,10 +100,17 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
     """
     with vm.slots_lock:
         npages = vm.check_log(slot)
+        refuse_rings(vm)
         words = None if out is None else check_out(out, npages)
         vm.arch.sync_dirty_log(vm, slot)
+        if vm.manual_protect:
+            pages = vm.mmu.report(slot)
+            if words is not None:
+                words[:] = pages.words
+            return pages
         try:
-            if take(vm, slot):
+            hook = python_hook(vm, slot)
+            if vm.mmu.harvest_batch(slot, hook) if hook else vm.mmu.harvest(slot):
                 vm.arch.flush_tlbs(vm, slot)
             return vm.mmu.hand_out(slot, words)
         except BaseException:
@@ -104,3 +125,37 @@ def peek(vm: VM, slot: int) -> DirtyPages:
         vm.check_log(slot)
         vm.arch.sync_dirty_log(vm, slot)
         return vm.mmu.peek(slot)
+
+
+def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
+    """Clear and protect what was reported: see :meth:`VM.clear_dirty_log`.
+
+    Under ``slots_lock``: under ``mmu_lock`` clear each word's reported bits and
+    write-protect their pages, then flush if anything was cleared.
+    """
+    with vm.slots_lock:
+        npages = vm.check_log(slot)
+        refuse_rings(vm)
+        if not vm.manual_protect:
+            raise OSError(
+                errno.EINVAL, "get_dirty_log() has cleared the log already; create the VM with manual_protect=True"
+            )
+        if not isinstance(dirty, DirtyPages):
+            raise TypeError(f"dirty is a {type(dirty).__name__}; pass the DirtyPages that get_dirty_log() returned")
+        if dirty.npages != npages:
+            raise ValueError(f"dirty is about {dirty.npages} pages; slot {slot} has {npages}")
+        end = first_page + num_pages
+        if first_page % 64 or first_page < 0 or num_pages < 0 or end > npages or (end < npages and num_pages % 64):
+            raise OSError(
+                errno.EINVAL,
+                f"pages {first_page} to {end - 1} of {npages}: the range must begin at a multiple of 64"
+                " and be a multiple of 64 long or end with the slot",
+            )
+        first_word, end_word = first_page // 64, (end + 63) // 64
+        words = dirty.words[first_word:end_word]
+        try:
+            if vm.mmu.clear(slot, first_word, words, python_hook(vm, slot)):
+                vm.arch.flush_tlbs(vm, slot)
+        except BaseException:
+            vm.mmu.unclear(slot, first_word, words)
+            raise

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog.vm.ring import DirtyRingFull
+
 if TYPE_CHECKING:
     import numpy.typing as npt
     from _typeshed import ReadableBuffer
@@ -59,9 +61,11 @@ class Vcpu:
             slot was deleted in the middle.
         IndexError
             `gpa` is negative or past the last address.
+        DirtyRingFull
+            The machine has dirty rings, and this one's soft limit is reached.
         """
         view = memoryview(data).cast("B")
-        self._mmu.write(self.index, check_gpa(gpa, view.nbytes), view)
+        self._check_done(self._mmu.write(self.index, check_gpa(gpa, view.nbytes), view), view.nbytes)
 
     def read(self, gpa: int, size: int) -> bytes:
         """Load `size` bytes from a guest-physical address; marks nothing.
@@ -96,12 +100,21 @@ class Vcpu:
         OSError
             EFAULT: a page is in no memslot. Nothing has been touched, unless the
             slot was deleted in the middle.
+        DirtyRingFull
+            The machine has dirty rings, and this one's soft limit is reached.
         """
-        return self._mmu.store(self.index, guest_frames(gfns))
+        frames = guest_frames(gfns)
+        return self._check_done(self._mmu.store(self.index, frames), frames.size)
 
     def store(self, gfns: npt.ArrayLike, value: int) -> int:
         """Store one 64-bit `value`, little-endian, at the start of each page; else as `touch`."""
-        return self._mmu.store(self.index, guest_frames(gfns), operator.index(value))
+        frames = guest_frames(gfns)
+        return self._check_done(self._mmu.store(self.index, frames, operator.index(value)), frames.size)
+
+    def _check_done(self, done: int, wanted: int) -> int:
+        if done < wanted:
+            raise DirtyRingFull(self.index, done)
+        return done
 
     def __repr__(self) -> str:
         """Name the vCPU."""

@@ -4,10 +4,12 @@ Each case has two architectures that let a vCPU store at the same critical point
 oracle must catch the wrong one, or it proves nothing about the right one.
 """
 
+import threading
+
 import pytest
 
 import dirtylog as dl
-from dirtylog.vm import mmu
+from dirtylog.vm import arch, mmu
 from dirtylog.vm.arch.x86 import X86
 
 PAGE, FRESH_PAGE = 3, 70
@@ -108,17 +110,17 @@ class ProtectAfterSnapshotLocked(Injecting):
         return mmu.get_dirty_log(vm, slot, out)
 
 
-def run(arch, helpers, injected, contents=False):
+def run(injecting, helpers, injected, contents=False):
     """Three harvests: before, in, and after the one that the stores are injected into."""
-    vm = dl.VM(arch, vcpus=2)
+    vm = dl.VM(injecting, vcpus=2)
     vm.set_memory_region(0, 0, 128)
     oracle = helpers.oracle(vm)
     vm.memory_values = oracle.read
     vm.vcpus[0].store([PAGE], 1)
-    arch.stores = [(vm.vcpus[vcpu], page, value) for vcpu, page, value in injected]
-    reported = [oracle.check(vm.get_dirty_log(0), 2 if contents else 1, arch.contents)]
-    assert not arch.stores, "nothing was injected"
-    arch.contents = None
+    injecting.stores = [(vm.vcpus[vcpu], page, value) for vcpu, page, value in injected]
+    reported = [oracle.check(vm.get_dirty_log(0), 2 if contents else 1, injecting.contents)]
+    assert not injecting.stores, "nothing was injected"
+    injecting.contents = None
     if not contents:
         vm.vcpus[0].store([PAGE], 2)
     # Twice: a write that the harvest before it missed must be in the next one.
@@ -159,14 +161,52 @@ def test_the_right_order_with_the_same_store_loses_nothing(case, helpers):
     assert reported[0] >= 1
 
 
+def test_a_flush_waits_until_every_vcpu_has_been_out_of_guest_mode(harvesting):
+    """Many rounds, since a flush that does not wait may still come second by chance."""
+    flushing = threading.Event()
+    order = []
+
+    class Flushing(type(arch.find(harvesting))):
+        def flush_tlbs(self, vm, slot):
+            flushing.set()
+            super().flush_tlbs(vm, slot)
+            order.append("flushed")
+
+        def sync_dirty_log(self, vm, slot):
+            flushing.set()
+            super().sync_dirty_log(vm, slot)
+
+    vm = dl.VM(Flushing(), vcpus=3)
+    vm.set_memory_region(0, 0, 64)
+    waits = harvesting != "s390"  # its keys miss no store: nothing is flushed
+
+    def stay(vcpu):
+        with vm.mmu.guest_mode(vcpu):
+            inside.set()
+            flushing.wait(60)
+            order.append("left")
+
+    for turn in range(20):
+        vm.vcpus[0].touch([1])
+        flushing.clear()
+        order.clear()
+        inside = threading.Event()
+        thread = threading.Thread(target=stay, args=(turn % 3,))
+        thread.start()
+        inside.wait(60)
+        assert vm.get_dirty_log(0).count == 1
+        thread.join()
+        assert not waits or order == ["left", "flushed"]
+
+
 def test_a_store_through_a_stale_entry_is_in_this_snapshot(helpers):
     """Between steps two and three of I2: the page is protected, the entry still cached."""
-    arch = FlushKept()
-    vm = dl.VM(arch)
+    injecting = FlushKept()
+    vm = dl.VM(injecting)
     vm.set_memory_region(0, 0, 128)
     vm.vcpus[0].store([PAGE], 1)
     faults = vm.vcpus[0].faults
-    arch.stores = [(vm.vcpus[0], PAGE, 7)]
+    injecting.stores = [(vm.vcpus[0], PAGE, 7)]
     assert vm.get_dirty_log(0).indices().tolist() == [PAGE]
     assert vm.vcpus[0].faults == faults, "the store should have used the stale entry"
     assert int(vm.memory(0)[PAGE * 4096]) == 7

@@ -44,6 +44,8 @@ class Arch:
         ``struct dl_arch_hooks`` of ``dirtylog/protect.h``: hooks written in C,
         called without the GIL. A method below that is overridden in Python
         comes before its C hook.
+    pml_hooks : PyCapsule or None
+        The hooks that take their place on a machine with a page-modification log.
 
     Notes
     -----
@@ -72,6 +74,7 @@ class Arch:
     user_mem_slots: ClassVar[int] = 32
     dirtying: ClassVar[str] = "fault"
     hooks: ClassVar[object] = PROTECT_EACH
+    pml_hooks: ClassVar[object] = None
 
     def get_dirty_log(self, vm: VM, slot: int, out: object = None) -> DirtyPages:
         """Do the whole call (HAVE_KVM_ARCH_DIRTY_LOG); the seed's four steps unless overridden."""

@@ -1,6 +1,6 @@
 """x86: write faults mark, and a harvest write-protects each page it takes."""
 
-from dirtylog.vm._mmu import PROTECT_EACH
+from dirtylog.vm._mmu import PROTECT_DIRTY_BITS, PROTECT_EACH
 from dirtylog.vm.arch import Arch
 
 __all__ = ["X86"]
@@ -12,3 +12,4 @@ class X86(Arch):
     name = "x86"
     user_mem_slots = 125
     hooks = PROTECT_EACH
+    pml_hooks = PROTECT_DIRTY_BITS

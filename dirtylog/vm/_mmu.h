@@ -60,8 +60,8 @@ static inline int dl_log_clear(struct dl_mmu *mmu, struct dl_memslot *slot, uint
         cleared[i] = mask;
         slot->log.snapshot[word] &= ~mask;
         any |= mask;
-        if (mask && protect)
-            dl_protect_word(&mmu->hooks, &slot->table, word, mask);
+        if (mask)
+            dl_protect_word(protect ? &mmu->hooks : NULL, &slot->table, word, mask);
     }
     return any != 0;
 }

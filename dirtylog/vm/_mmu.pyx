@@ -587,7 +587,10 @@ cdef class Mmu:
 
 @cython.final
 cdef class GuestMode:
-    """A stay of one vCPU in guest mode; a flush waits for its end."""
+    """A stay of one vCPU in guest mode; a flush waits for its end.
+
+    The thread inside must not use this vCPU, fault, or flush: it would wait for itself.
+    """
 
     cdef Mmu owner
     cdef uint32_t index

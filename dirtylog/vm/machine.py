@@ -202,7 +202,10 @@ class VM:
     def _change(self, old: Region, new: Region, memory: WriteableBuffer | None) -> None:
         if new.npages != old.npages:
             raise invalid(f"slot {old.slot} has {old.npages} pages, not {new.npages}; delete it and create it anew")
-        if memory is not None and guest_memory(memory, 0).ctypes.data != self.mmu.memory(old.slot).ctypes.data:
+        if (
+            memory is not None
+            and guest_memory(memory, old.npages * self.page_size).ctypes.data != self.mmu.memory(old.slot).ctypes.data
+        ):
             raise invalid(f"slot {old.slot} has other memory; delete it and create it anew")
         if new.base_gfn != old.base_gfn:
             self.mmu.move(old.slot, new.base_gfn)

@@ -339,6 +339,22 @@ def test_large_mappings_stay_until_cleared_when_initially_set(split, pml):
     assert vm.get_dirty_log(0).indices().tolist() == [2, 65, 700]
 
 
+def test_an_architecture_in_python_need_not_know_of_large_mappings():
+    class Python(X86):
+        def protect_masked(self, vm, slot, words, masks):
+            for word, mask in zip(words.tolist(), masks.tolist(), strict=True):
+                assert mask
+                assert word < 16
+
+    vm = dl.VM(Python(), page_size=64, huge_pages="on-write", manual_protect=True, initially_set=True)
+    vm.set_memory_region(0, 0, 1024, log_dirty=False)
+    vm.vcpus[0].touch([3])
+    vm.set_memory_region(0, 0, 1024)
+    vm.clear_dirty_log(0, 0, 1024, vm.get_dirty_log(0))
+    vm.vcpus[0].touch([3, 4])
+    assert vm.get_dirty_log(0).indices().tolist() == [3, 4]
+
+
 def test_a_slot_that_does_not_begin_at_a_large_page_has_small_mappings():
     vm = dl.VM("x86", page_size=64, huge_pages="eager")
     vm.set_memory_region(0, 1025, 1300, log_dirty=False)

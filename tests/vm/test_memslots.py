@@ -112,6 +112,15 @@ def test_the_guest_writes_into_the_memory_it_was_given(vm, make):
     vm.set_memory_region(1, 0, 0)
 
 
+def test_a_slot_may_be_changed_with_the_memory_it_has():
+    memory = bytearray(8 * PAGE)
+    vm = dl.VM()
+    vm.set_memory_region(1, 0, 8, memory=memory)
+    vm.set_memory_region(1, 16, 8, memory=memory)
+    vm.vcpus[0].touch([16])
+    assert memory[0] == 1
+
+
 def test_memory_is_held_until_its_slot_is_deleted_and_no_longer():
     vm = dl.VM()
     memory = bytearray(PAGE)

@@ -111,16 +111,23 @@ static inline void dl_protect_all_dirty_bits(void *context, const struct dl_page
             dl_fetch_and(&table->ptes[page], ~DL_PTE_DIRTY);
 }
 
-/* Protect the pages of one word. A 2 MiB mapping is the core's business, not
- * the hook's: the eight words below it share one entry. */
+/* A 2 MiB mapping is the core's business, not the hook's: the eight words below
+ * it share one entry. */
+static inline void dl_protect_huge(const struct dl_page_table *table, uint64_t word)
+{
+    uint64_t group = word / DL_LINE_WORDS;
+    if (table->huge && (dl_load_relaxed(&table->huge[group]) & DL_PTE_WRITABLE))
+        dl_pte_protect(&table->huge[group]);
+}
+
+/* Protect the pages of one word. `hooks` NULL leaves all but 2 MiB mappings to
+ * the caller. */
 static inline void dl_protect_word(const struct dl_arch_hooks *hooks, const struct dl_page_table *table, uint64_t word,
                                    uint64_t mask)
 {
-    uint64_t first_page = word * DL_WORD_PAGES;
-    if (table->huge && (dl_load_relaxed(&table->huge[first_page / DL_HUGE_PAGES]) & DL_PTE_WRITABLE))
-        dl_pte_protect(&table->huge[first_page / DL_HUGE_PAGES]);
-    if (hooks->protect_masked)
-        hooks->protect_masked(hooks->context, table, first_page, mask);
+    dl_protect_huge(table, word);
+    if (hooks && hooks->protect_masked)
+        hooks->protect_masked(hooks->context, table, word * DL_WORD_PAGES, mask);
 }
 
 /* The batch form: the same for word numbers and masks in arrays. */
@@ -169,8 +176,7 @@ static inline uint64_t dl_harvest_take(struct dl_double_log *log, const struct d
                 /* OR: what an earlier harvest took and nobody handed out is still in there. */
                 log->taken += !log->snapshot[word];
                 log->snapshot[word] |= mask;
-                if (hooks)
-                    dl_protect_word(hooks, table, word, mask);
+                dl_protect_word(hooks, table, word, mask);
             }
         }
     }

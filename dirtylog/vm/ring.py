@@ -19,7 +19,7 @@ __all__ = ["DirtyRingFull", "Rings"]
 MIN_ENTRIES, MAX_ENTRIES = 128, 65536
 
 
-class DirtyRingFull(DirtyLogError):  # noqa: N818, KVM's exit reason
+class DirtyRingFull(DirtyLogError):
     """A vCPU came out of guest mode because its dirty ring has reached the soft limit.
 
     Harvest the rings, then go on with what is left.

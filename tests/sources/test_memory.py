@@ -11,16 +11,8 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sources import _tracking
-from dirtylog.sources.memory import BACKENDS
 
 PAGE = mmap.PAGESIZE
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param != "compare" and (refusal := _tracking.probe(request.param)):
-        pytest.skip(f"{request.param}: {refusal}")
-    return request.param
 
 
 def pages(npages):

@@ -3,18 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
-from dirtylog.sources import _tracking
-from dirtylog.sources.memory import BACKENDS
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param != "compare" and (refusal := _tracking.probe(request.param)):
-        pytest.skip(f"{request.param}: {refusal}")
-    return request.param
-
 
 def run(code, backend):
     """In a process of its own: fork() in one that has threads is deprecated."""

@@ -10,7 +10,6 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sources import _tracking
-from dirtylog.sources.memory import BACKENDS
 
 PAGE = mmap.PAGESIZE
 
@@ -24,13 +23,6 @@ def resources():
     except OSError as error:
         pytest.skip(f"/proc/self: {error}")
     return descriptors, mappings, threading.active_count(), resident
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param != "compare" and (refusal := _tracking.probe(request.param)):
-        pytest.skip(f"{request.param}: {refusal}")
-    return request.param
 
 
 def test_a_thousand_trackers_leave_no_descriptor_mapping_thread_or_memory(backend):

@@ -28,7 +28,7 @@ libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-signal.alarm(60)
+signal.alarm(240)
 def array_of(npages):
     array = dl.empty((npages, PAGE), np.uint8)
     array[:] = 7
@@ -171,7 +171,7 @@ def write():
 threads = [threading.Thread(target=write) for _ in range(3)]
 for thread in threads:
     thread.start()
-for _ in range(1000):
+for _ in range(300):
     dl.track(array, "mprotect").close()
 stop.set()
 for thread in threads:

@@ -14,13 +14,6 @@ from dirtylog.sources.memory import BACKENDS
 PAGE = mmap.PAGESIZE
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param != "compare" and (refusal := _tracking.probe(request.param)):
-        pytest.skip(f"{request.param}: {refusal}")
-    return request.param
-
-
 def pages(npages):
     array = dl.empty((npages, PAGE), np.uint8)
     array[:] = 7

@@ -1,0 +1,14 @@
+"""What tests of this process's own memory share."""
+
+import pytest
+
+from dirtylog.sources import _tracking
+from dirtylog.sources.memory import BACKENDS
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each back end of track(); skipped with the probe's answer where it does not work."""
+    if request.param != "compare" and (refusal := _tracking.probe(request.param)):
+        pytest.skip(f"{request.param}: {refusal}")
+    return request.param

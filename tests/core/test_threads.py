@@ -118,6 +118,35 @@ def test_three_writers_and_one_harvester_lose_no_mark_and_invent_none(make, mark
     assert not bitmap.harvest()
 
 
+@pytest.mark.parametrize("summary", [True, False], ids=["own", "foreign"])
+def test_a_page_marked_once_is_harvested_once_however_near_the_harvester_is(summary):
+    # The harvester catches up with the writers again and again, and takes the very
+    # words that they are marking: an exchange that is not atomic loses marks here.
+    npages = WRITERS * 2**17
+    bitmap = dl.DirtyBitmap(npages) if summary else dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
+    # Neighbours in the batch lie in different words of one cache line.
+    order = np.arange(npages).reshape(-1, 8, 64).transpose(0, 2, 1).ravel()
+    for _ in range(60):
+        writing = [True] * WRITERS
+        taken = []
+
+        def write(writer, writing=writing):
+            bitmap.mark_pages(order[writer::WRITERS])
+            writing[writer] = False
+
+        def harvest(writing=writing, taken=taken):
+            while any(writing):
+                taken.append(bitmap.harvest())
+
+        run_threads(harvest, *(lambda writer=writer: write(writer) for writer in range(WRITERS)))
+        taken.append(bitmap.harvest())
+        everything = dl.DirtyBitmap(npages)
+        for dirty in taken:
+            everything.merge(dirty)
+        assert everything.count() == npages, "a mark was lost"
+        assert sum(dirty.count for dirty in taken) == npages, "a mark was harvested twice"
+
+
 def test_marking_ranges_beside_a_harvester_loses_no_mark():
     bitmap = own()
     generations = 300

@@ -117,7 +117,8 @@ def charts(times: Times, directory: Path) -> list[str]:
                 ]
                 if line:
                     bold = contestant.name == "dirtylog"
-                    axis.loglog(*zip(*line, strict=True), marker="o", ms=3, lw=2.5 if bold else 1.2, label=contestant.name)
+                    width = 2.5 if bold else 1.2
+                    axis.loglog(*zip(*line, strict=True), marker="o", ms=3, lw=width, label=contestant.name)
             axis.set_title(text, fontsize=10)
             axis.set_xlabel(label)
             axis.set_ylabel("ms")
@@ -150,7 +151,7 @@ def claim_rows(claims: list[Claim]) -> list[str]:
         bound = "at least" if claim.at_least else "at most"
         verdict = "met" if claim.met else "**missed**"
         note = f"; {claim.note}" if claim.note else ""
-        rows.append(f"| {claim.work.replace('|', '/')} | {claim.ratio:,.2f} | {bound} {claim.wanted:g} | {verdict}{note} |")
+        rows.append(f"| {claim.work} | {claim.ratio:,.2f} | {bound} {claim.wanted:g} | {verdict}{note} |")
     return rows
 
 

@@ -52,8 +52,9 @@ def compare(directory, memory, dirty):
     written, full = seconds(plain, 3), seconds(whole, 3)
     partial = seconds(incremental)
     print(
-        f"{dirty.count / dirty.npages:6.1%} dirty: diff {partial * 1e3:7.1f} ms; write() of all {written / partial:6.1f} "
-        f"times that, save() {full / partial:6.1f} times; {infos[-1].allocated / dirty.nbytes:.3f} bytes a dirty byte"
+        f"{dirty.count / dirty.npages:6.1%} dirty: diff {partial * 1e3:7.1f} ms; write() of all "
+        f"{written / partial:6.1f} times that, save() {full / partial:6.1f} times; "
+        f"{infos[-1].allocated / dirty.nbytes:.3f} bytes a dirty byte"
     )
 
 

@@ -2,9 +2,9 @@ from typing import NoReturn, SupportsIndex, final
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog._pages import DirtyPages, simd_path, simd_paths
+from dirtylog._typing import Memory
 from dirtylog._words import compare_pages, ffs, fls, harvest_words, indices, popcount, runs, zero_pages
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
 class DirtyBitmap:
     def __init__(self, npages: SupportsIndex, page_size: SupportsIndex = 4096) -> None: ...
     @staticmethod
-    def from_buffer(buffer: Buffer, npages: SupportsIndex | None = None, page_size: SupportsIndex = 4096) -> DirtyBitmap: ...
+    def from_buffer(
+        buffer: Memory, npages: SupportsIndex | None = None, page_size: SupportsIndex = 4096
+    ) -> DirtyBitmap: ...
     @property
     def npages(self) -> int: ...
     @property
@@ -38,7 +40,7 @@ class DirtyBitmap:
     def is_dirty(self, page: SupportsIndex) -> bool: ...
     def count(self) -> int: ...
     def harvest(
-        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: Buffer | None = None
+        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: Memory | None = None
     ) -> DirtyPages: ...
     def peek(self, first: SupportsIndex = 0, count: SupportsIndex | None = None) -> DirtyPages: ...
     def clear(self, pages: DirtyPages | npt.NDArray[np.uint64]) -> None: ...

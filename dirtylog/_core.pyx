@@ -248,7 +248,8 @@ cdef class DirtyBitmap:
         npages, page_size = check_geometry(64 * nwords if npages is None else npages, page_size)
         if dl_words_for(npages) != nwords:
             raise ValueError(
-                f"buffer has {8 * nwords} bytes; {npages} pages take {8 * dl_words_for(npages)}: slice it, or leave npages out"
+                f"buffer has {8 * nwords} bytes; {npages} pages take {8 * dl_words_for(npages)}: "
+                "slice it, or leave npages out"
             )
         cdef DirtyBitmap bitmap = DirtyBitmap.__new__(DirtyBitmap)
         if nwords and dl_load_relaxed(block.words + nwords - 1) & ~dl_tail_mask(npages):
@@ -799,7 +800,8 @@ cdef inline void clear_word(const dl_bitmap *bitmap, uint64_t word, uint64_t mas
         dl_fetch_and(bitmap.words + word, ~mask)
 
 
-cdef void clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n) noexcept nogil:
+cdef void clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks,
+                       size_t n) noexcept nogil:
     cdef size_t i
     for i in range(n):
         clear_word(bitmap, numbers[i], masks[i])

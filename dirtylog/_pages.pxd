@@ -42,8 +42,8 @@ cdef class DirtyPages:
     cdef readonly uint64_t page_size
     cdef readonly bint exact
     cdef Block dense                # ceil(npages / 64) words, or None
-    cdef Block numbers              # ascending word numbers and their nonzero masks, or None;
-    cdef Block masks                #   at least one of the two forms is there
+    cdef Block numbers              # ascending word numbers, or None: at least one of the forms is there
+    cdef Block masks                # their masks, none of them zero
     cdef size_t entries             # used in numbers and masks
     cdef int64_t known_count        # -1: not counted yet
     cdef int64_t counted(self) noexcept

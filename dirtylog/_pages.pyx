@@ -319,8 +319,8 @@ def _rebuild(npages, page_size, exact, numbers, masks, words):
     return pages_of_sparse_bytes(numbers, masks, npages, page_size, exact)
 
 
-cdef DirtyPages pages_of_sparse_bytes(const unsigned char[::1] numbers, const unsigned char[::1] masks, npages, page_size,
-                                      exact):
+cdef DirtyPages pages_of_sparse_bytes(const unsigned char[::1] numbers, const unsigned char[::1] masks, npages,
+                                      page_size, exact):
     npages, page_size = check_geometry(npages, page_size)
     cdef size_t number_bytes = numbers.shape[0]
     cdef size_t mask_bytes = masks.shape[0]
@@ -550,7 +550,8 @@ cdef class DirtyPages:
         need = 8 * dl_words_for(npages)
         if view.nbytes != need:
             raise ValueError(f"data has {view.nbytes} bytes; {npages} pages take {need}")
-        return DirtyPages.from_words(np.frombuffer(view, np.uint64) if need else np.empty(0, np.uint64), npages, page_size)
+        words = np.frombuffer(view, np.uint64) if need else np.empty(0, np.uint64)
+        return DirtyPages.from_words(words, npages, page_size)
 
     @staticmethod
     def _empty(npages, page_size=4096) -> DirtyPages:

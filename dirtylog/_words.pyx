@@ -29,7 +29,8 @@ cdef extern from "dirtylog/bits.h" nogil:
 
 
 cdef extern from "_content.h" nogil:
-    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size, uint64_t *out)
+    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size,
+                          uint64_t *out)
     void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
 
 

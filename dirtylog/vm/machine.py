@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import operator
+import threading
 from typing import TYPE_CHECKING
 
 from dirtylog.vm import mmu
@@ -135,6 +136,7 @@ class VM:
         )
         self.rings = Rings(self) if dirty_ring else None
         self.slots_lock = self.mmu.slots_lock
+        self.harvest_lock = threading.Lock()
         self.mmu_lock = self.mmu.mmu_lock
         self.vcpus = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
         # Once a harvest, not once a word, and only where the hook is Python.
@@ -363,10 +365,14 @@ class VM:
         if self.rings is not None:
             with self.slots_lock:
                 return self.rings.take(slot, clear=True)
-        pages = self.get_dirty_log(slot)
-        if self.manual_protect and pages:
-            self.clear_dirty_log(slot, 0, pages.npages, pages)
-        return pages
+        if not self.manual_protect:
+            return self.get_dirty_log(slot)
+        # Two calls to the machine make one harvest: two harvesters must not both report what is between them.
+        with self.harvest_lock:
+            pages = self.get_dirty_log(slot)
+            if pages:
+                self.clear_dirty_log(slot, 0, pages.npages, pages)
+            return pages
 
     def peek(self, slot: int) -> DirtyPages:
         """Copy a slot's log; clears nothing."""

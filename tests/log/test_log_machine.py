@@ -11,7 +11,7 @@ import dirtylog as dl
 SPACE = 700  # a few words and more than one cache line of them
 
 
-class Gone(Exception):  # noqa: N818
+class Gone(Exception):
     """What a source of this test raises."""
 
 

@@ -244,7 +244,8 @@ def said(*_):
     os.write(1, b".")
 t.save(directory / "s0", moments[0], progress=said, sync=False)
 for i in range(1, 40):
-    t.save_diff(directory / f"s{i}", moments[i], dirty[i - 1], parent=directory / f"s{i - 1}", progress=said, sync=False)
+    parent = directory / f"s{i - 1}"
+    t.save_diff(directory / f"s{i}", moments[i], dirty[i - 1], parent=parent, progress=said, sync=False)
     said()
 """
 

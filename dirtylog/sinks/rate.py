@@ -3,20 +3,23 @@
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
 from types import MappingProxyType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from dirtylog._pages import DirtyPages
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 
-__all__ = ["Rate", "RateMeter"]
+__all__ = ["Rate", "RateMeter", "count_ranges"]
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +171,8 @@ class RateMeter:
             nbytes=pages.nbytes,
             pages_per_second=pages.count / seconds,
             bytes_per_second=pages.nbytes / seconds,
-            by_source=_count_ranges(numbers, {s.name: (s.first_page, s.npages) for s in self._log.sources}),
-            by_region=_count_ranges(numbers, self._regions),
+            by_source=count_ranges(numbers, {s.name: (s.first_page, s.npages) for s in self._log.sources}),
+            by_region=count_ranges(numbers, self._regions),
             exact=pages.exact,
         )
 
@@ -272,7 +275,7 @@ def _along(curve: list[tuple[float, int]], seconds: float) -> float:
     raise AssertionError("a curve has two points at least")
 
 
-def _count_ranges(numbers: np.ndarray, ranges: Mapping[str, tuple[int, int]]) -> Mapping[str, int]:
+def count_ranges(numbers: npt.NDArray[np.int64], ranges: Mapping[Name, tuple[int, int]]) -> Mapping[Name, int]:
     """Count the sorted page `numbers` in each range of (first, count) pages."""
     edges = np.array([(first, first + count) for first, count in ranges.values()], np.int64).reshape(-1, 2)
     low, high = np.searchsorted(numbers, edges).T

@@ -1,0 +1,36 @@
+"""Run a Python program and record which pages it writes, as a trace.
+
+The program runs as "python script.py args" would run it. The trace is complete
+when the program has ended; "dirtylog rate" and "dirtylog report" read it.
+"""
+
+import argparse
+
+from dirtylog.commands.profile import add_script_arguments
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("trace", help="the Parquet file to write")
+    add_script_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the program and record it."""
+    import mmap
+
+    from dirtylog.commands._script import run_script
+    from dirtylog.sinks.profile import Profiler
+    from dirtylog.sinks.trace import Recorder
+
+    recorder = Recorder(args.trace, 0, mmap.PAGESIZE)
+    profiler = Profiler(interval=args.interval, on_sample=recorder.write)
+
+    def after() -> None:
+        profiler.stop()
+        recorder.regions.update(profiler.regions)
+        recorder.close()
+
+    return run_script(args.script, args.args, before=profiler.start, after=after)

@@ -1,0 +1,285 @@
+"""The profiler: what it counts (over areas of the test's own), and that a program runs as it would without it."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import dirtylog as dl
+from dirtylog.sinks.own_memory import Area
+from dirtylog.sinks.profile import Profiler
+
+PAGE = 4096
+
+# ---- accounting, over areas and a clock of the test's own -----------------------------------------
+
+
+class Memory:
+    """Areas that come and go, each a bitmap; what `lose` names answers inexactly, what is gone raises."""
+
+    def __init__(self):
+        self.bitmaps, self.populated, self.now = {}, {}, 50.0
+        self.closed = []
+
+    def add(self, start, npages, populated=()):
+        area = Area(start * PAGE, (start + npages) * PAGE, "")
+        self.bitmaps[area] = dl.DirtyBitmap(npages)
+        self.populated[area] = dl.DirtyPages.from_indices(list(populated), npages)
+        return area
+
+    def track(self, area):
+        memory = self
+
+        class Tracker:
+            npages, page_size = memory.bitmaps[area].npages if area in memory.bitmaps else 256, PAGE
+            bitmap = memory.bitmaps.get(area)
+            lost = gone = False
+
+            def harvest(self):
+                if self.gone:
+                    raise dl.DirtyLogError("unmapped")
+                return dl.DirtyPages._all(self.npages) if self.lost else self.bitmap.harvest()
+
+            def close(self):
+                memory.closed.append(area)
+
+        self.tracker = Tracker()
+        return self.tracker
+
+
+@pytest.fixture
+def memory():
+    return Memory()
+
+
+@pytest.fixture
+def profiler(memory, monkeypatch):
+    monkeypatch.setattr("dirtylog.sinks.own_memory.price_of_a_first_write", lambda track: 1e-6)
+    return Profiler(
+        interval=1.0,
+        every=[1.0, 2.0, 100.0],
+        find=lambda: list(memory.bitmaps),
+        track=memory.track,
+        populated=lambda area, size: memory.populated[area],
+        label=lambda area: f"area {area.start // PAGE}",
+        clock=lambda: memory.now,
+    )
+
+
+def step(profiler, memory, area, pages):
+    memory.bitmaps[area].mark_pages(pages)
+    memory.now += 1.0
+    profiler.sample()
+
+
+def finish(profiler, memory):
+    memory.now += 1.0
+    return profiler.stop()
+
+
+def test_a_profile_adds_up_what_each_sample_wrote(profiler, memory):
+    area = memory.add(100, 50, populated=range(50))
+    profiler.start(thread=False)
+    for _ in range(4):
+        step(profiler, memory, area, range(10))
+    profile = finish(profiler, memory)
+    assert (profile.seconds, profile.samples, profile.dirtied_bytes) == (5.0, 5, 40 * PAGE)
+    assert profile.bytes_per_second == 8 * PAGE
+    assert profile.peak_bytes_per_second == 10 * PAGE
+    assert profile.exact
+    assert profile.overhead["first_writes_seconds"] == pytest.approx(40e-6)
+    assert memory.closed == [area]
+
+
+def test_snapshots_of_each_rhythm_hold_different_pages(profiler, memory):
+    area = memory.add(100, 50)
+    profiler.start(thread=False)
+    for pages in (range(10), range(10), range(5), range(5, 12)):
+        step(profiler, memory, area, pages)
+    profile = profiler.stop()
+    assert [(s.every, s.count) for s in profile.snapshots] == [(1.0, 4), (2.0, 2), (100.0, 0)]
+    assert [s.max_bytes for s in profile.snapshots] == [10 * PAGE, 12 * PAGE, 0]
+    assert profile.snapshots[0].mean_bytes == 8 * PAGE
+
+
+def test_hot_mappings_come_first(profiler, memory):
+    cold, hot = memory.add(100, 50), memory.add(200, 50)
+    memory.add(300, 50)
+    profiler.start(thread=False)
+    memory.bitmaps[cold].mark(3)
+    step(profiler, memory, hot, range(3))
+    profile = finish(profiler, memory)
+    assert [(m.name, m.address, m.size, m.dirtied_bytes, m.share) for m in profile.mappings] == [
+        ("area 200", 200 * PAGE, 50 * PAGE, 3 * PAGE, 0.75),
+        ("area 100", 100 * PAGE, 50 * PAGE, PAGE, 0.25),
+    ]
+
+
+def test_an_area_that_appears_counts_with_what_it_holds(profiler, memory):
+    profiler.start(thread=False)
+    area = memory.add(100, 50, populated=[1, 2])
+    step(profiler, memory, area, [])
+    step(profiler, memory, area, [2])
+    assert finish(profiler, memory).dirtied_bytes == 3 * PAGE
+
+
+def test_an_area_that_is_unmapped_is_let_go_of(profiler, memory):
+    area, stays = memory.add(100, 50), memory.add(200, 50)
+    profiler.start(thread=False)
+    step(profiler, memory, area, [1])
+    memory.bitmaps.pop(area)
+    step(profiler, memory, stays, [1])
+    assert memory.closed == [area]
+    profile = finish(profiler, memory)
+    assert (profile.dirtied_bytes, len(profiler.log.sources)) == (2 * PAGE, 1)
+
+
+@pytest.mark.parametrize("how", ["lost", "gone"])
+def test_an_area_that_was_replaced_counts_as_a_new_one(profiler, memory, how):
+    """The same addresses, other memory: its populated pages were written, and not the 50 that it has."""
+    area = memory.add(100, 50, populated=[7, 8])
+    profiler.start(thread=False)
+    setattr(memory.tracker, how, True)
+    step(profiler, memory, area, [])
+    step(profiler, memory, area, [1])
+    profile = finish(profiler, memory)
+    assert (profile.dirtied_bytes, profile.exact) == (3 * PAGE, True)
+    assert profiler.regions == {f"area 100 at {100 * PAGE:#x}": (0, 50)}
+
+
+def test_an_area_that_comes_back_takes_its_old_place(profiler, memory):
+    profiler.start(thread=False)
+    for _ in range(5):
+        area = memory.add(100, 50, populated=[0])
+        step(profiler, memory, area, [])
+        memory.bitmaps.pop(area)
+        memory.now += 1.0
+        profiler.sample()
+    assert profiler.log.npages == 50
+    assert finish(profiler, memory).dirtied_bytes == 5 * PAGE
+
+
+def test_a_profile_can_be_recorded(profiler, memory):
+    seen = []
+    profiler._on_sample = lambda time, pages: seen.append((time, list(pages)))
+    area = memory.add(100, 50)
+    profiler.start(thread=False)
+    step(profiler, memory, area, [3])
+    finish(profiler, memory)
+    assert seen == [(1.0, [3]), (2.0, [])]
+
+
+def test_a_profiler_refuses_nonsense():
+    for interval, every in ((0, [1]), (1, [0]), (-1, [1])):
+        with pytest.raises(ValueError, match="positive numbers of seconds"):
+            Profiler(interval=interval, every=every)
+
+
+# ---- a real program -------------------------------------------------------------------------------
+
+LAUNCHER = """
+import argparse, sys
+from dirtylog.commands import {command} as command
+parser = argparse.ArgumentParser()
+command.add_arguments(parser)
+sys.exit(command.run(parser.parse_args()))
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    try:
+        from dirtylog.sinks.own_memory import price_of_a_first_write, track_area
+
+        price_of_a_first_write(track_area)
+    except dl.BackendUnavailable as error:
+        pytest.skip(str(error))
+
+    def launch(program, *args, command="profile", options=(), plain=False):
+        script = tmp_path / "program.py"
+        script.write_text(textwrap.dedent(program), encoding="utf-8")
+        launcher = [] if plain else ["-c", LAUNCHER.format(command=command), *options]
+        return subprocess.run(
+            [sys.executable, *launcher, str(script), *args], capture_output=True, text=True, timeout=120, input="in\n"
+        )
+
+    return launch
+
+
+PROGRAMS = {
+    "prints": "import sys; print(sys.argv[1:], __name__, __file__ == sys.argv[0], input())",
+    "path": "import sys, os; print(sys.path[0] == os.path.dirname(__file__), __doc__, __spec__, __package__)",
+    "exits with a number": "import sys; sys.exit(7)",
+    "exits with a text": "import sys; sys.exit('no')",
+    "raises": "def f():\n    raise ValueError('bad')\nf()",
+    "raises from a cause": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError(3) from e",
+    "interrupted": "import atexit\natexit.register(print, 'last')\nraise KeyboardInterrupt",
+    "not Python": "def (",
+    "pickles": "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)",
+    "atexit": "import atexit\nvalue = 5\natexit.register(lambda: print(value))\nprint('main')",
+    "threads": (
+        "import threading\nready = threading.Event()\n"
+        "threading.Thread(target=lambda: (ready.wait(), print('thread'))).start()\nprint('main')\nready.set()"
+    ),
+    "hook": "import sys\nsys.excepthook = lambda *a: print('hook', a[0])\nraise ValueError",
+    "forks": (
+        "import os\npid = os.fork()\nif not pid:\n    os._exit(3)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
+    ),
+    "empty": "",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_a_program_runs_as_it_would_without(launch, tmp_path, program):
+    if "fork" in program and sys.version_info >= (3, 12):
+        pytest.skip("Python 3.12 warns of any fork in a process with threads")
+    report = tmp_path / "report"
+    plain = launch(program, "a", "-b", "--interval", plain=True)
+    profiled = launch(program, "a", "-b", "--interval", options=["--output", str(report)])
+    assert (profiled.returncode, profiled.stdout, profiled.stderr) == (plain.returncode, plain.stdout, plain.stderr)
+    assert report.exists() == (program != "def (")
+
+
+WRITER = """
+import sys
+import numpy as np
+array = np.zeros(8000 * 4096, np.uint8)
+array[:] = 1
+for i in range(int(sys.argv[1])):
+    array[:] += 1
+print("done")
+"""
+
+
+def test_a_profile_of_a_numpy_program_names_its_array_and_what_it_wrote(launch):
+    result = launch(WRITER, "0", options=["--json", "--interval", "1000"])
+    assert result.stdout == "done\n"
+    profile = json.loads(result.stderr)
+    array = profile["mappings"][0]
+    assert array["name"].startswith("array (")
+    # What the program writes is known: 8000 pages, once.
+    assert array["dirtied_bytes"] == pytest.approx(8000 * PAGE, rel=0.1)
+
+
+def test_the_report_for_people_says_the_same(launch):
+    result = launch(WRITER, "3", options=["--interval", "1000"])
+    assert "dirtied a second" in result.stderr
+    assert "overhead: about" in result.stderr
+    assert "array (anonymous)" in result.stderr
+
+
+def test_a_program_can_be_recorded(launch, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
+    from dirtylog.sinks.trace import Trace
+
+    path = tmp_path / "trace.parquet"
+    result = launch(WRITER, "1", command="record", options=["--interval", "1000", str(path)])
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+    with Trace(path) as trace:
+        assert trace.length == 1
+        (first, count) = next(region for name, region in trace.regions.items() if name.startswith("array"))
+        pages = trace.harvest().indices()
+        assert ((pages >= first) & (pages < first + count)).sum() >= 8000

@@ -1,0 +1,100 @@
+"""Read a trace: how fast memory got dirty, and whether a migration would converge."""
+
+import argparse
+from dataclasses import asdict
+
+__all__ = ["add_arguments", "add_migration_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_migration_arguments(parser)
+    parser.add_argument(
+        "--window",
+        type=float,
+        nargs="+",
+        default=[1.0, 10.0, 60.0],
+        metavar="SECONDS",
+        help="windows at the end of the trace to give the working set of",
+    )
+
+
+def add_migration_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the trace, and the migration that is asked about."""
+    parser.add_argument("trace", help="a trace that 'dirtylog record' wrote")
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        nargs="+",
+        default=[1.25e8, 1.25e9],
+        metavar="BYTES",
+        help="bytes a second to reckon a migration for (1.25e8 1.25e9)",
+    )
+    parser.add_argument("--downtime", type=float, default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)")
+    parser.add_argument("--json", action="store_true", help="print the answers for a program")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Meter the trace, and reckon a migration for each bandwidth."""
+    from collections import Counter
+
+    import dirtylog
+    from dirtylog import terminal
+    from dirtylog.sinks.rate import RateMeter
+    from dirtylog.sinks.trace import Trace, what_if
+
+    log = dirtylog.DirtyLog()
+    nbytes, peak = 0, 0.0
+    regions: Counter[str] = Counter()
+    with (
+        Trace(args.trace) as trace,
+        RateMeter(log, window=max(args.window), regions=trace.regions, clock=lambda: trace.time) as meter,
+    ):
+        forecasts = [what_if(trace, bandwidth, args.downtime) for bandwidth in args.bandwidth]
+        log.attach(trace, name="trace")
+        while not trace.done:
+            try:
+                rate = meter.sample()
+            except ValueError:
+                # Two epochs of one moment: the next sample has the pages of both.
+                continue
+            nbytes += rate.nbytes
+            peak = max(peak, rate.bytes_per_second)
+            regions.update({name: count * trace.page_size for name, count in rate.by_region.items()})
+        sets = {window: meter.working_set(window) * trace.page_size for window in args.window}
+        seconds = trace.time
+    mean = nbytes / seconds if seconds else 0.0
+    if args.json:
+        terminal.show_json(
+            {
+                "seconds": seconds,
+                "bytes": nbytes,
+                "bytes_per_second": mean,
+                "peak_bytes_per_second": peak,
+                "working_set_bytes": {f"{window:g}": size for window, size in sets.items()},
+                "regions_bytes": dict(regions),
+                "migrations": [asdict(forecast) for forecast in forecasts],
+            }
+        )
+        return 0
+    text = terminal.bytes_text
+    terminal.show_table(
+        f"{args.trace}: {text(nbytes)} dirtied in {seconds:.2f} s",
+        ["figure", "value"],
+        [
+            ["mean a second", text(mean)],
+            ["peak a second", text(peak)],
+            *([f"working set of the last {window:g} s", text(size)] for window, size in sets.items()),
+            *([name, text(size)] for name, size in regions.most_common(10) if size),
+        ],
+    )
+    terminal.show_table(
+        f"Migration with at most {args.downtime:g} s of pause",
+        ["bandwidth", "verdict", "rounds", "seconds", "pause"],
+        [
+            [f"{text(f.bandwidth)}/s", f.verdict, str(len(f.rounds)), f"{f.seconds:.3f}", f"{f.downtime:.3f}"]
+            for f in forecasts
+        ],
+        left=2,
+    )
+    return 0

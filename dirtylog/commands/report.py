@@ -1,0 +1,32 @@
+"""Draw a trace as one HTML page: heat map, dirty rate, and migrations at several bandwidths."""
+
+import argparse
+from pathlib import Path
+
+from dirtylog.commands.rate import add_migration_arguments
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_migration_arguments(parser)
+    parser.add_argument("--output", metavar="FILE", help="where the page goes (the trace's name with .html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page and say where it is."""
+    from dirtylog.sinks.report import report_html
+    from dirtylog.sinks.trace import Trace
+
+    with Trace(args.trace) as trace:
+        page = report_html(trace, bandwidths=args.bandwidth, downtime=args.downtime)
+    output = Path(args.output) if args.output else Path(args.trace).with_suffix(".html")
+    output.write_text(page, encoding="utf-8")
+    if args.json:
+        from dirtylog import terminal
+
+        terminal.show_json({"report": str(output), "bytes": len(page.encode())})
+    else:
+        print(output)
+    return 0

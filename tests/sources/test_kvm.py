@@ -444,7 +444,10 @@ def test_closing_the_vm_gives_the_memory_back():
     memory = anonymous(4)
     with kvm.Kvm() as system, system.create_vm() as vm:
         vm.set_memory_region(0, 0, 4, memory=memory)
+        source = vm.slot(0)
     memory.close()
+    with pytest.raises(ValueError, match="closed"):
+        source.harvest()
 
 
 @needs_kvm

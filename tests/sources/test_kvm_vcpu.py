@@ -120,6 +120,15 @@ def test_a_guest_in_flat_mode_computes_with_32_bits(vm):
     assert cpu.get_regs().rax == 0x12345679
 
 
+def test_a_vcpu_goes_back_to_real_mode(vm):
+    cpu, _ = boot(vm, b"\xb8\x34\x12\xf4", "flat")  # in real mode: mov ax, 0x1234; hlt
+    assert cpu.get_sregs().cr0 & 1
+    cpu.enter_real_mode(0)
+    assert not cpu.get_sregs().cr0 & 1
+    assert cpu.run().reason == "HLT"
+    assert cpu.get_regs().rip == 4
+
+
 def test_a_port_write_says_port_size_and_data(vm):
     cpu, _ = boot(vm, b"\xb8\x34\x12\xba\xf8\x03\xef\xf4")  # mov ax, 0x1234; mov dx, 0x3f8; out dx, ax; hlt
     assert cpu.run() == kvm.Exit("IO", port=0x3F8, size=2, count=1, is_write=True, data=b"\x34\x12")

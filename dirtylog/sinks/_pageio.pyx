@@ -15,10 +15,10 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.errno cimport EINTR, EINVAL, ENODATA, ENXIO, errno
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.types cimport off_t
 
-__all__ = ["copy_extents", "data_extents", "gather", "read_extents", "scatter", "write_extents"]
+__all__ = ["copy_extents", "data_extents", "gather", "read_extents", "scatter", "write_extents", "zero_extents"]
 
 # Extents that are neighbours in the file go into one system call, as many as this.
 cdef enum:
@@ -203,6 +203,19 @@ def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
     cdef const char *origin = read.start()
     with nogil:
         move(to, origin, rows, n, False, True)
+
+
+def zero_extents(target, const int64_t[:, ::1] extents) -> None:
+    """Set extents of a plain buffer to zero."""
+    cdef Span written = span_of(target, True, "target")
+    cdef const int64_t *rows = extents_pointer(extents)
+    cdef Py_ssize_t n = extents.shape[0]
+    check_plain(rows, n, written.raw.len, "target")
+    cdef char *start = written.start()
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(n):
+            memset(start + rows[2 * i], 0, <size_t>rows[2 * i + 1])
 
 
 # ---- memory and files -----------------------------------------------------------------------------------------------

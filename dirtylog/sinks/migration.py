@@ -1,0 +1,184 @@
+"""What the two ends of a migration agree on: policy, statistics, errors, and the payloads of frames."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+from dirtylog.errors import BackendUnavailable, DirtyLogError
+
+__all__ = [
+    "HELLO",
+    "MIN_PAGE_SIZE",
+    "PAGES",
+    "RAW",
+    "ROUND",
+    "ZSTD",
+    "MigrationError",
+    "NotConverging",
+    "Policy",
+    "Result",
+    "Round",
+    "compressor",
+    "granule_offsets",
+]
+
+# Below this a window's table of extents would not fit its frame.
+MIN_PAGE_SIZE = 512
+# Memory size and page size in bytes, codec; number of the round; number of extents, codec.
+HELLO = struct.Struct("<QQB")
+ROUND = struct.Struct("<Q")
+PAGES = struct.Struct("<IB3x")
+RAW, ZSTD = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to stop, and when to give up.
+
+    Parameters
+    ----------
+    downtime : float
+        Seconds that the source may be paused for the last round, as far as the bandwidth measured tells.
+    max_rounds : int
+        Live rounds, the first included, before the migration ends as not converging.
+    force : bool
+        After `max_rounds` pause and send the rest whatever it takes, rather than fail.
+    throttle_after : int
+        Ask for throttling once in so many rounds each dirtied more than half of what was sent.
+    throttle_first, throttle_step, throttle_most : float
+        Fractions of its time the source is asked to stand still: the first, what is added each time, the largest.
+    """
+
+    downtime: float = 0.3
+    max_rounds: int = 30
+    force: bool = False
+    throttle_after: int = 2
+    throttle_first: float = 0.2
+    throttle_step: float = 0.1
+    throttle_most: float = 0.99
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no migration can go by."""
+        if not self.downtime >= 0:
+            raise ValueError(f"downtime is {self.downtime}; it must be seconds, 0 or more")
+        if self.max_rounds < 1 or self.throttle_after < 1:
+            raise ValueError("max_rounds and throttle_after must be 1 or more")
+        if not 0 <= self.throttle_first <= self.throttle_most < 1 or self.throttle_step < 0:
+            raise ValueError(
+                "throttle fractions must satisfy 0 <= throttle_first <= throttle_most < 1, throttle_step >= 0"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round did.
+
+    Parameters
+    ----------
+    number : int
+        From 1.
+    final : bool
+        The source was paused.
+    pages, zero_pages : int
+        Pages of the round, and how many of them were zero and went without data.
+    nbytes, wire_bytes : int
+        Bytes of the pages; bytes that went over the socket for them.
+    seconds, bandwidth : float
+        How long it took; page bytes a second.
+    dirtied : int
+        Pages that were dirtied during it (0 for the final round).
+    dirty_rate : float
+        Pages a second.
+    expected_downtime : float
+        Seconds it would take to send what was dirtied at this bandwidth.
+    throttle : float
+        Fraction of its time that the source is asked to stand still from here on.
+    """
+
+    number: int
+    final: bool
+    pages: int
+    zero_pages: int
+    nbytes: int
+    wire_bytes: int
+    seconds: float
+    bandwidth: float
+    dirtied: int = 0
+    dirty_rate: float = 0.0
+    expected_downtime: float = 0.0
+    throttle: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a migration that arrived did.
+
+    Parameters
+    ----------
+    rounds : tuple of Round
+        The last one is final.
+    seconds, downtime : float
+        All of it; from before `pause` to the receiver's answer.
+    nbytes, wire_bytes : int
+        Bytes of pages sent, over all rounds; bytes that went over the socket.
+    """
+
+    rounds: tuple[Round, ...]
+    seconds: float
+    downtime: float
+    nbytes: int
+    wire_bytes: int
+
+
+class MigrationError(DirtyLogError):
+    """A migration that did not arrive; the source is intact and every page it had taken is dirty again.
+
+    Attributes
+    ----------
+    rounds : tuple of Round
+        What was done before.
+    uncertain : bool
+        Everything was sent and the answer was lost: the receiver may hold a complete copy. Make sure that it does not
+        run before the source goes on.
+    """
+
+    def __init__(self, message: str, rounds: tuple[Round, ...] = (), uncertain: bool = False) -> None:
+        super().__init__(message)
+        self.rounds = rounds
+        self.uncertain = uncertain
+
+
+class NotConverging(MigrationError):  # noqa: N818 - it is an answer, not a fault
+    """The memory is dirtied faster than it can be sent; `rounds` shows by how much."""
+
+
+def compressor() -> Callable[[Buffer], bytes]:
+    """Return zstd's function from bytes to fewer bytes.
+
+    Raises
+    ------
+    BackendUnavailable
+        zstandard is not installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise BackendUnavailable(
+            "zstandard", f"import zstandard: {error}", "pip install 'dirtylog[migrate]', or send with compress=False"
+        ) from None
+    zstd = zstandard.ZstdCompressor(level=1)
+    return lambda data: bytes(zstd.compress(memoryview(data)))
+
+
+def granule_offsets(extents: npt.NDArray[np.int64], granule: int) -> npt.NDArray[np.int64]:
+    """Return the offset of each granule of some extents; the last granule may be partial."""
+    counts = -(-extents[:, 1] // granule)
+    before = np.cumsum(counts) - counts
+    offsets: npt.NDArray[np.int64] = (
+        np.repeat(extents[:, 0], counts) + (np.arange(counts.sum()) - np.repeat(before, counts)) * granule
+    )
+    return offsets

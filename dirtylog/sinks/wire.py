@@ -1,0 +1,185 @@
+"""Frames on a socket: versioned, numbered, bounded and checked, and nothing believed before it is.
+
+A frame is a header of 24 bytes (magic, version, kind, sequence number, payload length, CRC-32 of the header so far and
+the payload; little-endian) and its payload. Numbers make a lost, repeated or reordered frame an error; the running
+digest over all headers, which holds their CRCs, lets both ends agree at the end that they saw the same.
+"""
+
+import hashlib
+import socket
+import struct
+import zlib
+from enum import IntEnum
+
+from typing_extensions import Buffer
+
+from dirtylog.errors import DirtyLogError
+from dirtylog.sinks.extents import WINDOW
+
+__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Channel", "Kind", "WireError"]
+
+MAGIC = b"dlog"
+VERSION = 1
+_HEADER = struct.Struct("<4sBBHIQ")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size + _CRC.size
+
+# A frame of pages: at most one window of data, its extents, their number and the codec.
+MAX_EXTENTS = 4096
+MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
+
+
+class WireError(DirtyLogError):
+    """The peer sent something that cannot be right, or hung up."""
+
+
+class Kind(IntEnum):
+    """What a frame is for."""
+
+    HELLO = 1
+    """Sender: memory size, page size, codec."""
+    READY = 2
+    """Receiver: go ahead."""
+    PAGES = 3
+    """Sender: extents and their bytes."""
+    ZEROS = 4
+    """Sender: extents that are zero."""
+    ROUND = 5
+    """Sender: a round begins."""
+    END = 6
+    """Sender: that was all; the digest over all frames before this one."""
+    DONE = 7
+    """Receiver: all arrived; the same digest."""
+    REFUSED = 8
+    """Either: no, and why."""
+
+
+_MAX = {
+    Kind.HELLO: 64,
+    Kind.READY: 0,
+    Kind.PAGES: MAX_PAYLOAD,
+    Kind.ZEROS: 16 * MAX_EXTENTS,
+    Kind.ROUND: 8,
+    Kind.END: 32,
+    Kind.DONE: 32,
+    Kind.REFUSED: 1024,
+}
+
+
+class Channel:
+    """Frames over one connected stream socket, which stays the caller's.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Blocking, or with a timeout; a timeout ends the exchange.
+
+    Notes
+    -----
+    Not thread-safe. Allocates one frame's buffer for receiving (1.1 MiB), whatever the peer announces.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        if not isinstance(sock, socket.socket) or sock.type != socket.SOCK_STREAM:
+            raise TypeError("sock must be a connected stream socket")
+        if sock.gettimeout() == 0:
+            raise ValueError("sock is non-blocking; give it a timeout, or none: sock.settimeout(30)")
+        self._sock = sock
+        self._sent = 0
+        self._received = 0
+        self._digest = hashlib.blake2b(digest_size=32)
+        self._payload = bytearray()
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    def digest(self) -> bytes:
+        """Return the digest over the sender's frames so far."""
+        return self._digest.digest()
+
+    def send(self, kind: Kind, *parts: Buffer, counted: bool = True) -> None:
+        """Send a frame whose payload is `parts` laid end to end.
+
+        Raises
+        ------
+        OSError
+            The connection is gone, or a timeout.
+        """
+        length = sum(memoryview(part).nbytes for part in parts)
+        if length > _MAX[kind]:
+            raise ValueError(f"a {kind.name} frame of {length} bytes; at most {_MAX[kind]}")
+        header = _HEADER.pack(MAGIC, VERSION, kind, 0, self._sent & 0xFFFFFFFF, length)
+        crc = zlib.crc32(header)
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+        header += _CRC.pack(crc)
+        self._sent += 1
+        if counted:
+            self._digest.update(header)
+        self._sock.sendall(b"".join((header, *parts)))
+        self.bytes_sent += HEADER_BYTES + length
+
+    def receive(self, *expected: Kind, counted: bool = True) -> tuple[Kind, memoryview]:
+        """Receive the next frame, which must be of one of the expected kinds.
+
+        Returns
+        -------
+        kind : Kind
+        payload : memoryview
+            Valid until the next call.
+
+        Raises
+        ------
+        WireError
+            End of the stream, or anything that is not as this side would have sent it; or the peer refused.
+        OSError
+            The connection is gone, or a timeout.
+        """
+        raw = memoryview(bytearray(HEADER_BYTES))
+        self._fill(raw)
+        magic, version, number, zero, sequence, length = _HEADER.unpack_from(raw)
+        if magic != MAGIC:
+            raise WireError(f"the peer speaks another protocol: its frame begins with {magic!r}")
+        if version != VERSION:
+            raise WireError(f"the peer speaks version {version} of the protocol; this side speaks {VERSION}")
+        if zero != 0 or number not in _MAX:
+            raise WireError(f"a frame of kind {number}, flags {zero:#x}; there is none such")
+        kind = Kind(number)
+        if length > _MAX[kind]:
+            raise WireError(f"a {kind.name} frame announces {length} bytes; at most {_MAX[kind]}")
+        if sequence != self._received & 0xFFFFFFFF:
+            raise WireError(f"frame {sequence} arrived where {self._received} was due: one is lost or came twice")
+        if len(self._payload) < length:
+            self._payload = bytearray(_MAX[kind])
+        payload = memoryview(self._payload)[:length]
+        self._fill(payload)
+        if zlib.crc32(payload, zlib.crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
+            raise WireError(f"{kind.name} frame {sequence} does not match its checksum")
+        self._received += 1
+        self.bytes_received += HEADER_BYTES + length
+        if kind == Kind.REFUSED:
+            reason = bytes(payload).decode("utf-8", "replace")
+            raise WireError(f"the peer refused: {''.join(c if c.isprintable() else '?' for c in reason)}")
+        if kind not in expected:
+            raise WireError(f"a {kind.name} frame where {' or '.join(k.name for k in expected)} was due")
+        if counted:
+            self._digest.update(raw)
+        return kind, payload
+
+    def _fill(self, buffer: memoryview) -> None:
+        done = 0
+        while done < buffer.nbytes:
+            count = self._sock.recv_into(buffer[done:])
+            if count == 0:
+                raise WireError("the connection ended in the middle")
+            done += count
+
+    def refuse(self, reason: str) -> None:
+        """Tell the peer why this side gives up, if it still listens."""
+        patience = self._sock.gettimeout()
+        try:
+            self._sock.settimeout(1 if patience is None else min(patience, 1))
+            self.send(Kind.REFUSED, reason.encode("utf-8")[:1000], counted=False)
+            self._sock.settimeout(patience)
+        except OSError:
+            # It is gone, or does not read; the caller raises what went wrong in the first place.
+            return

@@ -1,0 +1,150 @@
+"""Migrate the memory of a workload that keeps writing from one process to another.
+
+Start ``dirtylog migrate receive`` first; it says where it listens. Then ``dirtylog
+migrate send ADDRESS`` runs threads that write into memory, sends it while they do,
+stops them for the last round, and both ends print a digest of what they hold.
+Loopback addresses only: the protocol knows no passwords.
+"""
+
+import argparse
+from typing import Any
+
+__all__ = ["add_arguments", "run"]
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Read HOST:PORT."""
+    from ipaddress import ip_address
+
+    host, _, port = text.rpartition(":")
+    try:
+        if not ip_address(host).is_loopback:
+            raise argparse.ArgumentTypeError(
+                f"{host} is no loopback address: anybody could connect; tunnel it (ssh -L)"
+            )
+        number = int(port)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT such as 127.0.0.1:4000") from None
+    if not 0 <= number < 1 << 16:
+        raise argparse.ArgumentTypeError(f"port {number} is not between 0 and 65535")
+    return host, number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sub-commands and their options."""
+    ends = parser.add_subparsers(dest="end", metavar="end", required=True)
+    send = ends.add_parser("send", help="run a workload, and send its memory while it runs")
+    send.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens")
+    send.add_argument("--size", type=int, default=64, metavar="MIB", help="memory, in MiB (64)")
+    send.add_argument("--writers", type=int, default=2, metavar="N", help="threads that write (2)")
+    send.add_argument("--batch", type=int, default=8, metavar="PAGES", help="pages each writes every millisecond (8)")
+    send.add_argument("--downtime", type=float, default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)")
+    send.add_argument("--max-rounds", type=int, default=30, metavar="N", help="live rounds before giving up (30)")
+    send.add_argument("--force", action="store_true", help="then pause and send the rest whatever it takes")
+    send.add_argument("--compress", action="store_true", help="with zstd")
+    receive = ends.add_parser("receive", help="wait for one migration and take it in")
+    receive.add_argument(
+        "--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT", help="port 0: any (127.0.0.1:0)"
+    )
+    receive.add_argument("--out", metavar="FILE", help="write the memory to a file as well")
+    receive.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest memory to take in (4096)")
+    for end in (send, receive):
+        end.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for a peer that hangs (30)")
+        end.add_argument("--json", action="store_true", help="print the figures for a program")
+
+
+def _digest(memory: Any) -> str:
+    """Say in 32 digits what some memory holds."""
+    from hashlib import blake2b
+
+    from dirtylog.sinks.extents import flat_bytes
+
+    return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
+
+
+def _send(args: argparse.Namespace) -> dict[str, Any]:
+    import socket
+    from dataclasses import asdict
+
+    import numpy as np
+
+    import dirtylog as dl
+    from dirtylog.commands.demo import Writers
+    from dirtylog.sinks.migrate import MigrationError, Policy, send
+
+    try:
+        policy = Policy(downtime=args.downtime, max_rounds=args.max_rounds, force=args.force)
+        memory: Any = dl.zeros(((args.size << 20) // 4096, 4096), dtype=np.uint8)
+    except ValueError as error:
+        raise dl.DirtyLogError(str(error)) from error
+    memory[: len(memory) // 2] = np.arange(4096) % 251
+
+    def write(writer: int, pages: Any) -> None:
+        memory[pages, writer] += 1
+
+    log = dl.DirtyLog()
+    with dl.track(memory) as tracker, socket.create_connection(args.address, timeout=args.timeout) as sock:
+        log.attach(tracker)
+        observer = log.observer("migration")
+        with Writers(write, args.writers, len(memory), args.batch, 0.001) as writers:
+            try:
+                result = send(sock, memory, observer, policy=policy, pause=writers.stop, compress=args.compress)
+            except MigrationError as error:
+                show_rounds(error.rounds)
+                raise
+        return {"backend": tracker.backend, "digest": _digest(memory), **asdict(result)}
+
+
+def _receive(args: argparse.Namespace) -> dict[str, Any]:
+    import socket
+
+    from dirtylog import terminal
+    from dirtylog.sinks.migrate import receive
+
+    with socket.create_server(args.listen) as server:
+        host, port = server.getsockname()[:2]
+        terminal.show_note(f"listening on {host}:{port}")
+        server.settimeout(args.timeout)
+        sock, _ = server.accept()
+    seen = [0, 0]
+    with sock:
+        sock.settimeout(args.timeout)
+        memory = receive(sock, limit=args.limit << 20, progress=lambda *at: seen.__setitem__(slice(None), at))
+    if args.out:
+        with open(args.out, "xb") as file:
+            file.write(memory)
+    return {"digest": _digest(memory), "memory_bytes": memory.nbytes, "rounds": seen[0], "page_bytes": seen[1]}
+
+
+def show_rounds(rounds: Any) -> None:
+    """Print what each round did, for people."""
+    from dirtylog import terminal
+
+    size, time = terminal.bytes_text, terminal.seconds_text
+    columns = ["round", "pages", "zero", "sent", "time", "per second", "dirtied", "downtime"]
+    rows = [
+        [f"{r.number}{' (paused)' if r.final else ''}", str(r.pages), str(r.zero_pages), size(r.wire_bytes),
+         time(r.seconds), size(r.bandwidth), str(r.dirtied), "-" if r.final else time(r.expected_downtime)]
+        for r in rounds
+    ]  # fmt: skip
+    if rows:
+        terminal.show_table("migration", columns, rows)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Be one end of a migration, and print what it did."""
+    from dirtylog import terminal
+
+    answer = _send(args) if args.end == "send" else _receive(args)
+    if args.json:
+        terminal.show_json(answer)
+        return 0
+    if args.end == "send":
+        from dirtylog.sinks.migrate import Round
+
+        show_rounds([Round(**each) for each in answer["rounds"]])
+        print(f"paused for {terminal.seconds_text(answer['downtime'])} of {terminal.seconds_text(answer['seconds'])}")
+    else:
+        print(f"{terminal.bytes_text(answer['memory_bytes'])} in {answer['rounds']} rounds")
+    print(f"digest {answer['digest']}")
+    return 0

@@ -1,0 +1,115 @@
+"""``dirtylog snapshot`` and ``dirtylog migrate``: what they print, write and answer."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dirtylog import BackendUnavailable, DirtyLogError, track
+from dirtylog.commands import migrate, snapshot
+
+
+def run(command, *words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture
+def images(tmp_path):
+    first = np.random.default_rng(0).integers(0, 256, 300_000, np.uint8)
+    second = first.copy()
+    second[[10, 100_000, 299_999]] ^= 1
+    first.tofile(tmp_path / "first")
+    second.tofile(tmp_path / "second")
+    return tmp_path
+
+
+def test_images_are_saved_diffed_restored_rebased_and_verified(images, capsys):
+    def answer(*words):
+        assert run(snapshot, *words, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    base, diff = images / "base", images / "diff"
+    assert answer("save", base, images / "first", "--epoch", 3)["epoch"] == 3
+    assert answer("diff", diff, images / "second", "--parent", base, "--no-sync")["count"] == 3
+    answer("restore", diff, images / "restored")
+    assert (images / "restored").read_bytes() == (images / "second").read_bytes()
+    assert answer("verify", diff)["kind"] == "diff"
+    assert answer("rebase", base, diff)["kind"] == "full"
+    assert answer("info", base)["npages"] == 74
+    answer("restore", base, images / "again")
+    assert (images / "again").read_bytes() == (images / "second").read_bytes()
+
+
+def test_a_diff_takes_the_pages_of_a_bitmap(images, capsys):
+    run(snapshot, "save", images / "base", images / "first")
+    (images / "bitmap").write_bytes(np.array([0b11, 1], "<u8").tobytes())
+    run(snapshot, "diff", images / "d", images / "second", "--parent", images / "base", "--bitmap", images / "bitmap")
+    assert "3 pages" in capsys.readouterr().out
+
+
+def test_what_fails_is_one_error_and_leaves_nothing(images):
+    run(snapshot, "save", images / "base", images / "first")
+    names = sorted(os.listdir(images))
+    (images / "empty").touch()
+    with pytest.raises(DirtyLogError, match="will not do"):
+        run(snapshot, "save", images / "x.json", images / "first")
+    with pytest.raises(DirtyLogError, match="empty"):
+        run(snapshot, "save", images / "x", images / "empty")
+    with pytest.raises(DirtyLogError, match="no such snapshot"):
+        run(snapshot, "info", images / "x")
+    with pytest.raises(FileExistsError):
+        run(snapshot, "restore", images / "base", images / "first")
+    with open(images / "base", "r+b") as file:
+        file.write(b"\0" * 10)
+    with pytest.raises(DirtyLogError, match="does not match its digest"):
+        run(snapshot, "restore", images / "base", images / "x")
+    os.unlink(images / "empty")
+    assert sorted(os.listdir(images)) == names
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:80", "0.0.0.0:80", "localhost", "127.0.0.1:99999", "127.0.0.1:x"])
+def test_only_loopback_addresses_are_taken(address, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(migrate, "send", address)
+    assert caught.value.code == 2
+    assert "argument HOST:PORT" in capsys.readouterr().err
+
+
+END = """
+import argparse, sys
+from dirtylog.commands import migrate
+parser = argparse.ArgumentParser()
+migrate.add_arguments(parser)
+sys.exit(migrate.run(parser.parse_args(sys.argv[1:])))
+"""
+
+
+def test_a_writing_process_migrates_into_another_one(tmp_path):
+    try:
+        track(np.zeros(1 << 16, np.uint8)).close()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+    def end(*words):
+        return subprocess.Popen(
+            [sys.executable, "-c", END, *words, "--json"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+
+    with end("receive", "--out", str(tmp_path / "memory")) as receiver:
+        address = receiver.stderr.readline().removeprefix("listening on ").strip()
+        with end("send", address, "--size", "8", "--max-rounds", "3", "--force") as sender:
+            sent, complaint = sender.communicate(timeout=100)
+            assert sender.returncode == 0, complaint
+        received, complaint = receiver.communicate(timeout=100)
+        assert receiver.returncode == 0, complaint
+    assert json.loads(sent)["digest"] == json.loads(received)["digest"]
+    assert json.loads(sent)["rounds"][-1]["final"]
+    assert (tmp_path / "memory").stat().st_size == 8 << 20

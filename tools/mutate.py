@@ -1,6 +1,6 @@
 """Do the tests notice? One-line mistakes in the core and the machine, each built and run against its tests.
 
-``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--list]``: in a scratch copy, for each mutation in
+``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--start NAME] [--list]``: in a scratch copy, for each mutation in
 ``mutations.txt``: change one place, rebuild the modules that hold it, run its tests, restore. Prints a table
 and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
 """
@@ -129,9 +129,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of mutations, as a shell pattern")
+    parser.add_argument(
+        "--start", metavar="NAME", help="leave out what is listed before this one: to go on after a stop"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutations, and run nothing")
     options = parser.parse_args()
-    chosen = [mutation for mutation in read_mutations() if fnmatch.fnmatch(mutation.name, options.only)]
+    mutations = read_mutations()
+    names = [mutation.name for mutation in mutations]
+    if options.start and options.start not in names:
+        parser.error(f"--start {options.start} names no mutation; --list prints them")
+    first = names.index(options.start) if options.start else 0
+    chosen = [mutation for mutation in mutations[first:] if fnmatch.fnmatch(mutation.name, options.only)]
     if options.list:
         for mutation in chosen:
             print(f"{mutation.name:<42} {mutation.file:<40} {mutation.old.strip()}  ->  {mutation.new.strip()}")

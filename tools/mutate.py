@@ -1,8 +1,8 @@
 """Do the tests notice? One-line mistakes in the core and the machine, each built and run against its tests.
 
 ``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--start NAME] [--list]``: in a scratch copy, for each
-mutation in ``mutations.txt``: change one place, rebuild the modules that hold it, run its tests, restore. Prints a table
-and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
+mutation in ``mutations.txt``: change one place, rebuild the modules that hold it, run its tests, restore. Prints a
+table and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
 """
 
 import argparse

@@ -32,6 +32,20 @@ static inline void dl_mmu_protect_region(struct dl_mmu *mmu, struct dl_memslot *
         mmu->hooks.protect_region(mmu->hooks.context, &slot->table);
 }
 
+/* I1, counted: pages that a store reaches without a fault although their bit is
+ * clear. Under mmu_lock, on a slot that logs by write faults into its bitmap. */
+static inline uint64_t dl_count_unguarded(const struct dl_memslot *slot)
+{
+    uint64_t count = 0;
+    for (uint64_t page = 0; page < slot->npages; page++) {
+        uint64_t large = slot->table.huge ? dl_load_relaxed(&slot->table.huge[page / DL_HUGE_PAGES]) : 0;
+        uint64_t entry = large ? large : dl_load_relaxed(&slot->table.ptes[page]);
+        int marked = (dl_load_relaxed(&slot->log.marked.words[page / DL_WORD_PAGES]) & dl_bit(page)) != 0;
+        count += (entry & DL_PTE_WRITABLE) && !marked;
+    }
+    return count;
+}
+
 /* ---- manual protection: under slots_lock ------------------------------------------ */
 
 /* Initially all set: every page is reported once before any is protected. */

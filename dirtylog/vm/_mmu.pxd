@@ -123,6 +123,7 @@ cdef extern from "vm/_mmu.h" nogil:
     int dl_vcpu_write(dl_mmu *mmu, dl_vcpu *vcpu, uint64_t gpa, const unsigned char *data, uint64_t size,
                       uint64_t *written, uint64_t *bad_gfn)
     int dl_vcpu_read(dl_mmu *mmu, dl_vcpu *vcpu, uint64_t gpa, unsigned char *out, uint64_t size, uint64_t *bad_gfn)
+    uint64_t dl_count_unguarded(const dl_memslot *slot)
     void dl_guest_enter(dl_vcpu *vcpu)
     void dl_guest_leave(dl_vcpu *vcpu)
     void dl_log_report(dl_double_log *log, uint64_t *out)

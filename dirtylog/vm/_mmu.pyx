@@ -454,6 +454,18 @@ cdef class Mmu:
         with nogil:
             dl_rings_release(&self.mmu)
 
+    def unguarded(self, uint32_t slot) -> int:
+        """Count pages that are writable with a clear bit: 0 whenever ``mmu_lock`` is free (I1).
+
+        For machines that log by write faults into bitmaps. Takes ``mmu_lock``.
+        """
+        cdef dl_memslot *found = self.logging_slot(slot)
+        cdef uint64_t count
+        with self.mmu_lock:
+            with nogil:
+                count = dl_count_unguarded(found)
+        return count
+
     def huge_mappings(self, uint32_t slot) -> int:
         """Return how many 2 MiB mappings a slot has now."""
         cdef dl_memslot *found = self.slot(slot)

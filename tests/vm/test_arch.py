@@ -73,6 +73,16 @@ def test_another_package_adds_an_architecture_by_its_entry_point(tmp_path, monke
         vm.set_memory_region(3, 100, 1)
 
 
+def test_an_entry_point_that_is_no_architecture_is_refused(tmp_path, monkeypatch):
+    info = tmp_path / "not_an_arch-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: not-an-arch\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dirtylog.arch]\npdp11 = builtins:dict\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TypeError, match="builtins:dict"):
+        arch.find("pdp11")
+
+
 class Recording(dl.Arch):
     """Every hook in Python; notes what it was called with."""
 

@@ -199,6 +199,45 @@ def test_a_flush_waits_until_every_vcpu_has_been_out_of_guest_mode(harvesting):
         assert not waits or order == ["left", "flushed"]
 
 
+GUARDED = {
+    "x86": ("x86", {}),
+    "arm": ("arm", {}),
+    "arm64": ("arm64", {}),
+    "manual": ("x86", {"manual_protect": True}),
+    "2 MiB mappings": ("x86", {"huge_pages": "on-write", "manual_protect": True, "initially_set": True}),
+}
+
+
+@pytest.mark.parametrize("kind", GUARDED)
+def test_whenever_mmu_lock_is_free_a_page_is_protected_or_its_bit_is_set(kind, helpers):
+    name, options = GUARDED[kind]
+    vm = helpers.machine(name, npages=1100, base_gfn=512, **options)
+    with helpers.writers(vm) as writers:
+        for _ in range(20):
+            writers.next_iteration()
+            for step in (
+                lambda: vm.harvest(0),
+                lambda: vm.set_memory_region(0, 512, 1100, log_dirty=False),
+                lambda: vm.set_memory_region(0, 512, 1100),
+            ):
+                step()
+                if vm.region(0).log_dirty:
+                    with vm.slots_lock:
+                        assert vm.mmu.unguarded(0) == 0
+
+
+def test_the_invariant_is_seen_broken_when_a_harvest_protects_nothing():
+    vm = dl.VM()
+    vm.set_memory_region(0, 0, 128)
+    vm.vcpus[0].touch([3, 70])
+    with vm.slots_lock:
+        assert vm.mmu.unguarded(0) == 0
+        vm.mmu.harvest(0, protect=False)
+        assert vm.mmu.unguarded(0) == 2
+        vm.mmu.put_back(0)
+        assert vm.mmu.unguarded(0) == 0
+
+
 def test_a_store_through_a_stale_entry_is_in_this_snapshot(helpers):
     """Between steps two and three of I2: the page is protected, the entry still cached."""
     injecting = FlushKept()

@@ -157,6 +157,8 @@ def find(name: str) -> Arch:
     ------
     ValueError
         No architecture has the name.
+    TypeError
+        Another package registered something else than an Arch.
     """
     known = _known.get(name)
     if isinstance(known, str):
@@ -166,6 +168,8 @@ def find(name: str) -> Arch:
     if known is not None:
         return known()
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        loaded: Arch = point.load()()
+        loaded = point.load()()
+        if not isinstance(loaded, Arch):
+            raise TypeError(f"entry point {point.value!r} makes a {type(loaded).__name__}; it must make an Arch")
         return loaded
     raise ValueError(f"architecture {name!r} is not known; choose one of {', '.join(names())}")

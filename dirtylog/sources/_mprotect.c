@@ -67,32 +67,18 @@ static void unlock_all(const sigset_t *before)
     pthread_sigmask(SIG_SETMASK, before, NULL);
 }
 
-static sigset_t fork_mask; /* the mask that the forking thread gets back */
-
-static void before_fork(void)
-{
-    sigset_t mask;
-
-    lock_all(&mask);
-    fork_mask = mask; /* guarded by the lock: two threads may fork at once */
-}
-
-static void after_fork_in_parent(void)
-{
-    sigset_t mask = fork_mask;
-
-    unlock_all(&mask);
-}
-
 /* The child keeps the handler and the spans: its inherited pages are still protected, and a store to
- * one must open it. Nobody may harvest them. */
+ * one must open it. Nobody may harvest them. The lock is not held across the fork, because the forking
+ * thread then waits for malloc's locks, whose holder may be waiting in the handler. So it may be held by
+ * a thread that the child does not have; whatever that one left half-done concerns which pages are
+ * open, which resolve() does not rely on, and the list can be walked at any moment. */
 static void after_fork_in_child(void)
 {
     forks++;
-    after_fork_in_parent();
+    spin_unlock();
 }
 
-static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork_in_child); }
 
 static int protect(uint64_t first, uint64_t end, int protection)
 {

@@ -159,10 +159,11 @@ static inline int dl_span_alone(const struct dl_span *list, const struct dl_span
     return 1;
 }
 
+/* One store makes the change, after all that it leads to: a fork may copy the list at any moment. */
 static inline void dl_span_link(struct dl_span **list, struct dl_span *span)
 {
     span->next = *list;
-    *list = span;
+    __atomic_store_n(list, span, __ATOMIC_RELEASE);
 }
 
 static inline void dl_span_unlink(struct dl_span **list, struct dl_span *span)
@@ -170,7 +171,7 @@ static inline void dl_span_unlink(struct dl_span **list, struct dl_span *span)
     while (*list && *list != span)
         list = &(*list)->next;
     if (*list)
-        *list = span->next;
+        __atomic_store_n(list, span->next, __ATOMIC_RELEASE);
 }
 
 #endif /* DIRTYLOG_SPANS_H */

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from dirtylog.sources import _tracking
+
 
 def run(code, backend):
     """In a process of its own: fork() in one that has threads is deprecated."""
@@ -86,6 +90,23 @@ print(tracker.harvest().indices().tolist())
 tracker.close()
 """
     assert run(code, backend) == "[4]\n[2]\n"
+
+
+def test_the_child_inherits_no_registry_and_no_descriptor():
+    if refusal := _tracking.probe("userfaultfd"):
+        pytest.skip(f"userfaultfd: {refusal}")
+    code = """
+before = set(os.listdir("/proc/self/fd"))
+tracker = dl.track(array, backend)
+def child():
+    assert _tracking.open_spans(backend) == 0
+    dl.track(array, backend).close()
+    assert set(os.listdir("/proc/self/fd")) == before
+in_child(child)
+assert _tracking.open_spans(backend) == 1
+tracker.close()
+"""
+    assert run(code, "userfaultfd") == ""
 
 
 def test_a_child_that_forgets_the_parents_tracker_is_silent(backend):

@@ -24,6 +24,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
+def has_forked() -> bool:
+    """Whether this process has forked, or is the child of a fork, since this module was imported."""
+    return bool(_forks or _births)
+
+
 class Resource:
     """Base of sources that hold something the system must get back.
 

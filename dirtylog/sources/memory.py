@@ -14,7 +14,7 @@ from dirtylog._core import compare_pages
 from dirtylog._pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.sources import _tracking
-from dirtylog.sources._resource import Resource
+from dirtylog.sources._resource import Resource, has_forked
 from dirtylog.sources.arrays import empty, zeros
 from dirtylog.sources.probe import Mapping, mappings_of
 
@@ -104,6 +104,7 @@ class Tracker(Resource):
         mappings = mappings_of(self._pinned.address, self.npages * self.page_size)
         self._writers = {mapping.writers for mapping in mappings}
         self.refused: dict[str, str] = {}
+        self._owed: DirtyPages | None = None
         try:
             self.backend, self._engine = self._open(backend, mappings)
         except BaseException:
@@ -128,6 +129,8 @@ class Tracker(Resource):
         if name != "compare" and "anyone" in self._writers:
             path = next(mapping.path for mapping in mappings if mapping.writers == "anyone")
             return f"other processes may write {path}, and write protection sees this process's own stores only"
+        if name != "compare" and "heirs" in self._writers and has_forked():
+            return "a process that was forked may write this anonymous shared memory unseen"
         if name == "mprotect" and (self.offset or self._pinned.nbytes % self.page_size):
             return "the buffer shares pages with other data, and system calls that write there would fail with EFAULT"
         return ""
@@ -192,14 +195,23 @@ class Tracker(Resource):
         # Memory that children inherit shared is written behind our back from the first fork on.
         if self._forked_since and "heirs" in self._writers and self.backend != "compare":
             pages = DirtyPages._all(self.npages, self.page_size, exact=False)
-        if not pages.exact:
-            warnings.warn(
-                f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
-                f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or mappings "
-                "ran short",
-                IncompleteLogWarning,
-                stacklevel=3,
-            )
+        if self._owed is not None:
+            pages |= self._owed
+            if take:
+                self._owed = None
+        elif not pages.exact:
+            try:
+                warnings.warn(
+                    f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
+                    f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or "
+                    "mappings ran short",
+                    IncompleteLogWarning,
+                    stacklevel=3,
+                )
+            except IncompleteLogWarning:
+                # Warnings are errors here, and what was taken must not be lost (I5): the next harvest has it.
+                self._owed = pages if take else None
+                raise
         return pages
 
     def _failure(self, error: OSError) -> Exception:

@@ -317,6 +317,21 @@ def test_an_inexact_answer_warns_where_it_was_asked_for(backend):
     assert caught[0].filename == __file__
 
 
+def test_where_warnings_are_errors_the_pages_are_kept_for_the_next_harvest(backend):
+    """I5."""
+    array = pages(3)
+    with dl.track(array, backend) as tracker:
+        engine = tracker._engine
+        tracker._engine = _Vague(engine)
+        for call in (tracker.peek, tracker.harvest):
+            with pytest.raises(dl.IncompleteLogWarning):
+                call()
+        tracker._engine = engine
+        assert tracker.peek().count == 3
+        assert dirty(tracker) == [0, 1, 2]
+        assert dirty(tracker) == []
+
+
 class _Vague:
     def __init__(self, engine):
         self.engine = engine

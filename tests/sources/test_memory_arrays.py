@@ -40,7 +40,6 @@ def test_an_array_without_elements_is_numpys(make):
 
 def test_from_2_mib_on_huge_pages_are_aligned_and_advised(monkeypatch):
     advised = []
-    real = arrays._private
 
     class Recording(mmap.mmap):
         def madvise(self, option):
@@ -52,10 +51,10 @@ def test_from_2_mib_on_huge_pages_are_aligned_and_advised(monkeypatch):
     )
     assert dl.empty((2 << 20) - 1, "u1").ctypes.data % PAGE == 0
     assert advised == []
-    for _ in range(3):
-        assert dl.empty(2 << 20, "u1").ctypes.data % (2 << 20) == 0
-    assert advised == [mmap.MADV_HUGEPAGE] * 3
-    assert callable(real)
+    # Sizes that the system itself would not align, all alive at once.
+    large = [dl.empty((2 << 20) + number * PAGE, "u1") for number in range(1, 9)]
+    assert [array.ctypes.data % (2 << 20) for array in large] == [0] * 8
+    assert advised == [mmap.MADV_HUGEPAGE] * 8
 
 
 def test_the_memory_is_private_and_goes_with_the_last_view():

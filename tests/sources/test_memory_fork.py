@@ -109,6 +109,23 @@ tracker.close()
     assert run(code, "userfaultfd") == ""
 
 
+def test_after_a_fork_auto_compares_memory_that_a_child_may_share():
+    code = """
+shared = mmap.mmap(-1, 8 * PAGE)
+def kind():
+    with dl.track(shared) as tracker:
+        return tracker.backend, list(tracker.refused.values())[:1]
+print(kind()[0] == backend)
+in_child(lambda: print(kind()[0]))
+print(kind())
+"""
+    refusal = "a process that was forked may write this anonymous shared memory unseen"
+    best = "userfaultfd" if not _tracking.probe("userfaultfd") else "mprotect"
+    if _tracking.probe(best):
+        pytest.skip("compare is the only back end here")
+    assert run(code, best) == f"True\ncompare\n('compare', ['{refusal}'])\n"
+
+
 def test_a_child_that_forgets_the_parents_tracker_is_silent(backend):
     code = """
 tracker = dl.track(array, backend)

@@ -2,6 +2,7 @@
 
 import mmap
 import random
+import sys
 import threading
 
 import numpy as np
@@ -115,33 +116,43 @@ def test_random_trackers_writes_and_harvests_agree_with_sets(backend):
         tracker.close()
 
 
+@pytest.fixture
+def eager_threads():
+    """Threads change hands often, so that harvests really run beside one another."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_harvests_of_two_trackers_at_once_lose_nothing_for_either(backend):
     if backend == "compare":
         pytest.skip("each compare tracker has a copy of its own and shares nothing")
     npages = 256
     array = dl.zeros((npages, PAGE // 8), np.uint64)
     written = [0]
-    stop = threading.Event()
     late = []
 
     def consume(tracker):
         """What was written before a harvest began is in the tracker's copy after it, or newer."""
         seen = np.zeros(npages, np.uint64)
-        while not stop.is_set():
+        for _ in range(400):
             floor = written[0]
             found = tracker.harvest().indices()
             seen[found] = array[found, 0]
-            if floor and int(seen[floor % npages]) < floor:
+            if int(seen[floor % npages]) < floor:
                 late.append((floor, int(seen[floor % npages])))
 
     with dl.track(array, backend) as one, dl.track(array, backend) as two:
         threads = [threading.Thread(target=consume, args=(tracker,)) for tracker in (one, two)]
         for thread in threads:
             thread.start()
-        for number in range(1, 4000):
+        number = 0
+        while any(thread.is_alive() for thread in threads):
+            number += 1
             array[number % npages, 0] = number
             written[0] = number
-        stop.set()
         for thread in threads:
             thread.join()
     assert late == []

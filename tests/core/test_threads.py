@@ -118,20 +118,31 @@ def test_three_writers_and_one_harvester_lose_no_mark_and_invent_none(make, mark
     assert not bitmap.harvest()
 
 
+def neighbours_in_one_line(npages):
+    """Every page; those next to each other in the batch lie in different words of one cache line."""
+    return np.arange(npages).reshape(-1, 8, 64).transpose(0, 2, 1).ravel()
+
+
+def one_page_a_line(npages):
+    """A mark that is missed has no later one in its line that would bring it to light."""
+    return np.arange(0, npages, 512)
+
+
 @pytest.mark.parametrize("summary", [True, False], ids=["own", "foreign"])
-def test_a_page_marked_once_is_harvested_once_however_near_the_harvester_is(summary):
-    # The harvester catches up with the writers again and again, and takes the very
-    # words that they are marking: an exchange that is not atomic loses marks here.
-    npages = WRITERS * 2**17
+@pytest.mark.parametrize(
+    ("npages", "order", "rounds"), [(WRITERS * 2**17, neighbours_in_one_line, 60), (2**24, one_page_a_line, 200)]
+)
+def test_a_page_marked_once_is_harvested_once_however_near_the_harvester_is(npages, order, rounds, summary):
+    # The harvester catches up with the writers again and again and takes the very words that they
+    # are marking. An exchange that is not atomic, or a summary set before its word, loses marks here.
     bitmap = dl.DirtyBitmap(npages) if summary else dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
-    # Neighbours in the batch lie in different words of one cache line.
-    order = np.arange(npages).reshape(-1, 8, 64).transpose(0, 2, 1).ravel()
-    for _ in range(60):
+    pages = order(npages)
+    for _ in range(rounds):
         writing = [True] * WRITERS
         taken = []
 
         def write(writer, writing=writing):
-            bitmap.mark_pages(order[writer::WRITERS])
+            bitmap.mark_pages(pages[writer::WRITERS])
             writing[writer] = False
 
         def harvest(writing=writing, taken=taken):
@@ -143,8 +154,8 @@ def test_a_page_marked_once_is_harvested_once_however_near_the_harvester_is(summ
         everything = dl.DirtyBitmap(npages)
         for dirty in taken:
             everything.merge(dirty)
-        assert everything.count() == npages, "a mark was lost"
-        assert sum(dirty.count for dirty in taken) == npages, "a mark was harvested twice"
+        assert everything.count() == len(pages), "a mark was lost"
+        assert sum(dirty.count for dirty in taken) == len(pages), "a mark was harvested twice"
 
 
 def test_marking_ranges_beside_a_harvester_loses_no_mark():

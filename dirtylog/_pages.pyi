@@ -1,5 +1,5 @@
 from collections.abc import Iterator
-from typing import Any, NoReturn, SupportsIndex, final
+from typing import Any, SupportsIndex, final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ class Block:
 
 @final
 class DirtyPages:
-    def __init__(self, *args: object, **kwargs: object) -> NoReturn: ...
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @staticmethod
     def from_words(
         words: npt.ArrayLike, npages: SupportsIndex, page_size: SupportsIndex = 4096, *, exact: bool = True

@@ -195,6 +195,7 @@ def probe(path: str = "/dev/kvm") -> Probe:
 
     Examples
     --------
+    >>> from dirtylog.sources import kvm
     >>> kvm.probe("/dev/null").available
     False
     """

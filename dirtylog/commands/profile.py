@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write the report for a program")
     parser.add_argument("--output", metavar="FILE", help="where the report goes, instead of standard error")
     parser.add_argument(
-        "--every", type=float, nargs="+", default=[1.0, 10.0, 60.0], metavar="SECONDS", help="snapshot rhythms to size"
+        "--every", type=seconds_list, default="1,10,60", metavar="SECONDS,...", help="snapshot rhythms (1,10,60)"
     )
     add_script_arguments(parser)
 
@@ -31,6 +31,11 @@ def add_script_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between samples (1)")
     parser.add_argument("script", help="the program")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
+
+
+def seconds_list(text: str) -> list[float]:
+    """Read numbers of seconds between commas."""
+    return [float(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:

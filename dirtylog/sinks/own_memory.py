@@ -17,8 +17,9 @@ from dirtylog._pages import DirtyPages
 __all__ = ["Area", "label", "large_areas", "populated", "price_of_a_first_write", "track_area"]
 
 MIN_BYTES = 1 << 20
-# Bits 63 and 62 of a /proc/self/pagemap entry: present, swapped out.
-_HOLDS_SOMETHING = np.uint64(3 << 62)
+# Of a /proc/self/pagemap entry. Bit 62, swapped out, is no use: it is set for the markers, too, that
+# write protection leaves where there is no page yet.
+_PRESENT = np.uint64(1 << 63)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def track_area(area: Area) -> Any:
 
 
 def populated(area: Area, page_size: int) -> DirtyPages:
-    """Return the pages of an area that hold something, in memory or swapped out.
+    """Return the pages of an area that are in memory.
 
     References
     ----------
@@ -76,7 +77,7 @@ def populated(area: Area, page_size: int) -> DirtyPages:
     finally:
         os.close(descriptor)
     entries = np.frombuffer(raw[: len(raw) // 8 * 8], np.uint64)
-    return DirtyPages.from_indices(np.flatnonzero(entries & _HOLDS_SOMETHING), npages, page_size)
+    return DirtyPages.from_indices(np.flatnonzero(entries & _PRESENT), npages, page_size)
 
 
 def label(area: Area) -> str:

@@ -137,7 +137,7 @@ def migration(forecast: Forecast, ax: "Axes | None" = None, **kwargs: Any) -> "A
     -------
     Axes
         A bar for each round, as wide as it takes seconds and as high as what it
-        sends in MiB, and one for the pause at the end.
+        sends in MiB, and one for the pause at the end, where that is known.
 
     Raises
     ------

@@ -68,7 +68,7 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
         _picture("How much was written a second", lambda ax: plot.dirty_rate(trace, ax)),
         f"<h2>Migration</h2><p>With at most {downtime:g} s of pause.</p>",
         _table(["bandwidth", "verdict", "rounds", "seconds", "why"], map(_forecast_row, forecasts)),
-        *(_picture(f"Migration at {f.bandwidth:g} bytes a second", _migration(f)) for f in forecasts),
+        *(_picture(f"Migration at {f.bandwidth:g} bytes a second", _migration(f)) for f in forecasts if f.rounds),
     ]
     return PAGE.format(title=escape(f"dirtylog: {trace.path.name}"), body="\n".join(body))
 

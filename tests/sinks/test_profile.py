@@ -283,3 +283,31 @@ def test_a_program_can_be_recorded(launch, tmp_path):
         (first, count) = next(region for name, region in trace.regions.items() if name.startswith("array"))
         pages = trace.harvest().indices()
         assert ((pages >= first) & (pages < first + count)).sum() >= 8000
+
+
+def test_a_real_array_is_counted_page_by_page(launch):
+    """By the real tracker, sample by sample: what is written in between, and nothing else."""
+    import mmap
+
+    import numpy as np
+
+    from dirtylog.sinks import own_memory
+
+    with mmap.mmap(-1, 2048 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        pages = np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE]
+        start = pages.__array_interface__["data"][0]
+        area = own_memory.Area(start, start + len(memory), "")
+        assert any(start >= found.start and area.end <= found.end for found in own_memory.large_areas())
+        areas, seen, now = [], [], iter(range(100))
+        profiler = Profiler(find=lambda: areas, clock=lambda: next(now), on_sample=lambda _, p: seen.append(p.count))
+        profiler.start(thread=False)
+        pages[:100] = 1
+        areas.append(area)
+        profiler.sample()
+        pages[50:60] = 2
+        profiler.sample()
+        pages[1000:2000] += 1
+        profile = profiler.stop()
+        del pages
+    assert seen == [100, 10, 1000]
+    assert profile.mappings[0].dirtied_bytes == 1110 * mmap.PAGESIZE

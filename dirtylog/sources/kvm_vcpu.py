@@ -277,6 +277,7 @@ class Vcpu(Resource):
         ----------
         ``KVM_RUN`` and ``struct kvm_run`` in Linux ``Documentation/virt/kvm/api.rst``.
         """
+        self._answer_at = None
         harvests = self._rings.harvests if self._rings else 0
         if not self._handle.run():
             return Exit("INTR")
@@ -288,7 +289,6 @@ class Vcpu(Resource):
 
     def _describe(self, reason: str) -> Exit:
         load = self._handle.load
-        self._answer_at = None
         if reason == "IO":
             is_write, size, port, count, offset = _IO.unpack(load(_UNION, _IO.size))
             if is_write:

@@ -474,9 +474,13 @@ class VM(Resource):
 
         Raises
         ------
+        BackendUnavailable
+            The kernel (before Linux 4.13) cannot be made to return from a run without a race.
         OSError
             With the kernel's errno.
         """
+        if not self.capabilities["KVM_CAP_IMMEDIATE_EXIT"]:
+            raise BackendUnavailable("running a vCPU", "KVM_CAP_IMMEDIATE_EXIT is 0")
         with self._lock:
             index = len(self._vcpus)
             descriptor = self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}")

@@ -502,7 +502,7 @@ def test_get_dirty_log_with_rings_is_refused(vm):
 @needs_kvm
 def test_what_the_kernel_does_not_offer_is_unavailable(vm):
     vm.capabilities = dict.fromkeys(vm.capabilities, 0)
-    for call in (vm.enable_manual_protect, lambda: vm.enable_dirty_ring(1024)):
+    for call in (vm.enable_manual_protect, lambda: vm.enable_dirty_ring(1024), vm.create_vcpu):
         with pytest.raises(BackendUnavailable, match="KVM_CAP_"):
             call()
 

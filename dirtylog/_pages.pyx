@@ -765,6 +765,12 @@ cdef class DirtyPages:
         blocks = [block for block in (self.dense, self.numbers, self.masks) if block is not None]
         return object.__sizeof__(self) + sum((<Block>block).nwords * 8 for block in blocks)
 
+    def _repr_html_(self):
+        """Show the pages as a strip in a notebook."""
+        from dirtylog._strip import strip_html
+
+        return strip_html(self)
+
     def __repr__(self):
         exact = "" if self.exact else ", exact=False"
         return f"<DirtyPages: {self.count} of {self.npages} pages of {self.page_size} bytes{exact}>"

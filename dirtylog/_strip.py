@@ -95,7 +95,7 @@ def strip_html(pages: DirtyPages) -> str:
     Examples
     --------
     >>> import dirtylog as dl
-    >>> strip_html(dl.DirtyPages.from_indices([1], 8))[-58:]
+    >>> strip_html(dl.DirtyPages.from_indices([1], 8))[-62:]
     '<div>1 of 8 pages of 4096 bytes are dirty (12.5 %)</div></div>'
     """
     share = 100 * pages.count / pages.npages if pages.npages else 0.0

@@ -1,0 +1,130 @@
+"""A real guest moves from one process to another while it runs, and goes on there as if nothing had been."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dirtylog import DirtyLog
+from dirtylog.sinks.migrate import Policy, receive, send
+from dirtylog.sources import kvm
+
+PAGE = 4096
+START, COUNT = 16, 2048
+NPAGES = START + COUNT
+
+probed = kvm.probe()
+pytestmark = pytest.mark.skipif(not probed.available, reason=probed.reason)
+
+
+def program():
+    """Write 1, 2, 3, ... into the pages from START on, round and round, for ever."""
+    first, end = (START * PAGE).to_bytes(4, "little"), (NPAGES * PAGE).to_bytes(4, "little")
+    return (
+        b"\x89\x0e"  # mov [esi], ecx
+        b"\x81\xc6\x00\x10\x00\x00"  # add esi, 4096
+        b"\x81\xfe" + end + b"\x72\x05"  # cmp esi, end; jb over the next
+        b"\xbe" + first + b"\x41\xeb\xe8"  # mov esi, first; inc ecx; jmp to the begin
+    )
+
+
+def check_memory(memory, rcx):
+    """Every page holds the last number that the guest can have written there, by its own count."""
+    pages = memory.reshape(NPAGES, PAGE).view("<u4")
+    numbers = pages[START:, 0].astype(np.int64)
+    assert not pages[START:, 1:].any()
+    # It may have stopped between the store of a number and the step to the next.
+    last = rcx if numbers[(rcx - 1) % COUNT] == rcx else rcx - 1
+    k = np.arange(COUNT)
+    assert (numbers == np.where(k < last, k + 1 + (last - 1 - k) // COUNT * COUNT, 0)).all()
+
+
+class Running(threading.Thread):
+    """The guest, in a thread until it is stopped."""
+
+    def __init__(self, vcpu):
+        super().__init__()
+        self.vcpu, self.stopping, self.reason = vcpu, False, "INTR"
+        self.start()
+
+    def run(self):
+        while not self.stopping and self.reason == "INTR":
+            self.reason = self.vcpu.run().reason
+
+    def stop(self):
+        self.stopping = True
+        self.vcpu.kick()
+        self.join()
+        assert self.reason == "INTR"
+
+
+def go_on():
+    """Be the destination: take the guest in, let it run on, and check what it wrote here and there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(server.getsockname()[1], flush=True)
+        server.settimeout(100)
+        sock, _ = server.accept()
+    with sock, kvm.Kvm() as system, system.create_vm() as vm:
+        sock.settimeout(100)
+        vm.set_memory_region(0, 0, NPAGES)
+        memory = vm.memory(0)
+        receive(sock, out=memory)
+        with sock.makefile("r") as file:
+            state = json.loads(file.readline())
+        check_memory(memory, state["rcx"])
+        vcpu = vm.create_vcpu()
+        vcpu.enter_flat32(0)
+        vcpu.set_regs(kvm.Regs(**state))
+        guest = Running(vcpu)
+        number = memory.reshape(NPAGES, PAGE).view("<u4")[START + (state["rcx"] - 1) % COUNT]
+        before = state["rcx"]
+        while number[0] <= before:
+            pass
+        guest.stop()
+        rcx = vcpu.get_regs().rcx
+        check_memory(memory, rcx)
+        print(json.dumps({"before": before, "after": rcx}), flush=True)
+
+
+def test_a_running_guest_migrates_into_another_process_and_goes_on():
+    here = str(Path(__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r}); import test_migrate_kvm as t; t.go_on()"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    with process, kvm.Kvm() as system, system.create_vm() as vm:
+        vm.set_memory_region(0, 0, NPAGES)
+        memory = vm.memory(0)
+        memory[: len(program())] = np.frombuffer(program(), np.uint8)
+        log = DirtyLog()
+        log.attach(vm.slot(0))
+        vcpu = vm.create_vcpu()
+        vcpu.enter_flat32(0)
+        vcpu.set_regs(kvm.Regs(rip=0, rsi=START * PAGE, rcx=1))
+        port = int(process.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=100) as sock:
+            guest = Running(vcpu)
+            try:
+                # It never rests, so that the last round is forced.
+                policy = Policy(downtime=0.0, max_rounds=4, force=True)
+                result = send(sock, memory, log.observer("migration"), policy=policy, pause=guest.stop)
+            finally:
+                guest.stop()
+            state = vcpu.get_regs()
+            sock.sendall(json.dumps(asdict(state)).encode() + b"\n")
+        check_memory(memory, state.rcx)
+        output, complaint = process.communicate(timeout=100)
+        assert process.returncode == 0, complaint
+    assert len(result.rounds) == 5
+    assert any(r.dirtied for r in result.rounds)
+    answer = json.loads(output)
+    assert answer["before"] == state.rcx
+    assert answer["after"] > state.rcx + COUNT // 2

@@ -43,8 +43,10 @@ static inline int dl_vm_log_grow(struct dl_mmu *mmu, uint64_t end_gfn)
         dl_words_free(fresh, mapped);
         return error;
     }
-    if (old)
-        memcpy(fresh, old, mmu->vm_log_words * sizeof *old);
+    /* Only what is set: untouched parts of a log that reaches far cost no memory. */
+    for (uint64_t word = 0; word < mmu->vm_log_words; word++)
+        if (old[word])
+            fresh[word] = old[word];
     mmu->vm_log = fresh;
     mmu->vm_log_words = nwords;
     mmu->vm_log_mapped = mapped;

@@ -74,6 +74,16 @@ def test_a_harvest_reports_exactly_the_pages_written(harvesting, steps, base_gfn
         getattr(workload, name)(*arguments)
 
 
+def test_ia64s_log_keeps_its_marks_when_it_grows():
+    vm = dl.VM("ia64")
+    vm.set_memory_region(0, 5, 100)
+    vm.vcpus[0].touch([5, 104])
+    vm.set_memory_region(1, 1 << 24, 100)
+    vm.vcpus[0].touch([(1 << 24) + 99])
+    assert vm.get_dirty_log(0).indices().tolist() == [0, 99]
+    assert vm.get_dirty_log(1).indices().tolist() == [99]
+
+
 def test_a_large_slot_is_harvested_sparse_and_dense(harvesting):
     vm = dl.VM(harvesting, page_size=64)
     vm.set_memory_region(0, 5, 1 << 17)

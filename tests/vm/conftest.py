@@ -118,14 +118,14 @@ def unsupported(request):
 
 
 @pytest.fixture
-def helpers():
+def kit():
     """What tests of this directory share."""
 
-    class Helpers:
+    class Kit:
         oracle = ValueOracle
         writers = Writers
         lost_write = LostWriteError
         machine = staticmethod(machine)
         base_gfn = BASE_GFN
 
-    return Helpers
+    return Kit

@@ -95,20 +95,20 @@ def test_a_large_slot_is_harvested_sparse_and_dense(harvesting):
     assert vm.get_dirty_log(0).count == 0
 
 
-def test_the_pages_handed_out_never_change(harvesting, helpers):
-    vm = helpers.machine(harvesting)
-    vm.vcpus[0].touch([helpers.base_gfn + 5])
+def test_the_pages_handed_out_never_change(harvesting, kit):
+    vm = kit.machine(harvesting)
+    vm.vcpus[0].touch([kit.base_gfn + 5])
     first = vm.get_dirty_log(0)
-    vm.vcpus[0].touch(helpers.base_gfn + np.arange(512))
+    vm.vcpus[0].touch(kit.base_gfn + np.arange(512))
     second = vm.get_dirty_log(0)
     assert first.indices().tolist() == [5]
     assert second.count == 512
 
 
-def test_tlbs_are_flushed_only_when_something_was_dirty(helpers):
+def test_tlbs_are_flushed_only_when_something_was_dirty(kit):
     for name in ("x86", "arm", "arm64", "ia64", "mips", "powerpc-book3s-pr"):
-        vm = helpers.machine(name)
-        vm.vcpus[0].touch([helpers.base_gfn])
+        vm = kit.machine(name)
+        vm.vcpus[0].touch([kit.base_gfn])
         before = vm.mmu.flushes
         vm.get_dirty_log(0)
         assert vm.mmu.flushes == before + 1, name
@@ -116,23 +116,23 @@ def test_tlbs_are_flushed_only_when_something_was_dirty(helpers):
         assert vm.mmu.flushes == before + 1, name
 
 
-def test_a_second_write_to_a_reported_page_faults_only_where_faults_mark(helpers):
+def test_a_second_write_to_a_reported_page_faults_only_where_faults_mark(kit):
     faults = {}
     for name in ("x86", "arm", "arm64", "ia64", "mips", "powerpc-book3s-pr", "powerpc-book3s-hv", "s390"):
-        vm = helpers.machine(name)
+        vm = kit.machine(name)
         for _ in range(3):
-            vm.vcpus[0].touch([helpers.base_gfn, helpers.base_gfn])
+            vm.vcpus[0].touch([kit.base_gfn, kit.base_gfn])
             assert vm.get_dirty_log(0).count == 1
         faults[name] = vm.vcpus[0].faults
     assert faults == dict.fromkeys(faults, 3) | {"powerpc-book3s-hv": 0, "s390": 0}
 
 
-def test_arm_protects_the_range_of_a_mask_and_x86_only_its_bits(helpers):
+def test_arm_protects_the_range_of_a_mask_and_x86_only_its_bits(kit):
     """stage2_wp_range() makes a clean page between two dirty ones fault again; it is reported only then."""
     for name, again in (("x86", 0), ("arm", 1)):
-        vm = helpers.machine(name)
-        vm.vcpus[0].touch(helpers.base_gfn + np.array([1, 2, 3]))
-        vm.set_memory_region(0, helpers.base_gfn, 512)
+        vm = kit.machine(name)
+        vm.vcpus[0].touch(kit.base_gfn + np.array([1, 2, 3]))
+        vm.set_memory_region(0, kit.base_gfn, 512)
         with vm.slots_lock:
             vm.mmu.harvest(0, protect=False)
             vm.mmu.hand_out(0)
@@ -141,14 +141,14 @@ def test_arm_protects_the_range_of_a_mask_and_x86_only_its_bits(helpers):
             vm.mmu.protect(0, np.array([0], np.uint64), np.array([0b1010], np.uint64))
             vm.mmu.flush()
         faults = vm.vcpus[0].faults
-        vm.vcpus[0].touch([helpers.base_gfn + 2])
+        vm.vcpus[0].touch([kit.base_gfn + 2])
         assert vm.vcpus[0].faults == faults + again, name
 
 
-def test_an_architecture_without_a_log_refuses_with_its_errno(unsupported, helpers):
-    vm = helpers.machine(unsupported)
+def test_an_architecture_without_a_log_refuses_with_its_errno(unsupported, kit):
+    vm = kit.machine(unsupported)
     code = errno.EINVAL if unsupported == "arm64-stub" else errno.ENOTSUP
-    vm.vcpus[0].touch([helpers.base_gfn])
+    vm.vcpus[0].touch([kit.base_gfn])
     for call in (vm.get_dirty_log, vm.peek, lambda slot: vm.slot(slot).harvest()):
         with pytest.raises(OSError, match=unsupported) as caught:
             call(0)
@@ -170,18 +170,18 @@ def bad_outs():
 
 
 @pytest.mark.parametrize("kind", bad_outs())
-def test_an_output_buffer_that_cannot_take_the_words_is_efault_and_nothing_is_cleared(kind, harvesting, helpers):
-    vm = helpers.machine(harvesting)
-    vm.vcpus[0].touch([helpers.base_gfn + 9])
+def test_an_output_buffer_that_cannot_take_the_words_is_efault_and_nothing_is_cleared(kind, harvesting, kit):
+    vm = kit.machine(harvesting)
+    vm.vcpus[0].touch([kit.base_gfn + 9])
     with pytest.raises(OSError, match="8 uint64 words") as caught:
         vm.get_dirty_log(0, out=bad_outs()[kind])
     assert caught.value.errno == errno.EFAULT
     assert vm.get_dirty_log(0).indices().tolist() == [9]
 
 
-def test_an_output_that_is_no_buffer_is_a_type_error(helpers):
-    vm = helpers.machine("x86")
-    vm.vcpus[0].touch([helpers.base_gfn + 9])
+def test_an_output_that_is_no_buffer_is_a_type_error(kit):
+    vm = kit.machine("x86")
+    vm.vcpus[0].touch([kit.base_gfn + 9])
     with pytest.raises(TypeError, match="list"):
         vm.get_dirty_log(0, out=[0] * 8)
     assert vm.get_dirty_log(0).count == 1
@@ -225,11 +225,11 @@ def test_a_harvest_that_fails_in_the_middle_loses_nothing(hook):
     assert vm.get_dirty_log(0).count == 0
 
 
-def test_a_slot_is_a_source(harvesting, helpers):
-    vm = helpers.machine(harvesting)
+def test_a_slot_is_a_source(harvesting, kit):
+    vm = kit.machine(harvesting)
     source = vm.slot(0)
-    assert (source.npages, source.page_size, source.base_gfn) == (512, 4096, helpers.base_gfn)
-    vm.vcpus[0].touch([helpers.base_gfn + 3])
+    assert (source.npages, source.page_size, source.base_gfn) == (512, 4096, kit.base_gfn)
+    vm.vcpus[0].touch([kit.base_gfn + 3])
     assert source.peek() == source.harvest()
     assert source.harvest().count == 0
     assert harvesting in repr(source)

@@ -25,12 +25,12 @@ def pages_of(vm, *pages, npages=512):
 
 
 @pytest.fixture
-def manual(harvesting, helpers):
-    return helpers.machine(harvesting, manual_protect=True)
+def manual(harvesting, kit):
+    return kit.machine(harvesting, manual_protect=True)
 
 
-def test_get_clears_nothing_and_clear_clears_what_was_reported(manual, helpers):
-    base = helpers.base_gfn
+def test_get_clears_nothing_and_clear_clears_what_was_reported(manual, kit):
+    base = kit.base_gfn
     manual.vcpus[0].touch(base + np.array([1, 70, 511]))
     reported = manual.get_dirty_log(0)
     assert reported.indices().tolist() == [1, 70, 511]
@@ -43,32 +43,32 @@ def test_get_clears_nothing_and_clear_clears_what_was_reported(manual, helpers):
     assert manual.get_dirty_log(0).indices().tolist() == [1, 2, 70]
 
 
-def test_a_bit_that_was_never_reported_is_not_cleared(manual, helpers):
-    manual.vcpus[0].touch([helpers.base_gfn + 3])
+def test_a_bit_that_was_never_reported_is_not_cleared(manual, kit):
+    manual.vcpus[0].touch([kit.base_gfn + 3])
     manual.get_dirty_log(0)
-    manual.vcpus[0].touch([helpers.base_gfn + 4])
+    manual.vcpus[0].touch([kit.base_gfn + 4])
     manual.clear_dirty_log(0, 0, 512, pages_of(manual, *range(512)))
     assert manual.get_dirty_log(0).indices().tolist() == [4]
 
 
-def test_a_peek_is_no_report(manual, helpers):
-    manual.vcpus[0].touch([helpers.base_gfn + 3])
+def test_a_peek_is_no_report(manual, kit):
+    manual.vcpus[0].touch([kit.base_gfn + 3])
     manual.clear_dirty_log(0, 0, 512, manual.peek(0))
     assert manual.get_dirty_log(0).indices().tolist() == [3]
 
 
-def test_a_write_after_the_clear_is_seen_next_time(manual, helpers):
-    manual.vcpus[0].touch([helpers.base_gfn + 9])
+def test_a_write_after_the_clear_is_seen_next_time(manual, kit):
+    manual.vcpus[0].touch([kit.base_gfn + 9])
     for _ in range(3):
         reported = manual.get_dirty_log(0)
         assert reported.indices().tolist() == [9]
         manual.clear_dirty_log(0, 0, 512, reported)
-        manual.vcpus[0].touch([helpers.base_gfn + 9])
+        manual.vcpus[0].touch([kit.base_gfn + 9])
 
 
-def test_clear_follows_kvms_alignment_rules(helpers):
-    vm = helpers.machine("x86", npages=200, manual_protect=True)
-    vm.vcpus[0].touch(helpers.base_gfn + np.arange(200))
+def test_clear_follows_kvms_alignment_rules(kit):
+    vm = kit.machine("x86", npages=200, manual_protect=True)
+    vm.vcpus[0].touch(kit.base_gfn + np.arange(200))
     every = vm.get_dirty_log(0)
     for first, count in [(1, 64), (64, 63), (0, 199), (128, 73), (256, 0), (-64, 64), (0, -64), (63, 137)]:
         refused(errno.EINVAL, vm.clear_dirty_log, 0, first, count, every)
@@ -80,9 +80,9 @@ def test_clear_follows_kvms_alignment_rules(helpers):
     assert vm.get_dirty_log(0).count == 0
 
 
-def test_clear_refuses_what_it_cannot_use(helpers):
-    vm = helpers.machine("x86", manual_protect=True)
-    vm.vcpus[0].touch([helpers.base_gfn])
+def test_clear_refuses_what_it_cannot_use(kit):
+    vm = kit.machine("x86", manual_protect=True)
+    vm.vcpus[0].touch([kit.base_gfn])
     reported = vm.get_dirty_log(0)
     refused(errno.EINVAL, vm.clear_dirty_log, 125, 0, 64, reported)
     refused(errno.ENOENT, vm.clear_dirty_log, 3, 0, 64, reported)
@@ -91,20 +91,20 @@ def test_clear_refuses_what_it_cannot_use(helpers):
     with pytest.raises(TypeError, match="DirtyPages"):
         vm.clear_dirty_log(0, 0, 64, reported.words)
     assert vm.get_dirty_log(0) == reported
-    legacy = helpers.machine("x86")
+    legacy = kit.machine("x86")
     refused(errno.EINVAL, legacy.clear_dirty_log, 0, 0, 64, reported)
 
 
-def test_get_with_an_output_buffer_in_manual_mode(helpers):
-    vm = helpers.machine("x86", manual_protect=True)
-    vm.vcpus[0].touch([helpers.base_gfn + 65])
+def test_get_with_an_output_buffer_in_manual_mode(kit):
+    vm = kit.machine("x86", manual_protect=True)
+    vm.vcpus[0].touch([kit.base_gfn + 65])
     out = np.zeros(8, np.uint64)
     assert vm.get_dirty_log(0, out=out).count == 1
     assert out.tolist() == [0, 2, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("hook", ["protect_masked", "flush_tlbs"])
-def test_a_clear_that_fails_in_a_hook_loses_nothing(hook, helpers):
+def test_a_clear_that_fails_in_a_hook_loses_nothing(hook, kit):
     class Failing(X86):
         failing = True
 
@@ -133,9 +133,9 @@ def test_a_clear_that_fails_in_a_hook_loses_nothing(hook, helpers):
     assert vm.get_dirty_log(0).indices().tolist() == [5, 100]
 
 
-def test_the_first_report_is_all_ones_when_initially_set(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=300, manual_protect=True, initially_set=True)
-    base = helpers.base_gfn
+def test_the_first_report_is_all_ones_when_initially_set(harvesting, kit):
+    vm = kit.machine(harvesting, npages=300, manual_protect=True, initially_set=True)
+    base = kit.base_gfn
     first = vm.get_dirty_log(0)
     assert first.count == 300
     vm.clear_dirty_log(0, 0, 300, first)
@@ -153,15 +153,15 @@ def test_the_first_report_is_all_ones_when_initially_set(harvesting, helpers):
     assert vm.get_dirty_log(0).indices().tolist() == list(range(64))
 
 
-def test_initially_set_protects_nothing_when_logging_starts(helpers):
+def test_initially_set_protects_nothing_when_logging_starts(kit):
     faults = {}
     for initially_set in (False, True):
-        vm = helpers.machine("x86", manual_protect=True, initially_set=initially_set)
-        vm.set_memory_region(0, helpers.base_gfn, 512, log_dirty=False)
-        vm.vcpus[0].touch([helpers.base_gfn])
-        vm.set_memory_region(0, helpers.base_gfn, 512)
+        vm = kit.machine("x86", manual_protect=True, initially_set=initially_set)
+        vm.set_memory_region(0, kit.base_gfn, 512, log_dirty=False)
+        vm.vcpus[0].touch([kit.base_gfn])
+        vm.set_memory_region(0, kit.base_gfn, 512)
         before = vm.vcpus[0].faults
-        vm.vcpus[0].touch([helpers.base_gfn])
+        vm.vcpus[0].touch([kit.base_gfn])
         faults[initially_set] = vm.vcpus[0].faults - before
     assert faults == {False: 1, True: 0}
 
@@ -170,12 +170,12 @@ def test_initially_set_protects_nothing_when_logging_starts(helpers):
 
 
 @pytest.fixture(params=["x86", "arm", "arm64"])
-def ringed(request, helpers):
-    return helpers.machine(request.param, dirty_ring=128, npages=1000)
+def ringed(request, kit):
+    return kit.machine(request.param, dirty_ring=128, npages=1000)
 
 
-def test_rings_are_harvested_slot_by_slot(ringed, helpers):
-    base = helpers.base_gfn
+def test_rings_are_harvested_slot_by_slot(ringed, kit):
+    base = kit.base_gfn
     ringed.set_memory_region(4, 5000, 64)
     ringed.vcpus[0].touch([base + 5, base + 5, 5003])
     ringed.vcpus[1].touch([base + 5, base + 999])
@@ -186,20 +186,20 @@ def test_rings_are_harvested_slot_by_slot(ringed, helpers):
     assert ringed.harvest_rings()[0].indices().tolist() == [5]
 
 
-def test_a_slot_of_a_ringed_machine_is_a_source(ringed, helpers):
+def test_a_slot_of_a_ringed_machine_is_a_source(ringed, kit):
     ringed.set_memory_region(4, 5000, 64)
-    ringed.vcpus[0].touch([helpers.base_gfn + 5, 5003])
+    ringed.vcpus[0].touch([kit.base_gfn + 5, 5003])
     first, other = ringed.slot(0), ringed.slot(4)
     assert first.peek().indices().tolist() == [5]
     assert first.harvest().indices().tolist() == [5]
     assert first.harvest().count == 0
     assert other.harvest().indices().tolist() == [3]
-    ringed.vcpus[0].touch([helpers.base_gfn + 5])
+    ringed.vcpus[0].touch([kit.base_gfn + 5])
     assert first.harvest().indices().tolist() == [5]
 
 
-def test_a_vcpu_leaves_at_the_soft_limit_and_goes_on_after_a_harvest(ringed, helpers):
-    vcpu, gfns = ringed.vcpus[0], helpers.base_gfn + np.arange(200)
+def test_a_vcpu_leaves_at_the_soft_limit_and_goes_on_after_a_harvest(ringed, kit):
+    vcpu, gfns = ringed.vcpus[0], kit.base_gfn + np.arange(200)
     with pytest.raises(ring.DirtyRingFull, match="harvest_rings") as caught:
         vcpu.touch(gfns)
     assert caught.value.done == 128 - 64
@@ -214,16 +214,16 @@ def test_a_vcpu_leaves_at_the_soft_limit_and_goes_on_after_a_harvest(ringed, hel
     assert pickle.loads(pickle.dumps(caught.value)).done == 64
 
 
-def test_a_ring_that_wraps_many_times_loses_nothing(ringed, helpers):
+def test_a_ring_that_wraps_many_times_loses_nothing(ringed, kit):
     random = np.random.default_rng(1)
     for _ in range(40):
         pages = np.unique(random.integers(0, 1000, 50))
-        ringed.vcpus[0].touch(helpers.base_gfn + pages)
+        ringed.vcpus[0].touch(kit.base_gfn + pages)
         np.testing.assert_array_equal(ringed.harvest_rings()[0].indices(), pages)
 
 
-def test_a_reset_coalesces_neighbours_into_one_mask(helpers):
-    vm = helpers.machine("x86", dirty_ring=128)
+def test_a_reset_coalesces_neighbours_into_one_mask(kit):
+    vm = kit.machine("x86", dirty_ring=128)
     for pages, masks in [
         ([5, 6, 7], [(5, 0b111)]),
         ([7, 6, 5], [(5, 0b111)]),
@@ -233,7 +233,7 @@ def test_a_reset_coalesces_neighbours_into_one_mask(helpers):
         ([100, 200, 101], [(100, 1), (200, 1), (101, 1)]),
         ([100, 163, 99], [(100, 1 | 1 << 63), (99, 1)]),
     ]:
-        vm.vcpus[0].touch(helpers.base_gfn + np.array(pages))
+        vm.vcpus[0].touch(kit.base_gfn + np.array(pages))
         with vm.slots_lock:
             slots, offsets = vm.mmu.ring_entries()
             assert (slots.tolist(), offsets.tolist()) == ([0] * len(pages), pages)
@@ -242,7 +242,7 @@ def test_a_reset_coalesces_neighbours_into_one_mask(helpers):
         assert set(vm.harvest_rings()[0]) == set(pages)
 
 
-def test_a_ring_is_reset_by_an_architecture_written_in_python(helpers):
+def test_a_ring_is_reset_by_an_architecture_written_in_python(kit):
     class Python(X86):
         calls = ()
         failing = False
@@ -269,19 +269,19 @@ def test_a_ring_is_reset_by_an_architecture_written_in_python(helpers):
     assert vm.harvest_rings()[0].indices().tolist() == [64]
 
 
-def test_a_deleted_slot_leaves_nothing_in_the_rings(ringed, helpers):
-    ringed.vcpus[0].touch([helpers.base_gfn + 900])
-    ringed.set_memory_region(0, helpers.base_gfn, 0)
-    ringed.set_memory_region(0, helpers.base_gfn, 10)
+def test_a_deleted_slot_leaves_nothing_in_the_rings(ringed, kit):
+    ringed.vcpus[0].touch([kit.base_gfn + 900])
+    ringed.set_memory_region(0, kit.base_gfn, 0)
+    ringed.set_memory_region(0, kit.base_gfn, 10)
     assert ringed.harvest_rings() == {}
     assert ringed.slot(0).harvest().count == 0
 
 
-def test_rings_and_the_dirty_log_exclude_each_other(ringed, helpers):
-    ringed.vcpus[0].touch([helpers.base_gfn])
+def test_rings_and_the_dirty_log_exclude_each_other(ringed, kit):
+    ringed.vcpus[0].touch([kit.base_gfn])
     refused(errno.ENXIO, ringed.get_dirty_log, 0)
     refused(errno.ENXIO, ringed.clear_dirty_log, 0, 0, 64, pages_of(ringed, 0, npages=1000))
-    refused(errno.ENXIO, helpers.machine("x86").harvest_rings)
+    refused(errno.ENXIO, kit.machine("x86").harvest_rings)
     assert ringed.harvest_rings()[0].count == 1
 
 
@@ -300,7 +300,7 @@ def mappings(vm, slot=0):
         return vm.mmu.huge_mappings(slot)
 
 
-def test_pages_that_are_not_logged_are_mapped_512_at_once(helpers):
+def test_pages_that_are_not_logged_are_mapped_512_at_once(kit):
     vm = huge_machine(huge_pages="eager")
     assert mappings(vm) == 2
     assert vm.vcpus[0].faults == 3, "one for each whole 512 pages, one for the page after them"
@@ -365,9 +365,9 @@ def test_a_slot_that_does_not_begin_at_a_large_page_has_small_mappings():
 # ---- page-modification log -----------------------------------------------------------------
 
 
-def test_pml_notes_what_write_faults_would_have_marked(helpers):
-    vm = helpers.machine("x86", npages=2000, pml=True)
-    gfns = helpers.base_gfn + np.arange(2000)
+def test_pml_notes_what_write_faults_would_have_marked(kit):
+    vm = kit.machine("x86", npages=2000, pml=True)
+    gfns = kit.base_gfn + np.arange(2000)
     vm.vcpus[0].touch(gfns)
     assert vm.get_dirty_log(0).count == 2000
     faults = vm.vcpus[0].faults
@@ -378,9 +378,9 @@ def test_pml_notes_what_write_faults_would_have_marked(helpers):
     assert vm.vcpus[0].faults == faults, "pages stay writable"
 
 
-def test_pml_buffers_are_emptied_before_a_harvest_and_when_they_are_full(helpers):
-    vm = helpers.machine("x86", npages=2000, pml=True)
-    gfns = helpers.base_gfn + np.arange(2000)
+def test_pml_buffers_are_emptied_before_a_harvest_and_when_they_are_full(kit):
+    vm = kit.machine("x86", npages=2000, pml=True)
+    gfns = kit.base_gfn + np.arange(2000)
     vm.vcpus[0].touch(gfns)
     vm.get_dirty_log(0)
     vm.vcpus[0].touch(gfns[:600])
@@ -390,23 +390,23 @@ def test_pml_buffers_are_emptied_before_a_harvest_and_when_they_are_full(helpers
     assert vm.get_dirty_log(0).count == 700
 
 
-def test_pml_starts_clean_when_logging_is_switched_on(helpers):
-    vm = helpers.machine("x86", pml=True)
-    vm.vcpus[0].touch([helpers.base_gfn + 1])
+def test_pml_starts_clean_when_logging_is_switched_on(kit):
+    vm = kit.machine("x86", pml=True)
+    vm.vcpus[0].touch([kit.base_gfn + 1])
     vm.get_dirty_log(0)
-    vm.set_memory_region(0, helpers.base_gfn, 512, log_dirty=False)
-    vm.vcpus[0].touch(helpers.base_gfn + np.array([1, 2]))
-    vm.set_memory_region(0, helpers.base_gfn, 512)
+    vm.set_memory_region(0, kit.base_gfn, 512, log_dirty=False)
+    vm.vcpus[0].touch(kit.base_gfn + np.array([1, 2]))
+    vm.set_memory_region(0, kit.base_gfn, 512)
     assert vm.get_dirty_log(0).count == 0
-    vm.vcpus[0].touch(helpers.base_gfn + np.array([2, 3]))
+    vm.vcpus[0].touch(kit.base_gfn + np.array([2, 3]))
     assert vm.get_dirty_log(0).indices().tolist() == [2, 3]
 
 
-def test_a_moved_slot_keeps_what_pml_noted(helpers):
-    vm = helpers.machine("x86", pml=True)
-    vm.vcpus[0].touch([helpers.base_gfn + 1])
+def test_a_moved_slot_keeps_what_pml_noted(kit):
+    vm = kit.machine("x86", pml=True)
+    vm.vcpus[0].touch([kit.base_gfn + 1])
     vm.get_dirty_log(0)
-    vm.vcpus[0].touch([helpers.base_gfn + 1])
+    vm.vcpus[0].touch([kit.base_gfn + 1])
     vm.set_memory_region(0, 9000, 512)
     assert vm.get_dirty_log(0).indices().tolist() == [1]
 
@@ -425,15 +425,15 @@ GROWN = {
 
 
 @pytest.mark.parametrize("grown", GROWN)
-def test_the_value_oracle_agrees_while_two_vcpus_store(grown, helpers):
-    vm = helpers.machine("x86", npages=1300, base_gfn=512, **GROWN[grown])
+def test_the_value_oracle_agrees_while_two_vcpus_store(grown, kit):
+    vm = kit.machine("x86", npages=1300, base_gfn=512, **GROWN[grown])
     vm.harvest(0)
     # Every page holds a number, or those reported because they are initially set would hold none.
     for pages in np.array_split(512 + np.arange(1300), 10):
         vm.vcpus[0].store(pages, 1)
         vm.harvest(0)
-    oracle = helpers.oracle(vm)
-    with helpers.writers(vm, pages_at_once=300) as writers:
+    oracle = kit.oracle(vm)
+    with kit.writers(vm, pages_at_once=300) as writers:
         for _ in range(25):
             iteration = writers.next_iteration()
             oracle.check(vm.harvest(0), iteration)
@@ -441,8 +441,8 @@ def test_the_value_oracle_agrees_while_two_vcpus_store(grown, helpers):
     assert not oracle.pending.any()
 
 
-def test_copying_by_the_rings_while_two_vcpus_store_ends_in_equal_memory(helpers):
-    vm = helpers.machine("x86", npages=300, dirty_ring=128)
+def test_copying_by_the_rings_while_two_vcpus_store_ends_in_equal_memory(kit):
+    vm = kit.machine("x86", npages=300, dirty_ring=128)
     source = vm.memory(0).reshape(300, -1)
     replica = np.zeros_like(source)
 
@@ -461,7 +461,7 @@ def test_copying_by_the_rings_while_two_vcpus_store_ends_in_equal_memory(helpers
 
     random = np.random.default_rng(3)
     for value in range(1, 200):
-        store(vm.vcpus[value % 2], helpers.base_gfn + random.integers(0, 300, 50), value)
+        store(vm.vcpus[value % 2], kit.base_gfn + random.integers(0, 300, 50), value)
         if value % 7 == 0:
             copy()
     copy()

@@ -156,32 +156,32 @@ def test_a_view_of_the_memory_outlives_the_slot(vm):
     view[0] = 5
 
 
-def test_deleting_a_slot_takes_its_pages_away_from_the_vcpus(harvesting, helpers):
-    vm = helpers.machine(harvesting)
-    vm.vcpus[0].touch([helpers.base_gfn])
+def test_deleting_a_slot_takes_its_pages_away_from_the_vcpus(harvesting, kit):
+    vm = kit.machine(harvesting)
+    vm.vcpus[0].touch([kit.base_gfn])
     vm.set_memory_region(0, 0, 0)
-    assert f"{helpers.base_gfn:#x}" in refused(errno.EFAULT, vm.vcpus[0].touch, [helpers.base_gfn])
-    vm.set_memory_region(0, helpers.base_gfn, 10)
+    assert f"{kit.base_gfn:#x}" in refused(errno.EFAULT, vm.vcpus[0].touch, [kit.base_gfn])
+    vm.set_memory_region(0, kit.base_gfn, 10)
     assert vm.get_dirty_log(0).count == 0
-    vm.vcpus[0].touch([helpers.base_gfn])
+    vm.vcpus[0].touch([kit.base_gfn])
     assert vm.memory(0)[0] == 1
     assert vm.get_dirty_log(0).count == 1
 
 
-def test_a_moved_slot_keeps_memory_log_and_numbers(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=100)
-    vm.vcpus[0].touch(helpers.base_gfn + np.array([1, 64, 99]))
-    vm.set_memory_region(0, helpers.base_gfn + 50, 100)
-    vm.vcpus[1].touch(helpers.base_gfn + 50 + np.array([2, 64]))
+def test_a_moved_slot_keeps_memory_log_and_numbers(harvesting, kit):
+    vm = kit.machine(harvesting, npages=100)
+    vm.vcpus[0].touch(kit.base_gfn + np.array([1, 64, 99]))
+    vm.set_memory_region(0, kit.base_gfn + 50, 100)
+    vm.vcpus[1].touch(kit.base_gfn + 50 + np.array([2, 64]))
     assert vm.get_dirty_log(0).indices().tolist() == [1, 2, 64, 99]
     assert vm.get_dirty_log(0).count == 0
     assert vm.memory(0)[64 * PAGE] == 2
-    refused(errno.EFAULT, vm.vcpus[0].touch, [helpers.base_gfn + 49])
+    refused(errno.EFAULT, vm.vcpus[0].touch, [kit.base_gfn + 49])
 
 
-def test_logging_switched_on_reports_what_is_written_from_then_on(harvesting, helpers):
-    vm = helpers.machine(harvesting)
-    base = helpers.base_gfn
+def test_logging_switched_on_reports_what_is_written_from_then_on(harvesting, kit):
+    vm = kit.machine(harvesting)
+    base = kit.base_gfn
     vm.set_memory_region(0, base, 512, log_dirty=False)
     vm.vcpus[0].touch([base, base + 1])
     vm.set_memory_region(0, base, 512, log_dirty=True)

@@ -110,11 +110,11 @@ class ProtectAfterSnapshotLocked(Injecting):
         return mmu.get_dirty_log(vm, slot, out)
 
 
-def run(injecting, helpers, injected, contents=False):
+def run(injecting, kit, injected, contents=False):
     """Three harvests: before, in, and after the one that the stores are injected into."""
     vm = dl.VM(injecting, vcpus=2)
     vm.set_memory_region(0, 0, 128)
-    oracle = helpers.oracle(vm)
+    oracle = kit.oracle(vm)
     vm.memory_values = oracle.read
     vm.vcpus[0].store([PAGE], 1)
     injecting.stores = [(vm.vcpus[vcpu], page, value) for vcpu, page, value in injected]
@@ -148,16 +148,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_wrong_order_loses_a_page_and_the_oracle_catches_it(case, helpers):
+def test_the_wrong_order_loses_a_page_and_the_oracle_catches_it(case, kit):
     wrong, _, stores, contents = CASES[case]
-    with pytest.raises(helpers.lost_write):
-        run(wrong(), helpers, stores, contents)
+    with pytest.raises(kit.lost_write):
+        run(wrong(), kit, stores, contents)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_right_order_with_the_same_store_loses_nothing(case, helpers):
+def test_the_right_order_with_the_same_store_loses_nothing(case, kit):
     _, right, stores, contents = CASES[case]
-    reported = run(right(), helpers, stores, contents)
+    reported = run(right(), kit, stores, contents)
     assert reported[0] >= 1
 
 
@@ -209,10 +209,10 @@ GUARDED = {
 
 
 @pytest.mark.parametrize("kind", GUARDED)
-def test_whenever_mmu_lock_is_free_a_page_is_protected_or_its_bit_is_set(kind, helpers):
+def test_whenever_mmu_lock_is_free_a_page_is_protected_or_its_bit_is_set(kind, kit):
     name, options = GUARDED[kind]
-    vm = helpers.machine(name, npages=1100, base_gfn=512, **options)
-    with helpers.writers(vm) as writers:
+    vm = kit.machine(name, npages=1100, base_gfn=512, **options)
+    with kit.writers(vm) as writers:
         for _ in range(20):
             writers.next_iteration()
             for step in (
@@ -238,7 +238,7 @@ def test_the_invariant_is_seen_broken_when_a_harvest_protects_nothing():
         assert vm.mmu.unguarded(0) == 0
 
 
-def test_a_store_through_a_stale_entry_is_in_this_snapshot(helpers):
+def test_a_store_through_a_stale_entry_is_in_this_snapshot(kit):
     """Between steps two and three of I2: the page is protected, the entry still cached."""
     injecting = FlushKept()
     vm = dl.VM(injecting)

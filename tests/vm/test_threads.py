@@ -11,11 +11,11 @@ import dirtylog as dl
 ITERATIONS = 25
 
 
-def test_the_value_oracle_agrees_while_two_vcpus_store(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=300)
-    oracle = helpers.oracle(vm)
+def test_the_value_oracle_agrees_while_two_vcpus_store(harvesting, kit):
+    vm = kit.machine(harvesting, npages=300)
+    oracle = kit.oracle(vm)
     reported = 0
-    with helpers.writers(vm) as writers:
+    with kit.writers(vm) as writers:
         for _ in range(ITERATIONS):
             iteration = writers.next_iteration()
             reported += oracle.check(vm.get_dirty_log(0), iteration)
@@ -30,11 +30,11 @@ def copy_pages(dirty, source, replica):
     replica.reshape(dirty.npages, -1)[pages] = source.reshape(dirty.npages, -1)[pages]
 
 
-def test_copying_by_the_log_while_vcpus_store_ends_in_equal_memory(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=257)
+def test_copying_by_the_log_while_vcpus_store_ends_in_equal_memory(harvesting, kit):
+    vm = kit.machine(harvesting, npages=257)
     source = vm.memory(0)
     replica = np.zeros_like(source)
-    with helpers.writers(vm) as writers:
+    with kit.writers(vm) as writers:
         for _ in range(ITERATIONS):
             writers.next_iteration()
             copy_pages(vm.get_dirty_log(0), source, replica)
@@ -61,8 +61,8 @@ def test_a_harvest_that_meets_a_store_half_way_reports_the_rest_of_it(harvesting
     assert vm.get_dirty_log(0).count == 1 or last == 2
 
 
-def test_two_harvesters_share_the_pages_between_them(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=200)
+def test_two_harvesters_share_the_pages_between_them(harvesting, kit):
+    vm = kit.machine(harvesting, npages=200)
     found = [[], []]
     stop = threading.Event()
 
@@ -86,9 +86,9 @@ def test_two_harvesters_share_the_pages_between_them(harvesting, helpers):
     assert (vm.memory(0)[::4096] == 50).all()
 
 
-def test_vcpus_that_touch_the_same_pages_each_count(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=64)
-    pages = np.tile(helpers.base_gfn + np.arange(64), 50)
+def test_vcpus_that_touch_the_same_pages_each_count(harvesting, kit):
+    vm = kit.machine(harvesting, npages=64)
+    pages = np.tile(kit.base_gfn + np.arange(64), 50)
     threads = [threading.Thread(target=vcpu.touch, args=(pages,)) for vcpu in vm.vcpus]
     for thread in threads:
         thread.start()
@@ -97,9 +97,9 @@ def test_vcpus_that_touch_the_same_pages_each_count(harvesting, helpers):
     assert (vm.memory(0)[::4096] == 100).all()
 
 
-def test_a_slot_moves_and_comes_and_goes_while_vcpus_store(harvesting, helpers):
-    vm = helpers.machine(harvesting, npages=100)
-    with helpers.writers(vm) as writers:
+def test_a_slot_moves_and_comes_and_goes_while_vcpus_store(harvesting, kit):
+    vm = kit.machine(harvesting, npages=100)
+    with kit.writers(vm) as writers:
         for turn in range(10):
             writers.next_iteration()
             # Stores to slot 0 go on; slot 1 comes, moves and goes beside it.
@@ -112,9 +112,9 @@ def test_a_slot_moves_and_comes_and_goes_while_vcpus_store(harvesting, helpers):
                 vm.vcpus[1].touch([2000 + turn])
 
 
-def test_no_write_is_lost_while_a_slot_moves_back_and_forth(harvesting, helpers):
-    vm = helpers.machine(harvesting, vcpus=2, npages=64)
-    here, there = helpers.base_gfn, helpers.base_gfn + 1000
+def test_no_write_is_lost_while_a_slot_moves_back_and_forth(harvesting, kit):
+    vm = kit.machine(harvesting, vcpus=2, npages=64)
+    here, there = kit.base_gfn, kit.base_gfn + 1000
     stop = threading.Event()
     seen = []
 
@@ -165,9 +165,9 @@ def call_while_locked(lock, call):
 
 
 @pytest.mark.parametrize("call", ["touch", "store", "write", "harvest", "peek-slots", "region"])
-def test_waiting_for_a_lock_lets_other_python_threads_run(call, helpers):
-    vm = helpers.machine("x86")
-    gfn = helpers.base_gfn
+def test_waiting_for_a_lock_lets_other_python_threads_run(call, kit):
+    vm = kit.machine("x86")
+    gfn = kit.base_gfn
     lock, function = {
         "touch": (vm.mmu_lock, lambda: vm.vcpus[0].touch([gfn])),
         "store": (vm.mmu_lock, lambda: vm.vcpus[0].store([gfn], 1)),
@@ -179,13 +179,13 @@ def test_waiting_for_a_lock_lets_other_python_threads_run(call, helpers):
     assert call_while_locked(lock, function)
 
 
-def test_mmu_lock_excludes_a_fault_that_runs_without_the_gil(helpers):
-    vm = helpers.machine("x86")
+def test_mmu_lock_excludes_a_fault_that_runs_without_the_gil(kit):
+    vm = kit.machine("x86")
     entered = threading.Event()
 
     def run():
         entered.set()
-        vm.vcpus[0].touch([helpers.base_gfn])
+        vm.vcpus[0].touch([kit.base_gfn])
 
     thread = threading.Thread(target=run)
     with vm.mmu_lock:
@@ -198,16 +198,16 @@ def test_mmu_lock_excludes_a_fault_that_runs_without_the_gil(helpers):
     assert vm.vcpus[0].faults == 1
 
 
-def test_a_lock_taken_twice_in_one_thread_is_an_error_not_a_hang(helpers):
-    vm = helpers.machine("x86")
+def test_a_lock_taken_twice_in_one_thread_is_an_error_not_a_hang(kit):
+    vm = kit.machine("x86")
     with vm.mmu_lock:
         with pytest.raises(RuntimeError, match="mmu_lock"), vm.mmu_lock:
             pass
         with pytest.raises(RuntimeError, match="holds a lock"):
-            vm.vcpus[0].touch([helpers.base_gfn])
+            vm.vcpus[0].touch([kit.base_gfn])
     with vm.slots_lock, pytest.raises(RuntimeError, match="slots_lock"):
         vm.get_dirty_log(0)
-    vm.vcpus[0].touch([helpers.base_gfn])
+    vm.vcpus[0].touch([kit.base_gfn])
     assert vm.get_dirty_log(0).count == 1
 
 

@@ -206,9 +206,13 @@ def run_model(args: argparse.Namespace) -> Outcome:
 
 
 def page_rows(args: argparse.Namespace, page_size: int = 4096) -> Any:
-    """Allocate the memory that is written to, one row a page."""
+    """Allocate the memory that is written to, one row a page, and give every page its own content."""
     # Any, because numpy declares its arrays to be buffers from Python 3.12 on only.
-    return dl.zeros((args.size * MIB // page_size, page_size), dtype=np.uint8)
+    memory: Any = dl.empty((args.size * MIB // page_size, page_size), dtype=np.uint8)
+    # Pages that were never written would have the kernel fetch memory at the first
+    # write to each: the figures would be the allocator's, not dirty tracking's.
+    memory[:] = np.arange(len(memory), dtype=np.uint64).astype(np.uint8)[:, np.newaxis]
+    return memory
 
 
 def new_writers(write: Write, args: argparse.Namespace, pages: int) -> Writers:

@@ -14,8 +14,8 @@ from dirtylog.sources import _kvm
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from typing_extensions import Buffer
 
+    from dirtylog._typing import Memory
     from dirtylog.sources.kvm_vm import VM
 
 __all__ = ["Region", "Slot", "check_out", "lend", "refuse"]
@@ -34,7 +34,7 @@ class Region:
     __slots__ = ("base_gfn", "log_dirty", "memory", "npages", "pending", "pinned", "slot")
 
     def __init__(
-        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Buffer, pinned: _kvm.Pinned
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Memory, pinned: _kvm.Pinned
     ) -> None:
         self.slot = slot
         self.base_gfn = base_gfn
@@ -66,7 +66,7 @@ class Region:
         return pages
 
 
-def lend(slot: int, npages: int, memory: Buffer | None) -> tuple[Buffer, _kvm.Pinned]:
+def lend(slot: int, npages: int, memory: Memory | None) -> tuple[Memory, _kvm.Pinned]:
     """Check the memory for a slot, or make some, and hold it where it is; ValueError when it does not do."""
     size = npages * PAGE_SIZE
     if memory is None:
@@ -125,7 +125,7 @@ class Slot:
         self.page_size = vm.page_size
 
     @property
-    def memory(self) -> Buffer:
+    def memory(self) -> Memory:
         """The memory behind the slot: what was given, or an anonymous mapping."""
         return self._region.memory
 

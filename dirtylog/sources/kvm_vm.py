@@ -23,8 +23,8 @@ from dirtylog.sources.kvm_vcpu import Vcpu
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from typing_extensions import Buffer
 
+    from dirtylog._typing import Memory
     from dirtylog.sources.kvm import Kvm
 
 __all__ = ["VM"]
@@ -88,7 +88,7 @@ class VM(Resource):
     # ---- memory -------------------------------------------------------------
 
     def set_memory_region(
-        self, slot: int, base_gfn: int, npages: int, log_dirty: bool = True, memory: Buffer | None = None
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool = True, memory: Memory | None = None
     ) -> None:
         """Create, move, change or delete a memory slot.
 
@@ -213,7 +213,8 @@ class VM(Resource):
         Writes through it are the host's, and KVM does not log them.
         """
         region = self._region(slot)
-        return np.frombuffer(memoryview(region.memory), np.uint8, region.npages * self.page_size)
+        view = memoryview(region.memory)  # type: ignore[arg-type]  # an array is one, on Python 3.11 too
+        return np.frombuffer(view, np.uint8, region.npages * self.page_size)
 
     def get_dirty_log(self, slot: int, out: object = None) -> DirtyPages:
         """Report the pages of a slot written since the last report (KVM_GET_DIRTY_LOG).

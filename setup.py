@@ -59,4 +59,5 @@ setup(
         build_dir="build/cython",
         compiler_directives={"linetrace": switch("DIRTYLOG_TRACE"), "language_level": "3"},
     ),
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
 )

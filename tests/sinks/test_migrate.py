@@ -10,7 +10,7 @@ import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog
 from dirtylog.sinks.migrate import MigrationError, NotConverging, Policy, receive, send
-from dirtylog.sinks.wire import WireError
+from dirtylog.sinks.wire import Channel, Kind, WireError
 
 NPAGES = 600
 
@@ -311,6 +311,19 @@ def test_a_line_cut_after_any_number_of_bytes_leaves_the_source_intact_and_retry
         result, memory = migrated(source)
         assert result.rounds
         assert (memory == source.memory).all()
+
+
+def test_an_answer_that_does_not_match_is_no_arrival():
+    source = Source(19, npages=4)
+    here, there = socket.socketpair()
+    with here, there:
+        answering = Channel(there)
+
+        answering.send(Kind.READY, counted=False)
+        with pytest.raises(MigrationError, match="the receiver's digest differs") as caught:
+            send(here, source.memory, source.observer, pause=lambda: answering.send(Kind.DONE, bytes(32)))
+    assert caught.value.uncertain
+    assert source.pending().count == 4
 
 
 def test_an_error_in_pause_puts_everything_back():

@@ -152,6 +152,7 @@ BOMB = zstandard.ZstdCompressor().compress(bytes(1 << 26))
         BEGIN + pages([(0, 4096)], zstandard.ZstdCompressor().compress(DATA + b"x"), codec=1),
         BEGIN + pages([(0, 4096)], zstandard.ZstdCompressor().compress(DATA[:-1]), codec=1),
         BEGIN + zeros([]),
+        BEGIN + zeros([(4096, (1 << 63) - 4096), (8192, 8192)]),
         BEGIN + zeros([(NBYTES, 1)]),
         BEGIN + frame(Kind.ZEROS, bytes(17), sequence=2),
         BEGIN + frame(Kind.ZEROS, length=16 * MAX_EXTENTS + 1, sequence=2),

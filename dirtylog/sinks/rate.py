@@ -225,12 +225,8 @@ class RateMeter:
 
         Parameters
         ----------
-        bandwidth : float
-            Bytes a second.
-        downtime : float
-            Seconds that the program may be paused for.
-        max_rounds : int, default 30
-            Where it has not converged by then, it does not.
+        bandwidth, downtime, max_rounds : float, float, int
+            In bytes a second and seconds, as :func:`dirtylog.sinks.forecast.forecast` takes them.
 
         Returns
         -------

@@ -95,12 +95,13 @@ class LogMachine(RuleBasedStateMachine):
 
     @rule(source=consumes(sources))
     def detach(self, source):
+        inexact = source.inexact
         # A suspect says so; and so does one that fails at the end.
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.log.detach(source)
         assert bool(caught) == (source.fails or source in self.suspects)
-        if source.fails or source.inexact or source in self.suspects:
+        if source.fails or inexact or source in self.suspects:
             self.give(self.pages_of(source), exact=False)
         if not source.fails:
             self.give({self.attached[source] + page for page in source.marked}, exact=True)

@@ -1,12 +1,17 @@
 """Dirty pages as byte extents, and the windows in which a sink works through them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog._pages import DirtyPages
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
 
 __all__ = ["WINDOW", "PackedExtents", "flat_bytes"]
 
@@ -15,7 +20,7 @@ __all__ = ["WINDOW", "PackedExtents", "flat_bytes"]
 WINDOW = 1 << 20
 
 
-def flat_bytes(memory: Buffer, *, writable: bool = False, what: str = "memory") -> memoryview:
+def flat_bytes(memory: Memory, *, writable: bool = False, what: str = "memory") -> memoryview:
     """Return memory as a flat view of bytes.
 
     Raises
@@ -25,8 +30,9 @@ def flat_bytes(memory: Buffer, *, writable: bool = False, what: str = "memory") 
     ValueError
         It is not C-contiguous, empty, or read-only where it is to be written.
     """
+    buffer: Any = memory  # an array is one, whatever a type checker sees on Python 3.11
     try:
-        view = memoryview(memory)
+        view = memoryview(buffer)
     except TypeError:
         raise TypeError(f"{what} is {type(memory).__name__}; a buffer is needed") from None
     if not view.c_contiguous:
@@ -36,7 +42,8 @@ def flat_bytes(memory: Buffer, *, writable: bool = False, what: str = "memory") 
     if view.nbytes == 0:
         raise ValueError(f"{what} is empty; at least one byte is needed")
     # By way of numpy: memoryview.cast() refuses structured items.
-    return memoryview(np.frombuffer(memory, np.uint8))  # type: ignore[call-overload]
+    flat: Any = np.frombuffer(buffer, np.uint8)
+    return memoryview(flat)
 
 
 class PackedExtents:

@@ -6,6 +6,8 @@ round only. A migration that fails makes every page it had taken dirty again, an
 been.
 """
 
+from __future__ import annotations
+
 import socket
 import time
 from collections.abc import Callable
@@ -14,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog._core import zero_pages
 from dirtylog._pages import DirtyPages
@@ -39,6 +40,9 @@ from dirtylog.sinks.receive import receive
 from dirtylog.sinks.wire import Channel, Kind, WireError
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from dirtylog._typing import Memory
     from dirtylog.log import Observer
 
 __all__ = ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"]
@@ -138,8 +142,8 @@ class _Sender:
 
 def send(
     sock: socket.socket,
-    memory: Buffer,
-    observer: "Observer",
+    memory: Memory,
+    observer: Observer,
     *,
     policy: Policy | None = None,
     pause: Callable[[], object] | None = None,

@@ -1,14 +1,19 @@
 """What the two ends of a migration agree on: policy, statistics, errors, and the payloads of frames."""
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog.errors import BackendUnavailable, DirtyLogError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = [
     "HELLO",
@@ -28,7 +33,7 @@ __all__ = [
 
 # Below this a window's table of extents would not fit its frame.
 MIN_PAGE_SIZE = 512
-# Memory size and page size in bytes, codec; number of the round; number of extents, codec.
+# Buffer size and page size in bytes, codec; number of the round; number of extents, codec.
 HELLO = struct.Struct("<QQB")
 ROUND = struct.Struct("<Q")
 PAGES = struct.Struct("<IB3x")
@@ -152,7 +157,7 @@ class MigrationError(DirtyLogError):
         self.uncertain = uncertain
 
 
-class NotConverging(MigrationError):  # noqa: N818 - it is an answer, not a fault
+class NotConverging(MigrationError):
     """The memory is dirtied faster than it can be sent; `rounds` shows by how much."""
 
 

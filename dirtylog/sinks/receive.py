@@ -1,12 +1,13 @@
 """The destination of a migration: takes frames from a socket, trusts none of them, and fills memory."""
 
+from __future__ import annotations
+
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog._core import DirtyBitmap
 from dirtylog._pages import check_geometry
@@ -25,6 +26,9 @@ from dirtylog.sinks.migration import (
     granule_offsets,
 )
 from dirtylog.sinks.wire import MAX_EXTENTS, Channel, Kind, WireError
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
 
 __all__ = ["receive"]
 
@@ -66,7 +70,7 @@ class _Receiver:
             raise WireError(f"a PAGES frame of {count} extents, codec {codec}, in {payload.nbytes} bytes")
         extents = _table(payload[PAGES.size : end], self.target.nbytes, self.granule)
         size = int(extents[:, 1].sum())
-        data: Buffer = payload[end:]
+        data: memoryview | bytes = payload[end:]
         if codec == ZSTD:
             data = self.unpacked(payload[end:], size)
         if memoryview(data).nbytes != size:
@@ -101,7 +105,7 @@ class _Receiver:
 def receive(
     sock: socket.socket,
     *,
-    out: Buffer | None = None,
+    out: Memory | None = None,
     limit: int = 1 << 36,
     progress: Callable[[int, int], object] | None = None,
 ) -> Any:

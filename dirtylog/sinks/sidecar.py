@@ -6,6 +6,8 @@ there is none. Everything in it is checked before anything is believed; a text t
 signature: whoever can write the files can write matching digests too.
 """
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import json
@@ -14,13 +16,14 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING, Any
 
 from dirtylog._pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError
 from dirtylog.sinks.extents import WINDOW
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = [
     "MAX_PAGES",

@@ -10,14 +10,15 @@ Both files appear together or not at all (:mod:`dirtylog.sinks.staged`). One wri
 readers.
 """
 
+from __future__ import annotations
+
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import Buffer
 
 from dirtylog._core import zero_pages
 from dirtylog._pages import DirtyPages, check_geometry
@@ -28,6 +29,9 @@ from dirtylog.sinks.extents import WINDOW, PackedExtents, flat_bytes
 from dirtylog.sinks.rebase import rebase
 from dirtylog.sinks.sidecar import Sidecar, SnapshotError, hasher
 from dirtylog.sinks.staged import Staged, finish, open_data
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
 
 __all__ = ["Info", "SnapshotError", "info", "rebase", "restore", "save", "save_diff", "verify"]
 
@@ -93,7 +97,7 @@ def _save(path: str, view: memoryview, pages: DirtyPages, parent: tuple[str, str
 
 def save(
     path: StrPath,
-    memory: Buffer,
+    memory: Memory,
     *,
     page_size: int = 4096,
     epoch: int | None = None,
@@ -160,7 +164,7 @@ def save(
 
 def save_diff(
     path: StrPath,
-    memory: Buffer,
+    memory: Memory,
     pages: DirtyPages,
     *,
     parent: StrPath,
@@ -226,7 +230,7 @@ def save_diff(
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def restore(path: StrPath, *, out: Buffer | None = None, limit: int = 1 << 36, progress: Progress | None = None) -> Any:
+def restore(path: StrPath, *, out: Memory | None = None, limit: int = 1 << 36, progress: Progress | None = None) -> Any:
     """Read the memory of a snapshot back, laying each diff of its chain over what it was taken over.
 
     Parameters

@@ -5,16 +5,20 @@ the payload; little-endian) and its payload. Numbers make a lost, repeated or re
 digest over all headers, which holds their CRCs, lets both ends agree at the end that they saw the same.
 """
 
+from __future__ import annotations
+
 import hashlib
 import socket
 import struct
 import zlib
 from enum import IntEnum
-
-from typing_extensions import Buffer
+from typing import TYPE_CHECKING
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks.extents import WINDOW
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Channel", "Kind", "WireError"]
 

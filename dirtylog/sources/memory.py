@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from dirtylog._core import compare_pages
 from dirtylog._pages import DirtyPages
@@ -19,9 +18,9 @@ from dirtylog.sources.arrays import empty, zeros
 from dirtylog.sources.probe import Mapping, mappings_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from dirtylog._typing import Memory
 
-    Trackable = Buffer | npt.NDArray[Any]
+    Trackable = Memory
 
 __all__ = ["BACKENDS", "Tracker", "empty", "track", "zeros"]
 

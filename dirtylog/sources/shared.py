@@ -19,7 +19,7 @@ from dirtylog.errors import DirtyLogError
 from dirtylog.sources._resource import Resource
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from dirtylog._typing import Memory
 
 __all__ = ["LOG_PAGE", "SharedLog"]
 
@@ -232,7 +232,7 @@ class SharedLog(Resource):
         return bitmap
 
     def harvest(
-        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: "Buffer | None" = None
+        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: "Memory | None" = None
     ) -> DirtyPages:
         """Get and clear the marks, atomically.
 

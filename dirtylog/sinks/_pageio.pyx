@@ -23,11 +23,13 @@ __all__ = ["copy_extents", "data_extents", "gather", "read_extents", "scatter", 
 # Extents that are neighbours in the file go into one system call, as many as this.
 cdef enum:
     VECTORS = 64
-    AHEAD = 256
 
 
-cdef extern from *:
-    void dl_prefetch "__builtin_prefetch"(const void *address, int write, int locality) noexcept nogil
+cdef extern from "sinks/_stream.h" nogil:
+    int64_t DL_STREAM_BYTES
+    void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes) noexcept
+    void dl_stream_end() noexcept
+
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
@@ -122,20 +124,22 @@ cdef void move(char *target, const char *source, const int64_t *extents, Py_ssiz
                bint source_packed) noexcept nogil:
     cdef Py_ssize_t i
     cdef int64_t packed = 0
-    cdef int64_t offset, length, line
+    cdef int64_t offset, length
     for i in range(n):
         offset = extents[2 * i]
         length = extents[2 * i + 1]
-        # Scattered pages begin cold: the hardware prefetcher learns a page only once it is half over.
-        if i + 1 < n:
-            for line in range(0, min(extents[2 * i + 3], <int64_t>AHEAD), 64):
-                if not source_packed:
-                    dl_prefetch(source + extents[2 * i + 2] + line, 0, 3)
-                if not target_packed:
-                    dl_prefetch(target + extents[2 * i + 2] + line, 1, 3)
         memcpy(target + (packed if target_packed else offset), source + (packed if source_packed else offset),
                <size_t>length)
         packed += length
+
+
+cdef void stream(char *target, const char *source, const int64_t *extents, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, after
+    for i in range(n):
+        after = min(i + 1, n - 1)
+        dl_stream_copy(target + extents[2 * i], source + extents[2 * i], <size_t>extents[2 * i + 1],
+                       source + extents[2 * after], <size_t>extents[2 * after + 1])
+    dl_stream_end()
 
 
 def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
@@ -172,8 +176,11 @@ def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
     cdef const char *origin = read.start()
     cdef int64_t total
     with nogil:
-        move(to, origin, rows, n, False, False)
         total = total_length(rows, n)
+        if total >= DL_STREAM_BYTES:
+            stream(to, origin, rows, n)
+        else:
+            move(to, origin, rows, n, False, False)
     return total
 
 

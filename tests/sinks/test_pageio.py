@@ -32,6 +32,19 @@ def test_copy_moves_the_extents_and_nothing_else():
     assert (target == want).all()
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_large_copy_moves_the_extents_and_nothing_else(shift):
+    # Past the size from which stores stream, at offsets and of lengths that allow it and that do not.
+    source = np.random.default_rng(6).integers(0, 256, (40 << 20) + 1, np.uint8)[shift:]
+    target = np.zeros_like(source)
+    extents = np.array([(0, 9 << 20), (10 << 20, 4096), (11 << 20, 65), ((12 << 20) + 3, 9 << 20), (39 << 20, 1 << 20)])
+    want = np.zeros_like(source)
+    for offset, length in extents:
+        want[offset : offset + length] = source[offset : offset + length]
+    assert _pageio.copy_extents(source, target, extents) == extents[:, 1].sum()
+    assert (target == want).all()
+
+
 def test_gather_and_scatter_are_each_others_reverse():
     source, target = memory(1), memory(2)
     want = expected(source, target)

@@ -1,0 +1,47 @@
+/* Copying scattered pages, more of them than the caches hold, at the speed of one large memcpy. */
+#ifndef DIRTYLOG_SINKS_STREAM_H
+#define DIRTYLOG_SINKS_STREAM_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+/* From here on a copy would displace everything else from a core's own caches,
+ * and fetch every line of the target only to overwrite it. */
+#define DL_STREAM_BYTES ((int64_t)4 << 20)
+#define DL_STREAM_LINE ((size_t)64)
+
+/* Stores go past the caches, and while a page is copied the next one is
+ * fetched: the hardware prefetcher stops at a page's end. `next` has
+ * `next_bytes`; it is only fetched, never used. */
+static inline void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes)
+{
+#if defined(__SSE2__)
+    if (((uintptr_t)target & 15) == 0 && nbytes % DL_STREAM_LINE == 0) {
+        for (size_t at = 0; at < nbytes; at += DL_STREAM_LINE) {
+            if (at < next_bytes)
+                _mm_prefetch(next + at, _MM_HINT_T0);
+            for (size_t part = at; part < at + DL_STREAM_LINE; part += 16)
+                _mm_stream_si128((__m128i *)(void *)(target + part),
+                                 _mm_loadu_si128((const __m128i *)(const void *)(source + part)));
+        }
+        return;
+    }
+#endif
+    memcpy(target, source, nbytes);
+}
+
+/* Streaming stores are in no order with later plain ones: nobody may hear that
+ * the copy is done before it is. */
+static inline void dl_stream_end(void)
+{
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#endif /* DIRTYLOG_SINKS_STREAM_H */

@@ -25,8 +25,9 @@ OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:detect_stack_use_after_return=1",
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
-# Programs and models that Python only starts: the sanitizer would watch the compiler.
-NOT_HERE = ("tests/formal", "tests/sanitize", "tests/docs")
+# Programs and models that Python only starts (the sanitizer would watch the compiler), and extensions of others,
+# which a Python without the sanitizer builds and loads.
+NOT_HERE = ("tests/formal", "tests/sanitize", "tests/docs", "tests/capi")
 # The comparing tracker reads whole pages, the bytes beside an unaligned array included. That is its contract, since a
 # neighbour's write dirties the page, too, and the page is mapped; but the sanitizer knows the array's bytes alone.
 # What compares is run by tests/core.

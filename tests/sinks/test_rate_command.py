@@ -1,0 +1,70 @@
+"""The commands that read a trace: `rate` says what the trace says, `report` writes its page."""
+
+import argparse
+import json
+from importlib import import_module
+
+import pytest
+
+import dirtylog as dl
+
+pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
+
+from dirtylog.sinks.trace import Recorder, TraceError
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.parquet"
+    with Recorder(path, 1000) as recorder:
+        for time, first in ((1.0, 0), (2.0, 50), (2.0, 90), (4.0, 300)):
+            recorder.write(time, dl.DirtyPages.from_runs([[first, 100]], 1000))
+        recorder.regions["low"] = (0, 200)
+    return path
+
+
+def run(name, *words):
+    command = import_module(f"dirtylog.commands.{name}")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_rate_answers_in_json(trace, capsys):
+    assert run("rate", trace, "--json", "--window", "2", "60", "--bandwidth", "4096000", "--downtime", "0.5") == 0
+    answer = json.loads(capsys.readouterr().out)
+    # The second epoch of one moment is counted with the next one.
+    assert answer["bytes"] == 400 * 4096
+    assert answer["seconds"] == 4.0
+    assert answer["bytes_per_second"] == 100 * 4096
+    assert answer["peak_bytes_per_second"] == 100 * 4096
+    assert answer["working_set_bytes"] == {"2": 200 * 4096, "60": 290 * 4096}
+    assert answer["regions_bytes"] == {"low": 300 * 4096}
+    assert [(m["verdict"], len(m["rounds"])) for m in answer["migrations"]] == [("converges", 1)]
+
+
+def test_rate_answers_people(trace, capsys):
+    assert run("rate", trace) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1.6 MiB dirtied in 4.00 s" in text
+    assert "converges" in text
+
+
+def test_report_writes_its_page_next_to_the_trace(trace, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
+    assert run("report", trace) == 0
+    page = trace.with_suffix(".html")
+    assert capsys.readouterr().out == f"{page}\n"
+    assert "4 epochs in 4.000 s" in page.read_text(encoding="utf-8")
+    other = trace.with_name("other.html")
+    assert run("report", trace, "--output", other, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["report"] == str(other)
+    assert other.stat().st_size == page.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["rate", "report"])
+def test_what_is_no_trace_is_an_error_of_dirtylog(name, tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"no trace")
+    with pytest.raises(TraceError, match="not a Parquet file"):
+        run(name, path)

@@ -303,10 +303,12 @@ def test_signals_during_a_harvest_of_the_rings_lose_nothing(vm):
 @needs_kvm
 def test_a_slot_that_is_moved_keeps_its_log(vm):
     guest = machine(vm, "legacy", 64)
+    guest.write([GFN + 4])
+    assert pages(vm.slot(0).peek()) == [4]
     guest.write([GFN + 5])
     vm.set_memory_region(0, GFN + 1000, 64)
     guest.write([GFN + 1006])
-    assert pages(vm.get_dirty_log(0)) == [5, 6]
+    assert pages(vm.get_dirty_log(0)) == [4, 5, 6]
 
 
 @needs_kvm

@@ -53,7 +53,8 @@ def compare(directory, memory, dirty):
     partial = seconds(incremental)
     print(
         f"{dirty.count / dirty.npages:.1%} dirty: diff {partial * 1e3:7.1f} ms; write() of all "
-        f"{written / partial:.1f} times that, save() {full / partial:.1f} times; {infos[-1].allocated / dirty.nbytes:.3f} bytes a dirty byte"
+        f"{written / partial:.1f} times that, save() {full / partial:.1f} times; "
+        f"{infos[-1].allocated / dirty.nbytes:.3f} bytes a dirty byte"
     )
 
 

@@ -30,7 +30,7 @@ MOST_REFERENCE_PAGES = 1 << 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "--pages", type=int, default=1 << 20, metavar="N", help="pages of the bitmap (default %(default)s)"
+        "--pages", type=page_count, default=1 << 20, metavar="N", help="pages of the bitmap (default %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 

@@ -352,10 +352,10 @@ class VM:
         Raises
         ------
         OSError
-            ENXIO: the machine has no dirty rings.
+            EINVAL: the machine has no dirty rings.
         """
         if self.rings is None:
-            raise OSError(errno.ENXIO, "the machine has no dirty rings; create it with dirty_ring=4096")
+            raise OSError(errno.EINVAL, "the machine has no dirty rings; create it with dirty_ring=4096")
         with self.slots_lock:
             return self.rings.harvest()
 

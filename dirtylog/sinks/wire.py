@@ -7,6 +7,7 @@ digest over all headers, which holds their CRCs, lets both ends agree at the end
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
 import struct
@@ -180,10 +181,9 @@ class Channel:
     def refuse(self, reason: str) -> None:
         """Tell the peer why this side gives up, if it still listens."""
         patience = self._sock.gettimeout()
-        try:
+        # It may be gone, or not read; the caller raises what went wrong in the first place.
+        with contextlib.suppress(OSError):
             self._sock.settimeout(1 if patience is None else min(patience, 1))
             self.send(Kind.REFUSED, reason.encode("utf-8")[:1000], counted=False)
+        with contextlib.suppress(OSError):
             self._sock.settimeout(patience)
-        except OSError:
-            # It is gone, or does not read; the caller raises what went wrong in the first place.
-            return

@@ -86,6 +86,20 @@ def test_a_frame_larger_than_its_kind_allows_is_not_sent(pair):
         Channel(pair[0]).send(Kind.ROUND, b"123456789")
 
 
+def test_a_peer_that_does_not_read_is_not_waited_for_and_the_timeout_stays_the_callers(pair):
+    here, _ = pair
+    here.settimeout(0.01)
+    with pytest.raises(TimeoutError):  # noqa: PT012
+        while True:
+            Channel(here).send(Kind.PAGES, bytes(MAX_PAYLOAD))
+    Channel(here).refuse("no")
+    assert here.gettimeout() == 0.01
+    here.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        here.send(b"")
+    Channel(here).refuse("no")
+
+
 # ---- what is in the frames ------------------------------------------------------------------------------------------
 
 

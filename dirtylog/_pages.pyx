@@ -447,11 +447,10 @@ cdef class DirtyPages:
             `pages` is not an array-like of integers.
         """
         npages, page_size = check_geometry(npages, page_size)
-        array = integer_array(pages, "pages").ravel()
+        # A copy before anything is checked: what was checked is what is read, whatever others do to theirs.
+        array = integer_array(pages, "pages").flatten()
         if array.size and not (array[1:] > array[: array.size - 1]).all():
-            array = np.sort(array)
-        elif isinstance(pages, np.ndarray):
-            array = array.copy()  # what was checked is what is read below, whatever others do to theirs
+            array.sort()
         cdef int64_t[::1] numbers = array
         cdef size_t n = array.size
         if n and (numbers[0] < 0 or numbers[n - 1] >= <int64_t>npages):
@@ -501,8 +500,7 @@ cdef class DirtyPages:
             array = array.reshape(0, 2)
         if array.ndim != 2 or array.shape[1] != 2:
             raise ValueError(f"runs have shape {array.shape}; they take (n, 2): first, count")
-        if isinstance(runs, np.ndarray):
-            array = array.copy()  # as in from_indices
+        array = array.copy()  # as in from_indices
         if array.shape[0] > 1 and not (array[1:, 0] >= array[: array.shape[0] - 1, 0]).all():
             array = np.ascontiguousarray(array[np.argsort(array[:, 0], kind="stable")])
         cdef int64_t[:, ::1] table = array

@@ -220,3 +220,32 @@ def test_many_threads_ask_for_words_of_one_set_at_once():
             thread.join()
         assert len(set(answers)) == 1
         assert answers[0][1] == len(pages)
+
+
+@pytest.mark.parametrize("shape", ["indices", "runs"])
+def test_numbers_that_another_thread_changes_meanwhile_are_refused_or_taken_but_never_trusted(shape):
+    """A memoryview is read without a copy by numpy: what was checked must be what is used."""
+    npages, n = 1 << 20, 1 << 17
+    good = np.arange(n) if shape == "indices" else np.stack([np.arange(n), np.ones(n, np.int64)], axis=1)
+    owner = good.copy()
+    view = memoryview(owner)
+    make = getattr(dl.DirtyPages, f"from_{shape}")
+    stop = threading.Event()
+
+    def change():
+        while not stop.is_set():
+            owner[n // 2 :] = 1 << 40
+            owner[n // 2 :] = good[n // 2 :]
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(30):
+            try:
+                pages = make(view, npages)
+            except IndexError:
+                continue
+            assert pages.indices().max() < npages
+    finally:
+        stop.set()
+        thread.join()

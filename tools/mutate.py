@@ -8,6 +8,7 @@ table and exits with 1 if one survives or no longer applies, because its line ha
 import argparse
 import fnmatch
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ ENVIRONMENT = {**os.environ, "DIRTYLOG_DEBUG": "1", "PYTHONDONTWRITEBYTECODE": "
 NOT_THESE = "not test_another_thread_runs_python_during_bulk_work"
 # A mutant may hang or crash: both are caught mutants.
 TIMEOUT = 240
+# Nor may it take the machine's memory with it, in bytes of address space.
+MEMORY = 16 << 30
 # Builds the modules that are named, and no others.
 BUILD = """
 import sys
@@ -88,6 +91,7 @@ def run_tests(directory: Path, tests: tuple[str, ...]) -> str:
             text=True,
             timeout=TIMEOUT,
             check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
         )
     except subprocess.TimeoutExpired:
         return f"hangs for {TIMEOUT} s"

@@ -52,6 +52,7 @@ cdef extern from "dirtylog/atomic.h" nogil:
     uint64_t dl_load_relaxed(const uint64_t *word)
     uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
     uint64_t dl_fetch_and(uint64_t *word, uint64_t bits)
+    void dl_fence_seq_cst()
 
 
 cdef extern from "dirtylog/bits.h" nogil:
@@ -115,6 +116,9 @@ cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) n
 cdef void take_range(Sink *sink, const dl_bitmap *bitmap, uint64_t first, uint64_t head_end, const dl_taken *taken,
                      size_t ntaken, uint64_t tail_first, uint64_t end) noexcept nogil:
     """Take the lines noted, and word by word the pages left and right of them."""
+    # I4: no word is read before the summary is seen to be taken. On x86 the exchange orders that by itself;
+    # elsewhere its store may still be under way when the loads that follow it are done.
+    dl_fence_seq_cst()
     take_part(sink, bitmap.words, first, head_end)
     take_lines(sink, bitmap.words, dl_words_for(bitmap.npages), taken, ntaken)
     take_part(sink, bitmap.words, tail_first, end)

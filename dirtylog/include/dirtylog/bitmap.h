@@ -98,7 +98,9 @@ static inline void dl_mark_range(const struct dl_bitmap *b, uint64_t first, uint
         /* A word that becomes all ones needs no read-modify-write: whatever
          * others mark in it meanwhile is part of the value stored, and a
          * harvester's exchange comes either before it or after. Release: who
-         * sees the bits sees the pages' content (I3). */
+         * sees the bits sees the pages' content (I3). That a mark of another
+         * processor, overwritten here, is published with this one relies on
+         * stores being seen by all others at once, as on x86 and Armv8. */
         if (mask == DL_ALL_PAGES)
             dl_store_release(&b->words[word], DL_ALL_PAGES);
         else
@@ -131,7 +133,9 @@ static inline void dl_batch_mark(const struct dl_bitmap *b, uint64_t word, uint6
 /* Take the lines of `mask` in one group of the summary; returns which were set.
  *
  * I4: the exchange comes before any word of those lines is read; pairs with
- * the load in dl_summary_mark(). */
+ * the load in dl_summary_mark(). A full fence has to follow before the words are
+ * read with relaxed loads: where an exchange is two instructions, its store may
+ * be seen after such a load. */
 static inline uint64_t dl_summary_take(const struct dl_bitmap *b, uint64_t group, uint64_t mask)
 {
     uint64_t *summary = &b->summary[group];
@@ -190,7 +194,9 @@ static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out)
     for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
         if (!dl_load_relaxed(&b->summary[group]))
             continue;
-        for (uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES); lines; lines &= lines - 1) {
+        uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES);
+        dl_fence_seq_cst(); /* I4, see there */
+        for (; lines; lines &= lines - 1) {
             uint64_t first = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
             uint64_t end = first + DL_LINE_WORDS;
             pages += dl_harvest_words(b, first, end < nwords ? end : nwords, out);

@@ -33,11 +33,12 @@ cdef class DirtyBitmap:
     cdef Block word_block           # what bits.words and bits.summary point into
     cdef Block summary_block
     cdef uint64_t page(self, object page) except? <uint64_t>-1
-    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1
+    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page,
+                  bint open_end) except -1
     cdef DirtyPages pages_argument(self, object pages)
-    cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear)
+    cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
-                              Block dense)
+                              DirtyPages pages)
 
 
 cdef size_t check_batch(const int64_t *pages, size_t n, uint64_t npages) noexcept nogil

@@ -17,8 +17,8 @@ from dirtylog._pages cimport (
     export_words,
     kernels,
     no_words,
-    pages_from_sparse_blocks,
-    pages_from_words_block,
+    pages_bare,
+    pages_fill,
 )
 
 from dirtylog._words cimport check_apart
@@ -61,6 +61,10 @@ cdef extern from "dirtylog/bits.h" nogil:
     uint64_t dl_bit(uint64_t page)
     uint64_t dl_words_for(uint64_t npages)
     uint64_t dl_tail_mask(uint64_t npages)
+
+
+cdef extern from "_sets.h" nogil:
+    void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
@@ -278,14 +282,15 @@ cdef class DirtyBitmap:
             raise IndexError(f"page {page} is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}")
         return <uint64_t>number
 
-    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page) except -1:
-        """Check a range of pages; `count` of None reaches to the end."""
+    cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page,
+                  bint open_end) except -1:
+        """Check a range of pages; with `open_end`, a `count` of None reaches to the end."""
         cdef Py_ssize_t start = PyNumber_AsSsize_t(first, NULL)
         cdef Py_ssize_t npages = <Py_ssize_t>self.bits.npages
         cdef Py_ssize_t n
         if start < 0 or start > npages:
             raise IndexError(f"first page {first} is out of range; pages are 0 to {npages - 1}")
-        n = npages - start if count is None else PyNumber_AsSsize_t(count, NULL)
+        n = npages - start if open_end and count is None else PyNumber_AsSsize_t(count, NULL)
         if n < 0:
             raise ValueError(f"count is {count}; it must not be negative")
         if n > npages - start:
@@ -334,7 +339,7 @@ cdef class DirtyBitmap:
         One store a word and one barrier for all (I3); O(count / 64).
         """
         cdef uint64_t start, end
-        self.span(first, count, &start, &end)
+        self.span(first, count, &start, &end, False)
         if start < end:
             with nogil:
                 dl_mark_range(&self.bits, start, end - start)
@@ -398,7 +403,7 @@ cdef class DirtyBitmap:
         """
         cdef DirtyPages other = self.pages_argument(pages)
         cdef uint64_t start, end
-        self.span(first_page, other.npages, &start, &end)
+        self.span(first_page, other.npages, &start, &end, False)
         with nogil:
             if other.numbers is not None:
                 merge_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries, start)
@@ -437,7 +442,11 @@ cdef class DirtyBitmap:
         cdef uint64_t group, lines, start, end
         with nogil:
             if self.bits.summary == NULL:
-                total = kernels.popcount(self.bits.words, nwords)
+                # I7: whoever shares the memory may set bits past the last page; they are not ours.
+                total = kernels.popcount(self.bits.words, self.bits.npages // 64)
+                if self.bits.npages % 64:
+                    lines = dl_load_relaxed(self.bits.words + nwords - 1) & dl_tail_mask(self.bits.npages)
+                    total += kernels.popcount(&lines, 1)
             else:
                 group = 0
                 while True:
@@ -465,8 +474,7 @@ cdef class DirtyBitmap:
         count : int, optional
             Pages in the range; by default up to the last one.
         out : buffer of uint64, length ceil(npages / 64), optional
-            Receives the words, zeros outside the range; the result is then a view of it,
-            which changes when `out` does.
+            Receives the words as well, zeros outside the range.
 
         Returns
         -------
@@ -492,19 +500,31 @@ cdef class DirtyBitmap:
         ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
         cdef uint64_t start, end
-        self.span(first, count, &start, &end)
-        return self.take(start, end, out, True)
+        cdef Block target = None
+        cdef DirtyPages pages
+        self.span(first, count, &start, &end, True)
+        if out is not None:
+            target = block_of_buffer(out, True, "out")
+            if target.nwords != self.word_block.nwords:
+                raise ValueError(f"out has {target.nwords} words; {self.bits.npages} pages take {self.word_block.nwords}")
+            check_apart(target.words, target.nwords, self.bits.words, target.nwords)
+        pages = self.take(start, end, True)
+        if target is not None:
+            with nogil:
+                pages_write(pages, target.words, target.nwords)
+        return pages
 
     def peek(self, first=0, count=None) -> DirtyPages:
         """Return what is dirty and clear nothing; as :meth:`harvest` otherwise."""
         cdef uint64_t start, end
-        self.span(first, count, &start, &end)
-        return self.take(start, end, None, False)
+        self.span(first, count, &start, &end, True)
+        return self.take(start, end, False)
 
-    cdef DirtyPages take(self, uint64_t first, uint64_t end, object out, bint clear):
+    cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
         cdef uint64_t nwords = dl_words_for(self.bits.npages)
         cdef Sink sink
-        cdef Block dense = None
+        cdef Block dense
+        cdef Block numbers, masks
         cdef dl_taken few[FEW_GROUPS]
         cdef dl_taken *taken = few
         cdef dl_taken *more
@@ -515,16 +535,10 @@ cdef class DirtyBitmap:
         cdef uint64_t first_line = (first + line_pages - 1) // line_pages
         cdef uint64_t end_line = dl_lines_for(end) if end == self.bits.npages else end // line_pages
         cdef uint64_t head_end, tail_first
-        cdef bint ready = False
-        cdef Block numbers = None, masks = None
+        # I5: made before anything is taken, so that nothing can fail after.
+        cdef DirtyPages pages = pages_bare(self.bits.npages, self.page_size, True)
         memset(&sink, 0, sizeof(sink))
         sink.clear = clear
-        if out is not None:
-            dense = block_of_buffer(out, True, "out")
-            if dense.nwords != nwords:
-                raise ValueError(f"out has {dense.nwords} words; {self.bits.npages} pages take {nwords}")
-            check_apart(dense.words, nwords, self.bits.words, nwords)
-            sink.out = dense.words
         if first >= end:
             first_line = end_line = 0
             head_end = tail_first = end
@@ -535,19 +549,12 @@ cdef class DirtyBitmap:
             head_end = first_line * line_pages
             tail_first = end_line * line_pages if end_line * line_pages < end else end
         if self.bits.summary == NULL:
-            if dense is not None:
-                with nogil:
-                    memset(sink.out, 0, nwords * 8)
-            return self.take_scan(first, head_end, tail_first, end, &sink, dense)
+            return self.take_scan(first, head_end, tail_first, end, &sink, pages)
         try:
             # I4: the summary first. I5: it is put back if what follows finds no memory.
             while True:
                 with nogil:
                     ntaken = take_summary(&self.bits, first_line, end_line, taken, ntaken, room, clear)
-                    ready = ntaken < room and sink.out != NULL
-                    if ready:
-                        memset(sink.out, 0, nwords * 8)
-                        take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
                 if ntaken < room:
                     break
                 room *= 8
@@ -557,10 +564,9 @@ cdef class DirtyBitmap:
                 if taken == few:
                     memcpy(more, few, sizeof(few))
                 taken = more
-            if not ready:
-                numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords)
-                with nogil:
-                    take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
+            numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords)
+            with nogil:
+                take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
         except MemoryError:
             if clear:
                 dl_summary_untake(&self.bits, taken, ntaken)
@@ -568,26 +574,26 @@ cdef class DirtyBitmap:
         finally:
             if taken != few:
                 free(taken)
-        if dense is not None:
-            return pages_from_words_block(dense, self.bits.npages, self.page_size, True)
-        return pages_from_sparse_blocks(numbers, masks, sink.entries, self.bits.npages, self.page_size, True)
+        pages_fill(pages, dense, numbers, masks, sink.entries)
+        return pages
 
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
-                              Block dense):
+                              DirtyPages pages):
         """Take from foreign memory: few words as entries, and dense from where they become many."""
         cdef uint64_t nwords = dl_words_for(self.bits.npages)
         cdef uint64_t start, stop, reached
         cdef size_t i
-        cdef Block numbers = None, masks = None
+        cdef Block numbers, masks
+        cdef Block dense = None
         if head_end < tail_first and tail_first == self.bits.npages:
             # I7: whoever shares the memory may set bits past the last page; they are not ours.
             tail_first -= tail_first % 64
-        if dense is None:
-            sink.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
-            numbers = block_new(sink.capacity, False)
-            masks = block_new(sink.capacity, False)
-            sink.numbers = numbers.words
-            sink.masks = masks.words
+        # The scan may fill what it is told of; the words right of it, a line at most, need room of their own.
+        sink.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
+        numbers = block_new(sink.capacity + DL_LINE_WORDS, False)
+        masks = block_new(sink.capacity + DL_LINE_WORDS, False)
+        sink.numbers = numbers.words
+        sink.masks = masks.words
         start = head_end // 64
         stop = tail_first // 64
         with nogil:
@@ -601,16 +607,16 @@ cdef class DirtyBitmap:
                     dl_mark_mask(&self.bits, sink.numbers[i], sink.masks[i])  # I5
                 raise
             with nogil:
-                for i in range(sink.entries):
-                    dense.words[sink.numbers[i]] = sink.masks[i]
+                scatter(sink.numbers, sink.masks, sink.entries, dense.words)
                 sink.out = dense.words
                 take_foreign(sink, self.bits.words, reached, stop)
         with nogil:
             take_part(sink, self.bits.words, tail_first, end)
         if dense is not None:
-            return pages_from_words_block(dense, self.bits.npages, self.page_size, True)
-        return pages_from_sparse_blocks(trimmed(numbers, sink.entries), trimmed(masks, sink.entries), sink.entries,
-                                        self.bits.npages, self.page_size, True)
+            pages_fill(pages, dense, None, None, 0)
+        else:
+            pages_fill(pages, None, trimmed(numbers, sink.entries), trimmed(masks, sink.entries), sink.entries)
+        return pages
 
     # ---- clearing
 
@@ -651,7 +657,7 @@ cdef class DirtyBitmap:
             `count` is negative.
         """
         cdef uint64_t start, end, word
-        self.span(first, count, &start, &end)
+        self.span(first, count, &start, &end, False)
         if start < end:
             with nogil:
                 for word in range(start // 64, (end - 1) // 64 + 1):
@@ -727,11 +733,24 @@ cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
     return numbers, masks, None
 
 
+cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept nogil:
+    """Copy fresh pages into words of somebody else's."""
+    if pages.numbers is None:
+        memcpy(out, pages.dense.words, nwords * 8)
+    else:
+        memset(out, 0, nwords * 8)
+        scatter(pages.numbers.words, pages.masks.words, pages.entries, out)
+
+
 cdef Block trimmed(Block block, size_t n):
     """Return a block of the first `n` words where the rest would be much."""
+    cdef Block smaller
     if n * 4 >= block.nwords:
         return block
-    cdef Block smaller = block_new(n, False)
+    try:
+        smaller = block_new(n, False)
+    except MemoryError:
+        return block  # I5: what has been taken is handed out all the same
     memcpy(smaller.words, block.words, n * 8)
     return smaller
 

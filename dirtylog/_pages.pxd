@@ -55,6 +55,8 @@ cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *
 cdef Block block_new(size_t nwords, bint zero)
 # TypeError, ValueError: the reason is in the message.
 cdef Block block_of_buffer(object buffer, bint writable, str what)
+cdef DirtyPages pages_bare(uint64_t npages, uint64_t page_size, bint exact)
+cdef void pages_fill(DirtyPages pages, Block dense, Block numbers, Block masks, size_t entries) noexcept
 cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t page_size, bint exact)
 cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, uint64_t npages, uint64_t page_size,
                                          bint exact)

@@ -214,19 +214,24 @@ cdef DirtyPages pages_bare(uint64_t npages, uint64_t page_size, bint exact):
     return pages
 
 
+cdef void pages_fill(DirtyPages pages, Block dense, Block numbers, Block masks, size_t entries) noexcept:
+    """Give bare pages what they hold, in one of the two forms."""
+    pages.dense = dense
+    pages.numbers = numbers
+    pages.masks = masks
+    pages.entries = entries
+
+
 cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t page_size, bint exact):
     cdef DirtyPages pages = pages_bare(npages, page_size, exact)
-    pages.dense = words
+    pages_fill(pages, words, None, None, 0)
     return pages
 
 
 cdef DirtyPages pages_from_sparse_blocks(Block numbers, Block masks, size_t n, uint64_t npages, uint64_t page_size,
                                          bint exact):
     cdef DirtyPages pages = pages_bare(npages, page_size, exact)
-    pages.dense = None
-    pages.numbers = numbers
-    pages.masks = masks
-    pages.entries = n
+    pages_fill(pages, None, numbers, masks, n)
     return pages
 
 

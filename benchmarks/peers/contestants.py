@@ -26,7 +26,6 @@ class Dirtylog:
 
     def __init__(self, npages: int) -> None:
         self.bitmap = dl.DirtyBitmap(npages)
-        self.out = np.empty((npages + 63) // 64, np.uint64)
 
     def prepare(self, pages: Pages) -> None:
         self.pages = pages
@@ -49,8 +48,7 @@ class Dirtylog:
         return self.bitmap.harvest().runs()
 
     def words(self) -> object:
-        self.bitmap.harvest(out=self.out)
-        return self.out
+        return self.bitmap.harvest().words
 
     def union(self) -> object:
         return self.dirty | self.other

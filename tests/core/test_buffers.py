@@ -229,3 +229,46 @@ def test_reading_functions_take_read_only_words(function):
 def test_reading_functions_refuse_what_is_no_words(function, words):
     with pytest.raises(TypeError):
         function(words)
+
+
+@pytest.mark.parametrize("take", ["harvest", "peek"])
+def test_a_scan_that_fills_its_entries_to_the_last_has_room_for_the_part_of_a_line_after_them(take):
+    """The scan keeps entries for one word in 16 and a group; the tail of the range comes on top."""
+    words = np.zeros(2048, np.uint64)
+    scattered = 2048 // 16 + 32
+    words[:scattered] = 1
+    words[512:1024] = 1
+    words[-8:] = 1
+    pages = np.flatnonzero(words) * 64
+    bitmap = dl.DirtyBitmap.from_buffer(words)
+    for _ in range(50):  # an entry written past its block is noticed when the allocator next looks there
+        words[pages // 64] = 1
+        assert np.array_equal(getattr(bitmap, take)(0, 64 * words.size - 1).indices(), pages)
+
+
+def test_bits_that_others_set_past_the_last_page_are_not_counted():
+    words = np.zeros(2, np.uint64)
+    bitmap = dl.DirtyBitmap.from_buffer(words, 70)
+    words[:] = [3, 1 << 63 | 1]
+    assert bitmap.count() == bitmap.peek().count == 3
+
+
+def test_pages_harvested_with_a_buffer_are_their_own_and_outlive_what_becomes_of_it():
+    bitmap, out = dl.DirtyBitmap(70), np.zeros(2, np.uint64)
+    bitmap.mark(69)
+    pages = bitmap.harvest(out=out)
+    assert dl.indices(out).tolist() == [69]
+    out[:] = 2**64 - 1
+    assert pages.indices().tolist() == [69]
+    merged = dl.DirtyBitmap(70)
+    merged.merge(pages)
+    assert merged.harvest() == pages
+
+
+@pytest.mark.parametrize("call", ["mark_range", "clear_range"])
+def test_a_range_without_a_count_is_refused(call):
+    bitmap = dl.DirtyBitmap(70)
+    bitmap.mark(3)
+    with pytest.raises(TypeError):
+        getattr(bitmap, call)(0, None)
+    assert bitmap.harvest().indices().tolist() == [3]

@@ -121,7 +121,8 @@ static inline void dl_batch_begin(void) { dl_fence_seq_cst(); }
 
 static inline void dl_batch_mark(const struct dl_bitmap *b, uint64_t word, uint64_t mask)
 {
-    if ((dl_load_relaxed(&b->words[word]) & mask) != mask)
+    /* Acquire: the summary below is not looked at before the leaf. */
+    if ((dl_load_acquire(&b->words[word]) & mask) != mask)
         dl_fetch_or(&b->words[word], mask);
     /* Also where the leaf was set already: who set it may not have come to
      * the summary yet, and this mark must not wait for him. */

@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 from dirtylog._pages cimport (
     Block,
     DirtyPages,
+    block_for_result,
     block_new,
     block_of_buffer,
     export_words,
@@ -601,7 +602,7 @@ cdef class DirtyBitmap:
             reached = take_foreign(sink, self.bits.words, start, stop)
         if reached < stop:
             try:
-                dense = block_new(nwords, True)
+                dense = block_for_result(nwords)
             except MemoryError:
                 for i in range(sink.entries if sink.clear else 0):
                     dl_mark_mask(&self.bits, sink.numbers[i], sink.masks[i])  # I5
@@ -723,7 +724,7 @@ cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
     cdef Block numbers, masks, dense
     if lines * 2 * DL_LINE_WORDS > nwords:
-        dense = block_new(nwords, True)
+        dense = block_for_result(nwords)
         sink.out = dense.words
         return None, None, dense
     numbers = block_new(lines * DL_LINE_WORDS, False)

@@ -7,20 +7,55 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "dirtylog/atomic.h"
+
 /* From here on a block is mapped: it costs nothing until it is written, and
  * goes back to the kernel when it is freed. */
 #define DL_MAP_BYTES ((size_t)1 << 21)
 #define DL_LINE_BYTES ((size_t)64)
 
+/* Rounded up to a line, so that a kernel may read whole lines; never empty. 0: too large. */
+static inline size_t dl_words_bytes(size_t nwords)
+{
+    if (nwords > SIZE_MAX / 16)
+        return 0;
+    size_t lines = nwords / 8 + (nwords % 8 != 0);
+    return (lines ? lines : 1) * DL_LINE_BYTES;
+}
+
+/* The block freed last, kept for the next harvest of the same bitmap: mapping
+ * one anew costs a fault and a cleared page for each page of it. Its first word
+ * holds its size meanwhile. Larger ones go back to the kernel at once. */
+#define DL_SPARE_BYTES ((size_t)1 << 26)
+static uint64_t dl_spare; /* address; 0: none. An exchange has it for one thread alone. */
+
+static inline uint64_t *dl_spare_take(size_t bytes)
+{
+    uint64_t *spare = (uint64_t *)(uintptr_t)dl_exchange(&dl_spare, 0);
+    if (spare && *spare != bytes) {
+        (void)munmap(spare, *spare);
+        return NULL;
+    }
+    return spare;
+}
+
+static inline void dl_spare_put(uint64_t *words, size_t bytes)
+{
+    if (bytes <= DL_SPARE_BYTES) {
+        *words = bytes;
+        words = (uint64_t *)(uintptr_t)dl_exchange(&dl_spare, (uint64_t)(uintptr_t)words);
+        bytes = words ? *words : 0;
+    }
+    if (words)
+        (void)munmap(words, bytes);
+}
+
 static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_bytes)
 {
     *mapped_bytes = 0;
-    if (nwords > SIZE_MAX / 16)
-        return NULL;
-    /* Rounded up to a line, so that a kernel may read whole lines; never empty. */
-    size_t bytes = (nwords * sizeof(uint64_t) + DL_LINE_BYTES - 1) / DL_LINE_BYTES * DL_LINE_BYTES;
+    size_t bytes = dl_words_bytes(nwords);
     if (bytes == 0)
-        bytes = DL_LINE_BYTES;
+        return NULL;
     if (bytes < DL_MAP_BYTES) {
         uint64_t *words = aligned_alloc(DL_LINE_BYTES, bytes);
         if (words && zero)
@@ -37,10 +72,32 @@ static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_b
     return mapping;
 }
 
+/* Zeroed words that will be written all over and freed soon: the result of a dense harvest. */
+static inline uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
+{
+    size_t bytes = dl_words_bytes(nwords);
+    if (bytes >= DL_MAP_BYTES) {
+        uint64_t *spare = dl_spare_take(bytes);
+        if (spare) {
+            *mapped_bytes = bytes;
+            return memset(spare, 0, bytes);
+        }
+    }
+    return dl_words_alloc(nwords, 1, mapped_bytes);
+}
+
 static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)
 {
     if (mapped_bytes)
         (void)munmap(words, mapped_bytes);
+    else
+        free(words);
+}
+
+static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
+{
+    if (mapped_bytes)
+        dl_spare_put(words, mapped_bytes);
     else
         free(words);
 }

@@ -32,6 +32,7 @@ cdef class Block:
     cdef uint64_t *words
     cdef size_t nwords
     cdef size_t mapped_bytes        # 0: from malloc
+    cdef bint short_lived           # kept for the next one of its size when it is freed
     cdef Py_buffer source           # memory that is not ours, if `exported`
     cdef bint exported
     cdef Py_ssize_t shape[1]
@@ -53,6 +54,7 @@ cdef class DirtyPages:
 cdef Block no_words
 cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *shape, Py_ssize_t *stride) noexcept
 cdef Block block_new(size_t nwords, bint zero)
+cdef Block block_for_result(size_t nwords)
 # TypeError, ValueError: the reason is in the message.
 cdef Block block_of_buffer(object buffer, bint writable, str what)
 cdef DirtyPages pages_bare(uint64_t npages, uint64_t page_size, bint exact)

@@ -31,7 +31,9 @@ cdef extern from "_simd.h" nogil:
 
 cdef extern from "_memory.h" nogil:
     uint64_t *dl_words_alloc(size_t nwords, bint zero, size_t *mapped_bytes)
+    uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
     void dl_words_free(uint64_t *words, size_t mapped_bytes)
+    void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
 
 
 cdef extern from "_runs.h" nogil:
@@ -125,6 +127,8 @@ cdef class Block:
     def __dealloc__(self):
         if self.exported:
             PyBuffer_Release(&self.source)
+        elif self.short_lived:
+            dl_words_free_spare(self.words, self.mapped_bytes)
         elif self.words != NULL:
             dl_words_free(self.words, self.mapped_bytes)
 
@@ -146,17 +150,35 @@ cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *
     view.internal = NULL
 
 
-cdef Block block_new(size_t nwords, bint zero):
-    """Return fresh words; large blocks are mapped and huge pages advised."""
+cdef Block block_bare(size_t nwords):
     cdef Block block = Block.__new__(Block)
     block.nwords = nwords
     block.shape[0] = <Py_ssize_t>nwords
     block.stride[0] = 8
+    return block
+
+
+cdef Block block_checked(Block block):
+    if block.words == NULL:
+        raise MemoryError(f"no memory for {block.nwords} words ({block.nwords * 8} bytes)")
+    return block
+
+
+cdef Block block_new(size_t nwords, bint zero):
+    """Return fresh words; large blocks are mapped and huge pages advised."""
+    cdef Block block = block_bare(nwords)
     with nogil:
         block.words = dl_words_alloc(nwords, zero, &block.mapped_bytes)
-    if block.words == NULL:
-        raise MemoryError(f"no memory for {nwords} words ({nwords * 8} bytes)")
-    return block
+    return block_checked(block)
+
+
+cdef Block block_for_result(size_t nwords):
+    """Return zeroed words that are written all over and freed soon, perhaps those of the last such block."""
+    cdef Block block = block_bare(nwords)
+    block.short_lived = True
+    with nogil:
+        block.words = dl_words_alloc_spare(nwords, &block.mapped_bytes)
+    return block_checked(block)
 
 
 cdef bint is_words(const Py_buffer *view) noexcept:
@@ -179,7 +201,7 @@ cdef Block block_of_buffer(object buffer, bint writable, str what):
     ValueError
         It is read-only where it is to be written, not contiguous, not whole words, not aligned.
     """
-    cdef Block block = Block.__new__(Block)
+    cdef Block block = block_bare(0)
     if not PyObject_CheckBuffer(buffer):
         raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of uint64 is needed")
     PyObject_GetBuffer(buffer, &block.source, PyBUF_RECORDS_RO)
@@ -198,7 +220,6 @@ cdef Block block_of_buffer(object buffer, bint writable, str what):
     block.words = <uint64_t *>view.buf
     block.nwords = view.len // 8
     block.shape[0] = view.len // 8
-    block.stride[0] = 8
     return block
 
 

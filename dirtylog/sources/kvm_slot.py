@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from typing import TYPE_CHECKING, NoReturn
-
-import numpy as np
 
 from dirtylog._pages import DirtyPages
 from dirtylog.sources import _kvm
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from dirtylog._typing import Memory
     from dirtylog.sources.kvm_vm import VM
 
-__all__ = ["Region", "Slot", "check_out", "lend", "refuse"]
+__all__ = ["Region", "Slot", "lend", "refuse"]
 
 PAGE_SIZE = mmap.PAGESIZE
 
@@ -83,20 +78,6 @@ def lend(slot: int, npages: int, memory: Memory | None) -> tuple[Memory, _kvm.Pi
     if pinned.nbytes < size:
         raise ValueError(f"slot {slot}: {npages} pages need {size} bytes of memory, got {pinned.nbytes}")
     return memory, pinned
-
-
-def check_out(slot: int, out: object, npages: int) -> npt.NDArray[np.uint64]:
-    """Return the caller's buffer as words; EFAULT when it cannot take them, before a bit is cleared (I5)."""
-    count = -(-npages // 64)
-    try:
-        view = memoryview(out)  # type: ignore[arg-type]
-    except TypeError:
-        refuse(errno.EFAULT, f"slot {slot}: out has no buffer; pass a uint64 array of {count} words")
-    fits = view.format in ("Q", "L") and view.itemsize == 8 and view.shape == (count,) and view.c_contiguous
-    words = np.asarray(view) if fits and not view.readonly else None
-    if words is None or not words.flags.aligned:
-        refuse(errno.EFAULT, f"slot {slot}: out has to be a writable, contiguous uint64 array of {count} words")
-    return words
 
 
 class Slot:

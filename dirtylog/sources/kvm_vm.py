@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog._arguments import check_dirty, check_out
 from dirtylog._pages import DirtyPages
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import _kvm
 from dirtylog.sources._resource import Resource
 from dirtylog.sources.kvm_rings import Rings
-from dirtylog.sources.kvm_slot import PAGE_SIZE, Region, Slot, check_out, lend, refuse
+from dirtylog.sources.kvm_slot import PAGE_SIZE, Region, Slot, lend, refuse
 from dirtylog.sources.kvm_vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -281,6 +282,8 @@ class VM(Resource):
 
         Raises
         ------
+        TypeError
+            `dirty` is no DirtyPages, or a number no integer.
         ValueError
             `dirty` is not about `npages` pages of the slot.
         OSError
@@ -294,13 +297,10 @@ class VM(Resource):
         ----------
         ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
+        slot, first_page, num_pages = operator.index(slot), operator.index(first_page), operator.index(num_pages)
         with self._lock:
             region = self._region(slot)
-            if dirty.npages != region.npages or dirty.page_size != self.page_size:
-                raise ValueError(
-                    f"slot {slot} has {region.npages} pages of {self.page_size} bytes, "
-                    f"dirty is about {dirty.npages} of {dirty.page_size}"
-                )
+            check_dirty(slot, dirty, region.npages, self.page_size)
             if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
                 refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
             self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
@@ -367,6 +367,7 @@ class VM(Resource):
         if not offered:
             raise BackendUnavailable("KVM dirty rings", f"{_RINGS[0][0]} and {_RINGS[1][0]} are 0")
         name, number = offered[0]
+        entries = operator.index(entries)
         most = self.capabilities[name] // _RING_ENTRY_BYTES
         if entries <= 0 or entries & (entries - 1) or entries > most:
             refuse(errno.EINVAL, f"a dirty ring has a power of two of entries up to {most}, not {entries}")

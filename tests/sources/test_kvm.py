@@ -165,6 +165,15 @@ def test_an_out_that_cannot_take_the_words_is_refused_before_anything_is_cleared
 
 
 @needs_kvm
+@pytest.mark.parametrize("out", [7, "words", np.zeros((1, 2), np.uint64), np.zeros(2, ">u8")], ids=str)
+def test_an_out_that_is_no_buffer_of_words_is_efault_too(vm, out):
+    guest = machine(vm, "legacy", 100)
+    guest.write([GFN + 5])
+    refused(errno.EFAULT, vm.get_dirty_log, 0, out)
+    assert pages(vm.get_dirty_log(0)) == [5]
+
+
+@needs_kvm
 def test_manual_protection_reports_until_cleared_and_clears_only_what_is_named(vm):
     guest = machine(vm, "manual", 200)
     guest.write([GFN + 3, GFN + 70, GFN + 199])
@@ -468,6 +477,46 @@ def test_pages_of_another_slot_cannot_be_cleared(vm):
         vm.clear_dirty_log(0, 0, 64, DirtyPages.from_indices([], 199))
     with pytest.raises(ValueError, match="dirty is about 200 of 16384"):
         vm.clear_dirty_log(0, 0, 64, DirtyPages.from_indices([], 200, 16384))
+
+
+@needs_kvm
+@pytest.mark.parametrize("wrong", [None, [5], np.zeros(2, np.uint64)], ids=str)
+def test_what_is_no_set_of_pages_cannot_be_cleared(vm, wrong):
+    guest = machine(vm, "manual", 100)
+    guest.write([GFN + 5])
+    with pytest.raises(TypeError, match=f"dirty is a {type(wrong).__name__}; pass the DirtyPages"):
+        vm.clear_dirty_log(0, 0, 100, wrong)
+    assert pages(vm.get_dirty_log(0)) == [5]
+
+
+class Number:
+    """An integer by `__index__` alone."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __index__(self):
+        return self.value
+
+
+@needs_kvm
+def test_numbers_are_what_has_an_index_and_nothing_else(vm):
+    guest = machine(vm, "manual", 100)
+    guest.write([GFN + 5])
+    named = vm.get_dirty_log(0)
+    for numbers in [(0.0, 0, 100), (0, 0.0, 100), (0, 0, 100.0), (0, 0, "100")]:
+        with pytest.raises(TypeError, match="integer"):
+            vm.clear_dirty_log(*numbers, named)
+    assert pages(vm.get_dirty_log(0)) == [5]
+    vm.clear_dirty_log(Number(0), Number(0), Number(100), named)
+    assert pages(vm.get_dirty_log(0)) == []
+    with kvm.Kvm() as system, system.create_vm() as other:
+        for entries in (1024.0, "1024", None):
+            with pytest.raises(TypeError, match="integer"):
+                other.enable_dirty_ring(entries)
+        other.enable_dirty_ring(Number(1024))
+        other.set_memory_region(3, GFN, 100)
+        assert {slot: dirty.count for slot, dirty in other.harvest_rings().items()} == {3: 0}
 
 
 @needs_kvm

@@ -218,9 +218,19 @@ static inline void dl_kick(struct dl_runner *runner, uint8_t *run, int number)
 
 /* KVM_RUN once; -EBUSY when another thread runs this vCPU. A kick that arrives
  * after the guest left for another reason stays for the next run: it is taken
- * back only by the run that it ended. */
-static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run)
+ * back only by the run that it ended.
+ *
+ * The kick's signal is let through before `running` is set: a thread that
+ * blocks all signals, as servers' workers do, could not be made to return, and
+ * closing would wait for it for ever. The old mask comes back after `running`
+ * is cleared, when no kick is on its way to this thread any more; one that
+ * was pending before is taken by the handler, which does nothing. */
+static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run, int number)
 {
+    sigset_t kicks, before;
+    sigemptyset(&kicks);
+    sigaddset(&kicks, number);
+    pthread_sigmask(SIG_UNBLOCK, &kicks, &before);
     pthread_mutex_lock(&runner->lock);
     int busy = runner->running;
     if (!busy) {
@@ -228,12 +238,15 @@ static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run)
         runner->running = 1;
     }
     pthread_mutex_unlock(&runner->lock);
-    if (busy)
+    if (busy) {
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
         return -EBUSY;
+    }
     int result = dl_ioctl(fd, DL_KVM_RUN, 0);
     pthread_mutex_lock(&runner->lock);
     runner->running = 0;
     pthread_mutex_unlock(&runner->lock);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (result == -EINTR)
         __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 0, __ATOMIC_SEQ_CST);
     return result;

@@ -72,7 +72,7 @@ cdef extern from "sources/_kvm.h" nogil:
     void dl_runner_destroy(dl_runner *runner)
     int dl_kick_signal()
     void dl_kick(dl_runner *runner, uint8_t *run, int number)
-    int dl_run(int fd, dl_runner *runner, uint8_t *run)
+    int dl_run(int fd, dl_runner *runner, uint8_t *run, int number)
     dl_ring_result dl_ring_drain(dl_ring *ring, dl_ring_slot *slots, size_t nslots)
     uint64_t dl_words_for(uint64_t npages)
     int dl_gate_is_shut(dl_gate *gate)
@@ -382,7 +382,7 @@ cdef class VcpuHandle(Handle):
         cdef int result
         self.enter()
         with nogil:
-            result = dl_run(self.fd, &self.runner, self.page)
+            result = dl_run(self.fd, &self.runner, self.page, kick_number)
             dl_gate_leave(&self.gate)
         if result == -EINTR:
             PyErr_CheckSignals()

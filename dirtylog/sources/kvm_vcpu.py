@@ -335,7 +335,8 @@ class Vcpu(Resource):
         -----
         For any thread, at any time: a kick is never lost. Several before one
         return count as one. Uses a real-time signal that the process does not
-        use otherwise, with a handler that does nothing.
+        use otherwise, with a handler that does nothing; `run` lets it through
+        where its thread blocks signals, and leaves the mask as it was.
 
         References
         ----------

@@ -5,6 +5,8 @@ import errno
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -293,6 +295,35 @@ def test_closing_ends_a_run_under_way(owner):
     assert cpu.closed
     for each in (cpu, vm, system):
         each.close()
+
+
+@pytest.mark.parametrize("end", ["cpu.kick()", "cpu.close()", "vm.close()"])
+def test_a_thread_that_blocks_all_signals_can_be_made_to_return(end):
+    """In a process of its own: where a kick does not arrive, neither does a close."""
+    code = f"""
+import mmap, os, signal, threading
+from dirtylog.sources import kvm
+signal.alarm(60)
+everything = signal.valid_signals() - {{signal.SIGALRM}}
+with kvm.Kvm() as system, system.create_vm() as vm:
+    memory = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+    memory[:{len(SPIN)}] = {SPIN}
+    vm.set_memory_region(0, 0, 16, memory=memory)
+    cpu = vm.create_vcpu()
+    cpu.enter_real_mode(0)
+    def body():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, everything)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        print(cpu.run().reason, signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked != before)
+    thread = threading.Thread(target=body)
+    thread.start()
+    while not memory[{FLAG}]:
+        os.sched_yield()
+    {end}
+    thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "INTR True\n"), done.stderr
 
 
 def test_a_closed_vcpu_says_so(vm):

@@ -268,11 +268,17 @@ def send(
         stage = "done"
         finished = clock()
     except BaseException as error:
-        # The source first: it must go on even if nobody reads what this end has to say.
-        observer.put_back(taken)
-        if stage in ("paused", "sent") and resume is not None:
-            resume()
-        sender.channel.refuse("the source gave up")
+        # The source first: it must go on even if nobody takes the pages back, or reads what this end has to say.
+        try:
+            observer.put_back(taken)
+        except Exception as problem:
+            error.add_note(f"what it had taken could not be put back ({problem}): the next one must send everything")
+        finally:
+            try:
+                if stage in ("paused", "sent") and resume is not None:
+                    resume()
+            finally:
+                sender.channel.refuse("the source gave up")
         if isinstance(error, NotConverging):
             error.rounds = tuple(sender.rounds)
             raise

@@ -339,6 +339,35 @@ def test_an_error_in_pause_puts_everything_back():
     assert isinstance(answer, MigrationError)
 
 
+def test_a_source_goes_on_even_if_its_observer_takes_nothing_back():
+    source = Source(20)
+
+    def pause():
+        source.paused = True
+        source.real.close()
+        raise RuntimeError("cannot be paused")
+
+    source.pause = pause
+    error, answer = migrated(source)
+    assert str(error) == "cannot be paused"
+    assert "observer 'migration' is closed" in error.__notes__[0]
+    assert not source.paused
+    assert "the source gave up" in str(answer)
+
+
+def test_a_peer_is_told_even_if_the_source_cannot_go_on():
+    source = Source(21)
+
+    def fail(what):
+        raise RuntimeError(what)
+
+    source.pause, source.resume = lambda: fail("cannot be paused"), lambda: fail("cannot go on")
+    error, answer = migrated(source)
+    assert str(error) == "cannot go on"
+    assert source.pending().count == NPAGES
+    assert "the source gave up" in str(answer)
+
+
 def test_a_failure_before_anything_was_sent_puts_back_what_was_collected_alone():
     source = Source(15)
     source.bitmap.mark(3)

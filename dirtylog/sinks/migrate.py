@@ -37,7 +37,7 @@ from dirtylog.sinks.migration import (
     granule_offsets,
 )
 from dirtylog.sinks.receive import receive
-from dirtylog.sinks.wire import Channel, Kind, WireError
+from dirtylog.sinks.wire import Channel, Kind, Refusal, WireError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -169,7 +169,8 @@ def send(
         Called once, before the last round: returns when nothing writes any more. Without it the memory must not be
         written at all any more when the rounds end, or the copy is not exact.
     resume : callable, optional
-        Called if the migration fails after `pause`.
+        Called if the migration fails after `pause` and the copy is certainly not complete. Where it may be
+        (``MigrationError.uncertain``) the source stays paused, and the caller decides.
     throttle : callable, optional
         Called with the fraction of its time the source should stand still, when rounds do not shrink; with 0 at the
         end, however it ends.
@@ -190,7 +191,8 @@ def send(
     NotConverging
         After `max_rounds` the rest does not fit the downtime. The source was not paused.
     MigrationError
-        The connection ended, or the peer refused or answered nonsense.
+        The connection ended, or the peer refused or answered nonsense. If it is ``uncertain``, the destination may
+        run already: `resume` was not called.
     ValueError, TypeError, BackendUnavailable
         Arguments; nothing has been sent or collected.
 
@@ -260,14 +262,17 @@ def send(
             # What was collected after the last round is still to be sent, and what came until the pause.
             sender.round(rest | take(epoch.pages), final=True)
             digest = sender.channel.digest()
-            sender.channel.send(Kind.END, digest)
+            # Before it is sent: an interrupt may come between the last byte and the next line.
             stage = "sent"
+            sender.channel.send(Kind.END, digest)
             _, answer = sender.channel.receive(Kind.DONE, counted=False)
             if answer != digest:
                 raise WireError("the receiver's digest differs: it has not seen what was sent")
         stage = "done"
         finished = clock()
     except BaseException as error:
+        # Once END may be out, the receiver may hold a complete copy; only its own word says that it does not.
+        uncertain = stage == "sent" and not isinstance(error, Refusal)
         # The source first: it must go on even if nobody takes the pages back, or reads what this end has to say.
         try:
             observer.put_back(taken)
@@ -275,7 +280,7 @@ def send(
             error.add_note(f"what it had taken could not be put back ({problem}): the next one must send everything")
         finally:
             try:
-                if stage in ("paused", "sent") and resume is not None:
+                if stage in ("paused", "sent") and not uncertain and resume is not None:
                     resume()
             finally:
                 sender.channel.refuse("the source gave up")
@@ -284,8 +289,10 @@ def send(
             raise
         if isinstance(error, (OSError, WireError)):
             raise MigrationError(
-                f"migration failed in round {len(sender.rounds) + 1}: {error}", tuple(sender.rounds), stage == "sent"
+                f"migration failed in round {len(sender.rounds) + 1}: {error}", tuple(sender.rounds), uncertain
             ) from error
+        if uncertain:
+            error.add_note("the destination may hold a complete copy and run: the source was left paused")
         raise
     finally:
         if throttle is not None and level:

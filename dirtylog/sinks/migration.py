@@ -140,15 +140,15 @@ class Result:
 
 
 class MigrationError(DirtyLogError):
-    """A migration that did not arrive; the source is intact and every page it had taken is dirty again.
+    """A migration that is not known to have arrived; the source is intact, every page it had taken is dirty again.
 
     Attributes
     ----------
     rounds : tuple of Round
         What was done before.
     uncertain : bool
-        Everything was sent and the answer was lost: the receiver may hold a complete copy. Make sure that it does not
-        run before the source goes on.
+        Everything was sent and the answer was lost: the receiver may hold a complete copy, and run. The source is
+        paused still: let it go on only once it is sure that the copy does not run.
     """
 
     def __init__(self, message: str, rounds: tuple[Round, ...] = (), uncertain: bool = False) -> None:

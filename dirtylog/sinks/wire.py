@@ -21,7 +21,7 @@ from dirtylog.sinks.extents import WINDOW
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Channel", "Kind", "WireError"]
+__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Channel", "Kind", "Refusal", "WireError"]
 
 MAGIC = b"dlog"
 VERSION = 1
@@ -36,6 +36,10 @@ MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
 
 class WireError(DirtyLogError):
     """The peer sent something that cannot be right, or hung up."""
+
+
+class Refusal(WireError):
+    """The peer said no: it has failed, and says why."""
 
 
 class Kind(IntEnum):
@@ -135,7 +139,9 @@ class Channel:
         Raises
         ------
         WireError
-            End of the stream, or anything that is not as this side would have sent it; or the peer refused.
+            End of the stream, or anything that is not as this side would have sent it.
+        Refusal
+            The peer refused; a WireError too.
         OSError
             The connection is gone, or a timeout.
         """
@@ -163,7 +169,7 @@ class Channel:
         self.bytes_received += HEADER_BYTES + length
         if kind == Kind.REFUSED:
             reason = bytes(payload).decode("utf-8", "replace")
-            raise WireError(f"the peer refused: {''.join(c if c.isprintable() else '?' for c in reason)}")
+            raise Refusal(f"the peer refused: {''.join(c if c.isprintable() else '?' for c in reason)}")
         if kind not in expected:
             raise WireError(f"a {kind.name} frame where {' or '.join(k.name for k in expected)} was due")
         if counted:

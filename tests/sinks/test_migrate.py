@@ -301,10 +301,12 @@ def test_a_line_cut_after_any_number_of_bytes_leaves_the_source_intact_and_retry
         source.workload = source.calming
         outcome, answer, _ = over_a_line(source, *limits, **calm)
         assert isinstance(outcome, MigrationError), limits
-        assert not source.paused
         # Only the answer, which is sent once all has arrived, can be lost without the destination knowing.
         complete = isinstance(answer, np.ndarray)
         assert outcome.uncertain or not complete
+        # Two guests must never run: the source goes on only where the copy cannot.
+        assert source.paused == outcome.uncertain
+        source.resume()
         # Whatever had been sent is dirty again, and so is what was written since.
         if outcome.rounds:
             assert source.pending().count == 40
@@ -324,6 +326,82 @@ def test_an_answer_that_does_not_match_is_no_arrival():
             send(here, source.memory, source.observer, pause=lambda: answering.send(Kind.DONE, bytes(32)))
     assert caught.value.uncertain
     assert source.pending().count == 4
+
+
+def end_of_a_migration(source, last_word):
+    """Migrate to a peer that reads everything and ends with `last_word(channel, digest)`; return the outcome."""
+    here, there = socket.socketpair()
+
+    def peer():
+        with there:
+            channel = Channel(there)
+            channel.receive(Kind.HELLO)
+            channel.send(Kind.READY, counted=False)
+            kind = None
+            while kind != Kind.END:
+                digest = channel.digest()
+                kind, _ = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.END)
+            last_word(channel, digest)
+
+    thread = threading.Thread(target=peer)
+    thread.start()
+    with here:
+        try:
+            return send(here, source.memory, source.observer, pause=source.pause, resume=source.resume)
+        except BaseException as error:
+            return error
+        finally:
+            thread.join()
+
+
+def test_a_source_whose_copy_may_run_stays_paused():
+    source = Source(22)
+    error = end_of_a_migration(source, lambda channel, digest: None)
+    assert isinstance(error, MigrationError)
+    assert error.uncertain
+    assert source.paused
+    assert source.pending().count == NPAGES
+
+
+class Interrupted(socket.socket):
+    """A socket that is interrupted just after a call has done its work."""
+
+    after = None
+
+    def sendall(self, data):
+        super().sendall(data)
+        if self.after == "sendall" and data[5] == Kind.END:
+            raise KeyboardInterrupt
+
+    def recv_into(self, buffer):
+        count = super().recv_into(buffer)
+        if self.after == "recv_into" and buffer.nbytes == 32:
+            raise KeyboardInterrupt
+        return count
+
+
+@pytest.mark.parametrize("after", ["sendall", "recv_into"])
+def test_a_source_whose_copy_may_run_stays_paused_when_it_is_interrupted(after):
+    source = Source(23)
+    here, there = socket.socketpair()
+    destination = Destination(there)
+    with here, Interrupted(fileno=here.detach()) as sock:
+        sock.after = after
+        with pytest.raises(KeyboardInterrupt) as caught:
+            send(sock, source.memory, source.observer, pause=source.pause, resume=source.resume)
+        destination.join()
+    assert isinstance(destination.answer, np.ndarray)
+    assert "left paused" in caught.value.__notes__[0]
+    assert source.paused
+
+
+def test_a_source_whose_copy_was_refused_goes_on():
+    source = Source(24)
+    error = end_of_a_migration(source, lambda channel, digest: channel.refuse("three pages never came"))
+    assert "three pages never came" in str(error)
+    assert not error.uncertain
+    assert not source.paused
+    assert source.pending().count == NPAGES
 
 
 def test_an_error_in_pause_puts_everything_back():

@@ -373,34 +373,39 @@ cdef class Mmu:
             dl_log_report(&found.log, words.words)
         return pages_from_words_block(words, found.npages, <uint64_t>1 << self.mmu.page_shift, True)
 
-    def clear(self, uint32_t slot, uint64_t first_word, const uint64_t[::1] words, object protect=None) -> bool:
+    def clear(self, uint32_t slot, uint64_t first_word, const uint64_t[::1] words, uint64_t[::1] cleared,
+              object protect=None) -> bool:
         """Clear those of `words` that were reported and protect their pages; True if anything was cleared.
 
-        ``protect(numbers, masks)`` takes the place of the C hook, under ``mmu_lock``.
+        What was cleared goes to `cleared`, as long as `words`, also when it
+        fails: it is what `unclear` wants. ``protect(numbers, masks)`` takes the
+        place of the C hook, under ``mmu_lock``.
         """
         cdef dl_memslot *found = self.logging_slot(slot)
         cdef uint64_t nwords = words.shape[0]
         cdef bint any_cleared, native = protect is None
         if first_word + nwords > (found.npages + 63) // 64:
             raise IndexError(f"words {first_word} to {first_word + nwords - 1} are out of range of slot {slot}")
+        if <uint64_t>cleared.shape[0] != nwords:
+            raise ValueError(f"cleared has {cleared.shape[0]} words, words has {nwords}; they go in pairs")
         if nwords == 0:
             return False
-        cleared = np.empty(nwords, np.uint64)
-        cdef uint64_t[::1] to_cleared = cleared
         with self.mmu_lock:
             with nogil:
-                any_cleared = dl_log_clear(&self.mmu, found, first_word, nwords, &words[0], &to_cleared[0], native)
+                any_cleared = dl_log_clear(&self.mmu, found, first_word, nwords, &words[0], &cleared[0], native)
             if any_cleared and not native:
                 try:
-                    numbers = np.flatnonzero(cleared)
-                    protect((numbers + first_word).astype(np.uint64), cleared[numbers])
+                    masks = np.asarray(cleared)
+                    numbers = np.flatnonzero(masks)
+                    protect((numbers + first_word).astype(np.uint64), masks[numbers])
                 except BaseException:
-                    dl_log_unclear(found, first_word, nwords, &to_cleared[0])
+                    # Before a fault can mark: they are writable with a clear bit (I1).
+                    dl_log_unclear(found, first_word, nwords, &cleared[0])
                     raise
         return any_cleared
 
     def unclear(self, uint32_t slot, uint64_t first_word, const uint64_t[::1] words):
-        """Mark again what `clear` may have cleared, when the flush after it failed (I5)."""
+        """Mark again what `clear` has cleared, when it or the flush after it failed (I5)."""
         cdef dl_memslot *found = self.logging_slot(slot)
         cdef uint64_t nwords = words.shape[0]
         if first_word + nwords > (found.npages + 63) // 64:

@@ -153,9 +153,11 @@ def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: D
             )
         first_word, end_word = first_page // 64, (end + 63) // 64
         words = dirty.words[first_word:end_word]
+        # Not all that the caller names was dirty: only what was cleared comes back (I5).
+        cleared = np.zeros(words.size, np.uint64)
         try:
-            if vm.mmu.clear(slot, first_word, words, python_hook(vm, slot)):
+            if vm.mmu.clear(slot, first_word, words, cleared, python_hook(vm, slot)):
                 vm.arch.flush_tlbs(vm, slot)
         except BaseException:
-            vm.mmu.unclear(slot, first_word, words)
+            vm.mmu.unclear(slot, first_word, cleared)
             raise

@@ -313,10 +313,12 @@ class DirtyLog:
     def _grow(self, npages: int, page_size: int) -> None:
         """Make room in every observer, or raise before anything has changed."""
         if npages > self._npages or page_size != self._page_size:
-            grown = [DirtyBitmap(npages, page_size) for _ in self._observers]
-            for observer, pending in zip(self._observers, grown, strict=True):
+            grown = [(observer, DirtyBitmap(npages, page_size)) for observer in self._observers]
+            for observer, pending in grown:
                 if self._npages:
                     pending.merge(observer._pending.peek())
+            # From here on nothing fails.
+            for observer, pending in grown:
                 observer._pending = pending
         self._npages, self._page_size = npages, page_size
 

@@ -126,6 +126,12 @@ static inline size_t dl_rings_masks(struct dl_mmu *mmu, struct dl_ring_mask *mas
     return n;
 }
 
+static inline void dl_rings_forget(struct dl_mmu *mmu, uint32_t slot)
+{
+    for (uint32_t i = 0; i < mmu->nvcpus; i++)
+        dl_ring_forget(&mmu->vcpus[i].ring, slot);
+}
+
 /* A mask may begin at any page: at most two aligned words of the page table. */
 static inline int dl_rings_protect(struct dl_mmu *mmu, const struct dl_ring_mask *masks, size_t n)
 {

@@ -136,4 +136,5 @@ cdef extern from "vm/_mmu.h" nogil:
     void dl_rings_entries(const dl_mmu *mmu, uint64_t *slots, uint64_t *offsets)
     size_t dl_rings_masks(dl_mmu *mmu, dl_ring_mask *masks)
     int dl_rings_protect(dl_mmu *mmu, const dl_ring_mask *masks, size_t n)
+    void dl_rings_forget(dl_mmu *mmu, uint32_t slot)
     void dl_rings_release(dl_mmu *mmu)

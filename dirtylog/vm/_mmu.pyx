@@ -453,6 +453,12 @@ cdef class Mmu:
         if error:
             raise failed(error, "reset of the dirty rings")
 
+    def ring_forget(self, uint32_t slot):
+        """Drop what the rings hold of a slot that is gone, or keeps no log."""
+        self.check_slots_lock()
+        with nogil:
+            dl_rings_forget(&self.mmu, slot)
+
     def ring_release(self):
         """Make room: the entries' pages are protected, the TLBs flushed."""
         self.check_slots_lock()

@@ -118,6 +118,18 @@ static inline size_t dl_ring_masks(const struct dl_ring *ring, struct dl_ring_ma
     return n;
 }
 
+/* Make the entries of a slot nobody's: no slot has that id. No vCPU pushes any
+ * more for it, or what it pushes is old news. */
+static inline void dl_ring_forget(struct dl_ring *ring, uint32_t slot)
+{
+    dl_ring_fetch(ring);
+    for (uint64_t index = ring->reset; index != ring->fetch; index++) {
+        struct dl_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
+        if (dl_load_relaxed(&entry->flags_and_slot) >> 32 == slot)
+            dl_store_relaxed(&entry->flags_and_slot, (uint64_t)UINT32_MAX << 32 | DL_RING_RESET);
+    }
+}
+
 static inline void dl_ring_release(struct dl_ring *ring)
 {
     for (uint64_t index = ring->reset; index != ring->fetch; index++)

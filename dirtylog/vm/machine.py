@@ -193,8 +193,7 @@ class VM:
                 if old is None:
                     raise invalid(f"slot {slot} does not exist; nothing to delete")
                 self.mmu.remove(slot)
-                if self.rings is not None:
-                    self.rings.forget(slot)
+                self._forget_rings(slot)
             elif old is None:
                 array = guest_memory(memory, region.npages * self.page_size)
                 self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty, self.initially_set)
@@ -216,10 +215,17 @@ class VM:
         elif old.log_dirty and not new.log_dirty:
             with self.mmu_lock:
                 self.mmu.stop_log(old.slot)
+            self._forget_rings(old.slot)
+
+    def _forget_rings(self, slot: int) -> None:
+        if self.rings is not None:
+            self.rings.forget(slot)
 
     def _start_log(self, slot: int) -> None:
-        # Old news first. What the hardware notes from here on may be reported
-        # although it was written before this call returned.
+        # Old news first: also what a store that was under way when the log was
+        # switched off has pushed since. What the hardware notes from here on may
+        # be reported although it was written before this call returned.
+        self._forget_rings(slot)
         self.mmu.sync(slot, discard=True)
         with self.mmu_lock:
             self.mmu.start_log(slot, self.initially_set)
@@ -347,7 +353,7 @@ class VM:
         Returns
         -------
         dict of int to DirtyPages
-            The pages of each slot in which something was written.
+            One entry for each slot that keeps a log.
 
         Raises
         ------

@@ -100,21 +100,29 @@ class Rings:
         vm.mmu.ring_release()
 
     def harvest(self) -> dict[int, DirtyPages]:
-        """Return what every slot has, and forget it."""
+        """Return what every slot that keeps a log has, and forget it."""
         self.drain()
-        pages, self.pending = self.pending, {}
+        pages = {region.slot: self._of(region.slot, region.npages) for region in self.vm.regions() if region.log_dirty}
+        # I5: from here on nothing fails.
+        self.pending.clear()
         return pages
+
+    def _of(self, slot: int, npages: int) -> DirtyPages:
+        return self.pending.get(slot) or DirtyPages._empty(npages, self.vm.page_size)
 
     def take(self, slot: int, clear: bool) -> DirtyPages:
         """Return what one slot has; the others' pages wait for their turn."""
         npages = self.vm.check_log(slot)
         self.drain()
-        pages = self.pending.get(slot) or DirtyPages.from_indices([], npages, self.vm.page_size)
+        pages = self._of(slot, npages)
         if clear:
             self.pending.pop(slot, None)
         return pages
 
     def forget(self, slot: int) -> None:
-        """Drop a deleted slot's pages, so that the next of its id does not get them."""
-        self.drain()
+        """Drop the pages of a slot that is deleted or keeps no log any more: the next of its id must not get them.
+
+        Calls no hook, so it cannot fail half-way: other slots' entries wait for the next drain.
+        """
+        self.vm.mmu.ring_forget(slot)
         self.pending.pop(slot, None)

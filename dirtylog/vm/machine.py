@@ -334,8 +334,10 @@ class VM:
         OSError
             EINVAL: unaligned or out of range, or no manual protection; ENOENT: the
             slot keeps no log; ENXIO: the machine has dirty rings.
+        TypeError
+            `dirty` is no DirtyPages, or a number no integer.
         ValueError
-            `dirty` is about another number of pages.
+            `dirty` is about another number of pages, or pages of another size.
 
         Notes
         -----

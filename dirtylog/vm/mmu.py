@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog._arguments import check_dirty, check_out
 from dirtylog._pages import DirtyPages
 
 if TYPE_CHECKING:
@@ -20,29 +21,6 @@ if TYPE_CHECKING:
     BatchHook = Callable[[npt.NDArray[np.uint64], npt.NDArray[np.uint64]], None]
 
 __all__ = ["clear_dirty_log", "get_dirty_log", "peek"]
-
-
-def check_out(out: object, npages: int) -> npt.NDArray[np.uint64]:
-    """Return the caller's buffer as words, or raise EFAULT before anything is cleared (I5)."""
-    nwords = (npages + 63) // 64
-    try:
-        view = memoryview(out)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"out is a {type(out).__name__}; pass a writable buffer of {nwords} uint64 words") from None
-    wrong = None
-    if view.readonly:
-        wrong = "read-only"
-    elif not view.c_contiguous:
-        wrong = "not C-contiguous"
-    elif view.itemsize != 8 or view.format.lstrip("@=<") not in ("L", "Q"):
-        wrong = f"of items {view.format!r}, not uint64"
-    elif view.nbytes != 8 * nwords:
-        wrong = f"of {view.nbytes // 8} words"
-    words = None if wrong else np.asarray(view).reshape(-1)
-    if words is None or not words.flags.aligned:
-        reason = wrong or "misaligned"
-        raise OSError(errno.EFAULT, f"out is {reason}; pass a writable, aligned buffer of {nwords} uint64 words")
-    return words
 
 
 def python_hook(vm: VM, slot: int) -> BatchHook | None:
@@ -101,7 +79,7 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
     with vm.slots_lock:
         npages = vm.check_log(slot)
         refuse_rings(vm)
-        words = None if out is None else check_out(out, npages)
+        words = None if out is None else check_out(slot, out, npages)
         vm.arch.sync_dirty_log(vm, slot)
         if vm.manual_protect:
             pages = vm.mmu.report(slot)
@@ -140,10 +118,7 @@ def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: D
             raise OSError(
                 errno.EINVAL, "get_dirty_log() has cleared the log already; create the VM with manual_protect=True"
             )
-        if not isinstance(dirty, DirtyPages):
-            raise TypeError(f"dirty is a {type(dirty).__name__}; pass the DirtyPages that get_dirty_log() returned")
-        if dirty.npages != npages:
-            raise ValueError(f"dirty is about {dirty.npages} pages; slot {slot} has {npages}")
+        check_dirty(slot, dirty, npages, vm.page_size)
         end = first_page + num_pages
         if first_page % 64 or first_page < 0 or num_pages < 0 or end > npages or (end < npages and num_pages % 64):
             raise OSError(

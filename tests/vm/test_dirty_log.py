@@ -166,6 +166,9 @@ def bad_outs():
         "of bytes": bytearray(64),
         "strided": np.zeros(16, np.uint64)[::2],
         "misaligned": np.zeros(65, np.uint8)[1:].view(np.uint64),
+        "of two dimensions": np.zeros((1, 8), np.uint64),
+        "a list": [0] * 8,
+        "a number": 8,
     }
 
 
@@ -173,18 +176,10 @@ def bad_outs():
 def test_an_output_buffer_that_cannot_take_the_words_is_efault_and_nothing_is_cleared(kind, harvesting, kit):
     vm = kit.machine(harvesting)
     vm.vcpus[0].touch([kit.base_gfn + 9])
-    with pytest.raises(OSError, match="8 uint64 words") as caught:
+    with pytest.raises(OSError, match="uint64 array of 8 words") as caught:
         vm.get_dirty_log(0, out=bad_outs()[kind])
     assert caught.value.errno == errno.EFAULT
     assert vm.get_dirty_log(0).indices().tolist() == [9]
-
-
-def test_an_output_that_is_no_buffer_is_a_type_error(kit):
-    vm = kit.machine("x86")
-    vm.vcpus[0].touch([kit.base_gfn + 9])
-    with pytest.raises(TypeError, match="list"):
-        vm.get_dirty_log(0, out=[0] * 8)
-    assert vm.get_dirty_log(0).count == 1
 
 
 class Failing(X86):

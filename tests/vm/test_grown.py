@@ -88,8 +88,11 @@ def test_clear_refuses_what_it_cannot_use(kit):
     refused(errno.ENOENT, vm.clear_dirty_log, 3, 0, 64, reported)
     with pytest.raises(ValueError, match="512"):
         vm.clear_dirty_log(0, 0, 64, pages_of(vm, 0, npages=513))
-    with pytest.raises(TypeError, match="DirtyPages"):
-        vm.clear_dirty_log(0, 0, 64, reported.words)
+    with pytest.raises(ValueError, match="about 512 of 8192"):
+        vm.clear_dirty_log(0, 0, 64, dl.DirtyPages.from_indices([0], 512, 8192))
+    for dirty in (reported.words, None):
+        with pytest.raises(TypeError, match="DirtyPages"):
+            vm.clear_dirty_log(0, 0, 64, dirty)
     assert vm.get_dirty_log(0) == reported
     legacy = kit.machine("x86")
     refused(errno.EINVAL, legacy.clear_dirty_log, 0, 0, 64, reported)

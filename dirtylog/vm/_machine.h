@@ -90,7 +90,7 @@ struct dl_vcpu {
     uint32_t index;
     uint32_t pml_count;
     uint64_t pml[DL_PML_ENTRIES]; /* gfns whose D bit this vCPU set; under its guest lock */
-    struct dl_ring ring;
+    struct dl_vcpu_ring ring;
     struct dl_tlb_entry tlb[DL_TLB_ENTRIES];
 };
 
@@ -188,7 +188,7 @@ static inline void dl_log_free(struct dl_memslot *slot)
     memset(&slot->log, 0, sizeof slot->log);
 }
 
-/* The seed's bitmap of double length, each half padded to whole lines. */
+/* KVM's bitmap of double length, each half padded to whole lines. */
 static inline int dl_log_alloc(struct dl_memslot *slot)
 {
     uint64_t half = dl_lines_for(slot->npages) * DL_LINE_WORDS, groups = dl_groups_for(slot->npages);

@@ -94,7 +94,7 @@ static inline void dl_log_unclear(struct dl_memslot *slot, uint64_t first_word, 
 static inline int dl_rings_init(struct dl_mmu *mmu, uint64_t size)
 {
     for (uint32_t i = 0; i < mmu->nvcpus; i++) {
-        mmu->vcpus[i].ring.entries = calloc(size, sizeof(struct dl_ring_entry));
+        mmu->vcpus[i].ring.entries = calloc(size, sizeof(struct dl_vcpu_ring_entry));
         if (!mmu->vcpus[i].ring.entries)
             return -ENOMEM;
         mmu->vcpus[i].ring.size = size;

@@ -18,13 +18,13 @@
 #define DL_RING_RESET UINT64_C(2)
 #define DL_RING_RESERVED 64u /* entries a vCPU may still push when it is told to stop */
 
-struct dl_ring_entry {
+struct dl_vcpu_ring_entry {
     uint64_t flags_and_slot; /* flags in the low half, as in struct kvm_dirty_gfn */
     uint64_t offset;         /* page within the slot */
 };
 
-struct dl_ring {
-    struct dl_ring_entry *entries;
+struct dl_vcpu_ring {
+    struct dl_vcpu_ring_entry *entries;
     uint64_t size;  /* a power of two, 0: no ring */
     uint64_t dirty; /* pushed so far */
     uint64_t fetch;
@@ -38,15 +38,15 @@ struct dl_ring_mask {
     uint64_t mask;
 };
 
-static inline int dl_ring_full(const struct dl_ring *ring)
+static inline int dl_ring_full(const struct dl_vcpu_ring *ring)
 {
     /* Acquire: what the reset did is over before its room is used. */
     return ring->size && ring->dirty - dl_load_acquire(&ring->reset) >= ring->size - DL_RING_RESERVED;
 }
 
-static inline void dl_ring_push(struct dl_ring *ring, uint32_t slot, uint64_t offset)
+static inline void dl_ring_push(struct dl_vcpu_ring *ring, uint32_t slot, uint64_t offset)
 {
-    struct dl_ring_entry *entry = &ring->entries[ring->dirty & (ring->size - 1)];
+    struct dl_vcpu_ring_entry *entry = &ring->entries[ring->dirty & (ring->size - 1)];
     entry->offset = offset;
     /* Release: pairs with the acquire in dl_ring_fetch(). Who sees the entry sees
      * the page's content, which was stored before (I3). */
@@ -56,10 +56,10 @@ static inline void dl_ring_push(struct dl_ring *ring, uint32_t slot, uint64_t of
 
 /* Take every entry pushed so far; returns how many are fetched and not released.
  * A harvest that fails further on leaves them so, and the next finds them (I5). */
-static inline size_t dl_ring_fetch(struct dl_ring *ring)
+static inline size_t dl_ring_fetch(struct dl_vcpu_ring *ring)
 {
     while (ring->fetch - ring->reset < ring->size) {
-        struct dl_ring_entry *entry = &ring->entries[ring->fetch & (ring->size - 1)];
+        struct dl_vcpu_ring_entry *entry = &ring->entries[ring->fetch & (ring->size - 1)];
         uint64_t seen = dl_load_acquire(&entry->flags_and_slot);
         if ((seen & UINT32_MAX) != DL_RING_DIRTY)
             break;
@@ -69,11 +69,11 @@ static inline size_t dl_ring_fetch(struct dl_ring *ring)
     return ring->fetch - ring->reset;
 }
 
-static inline size_t dl_ring_entries(const struct dl_ring *ring, uint64_t *slots, uint64_t *offsets)
+static inline size_t dl_ring_entries(const struct dl_vcpu_ring *ring, uint64_t *slots, uint64_t *offsets)
 {
     size_t n = 0;
     for (uint64_t index = ring->reset; index != ring->fetch; index++, n++) {
-        const struct dl_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
+        const struct dl_vcpu_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
         slots[n] = dl_load_relaxed(&entry->flags_and_slot) >> 32;
         offsets[n] = entry->offset;
     }
@@ -103,11 +103,11 @@ static inline int dl_ring_coalesce(struct dl_ring_mask *mask, uint64_t slot, uin
 
 /* The masks of every entry that was fetched; returns their number, at most `size`.
  * The caller write-protects their pages and flushes before dl_ring_release(). */
-static inline size_t dl_ring_masks(const struct dl_ring *ring, struct dl_ring_mask *masks)
+static inline size_t dl_ring_masks(const struct dl_vcpu_ring *ring, struct dl_ring_mask *masks)
 {
     size_t n = 0;
     for (uint64_t index = ring->reset; index != ring->fetch; index++) {
-        const struct dl_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
+        const struct dl_vcpu_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
         uint64_t slot = dl_load_relaxed(&entry->flags_and_slot) >> 32;
         if (n && dl_ring_coalesce(&masks[n - 1], slot, entry->offset))
             continue;
@@ -120,17 +120,17 @@ static inline size_t dl_ring_masks(const struct dl_ring *ring, struct dl_ring_ma
 
 /* Make the entries of a slot nobody's: no slot has that id. No vCPU pushes any
  * more for it, or what it pushes is old news. */
-static inline void dl_ring_forget(struct dl_ring *ring, uint32_t slot)
+static inline void dl_ring_forget(struct dl_vcpu_ring *ring, uint32_t slot)
 {
     dl_ring_fetch(ring);
     for (uint64_t index = ring->reset; index != ring->fetch; index++) {
-        struct dl_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
+        struct dl_vcpu_ring_entry *entry = &ring->entries[index & (ring->size - 1)];
         if (dl_load_relaxed(&entry->flags_and_slot) >> 32 == slot)
             dl_store_relaxed(&entry->flags_and_slot, (uint64_t)UINT32_MAX << 32 | DL_RING_RESET);
     }
 }
 
-static inline void dl_ring_release(struct dl_ring *ring)
+static inline void dl_ring_release(struct dl_vcpu_ring *ring)
 {
     for (uint64_t index = ring->reset; index != ring->fetch; index++)
         dl_store_relaxed(&ring->entries[index & (ring->size - 1)].flags_and_slot, DL_RING_FREE);

@@ -35,7 +35,7 @@ def refuse_rings(vm: VM) -> None:
 
 
 def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
-    """Get and clear a slot's log: the seed's four steps.
+    """Get and clear a slot's log: KVM's four steps.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
     With manual protection only the copy is made: clearing, protection and flush
     come with `clear_dirty_log`.
 
-    ``mmu_lock`` is free during the flush, as in the seed. A page that faults
+    ``mmu_lock`` is free during the flush, as in KVM. A page that faults
     meanwhile is marked for the next harvest.
 
     References

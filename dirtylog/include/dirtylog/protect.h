@@ -65,7 +65,7 @@ static inline void dl_protect_page(const struct dl_page_table *table, uint64_t p
         dl_pte_protect(&table->ptes[page]);
 }
 
-/* The seed's form for x86: each set bit. */
+/* KVM's form for x86: each set bit. */
 static inline void dl_protect_each(void *context, const struct dl_page_table *table, uint64_t first_page, uint64_t mask)
 {
     (void)context;
@@ -73,7 +73,7 @@ static inline void dl_protect_each(void *context, const struct dl_page_table *ta
         dl_protect_page(table, first_page + dl_ffs(mask));
 }
 
-/* The seed's form for ARM, stage2_wp_range(): from the first set bit to the
+/* KVM's form for ARM, stage2_wp_range(): from the first set bit to the
  * last. Clean pages between are protected too; they fault and mark once more. */
 static inline void dl_protect_range(void *context, const struct dl_page_table *table, uint64_t first_page, uint64_t mask)
 {
@@ -165,6 +165,7 @@ static inline uint64_t dl_harvest_take(struct dl_double_log *log, const struct d
             continue;
         /* I4: the summary first, the leaves after it. */
         lines = dl_summary_take(&log->marked, group, DL_ALL_PAGES);
+        dl_fence_seq_cst(); /* see there */
         log->snapshot_summary[group] |= lines;
         for (; lines; lines &= lines - 1) {
             uint64_t word = (group * DL_GROUP_LINES + dl_ffs(lines)) * DL_LINE_WORDS;

@@ -77,7 +77,7 @@ class Arch:
     pml_hooks: ClassVar[object] = None
 
     def get_dirty_log(self, vm: VM, slot: int, out: object = None) -> DirtyPages:
-        """Do the whole call (HAVE_KVM_ARCH_DIRTY_LOG); the seed's four steps unless overridden."""
+        """Do the whole call (HAVE_KVM_ARCH_DIRTY_LOG); KVM's four steps unless overridden."""
         return mmu.get_dirty_log(vm, slot, out)
 
     def sync_dirty_log(self, vm: VM, slot: int) -> None:

@@ -281,6 +281,13 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         uint64_t size = nwords - at < CHUNK_WORDS ? nwords - at : CHUNK_WORDS;
 
         lock_all(&mask);
+        /* A close between two holds of the lock has opened the pages for good: protected again, with no
+         * span left that knows them, they would end the process at the next store. */
+        if (span->dead) {
+            error = -span->dead;
+            unlock_all(&mask);
+            return error;
+        }
         memcpy(chunk, span->words + at, size * sizeof(*chunk));
         if (take && protect_runs(chunk, size, span->first + at * DL_WORD_PAGES) == 0) {
             memset(span->words + at, 0, size * sizeof(*chunk));

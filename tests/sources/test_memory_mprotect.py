@@ -266,3 +266,31 @@ tracker.close()
 """
     )
     assert answer == 2 * "10 False ['IncompleteLogWarning']\n" + "10 0\n"
+
+
+def test_a_close_between_two_chunks_of_a_harvest_leaves_no_page_protected():
+    """The harvest's first store to its answer faults, outside the lock, and the handler closes the tracker there."""
+    code = """
+from types import SimpleNamespace
+from dirtylog.sources.probe import mappings_of
+array = dl.zeros((32768, PAGE), np.uint8)
+answer = mmap.mmap(-1, PAGE)
+words = np.frombuffer(answer, np.uint64)
+_tracking.np = SimpleNamespace(zeros=lambda *_, **__: words, uint64=np.uint64)
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def close(number):
+    libc.mprotect(words.ctypes.data, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
+    tracker.close()
+libc.signal(signal.SIGSEGV, close)
+tracker = dl.track(array, "mprotect")
+array[[5, 32767]] = 1
+libc.mprotect(words.ctypes.data, PAGE, mmap.PROT_READ)
+try:
+    tracker.harvest()
+except ValueError as error:
+    print(error)
+print([mapping for mapping in mappings_of(array.ctypes.data, array.nbytes) if "w" not in mapping.permissions])
+libc.signal(signal.SIGSEGV, 0)
+array[[5, 32767]] = 2
+"""
+    assert run(code) == "the Tracker is closed; open another one\n[]\n"

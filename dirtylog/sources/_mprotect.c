@@ -200,6 +200,24 @@ static void on_fault(int number, siginfo_t *info, void *context)
     errno = error;
 }
 
+static int is_ours(const struct sigaction *now)
+{
+    return (now->sa_flags & SA_SIGINFO) && now->sa_sigaction == on_fault;
+}
+
+/* Lock held. 0, or -EBUSY where somebody has put another action in the handler's place. */
+static int check_handler(struct dl_span *span)
+{
+    struct sigaction now;
+
+    if (sigaction(SIGSEGV, NULL, &now) == 0 && is_ours(&now))
+        return 0;
+    /* Whatever is there now need not come back from a store. With all pages open and marked (I1) none
+     * faults, and should the handler return, the next harvest reports them all (I6). */
+    (void)open_pages(span->first, span->end, 1);
+    return -EBUSY;
+}
+
 /* Lock held. The handler stays for good: a thread may have faulted on a page that a close has since
  * opened, and the signal that is on its way to it must still find the handler. */
 static int install(void)
@@ -208,7 +226,7 @@ static int install(void)
 
     if (sigaction(SIGSEGV, NULL, &now) < 0)
         return -errno;
-    if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_fault)
+    if (is_ours(&now))
         return 0;
     /* Whoever installed a handler over ours may call ours as its previous one; over it once more, the
      * two would call each other for ever. */
@@ -268,6 +286,8 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         error = dl_span_whole(span, page_bytes);
     if (error == -ENOMEM)
         span->dead = ENOMEM;
+    if (!error)
+        error = check_handler(span);
     coarse = span->coarse;
     if (error || !span->pending) {
         unlock_all(&mask);

@@ -3,7 +3,7 @@
 import mmap
 import threading
 import warnings
-from errno import EBADF, ECHILD
+from errno import EBADF, EBUSY, ECHILD
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -165,8 +165,8 @@ class Tracker(Resource):
         ValueError
             The tracker is closed.
         DirtyLogError
-            The memory is gone, or this is the child of a fork: nothing can be
-            tracked any longer.
+            The memory is gone, this is the child of a fork, or the SIGSEGV
+            handler was replaced (mprotect): nothing can be tracked any longer.
 
         Notes
         -----
@@ -218,6 +218,12 @@ class Tracker(Resource):
             return ValueError("the Tracker is closed; open another one")
         if error.errno == ECHILD:
             return _forked()
+        if error.errno == EBUSY:
+            return DirtyLogError(
+                "the tracker's SIGSEGV handler was replaced, by faulthandler.enable() or disable() say: its "
+                f"{self.npages} pages are open and unwatched; take everything as written, close this "
+                "tracker, put the handler back and track again"
+            )
         where = f"{self.npages} pages from address {self._pinned.address:#x}"
         return DirtyLogError(
             f"{where} can no longer be tracked by {self.backend} ({error.strerror}): they were unmapped, moved or "
@@ -295,7 +301,10 @@ def track(buffer: "Trackable", backend: str = "auto") -> Tracker:
     System calls that write into a page before a store does fail with EFAULT,
     ``MADV_DONTNEED`` goes unseen, and the program must not call ``mprotect`` on
     the memory or install another SIGSEGV handler over the tracker's, which stays
-    and passes on what is not its own. When mappings run short
+    and passes on what is not its own. ``faulthandler.enable()`` and ``disable()``
+    change that handler too: call them before the first tracker is opened, since
+    without its handler a store ends the process. A harvest that finds the
+    handler gone opens the memory and raises `DirtyLogError`. When mappings run short
     (``vm.max_map_count``) it opens memory in blocks, and says so (I6).
 
     compare holds a copy and sees contents, not writes: a page that has its old

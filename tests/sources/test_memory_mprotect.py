@@ -294,3 +294,45 @@ libc.signal(signal.SIGSEGV, 0)
 array[[5, 32767]] = 2
 """
     assert run(code) == "the Tracker is closed; open another one\n[]\n"
+
+
+@pytest.mark.parametrize("call", ["peek", "harvest"])
+@pytest.mark.parametrize("change", ["faulthandler.disable()", "libc.signal(signal.SIGSEGV, 0)"])
+def test_a_harvest_that_finds_the_handler_gone_opens_the_memory_and_says_so(change, call):
+    code = f"""
+faulthandler.enable()
+array = array_of(4)
+tracker = dl.track(array, "mprotect")
+{change}
+try:
+    tracker.{call}()
+except dl.DirtyLogError as error:
+    print("handler was replaced" in str(error), flush=True)
+array[:] = 1
+tracker.close()
+with dl.track(array, "mprotect") as again:
+    array[3] = 1
+    print(again.harvest().indices().tolist())
+"""
+    assert run(code) == "True\n[3]\n"
+
+
+def test_when_the_handler_is_back_every_page_is_reported():
+    code = """
+array = array_of(4)
+tracker = dl.track(array, "mprotect")
+faulthandler.enable()
+try:
+    tracker.harvest()
+except dl.DirtyLogError:
+    array[1] = 1
+faulthandler.disable()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    answer = tracker.harvest()
+print(answer.count, answer.exact, len(caught))
+array[2] = 1
+print(tracker.harvest().indices().tolist())
+tracker.close()
+"""
+    assert run(code) == "4 False 1\n[2]\n"

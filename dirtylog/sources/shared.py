@@ -1,6 +1,7 @@
 """A dirty log in memory shared with other processes: the log of vhost-user."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import mmap
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._core import DirtyBitmap
-from dirtylog._pages import DirtyPages
+from dirtylog._pages import DirtyPages, check_geometry
 from dirtylog.errors import DirtyLogError
 from dirtylog.sources._resource import Resource
 
@@ -109,22 +110,45 @@ class SharedLog(Resource):
         Raises
         ------
         ValueError
-            No pages, or both sizes or neither.
+            No pages, or too many, or both sizes or neither.
         FileExistsError
             The path is taken: open that log instead.
+        MemoryError
+            The log is larger than this machine's memory, and there is no `path`.
+        OSError
+            ENOSPC: there is no room for the file; or the system cannot make or
+            map it.
+
+        Notes
+        -----
+        The anonymous log takes memory as it is marked and harvested, not before;
+        a harvest reads, and thereby takes, all of it. A file gets all its room
+        at once.
         """
         pages = _pages(npages, nbytes)
         if pages is None:
             raise ValueError("how large is the guest? pass npages (pages of 4096 bytes) or nbytes")
         size = _bytes_for(pages)
         if path is None:
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if size > memory:
+                raise MemoryError(
+                    f"a log of {pages} pages takes {size} bytes and this machine has {memory}; pass a path to keep it "
+                    "in a file, or log a smaller guest"
+                )
             descriptor = os.memfd_create("dirtylog", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         else:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Room now or ENOSPC now: a hole that cannot be filled later would be SIGBUS at a mark.
-            os.posix_fallocate(descriptor, 0, size)
-            if path is None:
+            if path is not None:
+                # Room now or ENOSPC now: a hole that cannot be filled later would be SIGBUS at a mark. Asked
+                # before it is taken, since tmpfs takes memory on the way to its answer.
+                room = os.fstatvfs(descriptor)
+                if size > room.f_bavail * room.f_frsize:
+                    raise OSError(errno.ENOSPC, f"no room for a log of {size} bytes", os.fspath(path))
+                os.posix_fallocate(descriptor, 0, size)
+            else:
+                os.ftruncate(descriptor, size)
                 seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
                 fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
             return cls(mmap.mmap(descriptor, size), pages, descriptor, size)
@@ -306,7 +330,7 @@ def _pages(npages: SupportsIndex | None, nbytes: SupportsIndex | None) -> int | 
     pages = operator.index(npages) if npages is not None else -(-operator.index(nbytes or 0) // LOG_PAGE)
     if pages < 1:
         raise ValueError(f"a log of {pages} pages logs nothing; it takes at least 1")
-    return pages
+    return check_geometry(pages, LOG_PAGE)[0]
 
 
 def _checked(available: int, pages: int | None) -> int:

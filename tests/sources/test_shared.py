@@ -221,11 +221,38 @@ def test_a_creation_that_fails_leaves_no_file_and_no_descriptor(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
+    monkeypatch.setattr(os, "ftruncate", refuse)
     before = os.listdir("/proc/self/fd")
     for path in (None, tmp_path / "log"):
         with pytest.raises(OSError, match="No space left"):
             SharedLog.create(64, path)
     assert os.listdir("/proc/self/fd") == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_anonymous_log_takes_no_memory_before_it_is_used():
+    with SharedLog.create(1 << 30) as log:
+        assert os.fstat(log.fileno()).st_size == 1 << 27
+        assert os.fstat(log.fileno()).st_blocks * 512 <= 1 << 16
+        log.mark((1 << 30) - 1)
+        assert log.is_dirty((1 << 30) - 1)
+
+
+@pytest.mark.parametrize(
+    ("npages", "error", "why"),
+    [(1 << 52, MemoryError, "this machine has"), ((1 << 52) + 1, ValueError, "npages is"), (1 << 70, ValueError, "np")],
+)
+def test_a_log_that_nothing_can_hold_is_refused_before_anything_is_made(tmp_path, monkeypatch, npages, error, why):
+    def made(*_):
+        raise AssertionError("something was made")
+
+    monkeypatch.setattr(os, "memfd_create", made)
+    monkeypatch.setattr(os, "posix_fallocate", made)
+    for size in ({"npages": npages}, {"nbytes": npages * 4096}):
+        with pytest.raises(error, match=why):
+            SharedLog.create(**size)
+        with pytest.raises((ValueError, OSError), match="npages is|no room for a log of"):
+            SharedLog.create(path=tmp_path / "log", **size)
     assert list(tmp_path.iterdir()) == []
 
 

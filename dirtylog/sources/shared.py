@@ -76,9 +76,12 @@ class SharedLog(Resource):
         # What the object behind the descriptor must keep: a page cut off behind a mapping is SIGBUS.
         self._size = size
         self.npages = npages
-        self._bitmap = DirtyBitmap.from_buffer(memory, npages, LOG_PAGE)
-        # I7: the words' tail, where a writer ends up whose guest is larger than the log.
-        self._last = np.frombuffer(memory, np.uint64)[-1:]
+        # The bitmap, and for I7 the words' tail, where a writer ends up whose guest is larger than the log.
+        # Together, so that a thread has both or, after a close by another one, neither.
+        self._views: tuple[DirtyBitmap, npt.NDArray[np.uint64]] | None = (
+            DirtyBitmap.from_buffer(memory, npages, LOG_PAGE),
+            np.frombuffer(memory, np.uint64)[-1:],
+        )
         self._closed = False
 
     @classmethod
@@ -234,21 +237,35 @@ class SharedLog(Resource):
             raise io.UnsupportedOperation("a log over SharedMemory has no descriptor of its own; hand on its name")
         return self._descriptor
 
-    def _checked_bitmap(self) -> DirtyBitmap:
+    def _checked_views(self) -> tuple[DirtyBitmap, npt.NDArray[np.uint64]]:
+        views = self._views
+        size = self._size
+        try:
+            if views is not None and self._descriptor >= 0:
+                size = os.fstat(self._descriptor).st_size
+        except OSError:
+            self._check_open()
+            raise
+        # After the answer: a close by another thread may have given the number to somebody else's file.
+        # Before it gives anything back it says so, and what `views` holds stays mapped.
         self._check_open()
-        if self._descriptor >= 0 and os.fstat(self._descriptor).st_size < self._size:
-            size = os.fstat(self._descriptor).st_size
+        if views is None:  # not while it is open; for the type checker
+            raise ValueError("the SharedLog is closed; open another one")
+        if size < self._size:
             raise DirtyLogError(
                 f"the log's file was cut to {size} bytes and {self._size} are mapped; "
                 "take every page as written and make a new log"
             )
-        return self._bitmap
+        return views
+
+    def _checked_bitmap(self) -> DirtyBitmap:
+        return self._checked_views()[0]
 
     def _bitmap_to_read(self) -> DirtyBitmap:
-        bitmap = self._checked_bitmap()
+        bitmap, tail = self._checked_views()
         used = self.npages % _WORD_PAGES
-        if used and int(self._last[0]) >> used:
-            page = self.npages - used + int(self._last[0]).bit_length() - 1
+        if used and (last := int(tail[0])) >> used:
+            page = self.npages - used + last.bit_length() - 1
             raise DirtyLogError(
                 f"another process marked page {page}, and the log was opened for {self.npages} pages: it is smaller "
                 "than the guest; nothing was taken, open it with the guest's size"
@@ -303,14 +320,16 @@ class SharedLog(Resource):
         memory = self._memory
         # The views first, then the mapping they lie in. A harvest in another thread may still hold
         # one: the mapping then goes with it.
-        del self._memory, self._bitmap, self._last
+        self._views = None
+        del self._memory
         with contextlib.suppress(BufferError):
             if isinstance(memory, mmap.mmap):
                 memory.close()
             else:
                 memory.release()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __repr__(self) -> str:
         """Name the size."""

@@ -275,6 +275,33 @@ def test_closing_twice_is_fine_and_a_closed_log_refuses(log):
             call()
 
 
+@pytest.mark.parametrize("moment", ["before the answer", "after the answer", "the number is another file's"])
+@pytest.mark.parametrize("call", [SharedLog.harvest, SharedLog.peek, SharedLog.count, lambda log: log.mark(0)])
+def test_a_close_beside_another_call_is_closed_and_nothing_else(log, monkeypatch, tmp_path, moment, call):
+    """The other thread's close comes while the call asks for the file's size."""
+    fstat = os.fstat
+    stranger = os.open(tmp_path / "stranger", os.O_RDWR | os.O_CREAT)
+
+    def close_and_answer(descriptor):
+        answer = fstat(descriptor)
+        log.close()
+        if moment == "after the answer":
+            return answer
+        return fstat(descriptor if moment == "before the answer" else stranger)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="SharedLog is closed"):
+        patch.setattr(os, "fstat", close_and_answer)
+        call(log)
+    os.close(stranger)
+
+
+def test_a_harvest_under_way_keeps_the_memory_that_a_close_gives_back(log):
+    log.mark(3)
+    bitmap = log._checked_bitmap()
+    log.close()
+    assert bitmap.harvest().indices().tolist() == [3]
+
+
 def test_pages_outlive_the_log_they_came_from(log):
     log.mark(3)
     peeked, taken = log.peek(), log.harvest()

@@ -1,4 +1,4 @@
-"""What every test shares: hypothesis draws the same examples on every run, and no test leaves a thread behind."""
+"""What every test shares: repeatable examples, no thread left behind, and the switches of the stress tests."""
 
 import os
 import threading
@@ -26,3 +26,51 @@ def no_thread_is_left_behind():
     yield
     left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
     assert not left, f"still running: {left}"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("stress", "stress tests: run with -m stress")
+    group.addoption(
+        "--stress-seconds", type=float, default=60, help="seconds that the stress tests share (default: %(default)s)"
+    )
+    group.addoption(
+        "--stress-marks",
+        type=float,
+        default=1e9,
+        help="each of the tests that mark in bulk goes on until it made so many marks (default: %(default)g)",
+    )
+
+
+STRESS = pytest.StashKey()
+# What a stress test counts that is a mark, by the name of the function that made it.
+MARKS = ("mark_", "merge", "dirtylog_api.mark", "SharedLog")
+
+
+def pytest_configure(config):
+    config.stash[STRESS] = []
+    config.stress_key = STRESS
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave stress tests out unless -m names them, and give those that run their time."""
+    stressful = [item for item in items if item.get_closest_marker("stress")]
+    if "stress" in config.option.markexpr:
+        for item in stressful:
+            item.add_marker(pytest.mark.timeout(10 * config.getoption("--stress-seconds") + 600))
+        return
+    if stressful:
+        config.hook.pytest_deselected(items=stressful)
+        items[:] = [item for item in items if item not in stressful]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counted = config.stash[STRESS]
+    if not counted:
+        return
+    terminalreporter.section("stress: counted, and nothing lost")
+    marks = 0
+    for name, counts in counted:
+        for what, number in counts.items():
+            terminalreporter.write_line(f"{number:>18,}  {what}  ({name})")
+            marks += number if what.startswith(MARKS) else 0
+    terminalreporter.write_line(f"{marks:>18,}  marks in all, each in exactly one harvest or seen by value; 0 lost")

@@ -1,0 +1,118 @@
+"""Every parser against the inputs that are kept, under a guard: so much memory, one directory, nothing executed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ("words", "pickle", "shared", "ring", "sidecar", "snapshot", "trace", "migration")
+NEEDS = {"sidecar": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
+    for module in ("pyarrow", "xxhash", "zstandard"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    done = python("-m", "fuzz", target, "--replay", "--findings", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    accepted = int(done.stdout.split()[1])
+    assert accepted > 0, done.stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_few_thousand_new_inputs_are_read_rightly_or_refused(target, tmp_path):
+    for module in ("pyarrow", "xxhash", "zstandard"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    done = python("-m", "fuzz", target, "--engine", "own", "--runs", "1500", "--findings", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert f"{target}: 1500 inputs" in done.stdout
+
+
+PRELUDE = """
+import os, pickle, subprocess, sys
+from pathlib import Path
+from fuzz.guard import Guard, Violation, limit_memory
+inside = Path(sys.argv[1])
+(inside / "here").write_bytes(b"x")
+guard = Guard()
+"""
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        "open('/etc/hostname').read()",
+        "open(inside / 'new', 'wb')",
+        "os.open(inside / 'new', os.O_CREAT | os.O_WRONLY)",
+        "open(inside / '..' / 'other')",
+        "(inside / 'here').unlink()",
+        "os.rename(inside / 'here', inside / 'there')",
+        "os.system('true')",
+        "subprocess.run(['true'])",
+        "os.fork()",
+        "exec('1')",
+        "eval('1')",
+        "__import__('wave')",
+        "pickle.loads(b'cos\\nsystem\\n.')",
+    ],
+)
+def test_the_guard_sees_what_reading_must_not_do(tmp_path, act):
+    code = f"{PRELUDE}\ntry:\n    with guard.armed(inside):\n        {act}\nexcept Violation as seen:\n    print('seen', seen)"
+    done = python("-c", code, str(tmp_path))
+    assert done.stdout.startswith("seen"), done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_the_guard_lets_the_directorys_files_be_read(tmp_path):
+    code = f"{PRELUDE}\nwith guard.armed(inside):\n    print(open(inside / 'here').read())"
+    assert python("-c", code, str(tmp_path)).stdout == "x\n"
+
+
+def test_the_limit_is_noticed(tmp_path):
+    code = f"{PRELUDE}\nlimit_memory(1 << 26)\nbytearray(1 << 25)\nprint('ok')\nbytearray(1 << 27)"
+    done = python("-c", code, str(tmp_path))
+    assert done.stdout == "ok\n"
+    assert "MemoryError" in done.stderr
+
+
+def test_the_engine_finds_a_branch_behind_three_others(tmp_path):
+    """Guided by coverage: blind, three bytes that must fit would take 2**24 inputs."""
+    (tmp_path / "victim.py").write_text(
+        "def check(data):\n"
+        "    if data[:1] == b'A':\n"
+        "        if data[1:2] == b'@':\n"
+        "            if data[2:3] == b'\\x80':\n"
+        "                raise KeyError('found')\n"
+        "    return True\n"
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from victim import check\nfrom fuzz.engine import fuzz\n"
+        "try:\n    fuzz(check, [b'a___'], runs=200_000, seed=1, part='victim.py')\n"
+        "except KeyError as error:\n    print(error, error.data[:3])"
+    )
+    done = python("-c", code, str(tmp_path))
+    assert done.stdout == "'found' b'A@\\x80'\n", done.stderr
+
+
+def test_a_finding_is_kept_and_fails_the_run(tmp_path):
+    code = (
+        "import sys, runpy\nfrom dirtylog.sinks import sidecar\n"
+        "real = sidecar._integer\n"
+        "def broken(value, low, high, what):\n"
+        "    if what == 'epoch' and value != 3: raise KeyError(value)\n"
+        "    return real(value, low, high, what)\n"
+        "sidecar._integer = broken\n"
+        "sys.argv = ['fuzz', 'sidecar', '--engine', 'own', '--runs', '100000', '--findings', sys.argv[1]]\n"
+        "runpy.run_module('fuzz', run_name='__main__')"
+    )
+    done = python("-c", code, str(tmp_path))
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,4 +1,4 @@
-"""``python -m fuzz TARGET``: look for inputs that a parser answers wrongly; ``--replay`` examines the kept ones only."""
+"""``python -m fuzz TARGET``: look for inputs that a parser answers wrongly; ``--replay``: only the kept ones."""
 
 import argparse
 import hashlib
@@ -21,7 +21,7 @@ def save(directory: Path, data: bytes) -> Path:
 
 
 def with_atheris(options: argparse.Namespace) -> int:
-    """Fuzz with libFuzzer, which ends the process itself; a crash leaves ``crash-...`` in the directory for findings."""
+    """Fuzz with libFuzzer, which ends the process itself; a wrong input stays as ``crash-...`` with the findings."""
     import atheris
 
     with atheris.instrument_imports(include=["dirtylog"], enable_loader_override=False):

@@ -1,4 +1,4 @@
-"""A small coverage-guided fuzzer: for where atheris is not installed. Line pairs of dirtylog's Python files guide it."""
+"""A small coverage-guided fuzzer for where atheris is not installed; pairs of lines of dirtylog's files guide it."""
 
 import math
 import random

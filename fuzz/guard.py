@@ -64,7 +64,7 @@ class Guard:
 
 
 def limit_memory(more: int) -> None:
-    """Let this process map `more` bytes than it does now: what asks for more gets MemoryError, and that is a finding."""
+    """Let this process map `more` bytes than it does now; what asks for more gets MemoryError: a finding."""
     with open("/proc/self/statm") as file:
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

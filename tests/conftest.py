@@ -47,6 +47,7 @@ MARKS = ("mark_", "merge", "dirtylog_api.mark", "SharedLog")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "thread_unsafe(reason): pytest-run-parallel runs it in one thread only")
     config.stash[STRESS] = []
     config.stress_key = STRESS
 

@@ -364,4 +364,7 @@ class BitmapAgainstSet(RuleBasedStateMachine):
             assert np.array_equal(np.asarray(self.bitmap), words_of(self.pages, self.npages))
 
 
-TestAnySequenceOfOperationsIsThatOfASet = BitmapAgainstSet.TestCase
+# Hypothesis parses source files for its reports, which CPython 3.11 cannot do in several threads at once.
+TestAnySequenceOfOperationsIsThatOfASet = pytest.mark.thread_unsafe(reason="hypothesis parses source files")(
+    BitmapAgainstSet.TestCase
+)

@@ -19,6 +19,7 @@ def test_a_bitmap_says_that_it_costs_at_most_1_1_bits_a_page(npages):
     assert npages <= dl.DirtyBitmap(npages).__sizeof__() * 8 <= 1.1 * npages
 
 
+@pytest.mark.thread_unsafe(reason="it measures what the whole process maps")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm to measure with")
 def test_a_bitmap_maps_at_most_1_1_bits_a_page():
     npages = 2**30

@@ -45,8 +45,8 @@ def harvest_in_parts(bitmap):
         yield bitmap.harvest(first, end - first)
 
 
-def harvest_into(bitmap, out=np.zeros(-(-NPAGES // 64), np.uint64)):  # noqa: B008
-    yield bitmap.harvest(out=out)
+def harvest_into(bitmap):
+    yield bitmap.harvest(out=np.full(-(-NPAGES // 64), 7, np.uint64))
 
 
 def peek_then_clear(bitmap):

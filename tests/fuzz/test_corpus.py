@@ -63,7 +63,8 @@ guard = Guard()
     ],
 )
 def test_the_guard_sees_what_reading_must_not_do(tmp_path, act):
-    code = f"{PRELUDE}\ntry:\n    with guard.armed(inside):\n        {act}\nexcept Violation as seen:\n    print('seen', seen)"
+    attempt = f"try:\n    with guard.armed(inside):\n        {act}\nexcept Violation as seen:\n    print('seen', seen)"
+    code = f"{PRELUDE}\n{attempt}"
     done = python("-c", code, str(tmp_path))
     assert done.stdout.startswith("seen"), done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["here"]

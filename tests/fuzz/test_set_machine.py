@@ -29,7 +29,9 @@ def from_indices(pages, npages, size, exact):
 
 
 def from_runs(pages, npages, size, exact):
-    return dl.DirtyPages.from_runs(np.array([[page, 1] for page in pages], np.int64).reshape(-1, 2), npages, size, exact=exact)
+    return dl.DirtyPages.from_runs(
+        np.array([[page, 1] for page in pages], np.int64).reshape(-1, 2), npages, size, exact=exact
+    )
 
 
 def adopted(pages, npages, size, exact):
@@ -123,13 +125,16 @@ TestSetMachine = SetMachine.TestCase
 
 
 class AliasMachine(RuleBasedStateMachine):
-    """Two bitmaps over one piece of foreign memory, its owner, and the functions on words: they all see the same bits."""
+    """Two bitmaps over one piece of foreign memory, its owner, and the functions on words: all see the same bits."""
 
     @initialize(npages=st.sampled_from([1, 64, 65, 130, 513, 4097]))
     def start(self, npages):
         self.npages = npages
         self.words = np.zeros(-(-npages // 64), np.uint64)
-        self.views = [dl.DirtyBitmap.from_buffer(self.words, npages), dl.DirtyBitmap.from_buffer(self.words.data, npages)]
+        self.views = [
+            dl.DirtyBitmap.from_buffer(self.words, npages),
+            dl.DirtyBitmap.from_buffer(self.words.data, npages),
+        ]
         self.pages = set()
 
     def some(self, data):

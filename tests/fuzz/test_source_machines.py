@@ -1,4 +1,4 @@
-"""Any sequence of operations on sources: shared logs, machines, dirty rings and trackers tell what was written, once."""
+"""Any sequence of operations on shared logs, machines, dirty rings and trackers: they tell what was written, once."""
 
 import errno
 import os

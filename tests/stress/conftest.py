@@ -1,4 +1,4 @@
-"""What stress tests share: their part of the time, threads side by side, a signal storm, and an extension that marks."""
+"""What stress tests share: their part of the time, threads side by side, a signal storm, an extension that marks."""
 
 import importlib.util
 import shutil
@@ -50,7 +50,7 @@ class Ledger:
 
 @contextmanager
 def side_by_side(*functions):
-    """Run each function in a thread of its own while the block runs; it gets a callable that says whether any still does."""
+    """Run each function in a thread of its own while the block runs; yield a callable: does any still run?"""
     failures = []
 
     def guarded(function):

@@ -30,14 +30,14 @@ def test_no_write_is_missed_while_trackers_come_and_go(stress, replica, backend)
     opened = written = 0
     with tracker, stress.signal_storm():
         for number in stress.rounds():
-            random = np.random.default_rng(number)
+            generators = np.random.default_rng(number).spawn(WRITERS)
             before = copy.values.copy()
 
-            def write(writer, random=random.spawn(WRITERS), number=number):
+            def write(writer, generators=generators, number=number):
                 # Each its own pages, a neighbour's between two of them.
                 mine = np.arange(writer, NPAGES, WRITERS)
                 for turn in range(4):
-                    some = mine[random[writer].random(mine.size) < 0.5]
+                    some = mine[generators[writer].random(mine.size) < 0.5]
                     array[some, 7] = number * 4 + turn
 
             def come_and_go():

@@ -507,7 +507,9 @@ cdef class DirtyBitmap:
         if out is not None:
             target = block_of_buffer(out, True, "out")
             if target.nwords != self.word_block.nwords:
-                raise ValueError(f"out has {target.nwords} words; {self.bits.npages} pages take {self.word_block.nwords}")
+                raise ValueError(
+                    f"out has {target.nwords} words; {self.bits.npages} pages take {self.word_block.nwords}"
+                )
             check_apart(target.words, target.nwords, self.bits.words, target.nwords)
         pages = self.take(start, end, True)
         if target is not None:

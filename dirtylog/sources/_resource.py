@@ -40,6 +40,7 @@ class Resource:
 
     def __init__(self) -> None:
         """Remember the process that the resource belongs to."""
+        self._to_release = [True]
         self._forks_at_start = _forks
         self._births_at_start = _births
 
@@ -66,10 +67,16 @@ class Resource:
         return self._closed
 
     def close(self) -> None:
-        """Give everything back; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._release()
+        """Give everything back; a second call does nothing, and does not wait for the first."""
+        if self._closed:
+            return
+        self._closed = True
+        # One of several closers gets it: the second would close a number that is somebody else's by now.
+        try:
+            self._to_release.pop()
+        except IndexError:
+            return
+        self._release()
 
     def __enter__(self) -> Self:
         """Return the object itself.

@@ -3,6 +3,7 @@
 import mmap
 import threading
 import warnings
+from collections import deque
 from errno import EBADF, EBUSY, ECHILD
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -103,7 +104,8 @@ class Tracker(Resource):
         mappings = mappings_of(self._pinned.address, self.npages * self.page_size)
         self._writers = {mapping.writers for mapping in mappings}
         self.refused: dict[str, str] = {}
-        self._owed: DirtyPages | None = None
+        # Taken and not handed out, because the caller's warning hook raised.
+        self._owed: deque[DirtyPages] = deque()
         try:
             self.backend, self._engine = self._open(backend, mappings)
         except BaseException:
@@ -191,15 +193,17 @@ class Tracker(Resource):
             pages = self._engine.collect(take)
         except OSError as error:
             raise self._failure(error) from error
-        # Memory that children inherit shared is written behind our back from the first fork on.
-        if self._forked_since and "heirs" in self._writers and self.backend != "compare":
-            pages = DirtyPages._all(self.npages, self.page_size, exact=False)
-        if self._owed is not None:
-            pages |= self._owed
-            if take:
-                self._owed = None
-        elif not pages.exact:
-            try:
+        # Taken from the engine: whatever goes wrong from here on, the next harvest has it (I5).
+        held = [pages] if take else []
+        try:
+            # Memory that children inherit shared is written behind our back from the first fork on.
+            if self._forked_since and "heirs" in self._writers and self.backend != "compare":
+                pages = DirtyPages._all(self.npages, self.page_size, exact=False)
+                held = [pages] if take else []
+            owed = self._owe_nothing(held) if take else list(self._owed)
+            for earlier in owed:
+                pages |= earlier
+            if not owed and not pages.exact:
                 warnings.warn(
                     f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
                     f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or "

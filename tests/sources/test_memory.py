@@ -332,6 +332,68 @@ def test_where_warnings_are_errors_the_pages_are_kept_for_the_next_harvest(backe
         assert dirty(tracker) == []
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_whatever_the_warning_hook_raises_the_pages_are_kept_for_the_next_harvest(backend, error, monkeypatch):
+    """I5: the hook that shows warnings is the program's own code."""
+
+    def hook(*arguments, **options):
+        raise error
+
+    array = pages(3)
+    with dl.track(array, backend) as tracker, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", hook)
+        engine = tracker._engine
+        tracker._engine = _Vague(engine)
+        with pytest.raises(error):
+            tracker.harvest()
+        tracker._engine = engine
+        array[PAGE] += 1
+        assert dirty(tracker) == [0, 1, 2]
+        assert dirty(tracker) == []
+
+
+def test_pages_that_cannot_be_joined_with_those_owed_are_owed_too(backend, monkeypatch):
+    """I5, where memory runs out after the engine has cleared its log."""
+    array = pages(3)
+    with dl.track(array, backend) as tracker, monkeypatch.context() as patch:
+        tracker._owed.append(_Unjoinable())
+        array[PAGE] += 1
+        with pytest.raises(MemoryError):
+            tracker.harvest()
+        patch.setattr(tracker, "_owed", type(tracker._owed)(list(tracker._owed)[:1]))
+        assert dirty(tracker) == [1]
+
+
+def test_without_memory_for_the_answer_nothing_is_taken(backend, monkeypatch):
+    """I5."""
+    if backend == "compare":
+        pytest.skip("compare answers before it takes")
+    array = pages(3)
+    with dl.track(array, backend) as tracker:
+        array[PAGE] += 1
+        with monkeypatch.context() as patch:
+            patch.setattr(_tracking, "DirtyPages", _NoMemory())
+            with pytest.raises(MemoryError):
+                tracker.harvest()
+        assert dirty(tracker) == [1]
+        assert dirty(tracker) == []
+
+
+class _NoMemory:
+    """In place of the class: none can be made."""
+
+    def __getattr__(self, name):
+        raise MemoryError
+
+
+class _Unjoinable:
+    """In place of pages: no memory to join them with others."""
+
+    def __ror__(self, other):
+        raise MemoryError
+
+
 class _Vague:
     def __init__(self, engine):
         self.engine = engine

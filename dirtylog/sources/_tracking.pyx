@@ -281,7 +281,7 @@ cdef class Span:
     cdef dl_span *span
     cdef const dl_engine *engine
     cdef readonly uint64_t npages, page_size
-    cdef object spare
+    cdef tuple spare
 
     def __cinit__(self, str engine not None, uint64_t address, uint64_t npages, uint64_t page_size):
         cdef dl_step step = DL_STEP_NONE
@@ -328,30 +328,33 @@ cdef class Span:
 
         Notes
         -----
-        The answer's words are allocated before anything is taken (I5), and kept
-        for the next call when nothing was dirty.
+        The answer, exact and not, exists before anything is taken (I5), and is
+        kept for the next call when nothing was dirty.
         """
         cdef uint64_t[::1] words
         cdef uint64_t *into
         cdef int answer
-        cdef object target
+        cdef tuple target
 
         with cython.critical_section(self):
             target = self.spare
             self.spare = None
         if target is None:
-            target = np.zeros((self.npages + 63) // 64, dtype=np.uint64)
-        words = target
+            zeros = np.zeros((self.npages + 63) // 64, dtype=np.uint64)
+            # Neither looks at the words before it is asked for them.
+            target = (zeros, DirtyPages._adopt_words(zeros, self.npages, self.page_size),
+                      DirtyPages._adopt_words(zeros, self.npages, self.page_size, exact=False))
+        words = target[0]
+        clean = DirtyPages._empty(self.npages, self.page_size)
         into = &words[0]
         with nogil:
             answer = self.engine.collect(self.span, into, take)
         if answer == DL_CLEAN:
             self.spare = target
-            return DirtyPages._empty(self.npages, self.page_size)
+            return clean
         if answer < 0:
             raise OSError(-answer, strerror(-answer).decode())
-        del words
-        return DirtyPages._adopt_words(target, self.npages, self.page_size, exact=answer != DL_LOST)
+        return target[2] if answer == DL_LOST else target[1]
 
     def close(self):
         """Stop watching; a second call does nothing. The pages stay as they are."""

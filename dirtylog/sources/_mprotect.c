@@ -8,6 +8,9 @@
  * Under the lock, for each page of each span: it is write-protected, or its bit is set (I1). A store
  * through a page that another thread has just opened is therefore reported by the next harvest,
  * which cannot take the lock between the opening and the marking.
+ *
+ * Only whoever calls mprotect or mmap on tracked memory behind our back can make that untrue. So
+ * before anything is reported or protected, the kernel's own list of mappings is asked (I6).
  */
 #define _GNU_SOURCE
 #include "_spans.h"
@@ -16,6 +19,7 @@
 
 #ifdef __linux__
 
+#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -271,6 +275,78 @@ static int protect_runs(const uint64_t *taken, uint64_t nwords, uint64_t base)
     return 0;
 }
 
+static int all_open(const struct dl_span *span, uint64_t first, uint64_t end)
+{
+    for (uint64_t page = first; page < end;) {
+        uint64_t at = page - span->first, stop = page - at % DL_WORD_PAGES + DL_WORD_PAGES;
+        uint64_t mask = dl_mask_from((unsigned)(at % DL_WORD_PAGES));
+
+        if (stop > end) {
+            stop = end;
+            mask &= dl_mask_below((unsigned)((end - 1 - span->first) % DL_WORD_PAGES) + 1);
+        }
+        if (mask & ~span->open[at / DL_WORD_PAGES])
+            return 0;
+        page = stop;
+    }
+    return 1;
+}
+
+/* Lock held. Pages that are not mapped as we left them: who believed any of them protected reports all. */
+static void distrust(uint64_t first, uint64_t end)
+{
+    for (struct dl_span *span = spans; span; span = span->next) {
+        uint64_t from = first, to = end;
+
+        if (!dl_span_clip(span, &from, &to) || all_open(span, from, to))
+            continue;
+        dl_words_set(span->words, 0, span->end - span->first);
+        dl_words_set(span->open, 0, span->end - span->first);
+        span->splits = 0;
+        span->pending = span->coarse = 1;
+    }
+}
+
+/* Lock held: no mapping of ours changes meanwhile. What a span has protected must be mapped "r--": memory
+ * that was replaced, or given other permissions, is not, and stores to it have raised no fault. Where
+ * the kernel does not tell, nothing can be vouched for. One line a mapping: "start-end rwxp ...". */
+static void check_mappings(void)
+{
+    char text[2048], permissions[3] = "";
+    uint64_t bounds[2] = {0, 0};
+    unsigned field = 0, letters = 0;
+    ssize_t size = -1;
+    uint64_t lines = 0;
+    /* Not "self": its memory is gone once the process's first thread has ended. */
+    int file = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
+
+    while (file >= 0 && (size = read(file, text, sizeof text)) > 0) {
+        for (ssize_t i = 0; i < size; i++) {
+            char c = text[i];
+
+            if (c == '\n') {
+                if (permissions[0] != 'r' || permissions[1] != '-' || permissions[2] != '-')
+                    distrust(bounds[0] / page_bytes, bounds[1] / page_bytes);
+                bounds[0] = bounds[1] = 0;
+                field = letters = 0;
+                lines++;
+            } else if (field < 2 && (c == '-' || c == ' ')) {
+                field++;
+            } else if (field < 2) {
+                bounds[field] = bounds[field] << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
+            } else if (field == 2 && letters < sizeof permissions) {
+                permissions[letters++] = c;
+            } else {
+                field = 3;
+            }
+        }
+    }
+    if (file >= 0)
+        close(file);
+    if (size < 0 || lines == 0)
+        distrust(0, UINT64_MAX);
+}
+
 static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
 {
     uint64_t chunk[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first), seen = 0;
@@ -288,6 +364,8 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         span->dead = ENOMEM;
     if (!error)
         error = check_handler(span);
+    if (!error)
+        check_mappings();
     coarse = span->coarse;
     if (error || !span->pending) {
         unlock_all(&mask);
@@ -359,6 +437,9 @@ static int mprotect_open(struct dl_span *span, uint64_t page_size, enum dl_step 
     error = install();
     if (!error) {
         *step = DL_STEP_PROTECT;
+        /* Protecting it wipes out what tells the others that their memory was replaced. */
+        if (spans)
+            check_mappings();
         dl_span_link(&spans, span);
         error = protect(span->first, span->end, PROT_READ);
         if (error) {

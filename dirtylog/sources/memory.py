@@ -174,7 +174,8 @@ class Tracker(Resource):
         -----
         userfaultfd: one PAGEMAP_SCAN for 8192 runs, O(pages) with a constant of
         about 1 ns, less where huge pages are. mprotect: O(npages / 64), and one
-        mprotect a run. compare: reads all of the memory and of its copy.
+        mprotect a run; and it reads the process's list of mappings, about 2
+        microseconds a mapping. compare: reads all of the memory and of its copy.
         """
         return self._collect(True)
 
@@ -211,11 +212,23 @@ class Tracker(Resource):
                     IncompleteLogWarning,
                     stacklevel=3,
                 )
-            except IncompleteLogWarning:
-                # Warnings are errors here, and what was taken must not be lost (I5): the next harvest has it.
-                self._owed = pages if take else None
-                raise
+        except BaseException:
+            # Warnings may be errors, and a hook that shows them may raise what it likes.
+            self._owed.extend(held)
+            raise
         return pages
+
+    def _owe_nothing(self, held: list[DirtyPages]) -> list[DirtyPages]:
+        """Move what earlier harvests could not hand out to `held`, and return it; other threads may do the same."""
+        owed = []
+        while self._owed:
+            try:
+                earlier = self._owed.popleft()
+            except IndexError:
+                break
+            held.append(earlier)
+            owed.append(earlier)
+        return owed
 
     def _failure(self, error: OSError) -> Exception:
         if error.errno == EBADF:
@@ -303,13 +316,16 @@ def track(buffer: "Trackable", backend: str = "auto") -> Tracker:
 
     mprotect sees stores, each 4 to 7 microseconds for the first write to a page.
     System calls that write into a page before a store does fail with EFAULT,
-    ``MADV_DONTNEED`` goes unseen, and the program must not call ``mprotect`` on
-    the memory or install another SIGSEGV handler over the tracker's, which stays
-    and passes on what is not its own. ``faulthandler.enable()`` and ``disable()``
-    change that handler too: call them before the first tracker is opened, since
-    without its handler a store ends the process. A harvest that finds the
-    handler gone opens the memory and raises `DirtyLogError`. When mappings run short
-    (``vm.max_map_count``) it opens memory in blocks, and says so (I6).
+    ``MADV_DONTNEED`` goes unseen, and the program must not install another
+    SIGSEGV handler over the tracker's, which stays and passes on what is not its
+    own. ``faulthandler.enable()`` and ``disable()`` change that handler too: call
+    them before the first tracker is opened, since without its handler a store
+    ends the process. A harvest that finds the handler gone opens the memory and
+    raises `DirtyLogError`. When mappings run short (``vm.max_map_count``) it
+    opens memory in blocks, and says so (I6). A harvest reads the process's list
+    of mappings: memory that was mapped anew, or made writable by the program's
+    own ``mprotect``, is reported whole with ``exact=False``, unless it was made
+    read-only again before the harvest.
 
     compare holds a copy and sees contents, not writes: a page that has its old
     content again is clean. If it went there and back while the caller copied it,

@@ -1,5 +1,6 @@
 """The mprotect back end's own hazards: signals, and mappings that run short."""
 
+import ctypes
 import mmap
 import platform
 import subprocess
@@ -14,6 +15,14 @@ from dirtylog.sources import _tracking
 PAGE = mmap.PAGESIZE
 REFUSAL = _tracking.probe("mprotect")
 pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=f"mprotect: {REFUSAL}")
+
+FIXED, MAYMOVE = 0x10, 1
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def run(code, returncode=0):
@@ -72,6 +81,103 @@ def test_blocks_are_marked_for_every_tracker_they_touch(few_splits):
             with pytest.warns(dl.IncompleteLogWarning):
                 answer = tracker.harvest()
             assert page in answer
+
+
+class Foreign:
+    """Memory that Python does not know of, so that it can be replaced under a tracker."""
+
+    def __init__(self, npages):
+        self.size = npages * PAGE
+        self.address = self.map(None, self.size)
+        self.buffer = (ctypes.c_char * self.size).from_address(self.address)
+
+    def map(self, address, size, flags=0):
+        mapped = libc.mmap(address, size, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | flags, -1, 0)
+        assert mapped != ctypes.c_void_p(-1).value
+        return mapped
+
+    def replace(self, first, count):
+        self.map(self.address + first * PAGE, count * PAGE, FIXED)
+
+    def remap(self, first, count):
+        """Move pages away, and map others where they were."""
+        moved = libc.mremap(self.address + first * PAGE, count * PAGE, count * PAGE + PAGE, MAYMOVE)
+        assert moved != ctypes.c_void_p(-1).value
+        self.replace(first, count)
+        assert libc.munmap(moved, count * PAGE + PAGE) == 0
+
+    def unprotect(self, first, count):
+        assert libc.mprotect(self.address + first * PAGE, count * PAGE, 3) == 0
+
+
+@pytest.fixture
+def foreign():
+    memory = Foreign(200)
+    yield memory
+    libc.munmap(memory.address, memory.size)
+
+
+@pytest.mark.parametrize("event", ["replace", "remap", "unprotect"])
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (63, 2), (130, 70), (0, 200)])
+def test_memory_that_is_no_longer_as_the_tracker_left_it_is_reported_whole_and_tracked_again(
+    foreign, event, first, count
+):
+    """I6: stores to it raise no fault."""
+    with dl.track(foreign.buffer, "mprotect") as tracker, dl.track(foreign.buffer, "mprotect") as other:
+        getattr(foreign, event)(first, count)
+        foreign.buffer[first * PAGE] = b"x"
+        with pytest.warns(dl.IncompleteLogWarning, match="reports 200: the memory was remapped"):
+            assert tracker.peek().count == 200
+        with pytest.warns(dl.IncompleteLogWarning):
+            answer = tracker.harvest()
+        assert (answer.count, answer.exact) == (200, False)
+        foreign.buffer[150 * PAGE] = b"x"
+        assert tracker.harvest().indices().tolist() == [150]
+        with pytest.warns(dl.IncompleteLogWarning):
+            assert other.harvest().count == 200
+        foreign.buffer[first * PAGE] = b"y"
+        assert other.harvest().indices().tolist() == [first]
+        assert tracker.harvest().indices().tolist() == [first]
+
+
+def test_a_tracker_opened_on_replaced_memory_does_not_hide_it_from_another(foreign):
+    with dl.track(foreign.buffer, "mprotect") as tracker:
+        foreign.replace(7, 1)
+        foreign.buffer[7 * PAGE] = b"x"
+        with dl.track(foreign.buffer, "mprotect") as late:
+            assert late.harvest().count == 0
+            with pytest.warns(dl.IncompleteLogWarning):
+                assert tracker.harvest().count == 200
+
+
+def test_pages_that_are_open_because_they_were_written_are_trusted(foreign):
+    with dl.track(foreign.buffer, "mprotect") as tracker:
+        for first, end in [(0, 64), (63, 66), (128, 200), (0, 200), (199, 200)]:
+            for page in range(first, end):
+                foreign.buffer[page * PAGE] = b"x"
+            assert tracker.peek().exact
+            answer = tracker.harvest()
+            assert (answer.indices().tolist(), answer.exact) == (list(range(first, end)), True)
+
+
+def test_without_a_list_of_mappings_every_page_is_reported():
+    """I6: a process without a free descriptor cannot read the list."""
+    answer = run("""
+import resource
+array = array_of(8)
+tracker = dl.track(array, "mprotect")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    answer = tracker.harvest()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    print(answer.count, answer.exact, len(caught))
+array[3] = 1
+print(tracker.harvest().indices().tolist())
+tracker.close()
+""")
+    assert answer == "8 False 1\n[3]\n"
 
 
 USE_UP_MAPPINGS = """

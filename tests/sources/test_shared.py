@@ -251,7 +251,7 @@ def test_a_log_that_nothing_can_hold_is_refused_before_anything_is_made(tmp_path
     for size in ({"npages": npages}, {"nbytes": npages * 4096}):
         with pytest.raises(error, match=why):
             SharedLog.create(**size)
-        with pytest.raises((ValueError, OSError), match="npages is|no room for a log of"):
+        with pytest.raises((ValueError, OSError), match=r"npages is|no room for a log of"):
             SharedLog.create(path=tmp_path / "log", **size)
     assert list(tmp_path.iterdir()) == []
 
@@ -289,9 +289,10 @@ def test_a_close_beside_another_call_is_closed_and_nothing_else(log, monkeypatch
             return answer
         return fstat(descriptor if moment == "before the answer" else stranger)
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="SharedLog is closed"):
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", close_and_answer)
-        call(log)
+        with pytest.raises(ValueError, match="SharedLog is closed"):
+            call(log)
     os.close(stranger)
 
 

@@ -46,7 +46,7 @@ cdef extern from "<unistd.h>" nogil:
 
 
 @cython.final
-cdef class Span:
+cdef class HeldBuffer:
     """The memory of a buffer, kept for as long as this object lives."""
 
     cdef Py_buffer raw
@@ -60,17 +60,17 @@ cdef class Span:
         return <char *>self.raw.buf
 
 
-cdef Span span_of(object buffer, bint writable, str what):
-    cdef Span span = Span.__new__(Span)
+cdef HeldBuffer hold(object buffer, bint writable, str what):
+    cdef HeldBuffer memory = HeldBuffer.__new__(HeldBuffer)
     try:
-        PyObject_GetBuffer(buffer, &span.raw, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
+        PyObject_GetBuffer(buffer, &memory.raw, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
     except TypeError:
         raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of bytes is needed") from None
     except (BufferError, ValueError) as error:
         need = "writable, C-contiguous" if writable else "C-contiguous"
         raise ValueError(f"{what} cannot be used ({error}); pass {need} memory") from None
-    span.held = True
-    return span
+    memory.held = True
+    return memory
 
 
 # ---- checks: everything is refused before the first byte moves ----------------------------------------------------
@@ -167,8 +167,8 @@ def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
     Without the GIL, O(bytes copied). Plain stores: a writer running at the same time may be seen half-done, and is
     seen again if it marks after its store (I3) and the pages were collected before this copy.
     """
-    cdef Span read = span_of(source, False, "source")
-    cdef Span written = span_of(target, True, "target")
+    cdef HeldBuffer read = hold(source, False, "source")
+    cdef HeldBuffer written = hold(target, True, "target")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, min(read.raw.len, written.raw.len), "the shorter buffer")
@@ -186,8 +186,8 @@ def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
 
 def gather(source, const int64_t[:, ::1] extents, packed) -> None:
     """Copy extents of a plain buffer one after the other into `packed`, which they fill exactly."""
-    cdef Span read = span_of(source, False, "source")
-    cdef Span written = span_of(packed, True, "packed")
+    cdef HeldBuffer read = hold(source, False, "source")
+    cdef HeldBuffer written = hold(packed, True, "packed")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, read.raw.len, "source")
@@ -200,8 +200,8 @@ def gather(source, const int64_t[:, ::1] extents, packed) -> None:
 
 def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
     """Copy a packed buffer to the extents of a plain one: the reverse of :func:`gather`."""
-    cdef Span read = span_of(packed, False, "packed")
-    cdef Span written = span_of(target, True, "target")
+    cdef HeldBuffer read = hold(packed, False, "packed")
+    cdef HeldBuffer written = hold(target, True, "target")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, written.raw.len, "target")
@@ -214,7 +214,7 @@ def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
 
 def zero_extents(target, const int64_t[:, ::1] extents) -> None:
     """Set extents of a plain buffer to zero."""
-    cdef Span written = span_of(target, True, "target")
+    cdef HeldBuffer written = hold(target, True, "target")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, written.raw.len, "target")
@@ -304,7 +304,7 @@ def write_extents(int fd, buffer, const int64_t[:, ::1] extents, *, bint packed,
     -----
     Without the GIL; one ``pwritev`` for extents that are neighbours in the file.
     """
-    cdef Span memory = span_of(buffer, False, "buffer")
+    cdef HeldBuffer memory = hold(buffer, False, "buffer")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, (<int64_t>1 << 62) if packed else memory.raw.len, "buffer")
@@ -326,7 +326,7 @@ def read_extents(int fd, buffer, const int64_t[:, ::1] extents, *, bint packed, 
     OSError
         What ``preadv`` answered; ENODATA where the file ends before an extent does. `buffer` may be partly filled.
     """
-    cdef Span memory = span_of(buffer, True, "buffer")
+    cdef HeldBuffer memory = hold(buffer, True, "buffer")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
     check_plain(rows, n, (<int64_t>1 << 62) if packed else memory.raw.len, "buffer")

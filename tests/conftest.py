@@ -1,6 +1,7 @@
-"""What every test shares: repeatable examples, no thread left behind, and the switches of the stress tests."""
+"""What every test shares: repeatable examples, no thread left behind, stress switches, and what is real here."""
 
 import os
+import shutil
 import threading
 
 import pytest
@@ -75,3 +76,36 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"{number:>18,}  {what}  ({name})")
             marks += number if what.startswith(MARKS) else 0
     terminalreporter.write_line(f"{marks:>18,}  marks in all, each in exactly one harvest or seen by value; 0 lost")
+
+
+# Other programs that some tests run, under any of these names.
+PROGRAMS = {
+    "C compiler": ("cc", "gcc", "clang"),
+    "spin": ("spin",),
+    "browser": ("chromium", "chromium-browser", "google-chrome", "chrome"),
+}
+
+
+def program(what):
+    """Return the path of a program, None if it is not installed."""
+    return next(filter(None, map(shutil.which, PROGRAMS[what])), None)
+
+
+def pytest_report_header():
+    """Say of every facility what its probe answered: what is absent here was not tested for real."""
+    from dirtylog.commands.info import facilities
+
+    lines = [f"{found.name}: {'yes' if found.available else 'no'}, {found.answer}" for found in facilities()]
+    for what, names in PROGRAMS.items():
+        path = program(what)
+        lines.append(f"{what}: yes, {path}" if path else f"{what}: no, none of {', '.join(names)} is on PATH")
+    return lines
+
+
+@pytest.fixture(scope="session")
+def browser_path():
+    """The browser that draws reports."""
+    path = program("browser")
+    if path is None:
+        pytest.skip(f"no browser: none of {', '.join(PROGRAMS['browser'])} is on PATH")
+    return path

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -58,15 +57,10 @@ def test_the_same_trace_makes_the_same_page(page, tmp_path):
 
 
 @pytest.fixture
-def browser(tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on PATH")
-
+def browser(tmp_path, browser_path):
     def browse(file, *options):
         command = [
-            path,
+            browser_path,
             *(["--no-sandbox"] if os.geteuid() == 0 else []),
             "--headless",
             "--disable-gpu",

@@ -3,7 +3,7 @@
 import os
 import warnings
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self, SupportsIndex
 
 # Forks that this process began, and forks that it is the child of. A resource
 # remembers both from when it was made.
@@ -94,6 +94,18 @@ class Resource:
     ) -> None:
         """Close it."""
         self.close()
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
+        """Refuse to be copied or pickled: a second owner would give back what is in use, or somebody else's by then.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} is neither copied nor pickled: it owns what it closes; open another one there"
+        )
 
     def __del__(self) -> None:
         """Close what was forgotten, and say so; a forked child's copy goes in silence."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from dirtylog._pages import DirtyPages, check_geometry
 from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sinks.parquet_pages import unpacked_sizes
 
 __all__ = ["Recorder", "Trace", "TraceEpoch", "TraceError"]
 
@@ -319,6 +320,25 @@ class Trace:
             # 33 bytes a row, and as much again for dictionaries and levels.
             if not (0 <= group.num_rows <= ROWS_AT_ONCE and 0 <= group.total_byte_size <= 66 * ROWS_AT_ONCE):
                 raise self._error(f"row group {i} claims {group.num_rows} rows of {group.total_byte_size} bytes")
+            self._check_pages(i, group)
+
+    def _check_pages(self, number: int, group: Any) -> None:
+        """Check what a row group's pages unpack to: the reader allocates what they say, not what the footer says."""
+        total = 0
+        try:
+            for i in range(group.num_columns):
+                column = group.column(i)
+                start = column.data_page_offset
+                if column.dictionary_page_offset and column.dictionary_page_offset > 0:
+                    start = min(start, column.dictionary_page_offset)
+                if start < 0 or column.total_compressed_size < 0:
+                    raise ValueError(f"a column begins at byte {start}")
+                for size in unpacked_sizes(self._handle.fileno(), start, column.total_compressed_size):
+                    total += size
+                    if total > 66 * ROWS_AT_ONCE:
+                        raise ValueError(f"its pages unpack to more than {66 * ROWS_AT_ONCE} bytes")
+        except (ValueError, OverflowError) as error:
+            raise self._error(f"row group {number} cannot be read: {error}") from None
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

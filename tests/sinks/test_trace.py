@@ -267,6 +267,36 @@ def test_a_row_group_that_would_fill_memory_is_refused(path, monkeypatch):
         Trace(path)
 
 
+def test_a_page_that_unpacks_to_more_than_the_footer_says_is_refused_before_it_is_unpacked(path):
+    """The footer is made to speak of 1000 rows; the pages still unpack to 16 Mi rows, half a GiB."""
+    rows = 1 << 24
+    names = list(tracefile.COLUMNS)
+    schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in tracefile.COLUMNS.items()])
+    columns = [np.zeros(rows), np.ones(rows, np.int64), *[np.zeros(rows, np.int64)] * 2, np.ones(rows, bool)]
+    header = {"version": 1, "npages": NPAGES, "page_size": 4096, "epochs": 1, "regions": {}}
+    whole = {"data_page_size": 1 << 30, "max_rows_per_page": rows, "write_batch_size": rows, "use_dictionary": False}
+    with pq.ParquetWriter(path, schema, compression="zstd", **whole) as writer:
+        writer.add_key_value_metadata({"dirtylog": json.dumps(header)})
+        writer.write_table(pa.table(dict(zip(names, columns, strict=True)), schema=schema), row_group_size=rows)
+    content = path.read_bytes()
+    group = pq.read_metadata(path).row_group(0)
+    sizes = {rows, group.total_byte_size, *(group.column(i).total_uncompressed_size for i in range(5))}
+    at = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    footer = content[at:-8]
+    for size in sizes:
+        # Numbers of the same length: a varint may begin with idle digits.
+        length = -(-(2 * size).bit_length() // 7)
+        footer = footer.replace(varint(2 * size, length), varint(2 * (1000 if size == rows else 30_000), length))
+    path.write_bytes(content[:at] + footer + content[-8:])
+    assert pq.read_metadata(path).num_rows == 1000
+    with pytest.raises(TraceError, match="unpack to more than"):
+        Trace(path)
+
+
+def varint(value, length):
+    return bytes((value >> 7 * i & 0x7F) | (0x80 if i < length - 1 else 0) for i in range(length))
+
+
 def test_a_flipped_bit_is_noticed_or_harmless(path):
     """No damage makes another answer: it is refused, or nothing that counts has changed."""
     write(path, [(float(i), range(i, NPAGES, 7 + i)) for i in range(20)])

@@ -69,6 +69,9 @@ def pytest_terminal_summary(terminalreporter, config):
     counted = config.stash[STRESS]
     if not counted:
         return
+    if terminalreporter.getreports("failed") or terminalreporter.getreports("error"):
+        terminalreporter.section("stress: something failed, see above; no count is given")
+        return
     terminalreporter.section("stress: counted, and nothing lost")
     marks = 0
     for name, counts in counted:

@@ -125,7 +125,6 @@ def stress(request):
     sharing = sum(1 for item in request.session.items if item.get_closest_marker("stress"))
     tool = Stress(request, config.getoption("--stress-seconds") / sharing, config.getoption("--stress-marks"))
     yield tool
-    assert tool.total() > 0, "the test counted nothing"
     config.stash[config.stress_key].append((request.node.name, tool.counts))
 
 

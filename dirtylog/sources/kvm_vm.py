@@ -9,6 +9,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -140,10 +141,13 @@ class VM(Resource):
                 if old is None:
                     refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
                 self._kernel_region(slot, 0, old.base_gfn, 0, 0, ending=old.pinned)
-                if old.log_dirty:
-                    self._forget_log(old)
-                old.pinned.release()
-                del self._regions[slot]
+                # The kernel has let go of it: whatever fails below, the slot is gone.
+                try:
+                    if old.log_dirty:
+                        self._forget_log(old)
+                finally:
+                    old.pinned.release()
+                    del self._regions[slot]
                 return
             if old is not None:
                 if npages != old.npages:
@@ -167,31 +171,46 @@ class VM(Resource):
         # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
         rings = self._rings
         logs_anew = rings is not None and new.log_dirty and not (old and old.log_dirty)
+        if old is not None and old.log_dirty and new.log_dirty:
+            # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
+            new.pending = old.pending
         if rings and logs_anew:
             rings.add_slot(new.slot, new.npages)
+        # Known before the kernel has its memory: an interrupt must not free what a guest writes to.
+        self._regions[new.slot] = new
         try:
             flags = _LOG_DIRTY_PAGES if new.log_dirty else 0
             self._kernel_region(new.slot, flags, new.base_gfn, new.npages, new.pinned.address)
-        except OSError:
+        except BaseException:
+            # Refused, or interrupted before or after it was done: as it was, in either case.
+            with suppress(OSError, ValueError):
+                self._restore(new, old)
             if rings and logs_anew:
                 rings.remove_slot(new.slot)
             raise
         if old is not None:
-            if old.log_dirty and new.log_dirty:
-                # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
-                new.pending = old.pending
-            elif old.log_dirty:
-                self._forget_log(old)
-            old.pinned.release()
-        self._regions[new.slot] = new
+            try:
+                if old.log_dirty and not new.log_dirty:
+                    self._forget_log(old)
+            finally:
+                old.pinned.release()
+
+    def _restore(self, new: Region, old: Region | None) -> None:
+        if old is None:
+            self._kernel_region(new.slot, 0, new.base_gfn, 0, 0, ending=new.pinned)
+        else:
+            flags = _LOG_DIRTY_PAGES if old.log_dirty else 0
+            self._kernel_region(old.slot, flags, old.base_gfn, old.npages, old.pinned.address)
 
     def _forget_log(self, region: Region) -> None:
         # The kernel pushes no entry for the slot once the ioctl has returned:
         # what the rings still hold for it is emptied here, and an entry that
         # names an unknown slot later is a foreign one.
         if self._rings:
-            self._rings.drain(self._handle)
-            self._rings.remove_slot(region.slot)
+            try:
+                self._rings.drain(self._handle)
+            finally:
+                self._rings.remove_slot(region.slot)
 
     # ---- the log, slot by slot ------------------------------------------------
 

@@ -693,6 +693,55 @@ def test_a_warning_turned_into_an_error_takes_nothing(vm):
 
 
 @needs_kvm
+@pytest.mark.parametrize("change", ["delete", "log off"])
+def test_a_slot_whose_rings_cannot_be_reset_is_gone_all_the_same(vm, change):
+    guest = machine(vm, "ring", 100)
+    guest.write([GFN + 5])
+    vm._handle = Failing(vm._handle, "reset_rings", [OSError(errno.EIO, "no reset")])
+    with pytest.raises(OSError, match="no reset"):
+        vm.set_memory_region(0, GFN, 0 if change == "delete" else 100, log_dirty=False)
+    if change == "delete":
+        refused(errno.EINVAL, vm.set_memory_region, 0, 0, 0)
+        refused(errno.ENOENT, vm.memory, 0)
+    assert vm.harvest_rings() == {}
+    vm.set_memory_region(0, GFN, 100)
+    assert pages(vm.harvest_rings()[0]) == []
+    guest.write([GFN + 6])
+    assert pages(vm.harvest_rings()[0]) == [6]
+
+
+@needs_kvm
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_an_interrupt_while_a_slot_is_made_leaves_no_slot(vm, done):
+    machine(vm, "ring", 100)
+    vm._handle = Interrupted(vm._handle, done)
+    with pytest.raises(KeyboardInterrupt):
+        vm.set_memory_region(1, GFN + 100, 10)
+    refused(errno.ENOENT, vm.memory, 1)
+    vm.set_memory_region(1, GFN + 105, 20)
+    assert sorted(vm.harvest_rings()) == [0, 1]
+
+
+class Interrupted:
+    """A handle whose next ioctl ends in Ctrl-C, before or after it was done."""
+
+    def __init__(self, handle, done):
+        self._handle, self._done, self._armed = handle, done, True
+
+    def __getattr__(self, name):
+        return getattr(self._handle, name)
+
+    def ioctl(self, *arguments):
+        armed, self._armed = self._armed, False
+        if armed and not self._done:
+            raise KeyboardInterrupt
+        answer = self._handle.ioctl(*arguments)
+        if armed:
+            raise KeyboardInterrupt
+        return answer
+
+
+@needs_kvm
 def test_entries_of_a_slot_deleted_since_are_not_foreign(vm):
     guest = machine(vm, "ring", 100)
     vm.set_memory_region(1, GFN + 100, 10)

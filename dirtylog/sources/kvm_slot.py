@@ -26,7 +26,7 @@ def refuse(number: int, why: str) -> NoReturn:
 class Region:
     """What the kernel knows of a slot, and what we owe its user."""
 
-    __slots__ = ("base_gfn", "log_dirty", "memory", "npages", "pending", "pinned", "slot")
+    __slots__ = ("base_gfn", "log_dirty", "memory", "npages", "peeking", "pending", "pinned", "slot")
 
     def __init__(
         self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Memory, pinned: _kvm.Pinned
@@ -39,15 +39,21 @@ class Region:
         self.pinned = pinned
         # I5: taken from the kernel, not handed out yet.
         self.pending: DirtyPages | None = None
+        # A peek is between the kernel and `pending`: read without the VM's lock, which the peek holds.
+        self.peeking = False
 
     def report(self, handle: _kvm.Handle, keep: bool) -> DirtyPages:
         """Ask the kernel, and add what is pending; `keep` it pending."""
-        pages = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
-        if self.pending is not None:
-            pages |= self.pending
-        if keep:
-            self.pending = pages
-        return pages
+        self.peeking = keep
+        try:
+            pages = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
+            if self.pending is not None:
+                pages |= self.pending
+            if keep:
+                self.pending = pages
+            return pages
+        finally:
+            self.peeking = False
 
     def harvest_manual(self, handle: _kvm.Handle) -> DirtyPages:
         """Ask the kernel, and clear what it said."""

@@ -271,7 +271,8 @@ class VM(Resource):
         region = self._regions.get(slot) or self._region(slot)
         words = None if out is None else check_out(slot, out, region.npages)
         pages = self._handle.get_dirty_log(slot, region.pinned, region.npages, PAGE_SIZE)
-        if region.pending is not None:
+        # In this order: a peek under way has bits that this call cannot get from the kernel any more.
+        if region.peeking or region.pending is not None:
             pages = self._with_pending(region, pages)
         if words is not None:
             words[:] = pages.words

@@ -741,6 +741,38 @@ class Interrupted:
         return answer
 
 
+class SlowPeek:
+    """A handle on which another thread asks for the log while the first has the kernel's answer, and no more."""
+
+    def __init__(self, handle, start):
+        self._handle, self._start, self._asked = handle, start, threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._handle, name)
+
+    def get_dirty_log(self, *arguments):
+        pages = self._handle.get_dirty_log(*arguments)
+        if self._start:
+            start, self._start = self._start, None
+            start()
+            assert self._asked.wait(60)
+        else:
+            self._asked.set()
+        return pages
+
+
+@needs_kvm
+def test_what_a_peek_under_way_has_taken_is_in_a_get_at_the_same_time(vm):
+    guest = machine(vm, "legacy", 100)
+    guest.write([GFN + 5])
+    got = []
+    getter = threading.Thread(target=lambda: got.append(pages(vm.get_dirty_log(0))))
+    vm._handle = SlowPeek(vm._handle, getter.start)
+    assert pages(vm.slot(0).peek()) == [5]
+    getter.join(60)
+    assert got == [[5]]
+
+
 @needs_kvm
 def test_entries_of_a_slot_deleted_since_are_not_foreign(vm):
     guest = machine(vm, "ring", 100)

@@ -33,7 +33,19 @@ class Rings:
     harvest reports everything (I6).
     """
 
-    __slots__ = ("_incomplete", "_lock", "_log", "_lost", "_outstanding", "_page_size", "entries", "harvests", "rings")
+    __slots__ = (
+        "_incomplete",
+        "_lock",
+        "_log",
+        "_lost",
+        "_outstanding",
+        "_owed",
+        "_page_size",
+        "_told",
+        "entries",
+        "harvests",
+        "rings",
+    )
 
     def __init__(self, entries: int, page_size: int, lock: threading.RLock) -> None:
         self.entries = entries
@@ -47,6 +59,10 @@ class Rings:
         self._lost = ""
         # By slot: why its next harvest reports everything. None: nothing is wrong.
         self._incomplete: dict[int, str] = {}
+        # Slots whose warning raised: they are taken without another one.
+        self._told: set[int] = set()
+        # By slot: taken and not handed out, because another slot could not be taken.
+        self._owed: dict[int, list[DirtyPages]] = {}
 
     def add_vcpu(self, handle: _kvm.VcpuHandle) -> _kvm.Ring:
         """Map the ring of a new vCPU; OSError when it cannot be mapped."""
@@ -63,6 +79,8 @@ class Rings:
         """Drop what was collected for a slot."""
         self._log.remove(slot)
         del self._incomplete[slot]
+        self._told.discard(slot)
+        self._owed.pop(slot, None)
 
     def drain(self, handle: _kvm.Handle) -> None:
         """Read the entries and mark them for reset, then let KVM write-protect their pages again.
@@ -88,27 +106,73 @@ class Rings:
                 self._lost = f"KVM took back {reset} of {self._outstanding} ring entries: a dirty ring overflowed"
             self._outstanding = 0
 
-    def warn_if_incomplete(self, slot: int) -> bool:
-        """Say whether a slot's next harvest reports everything, with an IncompleteLogWarning."""
-        why = self._lost or self._incomplete[slot]
-        if why:
-            message = f"slot {slot}: {why}; every page is reported"
-            warnings.warn(IncompleteLogWarning(message), stacklevel=4)
-        return bool(why)
+    def warn_if_incomplete(self, slots: list[int], stacklevel: int) -> None:
+        """Warn of slots whose next harvest reports everything; one whose warning raised is taken without another.
+
+        Parameters
+        ----------
+        slots : list of int
+            About to be taken.
+        stacklevel : int
+            Of `warnings.warn`: the user's frame.
+        """
+        suspects = [slot for slot in slots if self._why(slot) and slot not in self._told]
+        try:
+            for slot in suspects:
+                self._warn(slot, stacklevel + 1)
+        except BaseException:
+            # Else a program that makes errors of warnings would never get its pages.
+            self._told.update(suspects)
+            raise
+
+    def _why(self, slot: int) -> str:
+        return self._lost or self._incomplete[slot]
+
+    def _warn(self, slot: int, stacklevel: int) -> None:
+        message = f"slot {slot}: {self._why(slot)}; every page is reported"
+        warnings.warn(IncompleteLogWarning(message), stacklevel=stacklevel)
+
+    def take_all(self, sizes: dict[int, int]) -> dict[int, DirtyPages]:
+        """Hand out what some slots have, given their sizes in pages: all or nothing (I5)."""
+        taken: dict[int, DirtyPages] = {}
+        try:
+            for slot, npages in sizes.items():
+                taken[slot] = self.take(slot, npages)
+        except BaseException:
+            for slot, pages in taken.items():
+                self._owed.setdefault(slot, []).append(pages)
+            raise
+        return taken
 
     def take(self, slot: int, npages: int) -> DirtyPages:
         """Hand out what a slot has; after `warn_if_incomplete`, so that a warning made an error takes nothing."""
+        # I5: the answer exists before anything is forgotten.
+        everything = DirtyPages._all(npages, self._page_size, exact=False) if self._why(slot) else None
         pages = self._log.take(slot, self._page_size)
-        if self._lost or self._incomplete[slot]:
+        owed = self._owed.pop(slot, [])
+        self._told.discard(slot)
+        if everything is not None:
             self._incomplete[slot] = ""
-            return DirtyPages._all(npages, self._page_size, exact=False)
-        return pages
+            return everything
+        try:
+            return self._joined(pages, owed)
+        except BaseException:
+            self._owed[slot] = [pages, *owed]
+            raise
 
     def peek(self, slot: int, npages: int) -> DirtyPages:
         """Report what a slot has, and keep it."""
-        if self.warn_if_incomplete(slot):
+        if self._why(slot):
+            if slot not in self._told:
+                self._warn(slot, 5)
             return DirtyPages._all(npages, self._page_size, exact=False)
-        return self._log.copy(slot, self._page_size)
+        return self._joined(self._log.copy(slot, self._page_size), self._owed.get(slot, []))
+
+    @staticmethod
+    def _joined(pages: DirtyPages, owed: list[DirtyPages]) -> DirtyPages:
+        for earlier in owed:
+            pages |= earlier
+        return pages
 
     def note_full(self, ring: _kvm.Ring, harvests: int) -> None:
         """Note that KVM_RUN called a ring full.

@@ -187,6 +187,10 @@ class VM(Resource):
                 self._restore(new, old)
             if rings and logs_anew:
                 rings.remove_slot(new.slot)
+            if old is None:
+                del self._regions[new.slot]
+            else:
+                self._regions[new.slot] = old
             raise
         if old is not None:
             try:
@@ -443,10 +447,9 @@ class VM(Resource):
                 refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
             rings.drain(self._handle)
             logging = [region for region in self._regions.values() if region.log_dirty]
-            # A warning turned into an error leaves by here, before anything was taken.
-            for region in logging:
-                rings.warn_if_incomplete(region.slot)
-            return {region.slot: rings.take(region.slot, region.npages) for region in logging}
+            # A warning turned into an error leaves by here, before anything was taken; the next call warns no more.
+            rings.warn_if_incomplete([region.slot for region in logging], stacklevel=3)
+            return rings.take_all({region.slot: region.npages for region in logging})
 
     # ---- sources and vCPUs -----------------------------------------------------
 
@@ -460,7 +463,7 @@ class VM(Resource):
             region = self._still(region)
             if self._rings:
                 self._rings.drain(self._handle)
-                self._rings.warn_if_incomplete(region.slot)
+                self._rings.warn_if_incomplete([region.slot], stacklevel=4)
                 return self._rings.take(region.slot, region.npages)
             if self._manual:
                 return region.harvest_manual(self._handle)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dirtylog import BackendUnavailable, DirtyLogError, DirtyPages, IncompleteLogWarning
-from dirtylog.sources import _kvm, kvm
+from dirtylog.sources import _kvm, kvm, kvm_rings
 from dirtylog.sources._guest import Guest
 
 probed = kvm.probe()
@@ -687,9 +687,93 @@ def test_a_warning_turned_into_an_error_takes_nothing(vm):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(IncompleteLogWarning):
+            vm.slot(0).peek()
+        with pytest.raises(IncompleteLogWarning):
             vm.harvest_rings()
-    with pytest.warns(IncompleteLogWarning):
+        assert not vm.slot(0).peek().exact
         assert not vm.harvest_rings()[0].exact
+        assert vm.harvest_rings()[0].exact
+
+
+@needs_kvm
+def test_where_warnings_are_errors_every_other_harvest_of_a_lost_ring_has_all_slots(vm):
+    guest = machine(vm, "ring", 100)
+    vm.set_memory_region(1, GFN + 100, 10)
+    guest.write([GFN + 5])
+    vm._handle = Failing(vm._handle, "reset_rings", [0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(IncompleteLogWarning):
+                vm.harvest_rings()
+            assert {slot: dirty.count for slot, dirty in vm.harvest_rings().items()} == {0: 100, 1: 10}
+        for _ in range(2):
+            with pytest.raises(IncompleteLogWarning):
+                vm.slot(1).harvest()
+            assert vm.slot(1).harvest().count == 10
+
+
+@needs_kvm
+def test_the_warning_of_a_lost_ring_names_the_callers_line(vm):
+    guest = machine(vm, "ring", 100)
+    guest.write([GFN + 5])
+    vm._handle = Failing(vm._handle, "reset_rings", [0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in (vm.harvest_rings, vm.slot(0).harvest, vm.slot(0).peek):
+            call()
+    assert [warning.filename for warning in caught] == [__file__] * 3
+
+
+class NoMemory:
+    """In place of DirtyPages: none can be made."""
+
+    def __getattr__(self, name):
+        raise MemoryError
+
+
+@needs_kvm
+def test_without_memory_for_the_answer_every_page_is_still_reported_by_the_next_harvest(vm, monkeypatch):
+    machine(vm, "ring", 100)
+    entries = fake_ring(vm)
+    entries[0] = (1, 7, 0)
+    vm._handle = Failing(vm._handle, "reset_rings", [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(kvm_rings, "DirtyPages", NoMemory())
+        with pytest.warns(IncompleteLogWarning), pytest.raises(MemoryError):
+            vm.slot(0).harvest()
+    with pytest.warns(IncompleteLogWarning):
+        assert vm.slot(0).harvest().count == 100
+
+
+class FailingLog:
+    """A ring log that has no memory left for one slot, once."""
+
+    def __init__(self, log, slot):
+        self._log, self._slot = log, slot
+
+    def __getattr__(self, name):
+        return getattr(self._log, name)
+
+    def take(self, slot, page_size):
+        if slot == self._slot:
+            self._slot = None
+            raise MemoryError
+        return self._log.take(slot, page_size)
+
+
+@needs_kvm
+def test_a_slot_that_cannot_be_taken_takes_nothing_from_the_others(vm):
+    guest = machine(vm, "ring", 100)
+    vm.set_memory_region(1, GFN + 100, 10)
+    guest.write([GFN + 5, GFN + 105])
+    vm._rings._log = FailingLog(vm._rings._log, 1)
+    with pytest.raises(MemoryError):
+        vm.harvest_rings()
+    guest.write([GFN + 6])
+    assert pages(vm.slot(0).peek()) == [5, 6]
+    assert {slot: pages(dirty) for slot, dirty in vm.harvest_rings().items()} == {0: [5, 6], 1: [5]}
+    assert {slot: pages(dirty) for slot, dirty in vm.harvest_rings().items()} == {0: [], 1: []}
 
 
 @needs_kvm

@@ -181,7 +181,10 @@ class VM(Resource):
         try:
             flags = _LOG_DIRTY_PAGES if new.log_dirty else 0
             self._kernel_region(new.slot, flags, new.base_gfn, new.npages, new.pinned.address)
-        except BaseException:
+        except BaseException as error:
+            if old is not None and old.log_dirty and not new.log_dirty and not isinstance(error, OSError):
+                # The kernel may have dropped the log that the slot keeps after all (I6).
+                old.pending = DirtyPages._all(old.npages, self.page_size, exact=False)
             # Refused, or interrupted before or after it was done: as it was, in either case.
             with suppress(OSError, ValueError):
                 self._restore(new, old)

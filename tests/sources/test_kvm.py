@@ -806,6 +806,20 @@ def test_an_interrupt_while_a_slot_is_made_leaves_no_slot(vm, done):
     assert sorted(vm.harvest_rings()) == [0, 1]
 
 
+@needs_kvm
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_an_interrupt_while_a_log_is_switched_off_reports_every_page_and_logs_on(vm, done):
+    guest = machine(vm, "legacy", 100)
+    guest.write([GFN + 5])
+    vm._handle = Interrupted(vm._handle, done)
+    with pytest.raises(KeyboardInterrupt):
+        vm.set_memory_region(0, GFN, 100, log_dirty=False)
+    reported = vm.get_dirty_log(0)
+    assert (reported.count, reported.exact) == (100, False)
+    guest.write([GFN + 6])
+    assert pages(vm.get_dirty_log(0)) == [6]
+
+
 class Interrupted:
     """A handle whose next ioctl ends in Ctrl-C, before or after it was done."""
 

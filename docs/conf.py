@@ -44,6 +44,7 @@ def needed(page: Path) -> list[str]:
 
 exclude_patterns = [
     "_build",
+    "benchmarks-notes.md",  # included in benchmarks.md
     # A page about a module that this build does not have is left out.
     *(
         str(page.relative_to(HERE))

@@ -5,6 +5,8 @@ when the program has ended; "dirtylog rate" and "dirtylog report" read it.
 """
 
 import argparse
+import json
+import sys
 
 from dirtylog.commands.profile import add_script_arguments
 
@@ -14,6 +16,7 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("trace", help="the Parquet file to write")
+    parser.add_argument("--json", action="store_true", help="say what was recorded as JSON, on the error stream")
     add_script_arguments(parser)
 
 
@@ -29,8 +32,17 @@ def run(args: argparse.Namespace) -> int:
     profiler = Profiler(interval=args.interval, on_sample=recorder.write)
 
     def after() -> None:
-        profiler.stop()
+        profile = profiler.stop()
         recorder.regions.update(profiler.regions)
         recorder.close()
+        if args.json:
+            summary = {
+                "trace": args.trace,
+                "seconds": profile.seconds,
+                "samples": profile.samples,
+                "dirtied_bytes": profile.dirtied_bytes,
+                "exact": profile.exact,
+            }
+            print(json.dumps(summary), file=sys.stderr, flush=True)
 
     return run_script(args.script, args.args, before=profiler.start, after=after)

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -68,3 +70,17 @@ def test_what_is_no_trace_is_an_error_of_dirtylog(name, tmp_path):
     path.write_bytes(b"no trace")
     with pytest.raises(TraceError, match="not a Parquet file"):
         run(name, path)
+
+
+def test_record_says_in_json_what_it_has_recorded(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import numpy as np\nprint(np.ones(1 << 24, 'u1').sum())\n")
+    words = ["record", "--json", str(tmp_path / "trace.parquet"), str(script)]
+    done = subprocess.run([sys.executable, "-m", "dirtylog", *words], capture_output=True, text=True, check=False)
+    if "userfaultfd" in done.stderr and done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert (done.returncode, done.stdout) == (0, f"{1 << 24}\n")
+    answer = json.loads(done.stderr)
+    assert answer["trace"] == words[2]
+    assert answer["samples"] >= 1
+    assert answer["dirtied_bytes"] >= 1 << 24

@@ -1,7 +1,9 @@
 """The neck of the hourglass: merges any number of sources into one page space, for any number of observers."""
 
+import os
 import threading
 import warnings
+import weakref
 from itertools import chain, count
 from operator import index
 from typing import Protocol, SupportsIndex
@@ -12,6 +14,19 @@ from dirtylog.epochs import Epoch, Observer
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 
 __all__ = ["Attachment", "DirtyLog", "Epoch", "Observer", "Source"]
+
+
+_logs: weakref.WeakSet["DirtyLog"] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # A thread that held the lock is in the other process. What it left half-done says so: it is in doubt.
+    for log in list(_logs):
+        log._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class Source(Protocol):
@@ -113,6 +128,10 @@ class DirtyLog:
 
     The log does not own its sources: it closes none.
 
+    The child of a fork has a log of its own, with what its sources are there. A
+    source that was being harvested at the fork reports every page, not exact. An
+    epoch that another thread held stays held: make another observer.
+
     Examples
     --------
     >>> import dirtylog as dl
@@ -134,6 +153,7 @@ class DirtyLog:
         self._npages = 0
         self._page_size = 0
         self._unsaid: list[str] = []
+        _logs.add(self)
 
     def __repr__(self) -> str:
         """Say how much there is."""

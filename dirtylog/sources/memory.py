@@ -248,7 +248,10 @@ class Tracker(Resource):
         )
 
     def _release(self) -> None:
-        self._engine.close()
+        # The engine of a comparing tracker has a lock, which in the child of a fork may be held by a thread
+        # that exists in the parent only; its copy goes with the object.
+        if not (self._inherited and self.backend == "compare"):
+            self._engine.close()
         self._pinned.release()
 
     def __repr__(self) -> str:

@@ -191,3 +191,24 @@ shared.close()
 """
     expected = "True True []" if backend == "compare" else "True False ['IncompleteLogWarning']"
     assert run(code, backend) == f"[2]\n{expected}\n"
+
+
+@pytest.mark.parametrize("way", ["tracker.close()", "del tracker"])
+def test_a_child_can_let_go_of_a_tracker_that_was_comparing_at_the_fork(way):
+    """The lock is held as by a harvest in a thread that the child does not have."""
+    code = f"""
+tracker = dl.track(array, backend)
+signal.alarm(60)
+held = tracker._engine._lock
+held.acquire()
+def child():
+    global tracker
+    signal.alarm(20)
+    {way}
+in_child(child)
+held.release()
+array[3] = 1
+print(tracker.harvest().indices().tolist())
+tracker.close()
+"""
+    assert run(code, "compare") == "[3]\n"

@@ -48,6 +48,11 @@ def test_a_command_line_that_is_not_understood_is_exit_code_2(capsys, words):
     assert "usage:" in capsys.readouterr().err
 
 
+def test_more_writers_than_a_machine_has_vcpus_are_refused_before_a_thread_starts(capsys):
+    assert exit_code("demo", "--writers", "100000") == 2
+    assert "100000 is too large: 1024 or less" in capsys.readouterr().err
+
+
 def test_the_version_is_the_packages(capsys):
     assert exit_code("--version") == 0
     assert capsys.readouterr().out.strip() == f"dirtylog {dl.__version__}"

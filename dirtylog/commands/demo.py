@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import dirtylog as dl
 from dirtylog import reference, terminal
+from dirtylog.vm.machine import MAX_VCPUS
 
 Pages = NDArray[np.uint8]  # one row a page
 MIB = 1 << 20
@@ -247,13 +248,15 @@ def show(outcomes: list[Outcome], args: argparse.Namespace) -> None:
     )
 
 
-def at_least(low: float, kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Read an option's number and hold it to its bound."""
+def at_least(low: float, kind: Callable[[str], Any], high: float = float("inf")) -> Callable[[str], Any]:
+    """Read an option's number and hold it to its bounds."""
 
     def read(text: str) -> Any:
         value = kind(text)
         if value < low:
             raise argparse.ArgumentTypeError(f"{text} is too small: {low} or more")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{text} is too large: {high} or less")
         return value
 
     return read
@@ -266,7 +269,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", type=at_least(0, float), default=0.05, metavar="SECONDS", help="pause between harvests (0.05)"
     )
-    parser.add_argument("--writers", type=at_least(1, int), default=2, metavar="N", help="threads, vCPUs (2)")
+    parser.add_argument("--writers", type=at_least(1, int, MAX_VCPUS), default=2, metavar="N", help="threads, vCPUs (2)")
     parser.add_argument("--json", action="store_true", help="print the figures for a program")
 
 

@@ -70,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: see `EXIT_CODES`.
     """
     args = parser().parse_args(argv)
+    if sys.stdout is None:  # Python's way to say that it was started with standard output closed
+        if sys.stderr is not None:
+            print("dirtylog: standard output is closed; redirect it to /dev/null if it is not wanted", file=sys.stderr)
+        return FAILED
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -27,6 +27,14 @@ def bytes_text(size: float) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
+def _encodes(text: str) -> bool:
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def seconds_text(seconds: float) -> str:
     """Write a time with the unit a person would choose.
 
@@ -35,8 +43,11 @@ def seconds_text(seconds: float) -> str:
     >>> seconds_text(0.0000004), seconds_text(0.0123), seconds_text(4)
     ('400 ns', '12.3 ms', '4 s')
     """
-    for unit in ("s", "ms", "µs"):
+    for each in ("s", "ms", "µs"):
+        unit = each
         if seconds >= 0.9995:
+            if unit == "µs" and not _encodes(unit):
+                unit = "us"
             return f"{seconds:.3g} {unit}" if seconds < 999.5 else f"{seconds:,.0f} {unit}"
         seconds *= 1000
     return f"{seconds:.0f} ns"

@@ -1,5 +1,6 @@
 """The command line: what it prints, for people and for programs, and its exit codes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -174,6 +175,18 @@ def test_a_reader_that_leaves_early_is_no_traceback():
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == cli.FAILED
+
+
+def test_a_closed_output_is_a_line_and_not_a_traceback(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["info"]) == cli.FAILED
+    assert capsys.readouterr().err.startswith("dirtylog: standard output is closed")
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("ascii", "12.3 us"), ("utf-8", "12.3 µs")])
+def test_microseconds_are_written_as_the_output_can(monkeypatch, encoding, text):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    assert terminal.seconds_text(12.3e-6) == text
 
 
 def test_tables_are_plain_where_rich_is_not_installed(capsys, monkeypatch):

@@ -269,7 +269,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interval", type=at_least(0, float), default=0.05, metavar="SECONDS", help="pause between harvests (0.05)"
     )
-    parser.add_argument("--writers", type=at_least(1, int, MAX_VCPUS), default=2, metavar="N", help="threads, vCPUs (2)")
+    parser.add_argument(
+        "--writers", type=at_least(1, int, MAX_VCPUS), default=2, metavar="N", help="threads, vCPUs (2)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures for a program")
 
 

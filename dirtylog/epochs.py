@@ -121,6 +121,8 @@ class Observer:
             self._check_open()
             if pages.npages > self._log.npages:
                 raise IndexError(f"pages speaks of {pages.npages} pages and the log has {self._log.npages}")
+            if pages.page_size != self._log.page_size:
+                raise ValueError(f"pages are of {pages.page_size} bytes and the log has {self._log.page_size}")
             self._add(pages, 0)
 
     def close(self) -> None:

@@ -244,3 +244,10 @@ def test_an_interrupt_after_the_pages_were_taken_reports_everything(log, source,
     with pytest.warns(dl.IncompleteLogWarning, match="was interrupted"), observer.collect() as epoch:
         assert (epoch.pages.count, epoch.pages.exact) == (1000, False)
     assert collected(observer) == []
+
+
+def test_pages_of_another_size_are_refused_and_the_next_epoch_stays_exact(observer):
+    with pytest.raises(ValueError, match="pages are of 8192 bytes and the log has 4096"):
+        observer.put_back(dl.DirtyPages.from_indices([1], 1000, 8192, exact=False))
+    with observer.collect() as epoch:
+        assert epoch.pages.exact

@@ -1,4 +1,4 @@
-"""Types that only type checkers read; never imported while a program runs."""
+# Types for annotations: a stub alone, since nothing of it exists while a program runs.
 
 from typing import Any, TypeAlias
 

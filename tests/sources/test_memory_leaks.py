@@ -44,7 +44,8 @@ def test_a_thousand_trackers_leave_no_descriptor_mapping_thread_or_memory(backen
     # The allocator may take or give back an arena; a mapping a round would be a thousand.
     assert after[1] <= before[1] + 5
     assert after[2] == before[2]
-    assert after[3] <= before[3] + 256
+    # Pages: one a round would be a thousand; the kernel may make one huge page of 512 meanwhile.
+    assert after[3] < before[3] + 1000
 
 
 def test_the_last_tracker_takes_the_process_wide_descriptors_along():

@@ -51,14 +51,12 @@ cdef extern from "Python.h":
 
 cdef extern from "dirtylog/atomic.h" nogil:
     uint64_t dl_load_relaxed(const uint64_t *word)
-    uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
     uint64_t dl_fetch_and(uint64_t *word, uint64_t bits)
     void dl_fence_seq_cst()
 
 
 cdef extern from "dirtylog/bits.h" nogil:
     unsigned dl_ffs(uint64_t mask)
-    unsigned dl_fls(uint64_t mask)
     uint64_t dl_bit(uint64_t page)
     uint64_t dl_words_for(uint64_t npages)
     uint64_t dl_tail_mask(uint64_t npages)
@@ -87,8 +85,8 @@ __all__ = [
 cdef enum:
     # Groups of lines that a harvest takes without asking for memory first.
     FEW_GROUPS = 256
-    # How far ahead of the exchange a line is asked for; covers a miss in the cache.
-    AHEAD = 8
+    # How many marks ahead of a batch a line is asked for; covers a miss in the cache.
+    AHEAD = 16
 
 
 # ---- where a harvest puts what it finds ---------------------------------------------
@@ -542,10 +540,7 @@ cdef class DirtyBitmap:
         cdef DirtyPages pages = pages_bare(self.bits.npages, self.page_size, True)
         memset(&sink, 0, sizeof(sink))
         sink.clear = clear
-        if first >= end:
-            first_line = end_line = 0
-            head_end = tail_first = end
-        elif first_line >= end_line:
+        if first_line >= end_line:  # an empty range too
             first_line = end_line = 0
             head_end = tail_first = end
         else:
@@ -775,8 +770,8 @@ cdef size_t mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n) 
     cdef uint64_t mask = 0
     dl_batch_begin()
     for i in range(n):
-        if i + 2 * AHEAD < n:
-            DL_PREFETCH_WRITE(bitmap.words + <uint64_t>pages[i + 2 * AHEAD] // 64)
+        if i + AHEAD < n:
+            DL_PREFETCH_WRITE(bitmap.words + <uint64_t>pages[i + AHEAD] // 64)
         page = dl_load_relaxed(<const uint64_t *>pages + i)
         if page >= bitmap.npages:
             if mask:

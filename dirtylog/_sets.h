@@ -146,14 +146,21 @@ static inline size_t dl_check_runs(const int64_t *runs, size_t n, uint64_t npage
     return n;
 }
 
+/* What run i adds to the runs before it, which end at `end`: pages [*first, past); returns past,
+ * not above *first if it adds nothing. */
+static inline int64_t dl_run_rest(const int64_t *runs, size_t i, int64_t end, int64_t *first)
+{
+    *first = runs[2 * i] > end ? runs[2 * i] : end;
+    return runs[2 * i] + runs[2 * i + 1];
+}
+
 /* Words that the runs touch, those that two runs share counted for each. */
 static inline size_t dl_words_of_runs(const int64_t *runs, size_t n)
 {
     size_t words = 0;
     int64_t end = 0;
     for (size_t i = 0; i < n; i++) {
-        int64_t first = runs[2 * i] > end ? runs[2 * i] : end;
-        int64_t past = runs[2 * i] + runs[2 * i + 1];
+        int64_t first, past = dl_run_rest(runs, i, end, &first);
         if (past <= first)
             continue;
         words += (size_t)((past - 1) / 64 - first / 64 + 1);
@@ -167,8 +174,7 @@ static inline size_t dl_sparse_of_runs(const int64_t *runs, size_t n, uint64_t *
     size_t count = 0;
     int64_t end = 0;
     for (size_t i = 0; i < n; i++) {
-        int64_t first = runs[2 * i] > end ? runs[2 * i] : end;
-        int64_t past = runs[2 * i] + runs[2 * i + 1];
+        int64_t first, past = dl_run_rest(runs, i, end, &first);
         if (past <= first)
             continue;
         end = past;

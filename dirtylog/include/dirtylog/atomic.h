@@ -54,6 +54,5 @@ static inline uint64_t dl_fetch_and(uint64_t *word, uint64_t bits) { return DL_R
 static inline uint64_t dl_exchange(uint64_t *word, uint64_t value) { return DL_EXCHANGE(word, value, SEQ_CST); }
 
 static inline void dl_fence_seq_cst(void) { DL_FENCE(SEQ_CST); }
-static inline void dl_fence_acquire(void) { DL_FENCE(ACQUIRE); }
 
 #endif /* DIRTYLOG_ATOMIC_H */

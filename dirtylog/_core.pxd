@@ -1,15 +1,10 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
 from libc.stdint cimport int64_t, uint64_t
 
-from dirtylog._pages cimport Block, DirtyPages, dl_taken
+from dirtylog._pages cimport Block, DirtyPages, dl_bitmap, dl_taken
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
-    cdef struct dl_bitmap:
-        uint64_t *words
-        uint64_t *summary
-        uint64_t npages
-
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)

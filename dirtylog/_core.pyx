@@ -6,7 +6,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from dirtylog._pages cimport (
@@ -72,7 +72,6 @@ cdef extern from "dirtylog/bitmap.h" nogil:
     uint64_t dl_lines_for(uint64_t npages)
     uint64_t dl_groups_for(uint64_t npages)
     uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
-    uint64_t dl_summary_take(const dl_bitmap *b, uint64_t group, uint64_t mask)
     void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
     uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
 
@@ -96,8 +95,8 @@ cdef inline void take_words(Sink *sink, uint64_t *words, uint64_t start, uint64_
     if sink.out != NULL:
         kernels.take_dense(words + start, end - start, sink.out + start, sink.clear)
     else:
-        sink.entries += kernels.take_sparse(words + start, end - start, start, sink.numbers + sink.entries,
-                                            sink.masks + sink.entries, sink.clear)
+        sink.entries += kernels.take_sparse(words, start, end, sink.numbers + sink.entries, sink.masks + sink.entries,
+                                            sink.clear)
 
 
 cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) noexcept nogil:
@@ -123,16 +122,16 @@ cdef void take_range(Sink *sink, const dl_bitmap *bitmap, uint64_t first, uint64
     # elsewhere its store may still be under way when the loads that follow it are done.
     dl_fence_seq_cst()
     take_part(sink, bitmap.words, first, head_end)
-    take_lines(sink, bitmap.words, dl_words_for(bitmap.npages), taken, ntaken)
+    take_lines(sink, bitmap.words, taken, ntaken)
     take_part(sink, bitmap.words, tail_first, end)
 
 
-cdef void take_lines(Sink *sink, uint64_t *words, uint64_t nwords, const dl_taken *taken, size_t n) noexcept nogil:
+cdef void take_lines(Sink *sink, uint64_t *words, const dl_taken *taken, size_t n) noexcept nogil:
     """Take the words of the lines that the summary named (I4: after it)."""
     if sink.out != NULL:
-        kernels.take_lines_dense(words, nwords, taken, n, sink.out, sink.clear)
+        kernels.take_lines_dense(words, taken, n, sink.out, sink.clear)
     else:
-        sink.entries += kernels.take_lines_sparse(words, nwords, taken, n, sink.numbers + sink.entries,
+        sink.entries += kernels.take_lines_sparse(words, taken, n, sink.numbers + sink.entries,
                                                   sink.masks + sink.entries, sink.clear)
 
 
@@ -528,9 +527,9 @@ cdef class DirtyBitmap:
         cdef Block numbers, masks
         cdef dl_taken few[FEW_GROUPS]
         cdef dl_taken *taken = few
-        cdef dl_taken *more
         cdef size_t ntaken = 0
-        cdef size_t room = FEW_GROUPS
+        cdef size_t room
+        cdef uint64_t nlines = 0
         cdef uint64_t line_pages = 64 * DL_LINE_WORDS
         # Lines that lie in the range whole; what is left and right of them is taken by words.
         cdef uint64_t first_line = (first + line_pages - 1) // line_pages
@@ -546,23 +545,25 @@ cdef class DirtyBitmap:
         else:
             head_end = first_line * line_pages
             tail_first = end_line * line_pages if end_line * line_pages < end else end
+        cdef uint64_t group = first_line // DL_GROUP_LINES
+        cdef uint64_t groups = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
         if self.bits.summary == NULL:
             return self.take_scan(first, head_end, tail_first, end, &sink, pages)
         try:
             # I4: the summary first. I5: it is put back if what follows finds no memory.
-            while True:
-                with nogil:
-                    ntaken = take_summary(&self.bits, first_line, end_line, taken, ntaken, room, clear)
-                if ntaken < room:
-                    break
-                room *= 8
-                more = <dl_taken *>realloc(NULL if taken == few else taken, room * sizeof(dl_taken))
-                if more == NULL:
+            with nogil:
+                ntaken = kernels.take_summary(&self.bits, first_line, end_line, &group, few, FEW_GROUPS, clear, &nlines)
+            if group < groups:
+                room = ntaken + (groups - group) + DL_LINE_WORDS
+                taken = <dl_taken *>malloc(room * sizeof(dl_taken))
+                if taken == NULL:
+                    taken = few
                     raise MemoryError(f"no memory to note {room} groups of dirty lines")
-                if taken == few:
-                    memcpy(more, few, sizeof(few))
-                taken = more
-            numbers, masks, dense = sink_open(&sink, count_lines(taken, ntaken) + 2, nwords)
+                with nogil:
+                    memcpy(taken, few, ntaken * sizeof(dl_taken))
+                    ntaken += kernels.take_summary(&self.bits, first_line, end_line, &group, taken + ntaken,
+                                                   room - ntaken, clear, &nlines)
+            numbers, masks, dense = sink_open(&sink, nlines + 2, nwords)
             with nogil:
                 take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
         except MemoryError:
@@ -683,39 +684,6 @@ cdef class DirtyBitmap:
 
 
 # ---- loops over words and pages -------------------------------------------------------
-
-cdef size_t take_summary(const dl_bitmap *bitmap, uint64_t first_line, uint64_t end_line, dl_taken *taken, size_t n,
-                         size_t room, bint clear) noexcept nogil:
-    """Note the dirty lines of [first_line, end_line), on from the last of the `n` groups noted; returns their number.
-
-    Ends when all are noted or there is no more room.
-    """
-    cdef uint64_t group = taken[n - 1].group + 1 if n else first_line // DL_GROUP_LINES
-    cdef uint64_t end = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
-    cdef uint64_t mask, lines
-    while n < room and first_line < end_line:
-        group = kernels.next_nonzero(bitmap.summary, group, end)
-        if group >= end:
-            break
-        mask = dl_mask_part(group * DL_GROUP_LINES, first_line, end_line - 1)
-        lines = dl_summary_take(bitmap, group, mask) if clear else dl_load_relaxed(bitmap.summary + group) & mask
-        if lines:
-            taken[n].group = group
-            taken[n].lines = lines
-            n += 1
-        group += 1
-    return n
-
-
-cdef uint64_t count_lines(const dl_taken *taken, size_t n) noexcept nogil:
-    cdef uint64_t count = 0
-    cdef uint64_t lines
-    cdef size_t i
-    for i in range(n):
-        lines = taken[i].lines
-        count += kernels.popcount(&lines, 1)
-    return count
-
 
 cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""

@@ -1,7 +1,7 @@
 /* Vector kernels, one set for each instruction set, with run-time dispatch.
  *
- * The bodies are written once, as inline functions over three primitives (which
- * words of a line are not zero, how many bits a word has, where they are), and
+ * The bodies are written once, as inline functions over a few primitives (which
+ * words of a line are not zero, taking a whole line, the pages of a word), and
  * instantiated for each instruction set.
  */
 #include "_simd.h"
@@ -12,6 +12,8 @@
 #define DL_INLINE static inline __attribute__((always_inline))
 
 typedef unsigned (*dl_line_mask_fn)(const uint64_t *line);
+typedef void (*dl_take_line_fn)(uint64_t *line, uint64_t *out);
+typedef int (*dl_expand_singles_fn)(const uint64_t *numbers, const uint64_t *masks, int64_t *out);
 typedef void (*dl_expand_word_fn)(uint64_t word, unsigned bits, int64_t first, int64_t *out);
 
 /* ---- bodies --------------------------------------------------------------- */
@@ -42,16 +44,7 @@ DL_INLINE uint64_t take_word(uint64_t *word, int clear)
     return clear ? dl_exchange(word, 0) : dl_load_relaxed(word);
 }
 
-/* A word seen nonzero may have been taken by another harvester since: an empty
- * exchange is no entry. */
-DL_INLINE size_t put_sparse(uint64_t *numbers, uint64_t *masks, size_t count, uint64_t number, uint64_t mask)
-{
-    numbers[count] = number;
-    masks[count] = mask;
-    return count + (mask != 0);
-}
-
-/* Words [at, end), at most a line of them. */
+/* Which of the words [at, end) are not zero, of a line at most. */
 DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_line_mask_fn line_mask)
 {
     if (at + DL_LINE_WORDS <= end)
@@ -62,111 +55,115 @@ DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_l
     return mask;
 }
 
-/* Which words of a group's lines are not zero, all found before the first of them
- * is exchanged: no load passes a locked exchange, so a test between two of them
- * would wait for the one and hold up the other. A mark that comes in between
- * finds the summary bit taken and sets it again (I4), or, without a summary, is
- * for the next harvest. */
-DL_INLINE void test_group(const uint64_t *words, size_t start, size_t end, uint64_t lines, uint8_t *dirty,
-                          dl_line_mask_fn line_mask)
+/* I4: the summary before the words. Eight groups are tested at once; `taken` has
+ * room for eight more whenever there is another turn. */
+DL_INLINE size_t take_summary_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
+                                   struct dl_taken *taken, size_t room, int clear, uint64_t *nlines,
+                                   dl_line_mask_fn line_mask)
 {
-    for (; lines; lines &= lines - 1) {
-        unsigned line = dl_ffs(lines);
-        dirty[line] = (uint8_t)words_mask(words, start + line * DL_LINE_WORDS, end, line_mask);
+    uint64_t group = *next, end = (end_line + DL_GROUP_LINES - 1) / DL_GROUP_LINES;
+    size_t n = 0;
+    for (; group < end && n + DL_LINE_WORDS <= room; group += DL_LINE_WORDS) {
+        for (unsigned mask = words_mask(b->summary, group, end, line_mask); mask; mask &= mask - 1) {
+            uint64_t at = group + (uint64_t)__builtin_ctz(mask);
+            uint64_t part = dl_mask_part(at * DL_GROUP_LINES, first_line, end_line - 1);
+            uint64_t lines = clear ? dl_summary_take(b, at, part) : dl_load_relaxed(&b->summary[at]) & part;
+            taken[n].group = at;
+            taken[n].lines = lines;
+            n += lines != 0;
+            *nlines += (uint64_t)__builtin_popcountll(lines);
+        }
+    }
+    *next = group;
+    return n;
+}
+
+/* ---- one line: which of its words are not zero is found at once, for all of them,
+ * and those are taken. A mark that comes in between finds the summary bit taken and
+ * sets it again (I4), or, without a summary, is for the next harvest. ---- */
+
+/* A word that was not zero may have been taken by another harvester since: an empty
+ * exchange is no entry. */
+DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, unsigned mask, uint64_t *numbers, uint64_t *masks,
+                                  size_t count, int clear)
+{
+    for (; mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        numbers[count] = word;
+        masks[count] = take_word(&words[word], clear);
+        count += masks[count] != 0;
+    }
+    return count;
+}
+
+DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64_t *out, int clear,
+                               dl_take_line_fn take_line)
+{
+    if (mask == 0xff && clear) {
+        take_line(words + at, out + at);
+        return;
+    }
+    for (; mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        out[word] = take_word(&words[word], clear);
     }
 }
 
-DL_INLINE void take_group_dense(uint64_t *words, size_t start, size_t end, uint64_t lines, uint64_t *out, int clear,
-                                dl_line_mask_fn line_mask)
+/* ---- the lines that a summary named; our own words, so that the last line is whole ---- */
+
+/* Lines asked for before they are taken, which covers a miss in every cache. */
+#define DL_AHEAD_LINES 48u
+
+DL_INLINE unsigned prefetch_lines(const uint64_t *words, const struct dl_taken *taken)
 {
-    uint8_t dirty[DL_GROUP_LINES];
-    test_group(words, start, end, lines, dirty, line_mask);
-    for (; lines; lines &= lines - 1) {
-        unsigned line = dl_ffs(lines);
-        size_t at = start + line * DL_LINE_WORDS;
-        if (dirty[line] == 0xff) {
-            for (unsigned i = 0; i < DL_LINE_WORDS; i++)
-                out[at + i] = take_word(&words[at + i], clear);
-            continue;
-        }
-        for (unsigned mask = dirty[line]; mask; mask &= mask - 1) {
-            size_t word = at + (size_t)__builtin_ctz(mask);
-            out[word] = take_word(&words[word], clear);
-        }
-    }
+    for (uint64_t lines = taken->lines; lines; lines &= lines - 1)
+        __builtin_prefetch(words + taken->group * DL_GROUP_WORDS + dl_ffs(lines) * DL_LINE_WORDS, 1);
+    return (unsigned)__builtin_popcountll(taken->lines);
 }
 
-DL_INLINE size_t take_group_sparse(uint64_t *words, size_t start, size_t end, uint64_t lines, uint64_t base,
-                                   uint64_t *numbers, uint64_t *masks, size_t count, int clear, dl_line_mask_fn line_mask)
+DL_INLINE size_t take_lines_sparse_body(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *numbers,
+                                        uint64_t *masks, int clear, dl_line_mask_fn line_mask)
 {
-    uint8_t dirty[DL_GROUP_LINES];
-    test_group(words, start, end, lines, dirty, line_mask);
-    for (; lines; lines &= lines - 1) {
-        unsigned line = dl_ffs(lines);
-        size_t at = start + line * DL_LINE_WORDS;
-        for (unsigned mask = dirty[line]; mask; mask &= mask - 1) {
-            size_t word = at + (size_t)__builtin_ctz(mask);
-            count = put_sparse(numbers, masks, count, base + word, take_word(&words[word], clear));
+    size_t count = 0, next = 0;
+    unsigned ahead = 0;
+    for (size_t i = 0; i < groups; i++) {
+        while (next < groups && ahead < DL_AHEAD_LINES)
+            ahead += prefetch_lines(words, &taken[next++]);
+        ahead -= (unsigned)__builtin_popcountll(taken[i].lines);
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
+            size_t at = taken[i].group * DL_GROUP_WORDS + dl_ffs(lines) * (size_t)DL_LINE_WORDS;
+            count = take_line_sparse(words, at, line_mask(words + at), numbers, masks, count, clear);
         }
     }
     return count;
 }
 
-/* The lines of a group that begin before `end`. */
-DL_INLINE uint64_t lines_before(size_t start, size_t end)
+/* Most lines are dirty: the processor's own prefetcher does as well. */
+DL_INLINE void take_lines_dense_body(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *out, int clear,
+                                     dl_line_mask_fn line_mask, dl_take_line_fn take_line)
 {
-    size_t lines = (end - start + DL_LINE_WORDS - 1) / DL_LINE_WORDS;
-    return lines >= DL_GROUP_LINES ? DL_ALL_PAGES : dl_mask_below((unsigned)lines);
+    for (size_t i = 0; i < groups; i++)
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
+            size_t at = taken[i].group * DL_GROUP_WORDS + dl_ffs(lines) * (size_t)DL_LINE_WORDS;
+            take_line_dense(words, at, line_mask(words + at), out, clear, take_line);
+        }
 }
 
-DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask)
+/* ---- every line of some words, whose summary nobody keeps ---- */
+
+DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask,
+                               dl_take_line_fn take_line)
 {
-    for (size_t at = 0; at < n; at += DL_GROUP_WORDS)
-        take_group_dense(words, at, n, lines_before(at, n), out, clear, line_mask);
+    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
+        take_line_dense(words, at, words_mask(words, at, n, line_mask), out, clear, take_line);
 }
 
-DL_INLINE size_t take_sparse_body(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks, int clear,
+DL_INLINE size_t take_sparse_body(uint64_t *words, size_t first, size_t end, uint64_t *numbers, uint64_t *masks, int clear,
                                   dl_line_mask_fn line_mask)
 {
     size_t count = 0;
-    for (size_t at = 0; at < n; at += DL_GROUP_WORDS)
-        count = take_group_sparse(words, at, n, lines_before(at, n), base, numbers, masks, count, clear, line_mask);
-    return count;
-}
-
-/* Ask for the lines of a group that is some way ahead: a locked exchange waits
- * for its line alone, so that nothing else hides the miss. Where most of a group
- * is dirty the processor's own prefetcher does better. */
-#define DL_AHEAD 12
-
-DL_INLINE void prefetch_lines(const uint64_t *words, const struct dl_taken *taken, size_t at, size_t groups)
-{
-    if (at >= groups || __builtin_popcountll(taken[at].lines) > 16)
-        return;
-    for (uint64_t lines = taken[at].lines; lines; lines &= lines - 1)
-        __builtin_prefetch(words + taken[at].group * DL_GROUP_WORDS + dl_ffs(lines) * DL_LINE_WORDS, 1);
-}
-
-DL_INLINE void take_lines_dense_body(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, uint64_t *out,
-                                     int clear, dl_line_mask_fn line_mask)
-{
-    for (size_t i = 0; i < groups; i++) {
-        prefetch_lines(words, taken, i + DL_AHEAD, groups);
-        take_group_dense(words, taken[i].group * DL_GROUP_WORDS, n, taken[i].lines, out, clear, line_mask);
-    }
-}
-
-DL_INLINE size_t take_lines_sparse_body(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups,
-                                        uint64_t *numbers, uint64_t *masks, int clear, dl_line_mask_fn line_mask)
-{
-    size_t count = 0;
-    for (size_t i = 0; i < DL_AHEAD; i++)
-        prefetch_lines(words, taken, i, groups);
-    for (size_t i = 0; i < groups; i++) {
-        prefetch_lines(words, taken, i + DL_AHEAD, groups);
-        count = take_group_sparse(words, taken[i].group * DL_GROUP_WORDS, n, taken[i].lines, 0, numbers, masks, count,
-                                  clear, line_mask);
-    }
+    for (size_t at = first; at < end; at += DL_LINE_WORDS)
+        count = take_line_sparse(words, at, words_mask(words, at, end, line_mask), numbers, masks, count, clear);
     return count;
 }
 
@@ -207,12 +204,20 @@ DL_INLINE size_t expand_body(const uint64_t *words, size_t n, int64_t first, int
     return count;
 }
 
+/* Where little is dirty most words have one page: eight such entries are one store. */
 DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out, size_t capacity,
-                                    dl_expand_word_fn expand)
+                                    dl_expand_singles_fn expand_singles, dl_expand_word_fn expand)
 {
-    size_t count = 0;
-    for (size_t i = 0; i < n; i++)
-        count = expand_word(masks[i], (int64_t)(numbers[i] * DL_WORD_PAGES), out, count, capacity, expand);
+    size_t count = 0, i = 0;
+    while (i < n) {
+        if (n - i >= DL_LINE_WORDS && capacity - count >= DL_LINE_WORDS && expand_singles(numbers + i, masks + i, out + count)) {
+            count += DL_LINE_WORDS;
+            i += DL_LINE_WORDS;
+            continue;
+        }
+        for (size_t end = n - i < DL_LINE_WORDS ? n : i + DL_LINE_WORDS; i < end; i++)
+            count = expand_word(masks[i], (int64_t)(numbers[i] * DL_WORD_PAGES), out, count, capacity, expand);
+    }
     return count;
 }
 
@@ -225,24 +230,30 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     {                                                                                                                      \
         return next_nonzero_body(words, from, n, line_mask_##path);                                                        \
     }                                                                                                                      \
+    attributes static size_t take_summary_##path(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line,        \
+                                                 uint64_t *next, struct dl_taken *taken, size_t room, int clear,           \
+                                                 uint64_t *nlines)                                                         \
+    {                                                                                                                      \
+        return take_summary_body(b, first_line, end_line, next, taken, room, clear, nlines, line_mask_##path);             \
+    }                                                                                                                      \
     attributes static void take_dense_##path(uint64_t *words, size_t n, uint64_t *out, int clear)                          \
     {                                                                                                                      \
-        take_dense_body(words, n, out, clear, line_mask_##path);                                                           \
+        take_dense_body(words, n, out, clear, line_mask_##path, take_line_##path);                                         \
     }                                                                                                                      \
-    attributes static size_t take_sparse_##path(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers,               \
+    attributes static size_t take_sparse_##path(uint64_t *words, size_t first, size_t end, uint64_t *numbers,              \
                                                 uint64_t *masks, int clear)                                                \
     {                                                                                                                      \
-        return take_sparse_body(words, n, base, numbers, masks, clear, line_mask_##path);                                  \
+        return take_sparse_body(words, first, end, numbers, masks, clear, line_mask_##path);                               \
     }                                                                                                                      \
-    attributes static void take_lines_dense_##path(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, \
+    attributes static void take_lines_dense_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,           \
                                                    uint64_t *out, int clear)                                               \
     {                                                                                                                      \
-        take_lines_dense_body(words, n, taken, groups, out, clear, line_mask_##path);                                      \
+        take_lines_dense_body(words, taken, groups, out, clear, line_mask_##path, take_line_##path);                       \
     }                                                                                                                      \
-    attributes static size_t take_lines_sparse_##path(uint64_t *words, size_t n, const struct dl_taken *taken,             \
-                                                      size_t groups, uint64_t *numbers, uint64_t *masks, int clear)        \
+    attributes static size_t take_lines_sparse_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,        \
+                                                      uint64_t *numbers, uint64_t *masks, int clear)                       \
     {                                                                                                                      \
-        return take_lines_sparse_body(words, n, taken, groups, numbers, masks, clear, line_mask_##path);                   \
+        return take_lines_sparse_body(words, taken, groups, numbers, masks, clear, line_mask_##path);                      \
     }                                                                                                                      \
     attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
     {                                                                                                                      \
@@ -251,12 +262,13 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     attributes static size_t expand_sparse_##path(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,  \
                                                   size_t capacity)                                                         \
     {                                                                                                                      \
-        return expand_sparse_body(numbers, masks, n, out, capacity, expand_word_##path);                                   \
+        return expand_sparse_body(numbers, masks, n, out, capacity, expand_singles_##path, expand_word_##path);            \
     }                                                                                                                      \
     static const struct dl_kernels kernels_##path = {                                                                      \
         #path,                                                                                                             \
         popcount_##path,                                                                                                   \
         next_nonzero_##path,                                                                                               \
+        take_summary_##path,                                                                                               \
         take_dense_##path,                                                                                                 \
         take_sparse_##path,                                                                                                \
         take_lines_dense_##path,                                                                                           \
@@ -275,6 +287,18 @@ DL_INLINE unsigned line_mask_scalar(const uint64_t *line)
     return mask;
 }
 
+DL_INLINE void take_line_scalar(uint64_t *line, uint64_t *out)
+{
+    for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+        out[i] = dl_exchange(&line[i], 0);
+}
+
+DL_INLINE int expand_singles_scalar(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
+{
+    (void)numbers, (void)masks, (void)out;
+    return 0;
+}
+
 DL_INLINE void expand_word_scalar(uint64_t word, unsigned bits, int64_t first, int64_t *out)
 {
     (void)bits;
@@ -285,11 +309,53 @@ DL_INLINE void expand_word_scalar(uint64_t word, unsigned bits, int64_t first, i
 DL_INSTANTIATE(scalar, )
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+
+/* ---- a line of dirty words, two at a time --------------------------------------- */
+
+#define DL_CX16 __attribute__((target("cx16")))
+
+typedef unsigned __int128 dl_pair __attribute__((may_alias));
+
+/* One locked instruction for two words: a dense harvest is bound by their number.
+ * It is a full barrier like the exchanges that it stands for, and other processors'
+ * locked operations on either word come before it or after it, since all of them
+ * hold the line. If a mark came in between it takes nothing, and the words are
+ * exchanged one by one: nobody waits for anybody. */
+DL_CX16 DL_INLINE void take_pair(uint64_t *words, uint64_t *out)
+{
+    dl_pair seen = (dl_pair)dl_load_relaxed(&words[1]) << 64 | dl_load_relaxed(&words[0]);
+    if (__sync_bool_compare_and_swap((dl_pair *)words, seen, 0)) {
+        out[0] = (uint64_t)seen;
+        out[1] = (uint64_t)(seen >> 64);
+    } else {
+        out[0] = dl_exchange(&words[0], 0);
+        out[1] = dl_exchange(&words[1], 0);
+    }
+}
+
+/* Foreign words may be aligned to 8 bytes only (I8). */
+DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
+{
+    if ((uintptr_t)line % sizeof(dl_pair))
+        take_line_scalar(line, out);
+    else
+        for (unsigned i = 0; i < DL_LINE_WORDS; i += 2)
+            take_pair(line + i, out + i);
+}
+#define take_line_avx2 take_line_pairs
+#define take_line_avx512 take_line_pairs
+
+static int can_run_cx16(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_CMPXCHG16B;
+}
 
 /* ---- AVX2: eight bits by a table of their positions ------------------------- */
 
-#define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt")))
+#define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
 
 /* Positions of the set bits of a byte, one a byte of the entry. */
 static uint64_t byte_positions[256];
@@ -319,6 +385,8 @@ DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
     return ~clean & 0xff;
 }
 
+#define expand_singles_avx2 expand_singles_scalar
+
 /* Writes up to 8 numbers past the last one, within the 64 that expand_word()
  * has made sure of: a byte's numbers never start past 56. */
 DL_AVX2 DL_INLINE void expand_word_avx2(uint64_t word, unsigned bits, int64_t first, int64_t *out)
@@ -343,12 +411,23 @@ DL_INSTANTIATE(avx2, DL_AVX2)
 /* ---- AVX-512: compress 64 positions in a register, then store ---------------- */
 
 #define DL_AVX512                                                                                                          \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt,lzcnt")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt,lzcnt,cx16")))
 
 DL_AVX512 DL_INLINE unsigned line_mask_avx512(const uint64_t *line)
 {
     __m512i words = _mm512_loadu_si512(line);
     return _mm512_test_epi64_mask(words, words);
+}
+
+/* The pages of eight entries, if each has one; nothing is written otherwise. */
+DL_AVX512 DL_INLINE int expand_singles_avx512(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
+{
+    __m512i one = _mm512_set1_epi64(1), words = _mm512_loadu_si512(masks);
+    if (_mm512_cmpneq_epi64_mask(_mm512_popcnt_epi64(words), one))
+        return 0;
+    __m512i pages = _mm512_popcnt_epi64(_mm512_sub_epi64(words, one)); /* below the one bit: its place */
+    _mm512_storeu_si512(out, _mm512_add_epi64(_mm512_slli_epi64(_mm512_loadu_si512(numbers), 6), pages));
+    return 1;
 }
 
 /* Eight numbers a store, the last store reaching past the word's last number;
@@ -384,7 +463,7 @@ DL_INSTANTIATE(avx512, DL_AVX512)
 
 static int can_run_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    return can_run_cx16() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
 static int can_run_avx512(void)

@@ -8,8 +8,8 @@
 #include "dirtylog/bitmap.h"
 
 /* All lengths in words unless said otherwise. Kernels read words that others
- * may be marking only to decide which words to exchange; the exchange itself
- * is one locked instruction a word on every path (I8). */
+ * may be marking only to decide which words to take; what takes them is a locked
+ * instruction for each word, or for two, on every path (I8). */
 struct dl_kernels {
     const char *name;
 
@@ -18,15 +18,21 @@ struct dl_kernels {
     /* The first word in [from, n) that is not zero; n if there is none. */
     size_t (*next_nonzero)(const uint64_t *words, size_t from, size_t n);
 
-    /* Get what is not zero, and clear it if `clear`: the words of [0, n), or of
-     * the lines that `taken` names among them. Dense: into the same places of
-     * `out`, which is zeroed. Sparse: as (word number, word) entries, `base`
-     * added to the number; returns how many. */
+    /* Note the dirty lines of [first_line, end_line), by groups from `*next` on, and
+     * clear them in the summary if `clear`; returns how many groups are in `taken`.
+     * Adds their lines to `*nlines`. Ends when `*next` is past the last group, or
+     * there are fewer than eight places left of `room`. */
+    size_t (*take_summary)(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
+                           struct dl_taken *taken, size_t room, int clear, uint64_t *nlines);
+
+    /* Get what is not zero, and clear it if `clear`: the words of [0, n) or
+     * [first, end), or of the lines that `taken` names, all of which are whole. Dense:
+     * into the same places of `out`, which is zeroed. Sparse: as entries (word number,
+     * word), for which there is room for every word of those lines; returns how many. */
     void (*take_dense)(uint64_t *words, size_t n, uint64_t *out, int clear);
-    size_t (*take_sparse)(uint64_t *words, size_t n, uint64_t base, uint64_t *numbers, uint64_t *masks, int clear);
-    void (*take_lines_dense)(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, uint64_t *out,
-                             int clear);
-    size_t (*take_lines_sparse)(uint64_t *words, size_t n, const struct dl_taken *taken, size_t groups, uint64_t *numbers,
+    size_t (*take_sparse)(uint64_t *words, size_t first, size_t end, uint64_t *numbers, uint64_t *masks, int clear);
+    void (*take_lines_dense)(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *out, int clear);
+    size_t (*take_lines_sparse)(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *numbers,
                                 uint64_t *masks, int clear);
 
     /* The numbers of the set bits, ascending, at most `capacity`; returns how

@@ -52,9 +52,9 @@ HOT size_t take_all(void)
 HOT void hot_harvest_clean(void) { (void)(k->next_nonzero(bitmap.summary, 0, dl_groups_for(NPAGES)) + take_all()); }
 HOT size_t hot_harvest_sparse(void)
 {
-    return k->take_lines_sparse(bitmap.words, NPAGES / 64, taken, take_all(), numbers, masks, 1);
+    return k->take_lines_sparse(bitmap.words, taken, take_all(), numbers, masks, 1);
 }
-HOT void hot_harvest_dense(void) { k->take_lines_dense(bitmap.words, NPAGES / 64, taken, take_all(), out, 1); }
+HOT void hot_harvest_dense(void) { k->take_lines_dense(bitmap.words, taken, take_all(), out, 1); }
 HOT void hot_scan_foreign(void) { k->take_dense(out, NPAGES / 64, masks, 1); }
 HOT void hot_indices(void) { k->expand(out, NPAGES / 64, 0, pages, NPAGES); }
 HOT void hot_runs(void) { dl_runs(k, out, NPAGES / 64, pages, NPAGES / 2); }

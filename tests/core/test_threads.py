@@ -214,6 +214,59 @@ def test_two_harvesters_share_the_marks_and_take_each_once():
     assert np.array_equal(taken[0] + taken[1], expected)
 
 
+@pytest.mark.parametrize("summary", [True, False], ids=["own", "foreign"])
+def test_a_mark_in_a_line_that_is_dirty_all_over_is_harvested_once(summary):
+    # The harvester fills each line before it takes it, so that it takes words by the line, in the
+    # very moment in which a writer that jumps about changes one of them.
+    npages = 2**17
+    bitmap = dl.DirtyBitmap(npages) if summary else dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
+    background = dl.DirtyPages.from_indices(np.arange(0, npages, 64), npages)
+    pages = np.setdiff1d(np.arange(npages), background.indices())
+    np.random.default_rng(1).shuffle(pages)
+    for _ in range(40):
+        writing = [True]
+        taken = np.zeros(npages, np.int64)
+
+        def write(writing=writing):
+            bitmap.mark_pages(pages)
+            writing[0] = False
+
+        def harvest(writing=writing, taken=taken):
+            while writing[0]:
+                bitmap.merge(background)
+                taken[bitmap.harvest().indices()] += 1
+
+        run_threads(harvest, write)
+        taken[bitmap.harvest().indices()] += 1
+        assert (taken[pages] == 1).all()
+
+
+def test_a_harvester_that_comes_second_leaves_no_empty_entry():
+    # Over foreign memory nothing but the words themselves tells two harvesters apart: the one that has
+    # less to take catches up, and then finds words empty that it has just seen dirty.
+    npages = 2**26
+    bitmap = dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
+    dirty = dl.DirtyPages.from_indices(np.arange(0, npages, 8192), npages)
+    together = threading.Barrier(2)
+    found = [[], []]
+
+    def harvest(mine):
+        for _ in range(50):
+            if together.wait() == 0:
+                bitmap.merge(dirty)
+            together.wait()
+            mine.append(bitmap.harvest())
+
+    run_threads(lambda: harvest(found[0]), lambda: harvest(found[1]))
+    for one, other in zip(*found, strict=True):
+        assert one | other == dirty
+        assert not one & other
+        for pages in (one, other):
+            assert bool(pages) == (pages.count > 0)
+            assert hash(pages) == hash(dl.DirtyPages.from_indices(pages.indices(), npages))
+            assert pages == dl.DirtyPages.from_indices(pages.indices(), npages)
+
+
 def test_a_mark_made_before_a_harvest_is_in_it_while_others_mark_lower_pages():
     npages = 64 * 32768
     bitmap = dl.DirtyBitmap(npages)

@@ -12,6 +12,7 @@ from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_ND,
     PyBUF_RECORDS_RO,
+    PyBUF_SIMPLE,
     PyBUF_STRIDES,
     PyBUF_WRITABLE,
     PyBuffer_IsContiguous,
@@ -308,33 +309,44 @@ cdef int check_tail(const uint64_t *words, uint64_t npages) except -1:
 
 # ---- extraction ------------------------------------------------------------------------
 
+cdef object empty_array = np.empty
+
+
+cdef object new_numbers(object shape, int64_t **data):
+    """Return a new int64 array and the address of its numbers, which hold as long as the array does.
+
+    With a dtype and without a typed memoryview: what a caller has not used for a while comes from
+    memory, code too, and of a small harvest's time that is most.
+    """
+    cdef Py_buffer view
+    array = empty_array(shape, INT64)
+    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    data[0] = <int64_t *>view.buf
+    PyBuffer_Release(&view)
+    return array
+
+
 cdef object expand_words(const uint64_t *words, size_t n):
     """Return the numbers of the set bits of `n` words."""
     cdef size_t count, written
-    cdef int64_t[::1] out
+    cdef int64_t *out
     with nogil:
         count = kernels.popcount(words, n)
-    result = np.empty(count, np.int64)
-    if count == 0:
-        return result
-    out = result
+    result = new_numbers(count, &out)
     with nogil:
-        written = kernels.expand(words, n, 0, &out[0], count)
+        written = kernels.expand(words, n, 0, out, count)
     return result if written == count else result[:written]
 
 
 cdef object runs_of_words(const uint64_t *words, size_t n):
     """Return the (first, count) pairs of the runs of set bits of `n` words."""
     cdef size_t count, written
-    cdef int64_t[:, ::1] out
+    cdef int64_t *out
     with nogil:
         count = dl_count_runs(kernels, words, n)
-    result = np.empty((count, 2), np.int64)
-    if count == 0:
-        return result
-    out = result
+    result = new_numbers((count, 2), &out)
     with nogil:
-        written = dl_runs(kernels, words, n, &out[0, 0], count)
+        written = dl_runs(kernels, words, n, out, count)
     return result if written == count else result[:written]
 
 
@@ -631,11 +643,11 @@ cdef class DirtyPages:
         """Return the page numbers, ascending, as a new int64 array; O(dirty)."""
         if self.numbers is None:
             return expand_words(self.dense.words, dl_words_for(self.npages))
-        result = np.empty(self.counted(), np.int64)
-        cdef int64_t[::1] out = result
-        if result.size:
-            with nogil:
-                kernels.expand_sparse(self.numbers.words, self.masks.words, self.entries, &out[0], out.shape[0])
+        cdef int64_t *out
+        cdef size_t count = self.counted()
+        result = new_numbers(count, &out)
+        with nogil:
+            kernels.expand_sparse(self.numbers.words, self.masks.words, self.entries, out, count)
         return result
 
     def runs(self) -> np.ndarray:
@@ -643,13 +655,12 @@ cdef class DirtyPages:
         if self.numbers is None:
             return runs_of_words(self.dense.words, dl_words_for(self.npages))
         cdef size_t n
+        cdef int64_t *out
         with nogil:
             n = dl_count_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries)
-        result = np.empty((n, 2), np.int64)
-        cdef int64_t[:, ::1] out = result
-        if n:
-            with nogil:
-                dl_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries, &out[0, 0], n)
+        result = new_numbers((n, 2), &out)
+        with nogil:
+            dl_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries, out, n)
         return result
 
     def to_bytes(self) -> bytes:

@@ -615,9 +615,13 @@ cdef class DirtyPages:
 
     cdef Block dense_block(self):
         cdef Block block
+        cdef size_t nwords
         with cython.critical_section(self):
             if self.dense is None:
-                block = block_new(dl_words_for(self.npages), True)
+                # Few words touch little of fresh memory, which is zero as it comes; many touch all of it, and
+                # then memory that is there already is zeroed faster.
+                nwords = dl_words_for(self.npages)
+                block = block_for_result(nwords) if self.entries > nwords // 512 else block_new(nwords, True)
                 with nogil:
                     dl_scatter(self.numbers.words, self.masks.words, self.entries, block.words)
                 self.dense = block

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
 # Hand-written C that one module links, beside its own .pyx.
 C_SOURCES = {
-    "dirtylog._pages": ["dirtylog/_simd.c"],
+    "dirtylog._blocks": ["dirtylog/_simd.c"],
     "dirtylog.sources._tracking": [f"dirtylog/sources/{name}.c" for name in ("_spans", "_uffd", "_mprotect")],
 }
 

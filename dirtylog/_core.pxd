@@ -1,15 +1,14 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
 from libc.stdint cimport int64_t, uint64_t
 
-from dirtylog._pages cimport Block, DirtyPages, dl_bitmap, dl_taken
+from dirtylog._blocks cimport Block, dl_bitmap, dl_taken
+from dirtylog._pages cimport DirtyPages
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-    void dl_batch_begin()
-    void dl_batch_mark(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
 
 
 # Where a harvest puts what it finds.
@@ -34,7 +33,3 @@ cdef class DirtyBitmap:
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
                               DirtyPages pages)
-
-
-cdef size_t check_batch(const int64_t *pages, size_t n, uint64_t npages) noexcept nogil
-cdef size_t mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil

@@ -9,22 +9,22 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from dirtylog._pages cimport (
+from dirtylog._blocks cimport (
     Block,
-    DirtyPages,
     block_for_result,
     block_new,
     block_of_buffer,
+    dl_kernels,
     export_words,
     kernels,
     no_words,
-    pages_bare,
-    pages_fill,
 )
 
+from dirtylog._pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._words cimport check_apart
 
-from dirtylog._pages import check_geometry, integer_array, simd_path, simd_paths
+from dirtylog._blocks import simd_path, simd_paths
+from dirtylog._pages import check_geometry, integer_array
 from dirtylog._words import (
     compare_pages,
     ffs,
@@ -37,13 +37,6 @@ from dirtylog._words import (
 )
 
 
-cdef extern from *:
-    """
-    #define DL_PREFETCH_WRITE(p) __builtin_prefetch((p), 1)
-    """
-    void DL_PREFETCH_WRITE(const void *p) nogil
-
-
 cdef extern from "Python.h":
     # With NULL for the exception a number past the range is cut to its end, which no page reaches.
     Py_ssize_t PyNumber_AsSsize_t(object number, PyObject *exception) except? -1
@@ -51,7 +44,6 @@ cdef extern from "Python.h":
 
 cdef extern from "dirtylog/atomic.h" nogil:
     uint64_t dl_load_relaxed(const uint64_t *word)
-    uint64_t dl_fetch_and(uint64_t *word, uint64_t bits)
     void dl_fence_seq_cst()
 
 
@@ -60,6 +52,18 @@ cdef extern from "dirtylog/bits.h" nogil:
     uint64_t dl_bit(uint64_t page)
     uint64_t dl_words_for(uint64_t npages)
     uint64_t dl_tail_mask(uint64_t npages)
+
+
+cdef extern from "_batch.h" nogil:
+    size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
+    size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
+    void dl_merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
+                         uint64_t first_page)
+    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
+                        uint64_t first_page)
+    void dl_clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n)
+    void dl_clear_dense(const dl_bitmap *bitmap, const uint64_t *words)
+    void dl_clear_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
 
 
 cdef extern from "_sets.h" nogil:
@@ -84,8 +88,6 @@ __all__ = [
 cdef enum:
     # Groups of lines that a harvest takes without asking for memory first.
     FEW_GROUPS = 256
-    # How many marks ahead of a batch a line is asked for; covers a miss in the cache.
-    AHEAD = 16
 
 
 # ---- where a harvest puts what it finds ---------------------------------------------
@@ -368,9 +370,9 @@ cdef class DirtyBitmap:
             return
         cdef size_t bad
         with nogil:
-            bad = check_batch(&numbers[0], n, self.bits.npages)
+            bad = dl_check_batch(&numbers[0], n, self.bits.npages)
             if bad == n:
-                bad = mark_batch(&self.bits, &numbers[0], n)
+                bad = dl_mark_batch(&self.bits, &numbers[0], n)
         if bad < n:
             raise IndexError(
                 f"page {numbers[bad]} (element {bad}) is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}"
@@ -404,9 +406,9 @@ cdef class DirtyBitmap:
         self.span(first_page, other.npages, &start, &end, False)
         with nogil:
             if other.numbers is not None:
-                merge_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries, start)
+                dl_merge_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries, start)
             else:
-                merge_dense(&self.bits, other.dense.words, dl_words_for(other.npages), start)
+                dl_merge_dense(kernels, &self.bits, other.dense.words, dl_words_for(other.npages), start)
 
     def fill(self) -> None:
         """Set every page's bit: KVM's initially-all-set."""
@@ -641,9 +643,9 @@ cdef class DirtyBitmap:
             raise ValueError(f"pages describe {other.npages} pages, the bitmap {self.bits.npages}")
         with nogil:
             if other.numbers is not None:
-                clear_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries)
+                dl_clear_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries)
             else:
-                clear_dense(&self.bits, other.dense.words)
+                dl_clear_dense(&self.bits, other.dense.words)
 
     def clear_range(self, first, count) -> None:
         """Clear the bits of `count` pages from `first` on.
@@ -655,12 +657,11 @@ cdef class DirtyBitmap:
         ValueError
             `count` is negative.
         """
-        cdef uint64_t start, end, word
+        cdef uint64_t start, end
         self.span(first, count, &start, &end, False)
         if start < end:
             with nogil:
-                for word in range(start // 64, (end - 1) // 64 + 1):
-                    clear_word(&self.bits, word, dl_mask_part(word * 64, start, end - 1))
+                dl_clear_range(&self.bits, start, end - start)
 
     # ---- as a buffer and as an object
 
@@ -683,7 +684,7 @@ cdef class DirtyBitmap:
         return f"<DirtyBitmap: {self.count()} of {self.npages} pages of {self.page_size} bytes dirty>"
 
 
-# ---- loops over words and pages -------------------------------------------------------
+# ---- the form of a result -------------------------------------------------------
 
 cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
@@ -719,84 +720,3 @@ cdef Block trimmed(Block block, size_t n):
         return block  # I5: what has been taken is handed out all the same
     memcpy(smaller.words, block.words, n * 8)
     return smaller
-
-
-cdef size_t check_batch(const int64_t *pages, size_t n, uint64_t npages) noexcept nogil:
-    """Return the place of the first page out of range, n if all are in."""
-    cdef size_t i
-    for i in range(n):
-        if <uint64_t>pages[i] >= npages:
-            return i
-    return n
-
-
-cdef size_t mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil:
-    """Mark pages; returns n, or the place of one that another thread has changed to be out of range."""
-    cdef size_t i
-    cdef uint64_t page, word
-    cdef uint64_t current = 0
-    cdef uint64_t mask = 0
-    dl_batch_begin()
-    for i in range(n):
-        if i + AHEAD < n:
-            DL_PREFETCH_WRITE(bitmap.words + <uint64_t>pages[i + AHEAD] // 64)
-        page = dl_load_relaxed(<const uint64_t *>pages + i)
-        if page >= bitmap.npages:
-            if mask:
-                dl_batch_mark(bitmap, current, mask)
-            return i
-        word = page // 64
-        if word != current and mask:
-            dl_batch_mark(bitmap, current, mask)
-            mask = 0
-        current = word
-        mask |= dl_bit(page)
-    dl_batch_mark(bitmap, current, mask)
-    return n
-
-
-cdef inline void merge_word(const dl_bitmap *bitmap, uint64_t page, uint64_t mask) noexcept nogil:
-    """Mark the pages of `mask`, whose bit 0 is `page`."""
-    cdef unsigned shift = page % 64
-    if mask << shift:
-        dl_batch_mark(bitmap, page // 64, mask << shift)
-    if shift and mask >> (64 - shift):
-        dl_batch_mark(bitmap, page // 64 + 1, mask >> (64 - shift))
-
-
-cdef void merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
-                       uint64_t start) noexcept nogil:
-    cdef size_t i
-    dl_batch_begin()
-    for i in range(n):
-        merge_word(bitmap, start + numbers[i] * 64, masks[i])
-
-
-cdef void merge_dense(const dl_bitmap *bitmap, const uint64_t *words, size_t n, uint64_t start) noexcept nogil:
-    cdef size_t i = 0
-    dl_batch_begin()
-    while True:
-        i = kernels.next_nonzero(words, i, n)
-        if i >= n:
-            return
-        merge_word(bitmap, start + <uint64_t>i * 64, words[i])
-        i += 1
-
-
-cdef inline void clear_word(const dl_bitmap *bitmap, uint64_t word, uint64_t mask) noexcept nogil:
-    """Clear bits; the summary stays set, which costs the next harvest a line and loses nothing (I4)."""
-    if dl_load_relaxed(bitmap.words + word) & mask:
-        dl_fetch_and(bitmap.words + word, ~mask)
-
-
-cdef void clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks,
-                       size_t n) noexcept nogil:
-    cdef size_t i
-    for i in range(n):
-        clear_word(bitmap, numbers[i], masks[i])
-
-
-cdef void clear_dense(const dl_bitmap *bitmap, const uint64_t *words) noexcept nogil:
-    cdef size_t i
-    for i in range(dl_words_for(bitmap.npages)):
-        clear_word(bitmap, i, words[i])

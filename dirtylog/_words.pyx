@@ -8,16 +8,8 @@ from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
-from dirtylog._pages cimport (
-    Block,
-    DirtyPages,
-    block_new,
-    block_of_buffer,
-    expand_words,
-    kernels,
-    pages_from_words_block,
-    runs_of_words,
-)
+from dirtylog._blocks cimport Block, block_new, block_of_buffer, expand_words, kernels, runs_of_words
+from dirtylog._pages cimport DirtyPages, pages_from_words_block
 
 from dirtylog._pages import check_geometry
 

@@ -6,7 +6,7 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from dirtylog._core cimport DirtyBitmap, check_batch, dl_bitmap, dl_mark, dl_mark_range, mark_batch
+from dirtylog._core cimport DirtyBitmap, dl_bitmap, dl_mark, dl_mark_range
 
 
 cdef extern from "dirtylog/capi.h" nogil:
@@ -23,6 +23,11 @@ cdef extern from "dirtylog/capi.h" nogil:
         int (*mark_pages)(const dirtylog_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil
         int (*is_dirty)(const dirtylog_bitmap *bitmap, uint64_t page) noexcept nogil
         uint64_t (*harvest)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
+
+
+cdef extern from "_batch.h" nogil:
+    size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
+    size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
@@ -65,7 +70,7 @@ cdef int mark_pages(const dirtylog_bitmap *log, const int64_t *pages, size_t n) 
     cdef const dl_bitmap *bits = <const dl_bitmap *>log
     if n == 0:
         return 0
-    if check_batch(pages, n, bits.npages) < n or mark_batch(bits, pages, n) < n:
+    if dl_check_batch(pages, n, bits.npages) < n or dl_mark_batch(bits, pages, n) < n:
         return -1
     return 0
 

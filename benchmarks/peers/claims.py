@@ -18,7 +18,6 @@ from benchmarks.peers.contestants import Bitarray, Dirtylog, KernelLoop, Numpy, 
 from benchmarks.peers.native import yardsticks
 from benchmarks.peers.timing import side_by_side
 
-
 # Sets of pages that a small bitmap is filled with in turn.
 VARIANTS = 16
 

@@ -14,7 +14,8 @@ from libc.string cimport memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
-from dirtylog._pages cimport Block, DirtyPages, block_new, pages_from_words_block
+from dirtylog._blocks cimport Block, block_new
+from dirtylog._pages cimport DirtyPages, pages_from_words_block
 
 import os
 

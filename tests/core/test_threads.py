@@ -247,14 +247,21 @@ def test_a_harvester_that_comes_second_leaves_no_empty_entry():
     npages = 2**26
     bitmap = dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
     dirty = dl.DirtyPages.from_indices(np.arange(0, npages, 8192), npages)
-    together = threading.Barrier(2)
     found = [[], []]
 
+    shared = []  # rounds in which both found some; one that either had to itself says nothing
+
+    def next_round():
+        shared.extend((one, other) for one, other in zip(found[0][-1:], found[1][-1:], strict=True) if one and other)
+        bitmap.merge(dirty)
+
+    together = threading.Barrier(2, action=next_round)
+
     def harvest(mine):
-        for _ in range(50):
-            if together.wait() == 0:
-                bitmap.merge(dirty)
+        for _ in range(400):
             together.wait()
+            if len(shared) >= 50:
+                return
             mine.append(bitmap.harvest())
 
     run_threads(lambda: harvest(found[0]), lambda: harvest(found[1]))

@@ -211,6 +211,15 @@ def test_a_lock_taken_twice_in_one_thread_is_an_error_not_a_hang(kit):
     assert vm.get_dirty_log(0).count == 1
 
 
+def test_a_harvest_takes_mmu_lock_itself(harvesting, kit):
+    vm = kit.machine(harvesting)
+    vm.vcpus[0].touch([kit.base_gfn])
+    # A harvest that went on without the lock would find the page here.
+    with vm.mmu_lock, pytest.raises(RuntimeError, match=r"holds a lock|mmu_lock"):
+        vm.get_dirty_log(0)
+    assert vm.get_dirty_log(0).count == 1
+
+
 def test_a_lock_is_released_only_by_its_holder():
     vm = dl.VM()
     assert not vm.slots_lock.held

@@ -54,6 +54,26 @@ def test_more_writers_than_a_machine_has_vcpus_are_refused_before_a_thread_start
     assert "100000 is too large: 1024 or less" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("profile --interval 0 x.py", "argument --interval: 0 is too small: more than 0"),
+        ("profile --every 1,x x.py", "argument --every: 'x' is not a number"),
+        ("profile --every 0 x.py", "argument --every: 0 is too small"),
+        ("record --interval nan t.parquet x.py", "argument --interval: nan is not a number that is finite"),
+        ("rate t.parquet --bandwidth 0", "argument --bandwidth: 0 is too small"),
+        ("rate --bandwidth 1e9 t.parquet", "argument --bandwidth: 't.parquet' is not a number"),
+        ("rate t.parquet --window -1", "argument --window: -1 is too small"),
+        ("report t.parquet --downtime -1", "argument --downtime: -1 is too small: 0 or more"),
+        ("demo --interval nan", "argument --interval: nan is not a number that is finite"),
+        ("demo --rounds 1.5", "argument --rounds: '1.5' is not a whole number"),
+    ],
+)
+def test_a_number_out_of_its_bounds_is_refused_by_name_before_anything_has_begun(capsys, words, complaint):
+    assert exit_code(*words.split()) == 2
+    assert complaint in capsys.readouterr().err
+
+
 def test_the_version_is_the_packages(capsys):
     assert exit_code("--version") == 0
     assert capsys.readouterr().out.strip() == f"dirtylog {dl.__version__}"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import dirtylog as dl
 from dirtylog import reference, terminal
+from dirtylog.commands._numbers import LONGEST, at_least
 from dirtylog.vm.machine import MAX_VCPUS
 
 Pages = NDArray[np.uint8]  # one row a page
@@ -248,26 +249,16 @@ def show(outcomes: list[Outcome], args: argparse.Namespace) -> None:
     )
 
 
-def at_least(low: float, kind: Callable[[str], Any], high: float = float("inf")) -> Callable[[str], Any]:
-    """Read an option's number and hold it to its bounds."""
-
-    def read(text: str) -> Any:
-        value = kind(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: {low} or more")
-        if value > high:
-            raise argparse.ArgumentTypeError(f"{text} is too large: {high} or less")
-        return value
-
-    return read
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--size", type=at_least(1, int), default=256, metavar="MIB", help="memory, in MiB (256)")
     parser.add_argument("--rounds", type=at_least(1, int), default=40, metavar="N", help="harvests (40)")
     parser.add_argument(
-        "--interval", type=at_least(0, float), default=0.05, metavar="SECONDS", help="pause between harvests (0.05)"
+        "--interval",
+        type=at_least(0, float, LONGEST),
+        default=0.05,
+        metavar="SECONDS",
+        help="pause between harvests (0.05)",
     )
     parser.add_argument(
         "--writers", type=at_least(1, int, MAX_VCPUS), default=2, metavar="N", help="threads, vCPUs (2)"

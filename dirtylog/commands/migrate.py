@@ -7,7 +7,14 @@ Loopback addresses only: the protocol knows no passwords.
 """
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dirtylog.commands._numbers import LONGEST, at_least, more_than
+
+if TYPE_CHECKING:
+    import socket
 
 __all__ = ["add_arguments", "run"]
 
@@ -35,11 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ends = parser.add_subparsers(dest="end", metavar="end", required=True)
     send = ends.add_parser("send", help="run a workload, and send its memory while it runs")
     send.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens")
-    send.add_argument("--size", type=int, default=64, metavar="MIB", help="memory, in MiB (64)")
-    send.add_argument("--writers", type=int, default=2, metavar="N", help="threads that write (2)")
-    send.add_argument("--batch", type=int, default=8, metavar="PAGES", help="pages each writes every millisecond (8)")
-    send.add_argument("--downtime", type=float, default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)")
-    send.add_argument("--max-rounds", type=int, default=30, metavar="N", help="live rounds before giving up (30)")
+    send.add_argument("--size", type=at_least(1, int), default=64, metavar="MIB", help="memory, in MiB (64)")
+    send.add_argument("--writers", type=at_least(0, int, 1024), default=2, metavar="N", help="threads that write (2)")
+    send.add_argument(
+        "--batch", type=at_least(1, int), default=8, metavar="PAGES", help="pages each writes every millisecond (8)"
+    )
+    send.add_argument(
+        "--downtime", type=at_least(0, float), default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)"
+    )
+    send.add_argument(
+        "--max-rounds", type=at_least(1, int), default=30, metavar="N", help="live rounds before giving up (30)"
+    )
     send.add_argument("--force", action="store_true", help="then pause and send the rest whatever it takes")
     send.add_argument("--compress", action="store_true", help="with zstd")
     receive = ends.add_parser("receive", help="wait for one migration and take it in")
@@ -47,10 +60,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT", help="port 0: any (127.0.0.1:0)"
     )
     receive.add_argument("--out", metavar="FILE", help="write the memory to a file as well")
-    receive.add_argument("--limit", type=int, default=4096, metavar="MIB", help="largest memory to take in (4096)")
+    receive.add_argument(
+        "--limit", type=at_least(1, int), default=4096, metavar="MIB", help="largest memory to take in (4096)"
+    )
     for end in (send, receive):
-        end.add_argument("--timeout", type=float, default=30.0, metavar="SECONDS", help="for a peer that hangs (30)")
+        end.add_argument(
+            "--timeout",
+            type=more_than(0, float, LONGEST),
+            default=30.0,
+            metavar="SECONDS",
+            help="for a peer that hangs (30)",
+        )
         end.add_argument("--json", action="store_true", help="print the figures for a program")
+
+
+@contextmanager
+def _named(what: str, way_out: str) -> Iterator[None]:
+    """Put the address and the way out into an error of a socket, whose own message has neither."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{what}: {error.strerror or error}; {way_out}"
+        raise (type(error)(text) if error.errno is None else type(error)(error.errno, text)) from error
 
 
 def _digest(memory: Any) -> str:
@@ -62,8 +93,15 @@ def _digest(memory: Any) -> str:
     return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
 
 
-def _send(args: argparse.Namespace) -> dict[str, Any]:
+def _connect(address: tuple[str, int], timeout: float) -> "socket.socket":
     import socket
+
+    host, port = address
+    with _named(f"{host}:{port}", "start 'dirtylog migrate receive' first, and give the address that it prints"):
+        return socket.create_connection(address, timeout=timeout)
+
+
+def _send(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
     import numpy as np
@@ -83,7 +121,7 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
         memory[pages, writer] += 1
 
     log = dl.DirtyLog()
-    with dl.track(memory) as tracker, socket.create_connection(args.address, timeout=args.timeout) as sock:
+    with dl.track(memory) as tracker, _connect(args.address, args.timeout) as sock:
         log.attach(tracker)
         observer = log.observer("migration")
         with Writers(write, args.writers, len(memory), args.batch, 0.001) as writers:
@@ -105,7 +143,10 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
         host, port = server.getsockname()[:2]
         terminal.show_note(f"listening on {host}:{port}")
         server.settimeout(args.timeout)
-        sock, _ = server.accept()
+        with _named(
+            f"nobody came to {host}:{port} within {args.timeout:g} s", "raise --timeout, or start the sender sooner"
+        ):
+            sock, _ = server.accept()
     seen = [0, 0]
     with sock:
         sock.settimeout(args.timeout)

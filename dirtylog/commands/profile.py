@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dirtylog.commands._numbers import LONGEST, more_than
+
 if TYPE_CHECKING:
     from dirtylog.sinks.profile import Profile
 
@@ -28,14 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_script_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the program to run, and how often to look at it."""
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between samples (1)")
+    parser.add_argument(
+        "--interval",
+        type=more_than(0, float, LONGEST),
+        default=1.0,
+        metavar="SECONDS",
+        help="time between samples (1)",
+    )
     parser.add_argument("script", help="the program")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def seconds_list(text: str) -> list[float]:
     """Read numbers of seconds between commas."""
-    return [float(part) for part in text.split(",")]
+    return [more_than(0, float)(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:

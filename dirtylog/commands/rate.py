@@ -3,6 +3,8 @@
 import argparse
 from dataclasses import asdict
 
+from dirtylog.commands._numbers import at_least, more_than
+
 __all__ = ["add_arguments", "add_migration_arguments", "run"]
 
 
@@ -11,11 +13,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_migration_arguments(parser)
     parser.add_argument(
         "--window",
-        type=float,
+        type=more_than(0, float),
         nargs="+",
         default=[1.0, 10.0, 60.0],
         metavar="SECONDS",
-        help="windows at the end of the trace to give the working set of",
+        help="windows at the end of the trace to give the working set of; the trace comes before it",
     )
 
 
@@ -24,13 +26,15 @@ def add_migration_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", help="a trace that 'dirtylog record' wrote")
     parser.add_argument(
         "--bandwidth",
-        type=float,
+        type=more_than(0, float),
         nargs="+",
         default=[1.25e8, 1.25e9],
         metavar="BYTES",
-        help="bytes a second to reckon a migration for (1.25e8 1.25e9)",
+        help="bytes a second to reckon a migration for (1.25e8 1.25e9); the trace comes before it",
     )
-    parser.add_argument("--downtime", type=float, default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)")
+    parser.add_argument(
+        "--downtime", type=at_least(0, float), default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)"
+    )
     parser.add_argument("--json", action="store_true", help="print the answers for a program")
 
 

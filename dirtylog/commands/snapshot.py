@@ -5,6 +5,7 @@ pages that differ from its parent, or those that a dirty bitmap names.
 """
 
 import argparse
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ def _image(path: str) -> Iterator[mmap.mmap]:
     """Map an image that is only read."""
     with open(path, "rb") as file:
         # Unmapped when the last view of it is gone: an exception's traceback still holds some.
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError(f"{path} is empty: an image has at least 1 byte")
         yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -66,11 +69,21 @@ def _diff(args: argparse.Namespace, progress: Any) -> Any:
     from dirtylog._core import compare_pages
     from dirtylog.sinks import snapshot
 
-    page_size = snapshot.info(args.parent).page_size
+    parent = snapshot.info(args.parent)
+    page_size = parent.page_size
     with _image(args.image) as image:
+        if len(image) != parent.nbytes:
+            raise ValueError(
+                f"{args.image} has {len(image)} bytes, its parent {args.parent} {parent.nbytes}: "
+                "a diff is taken of memory of the same size; save a full snapshot instead"
+            )
         if args.bitmap:
             with open(args.bitmap, "rb") as file:
-                pages = DirtyPages.from_bytes(file.read(), -(-len(image) // page_size), page_size)
+                bitmap = file.read()
+            try:
+                pages = DirtyPages.from_bytes(bitmap, parent.npages, page_size)
+            except ValueError as error:
+                raise ValueError(f"{args.bitmap}: {error}") from error
         else:
             pages = compare_pages(image, snapshot.restore(args.parent), page_size)
         return snapshot.save_diff(
@@ -83,6 +96,8 @@ def _restore(args: argparse.Namespace, progress: Any) -> Any:
     from dirtylog.sinks import snapshot
 
     about = snapshot.info(args.snapshot)
+    if os.path.lexists(args.image):  # said here for its message; "x" is what makes it so
+        raise FileExistsError(errno.EEXIST, "an image is not overwritten; remove it, or give another name", args.image)
     with open(args.image, "x+b") as file:
         try:
             file.truncate(about.nbytes)

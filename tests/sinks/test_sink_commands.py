@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -63,8 +64,15 @@ def test_what_fails_is_one_error_and_leaves_nothing(images):
         run(snapshot, "save", images / "x", images / "empty")
     with pytest.raises(DirtyLogError, match="no such snapshot"):
         run(snapshot, "info", images / "x")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match="give another name"):
         run(snapshot, "restore", images / "base", images / "first")
+    (images / "short").write_bytes(b"1000")
+    with pytest.raises(DirtyLogError, match=r"short has 4 bytes, its parent .*base 300000: .* save a full snapshot"):
+        run(snapshot, "diff", images / "x", images / "short", "--parent", images / "base")
+    words = ("--parent", images / "base", "--bitmap", images / "short")
+    with pytest.raises(DirtyLogError, match=r"short: data has 4 bytes"):
+        run(snapshot, "diff", images / "x", images / "second", *words)
+    os.unlink(images / "short")
     with open(images / "base", "r+b") as file:
         file.write(b"\0" * 10)
     with pytest.raises(DirtyLogError, match="does not match its digest"):
@@ -79,6 +87,32 @@ def test_only_loopback_addresses_are_taken(address, capsys):
         run(migrate, "send", address)
     assert caught.value.code == 2
     assert "argument HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--size 0", "--writers -1", "--batch 0", "--downtime nan", "--max-rounds 0", "--timeout 0", "--timeout inf"],
+)
+def test_a_number_out_of_its_bounds_is_refused_by_name(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(migrate, "send", "127.0.0.1:1", *words.split())
+    assert caught.value.code == 2
+    assert f"argument {words.split()[0]}: " in capsys.readouterr().err
+
+
+def test_a_migration_that_nobody_listens_to_names_the_address_and_the_way_out():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    try:
+        with pytest.raises(ConnectionRefusedError, match=rf"{address}: .*; start 'dirtylog migrate receive' first"):
+            run(migrate, "send", address, "--size", "1")
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+def test_a_receiver_that_nobody_comes_to_names_its_address_and_how_long_it_waited():
+    with pytest.raises(TimeoutError, match=r"nobody came to 127.0.0.1:\d+ within 0.001 s: .*; raise --timeout"):
+        run(migrate, "receive", "--timeout", "0.001")
 
 
 END = """

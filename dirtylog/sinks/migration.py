@@ -71,10 +71,13 @@ class Policy:
         if not self.downtime >= 0:
             raise ValueError(f"downtime is {self.downtime}; it must be seconds, 0 or more")
         if self.max_rounds < 1 or self.throttle_after < 1:
-            raise ValueError("max_rounds and throttle_after must be 1 or more")
+            raise ValueError(
+                f"max_rounds is {self.max_rounds} and throttle_after {self.throttle_after}; both must be 1 or more"
+            )
         if not 0 <= self.throttle_first <= self.throttle_most < 1 or self.throttle_step < 0:
             raise ValueError(
-                "throttle fractions must satisfy 0 <= throttle_first <= throttle_most < 1, throttle_step >= 0"
+                f"throttle_first is {self.throttle_first}, throttle_most {self.throttle_most} and throttle_step "
+                f"{self.throttle_step}; they must satisfy 0 <= throttle_first <= throttle_most < 1, throttle_step >= 0"
             )
 
 

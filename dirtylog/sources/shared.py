@@ -210,7 +210,12 @@ class SharedLog(Resource):
             size = _checked(memory.nbytes - offset, pages)
             return cls(memory[offset : offset + size], pages or size * 8, -1, 0)
         if isinstance(source, int):
-            descriptor = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 0)
+            try:
+                descriptor = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 0)
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"file descriptor {source}: {error.strerror}; pass one that is open"
+                ) from None
         elif isinstance(source, str | os.PathLike):
             descriptor = os.open(source, os.O_RDWR | os.O_CLOEXEC)
         else:

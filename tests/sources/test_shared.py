@@ -174,6 +174,12 @@ def test_a_mark_past_the_guest_is_an_error_and_takes_nothing(log):
     assert dirty(log) == []
 
 
+def test_a_descriptor_that_is_not_open_is_named():
+    with pytest.raises(OSError, match="file descriptor 1000000: Bad file descriptor; pass one that is open") as caught:
+        SharedLog.open(1_000_000)
+    assert caught.value.errno == errno.EBADF
+
+
 def test_a_file_that_was_cut_is_an_error_not_a_crash(tmp_path):
     with SharedLog.create(1 << 16, tmp_path / "log") as log:
         os.truncate(tmp_path / "log", 0)

@@ -53,6 +53,9 @@ def test_an_architecture_is_registered_once_by_its_name(monkeypatch):
         arch.register(Other)
     with pytest.raises(ValueError, match="no name"):
         arch.register(Nameless)
+    for wrong in (int, Toy(), "toy"):
+        with pytest.raises(TypeError, match="not a subclass of"):
+            arch.register(wrong)
 
 
 def test_another_package_adds_an_architecture_by_its_entry_point(tmp_path, monkeypatch):

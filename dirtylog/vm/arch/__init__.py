@@ -134,9 +134,13 @@ def register(arch: type[Arch]) -> type[Arch]:
 
     Raises
     ------
+    TypeError
+        It is no subclass of `Arch`.
     ValueError
         It has no name, or the name is taken.
     """
+    if not (isinstance(arch, type) and issubclass(arch, Arch)):
+        raise TypeError(f"{arch!r} is not a subclass of dirtylog.Arch; register the class itself")
     if not arch.name:
         raise ValueError(f"{arch.__name__} has no name; set its class attribute `name`")
     if _known.get(arch.name, arch) is not arch:

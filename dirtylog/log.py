@@ -62,10 +62,10 @@ class Attachment:
     __slots__ = ("_in_doubt", "first_page", "name", "npages", "source")
 
     def __init__(self, source: Source, name: str, first_page: int, npages: int) -> None:
-        self.source = source
-        self.name = name
-        self.first_page = first_page
-        self.npages = npages
+        self.source: Source = source
+        self.name: str = name
+        self.first_page: int = first_page
+        self.npages: int = npages
         # True from before a harvest until every observer has its pages. Whatever
         # breaks in between, an asynchronous KeyboardInterrupt too, leaves it set,
         # and nobody knows which bits are gone: then every page counts as dirty (I6).

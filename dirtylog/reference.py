@@ -317,8 +317,10 @@ class DirtyPages:
     """
 
     def __init__(self, words: Sequence[int], npages: int, page_size: int = 4096, *, exact: bool = True) -> None:
+        self.npages: int
+        self.page_size: int
         self.npages, self.page_size = checked_size(npages, page_size)
-        self.words = tuple(checked_words(words, self.npages))
+        self.words: tuple[int, ...] = tuple(checked_words(words, self.npages))
         self.exact = exact
 
     @classmethod
@@ -455,8 +457,10 @@ class DirtyBitmap:
     """
 
     def __init__(self, npages: int, page_size: int = 4096) -> None:
+        self.npages: int
+        self.page_size: int
         self.npages, self.page_size = checked_size(npages, page_size)
-        self.words = [0] * words_for(self.npages)
+        self.words: list[int] = [0] * words_for(self.npages)
 
     def mark(self, page: int) -> None:
         """Set one page's bit."""

@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._pages import DirtyPages
 from dirtylog.sinks import sidecar as sidecars
 from dirtylog.sinks._pageio import read_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
@@ -94,11 +95,11 @@ class Layer:
     def __init__(self, path: str, sidecar: Sidecar) -> None:
         self.path = path
         self.sidecar = sidecar
-        self.pages = sidecar.pages()
-        self.packed = PackedExtents(self.pages, sidecar.nbytes)
+        self.pages: DirtyPages = sidecar.pages()
+        self.packed: PackedExtents = PackedExtents(self.pages, sidecar.nbytes)
         if len(sidecar.chunks) != -(-self.packed.total // WINDOW):
             raise SnapshotError(f"{path}: {len(sidecar.chunks)} digests do not cover {self.packed.total} bytes")
-        self.descriptor = open_data(path, sidecar)
+        self.descriptor: int = open_data(path, sidecar)
 
     def __enter__(self) -> Self:
         """Return the open layer."""

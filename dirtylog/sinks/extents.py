@@ -68,7 +68,7 @@ class PackedExtents:
             extents[-1, 1] -= max(past, 0)
         self.extents: npt.NDArray[np.int64] = extents
         self.ends: npt.NDArray[np.int64] = np.cumsum(extents[:, 1])
-        self.total = int(self.ends[-1]) if len(extents) else 0
+        self.total: int = int(self.ends[-1]) if len(extents) else 0
 
     def window(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Return the extents of bytes `begin` to `end` of the packed stream, cut where the window cuts them."""

@@ -183,7 +183,7 @@ class Profiler:
         self._find, self._track, self._populated, self._label = find, track, populated, label
         self._clock = clock
         self._on_sample = on_sample
-        self.log = DirtyLog()
+        self.log: DirtyLog = DirtyLog()
         self._main = self.log.observer("profile")
         self._rhythms: list[tuple[float, Observer, list[int]]] = [
             (seconds, self.log.observer(f"every {seconds} s"), []) for seconds in self._every

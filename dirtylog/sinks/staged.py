@@ -112,9 +112,9 @@ class Staged:
     def __init__(self, path: str, nbytes: int, *, sync: bool) -> None:
         self.path = path
         self.sync = sync
-        self.id = secrets.token_hex(16)
-        self.part = _part(path, self.id)
-        self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.id: str = secrets.token_hex(16)
+        self.part: str = _part(path, self.id)
+        self.descriptor: int = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self.descriptor, nbytes)

@@ -98,6 +98,8 @@ class Recorder:
         parquet = _parquet()
         import pyarrow as pa
 
+        self.npages: int
+        self.page_size: int
         self.npages, self.page_size = check_geometry(npages, page_size)
         self._check_size(self.npages)
         self.regions: dict[str, tuple[int, int]] = {}
@@ -107,7 +109,7 @@ class Recorder:
         self._rows: list[tuple[npt.NDArray[Any], ...]] = []
         self._waiting = 0
         self._time = 0.0
-        self.epochs = 0
+        self.epochs: int = 0
         self._writer: Any = parquet.ParquetWriter(
             self._partial, self._schema, compression="zstd", write_page_checksum=True
         )
@@ -259,7 +261,7 @@ class Trace:
         parquet = _parquet()
         import pyarrow as pa
 
-        self.path = Path(path)
+        self.path: Path = Path(path)
         # A file that cannot be opened is an OSError of its own, not a damaged trace.
         self._handle: Any = self.path.open("rb")
         try:
@@ -302,6 +304,8 @@ class Trace:
         if any(type(size) is not int for size in sizes):
             raise self._error(f"npages, page_size and epochs are {sizes}, not whole numbers")
         try:
+            self.npages: int
+            self.page_size: int
             self.npages, self.page_size = check_geometry(sizes[0], sizes[1])
         except ValueError as error:
             raise self._error(str(error)) from error
@@ -360,7 +364,8 @@ class Trace:
 
     def rewind(self) -> None:
         """Begin again with the first epoch."""
-        self.time, self.number = 0.0, 0
+        self.time: float = 0.0
+        self.number: int = 0
         self._epochs = self.epochs()
         self._next: TraceEpoch | None = next(self._epochs, None)
 

@@ -98,8 +98,8 @@ class Channel:
         self._received = 0
         self._digest = hashlib.blake2b(digest_size=32)
         self._payload = bytearray()
-        self.bytes_sent = 0
-        self.bytes_received = 0
+        self.bytes_sent: int = 0
+        self.bytes_received: int = 0
 
     def digest(self) -> bytes:
         """Return the digest over the sender's frames so far."""

@@ -48,8 +48,8 @@ class Rings:
     )
 
     def __init__(self, entries: int, page_size: int, lock: threading.RLock) -> None:
-        self.entries = entries
-        self.harvests = 0
+        self.entries: int = entries
+        self.harvests: int = 0
         self.rings: list[_kvm.Ring] = []
         self._lock = lock
         self._page_size = page_size

@@ -31,16 +31,16 @@ class Region:
     def __init__(
         self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Memory, pinned: _kvm.Pinned
     ) -> None:
-        self.slot = slot
-        self.base_gfn = base_gfn
-        self.npages = npages
-        self.log_dirty = log_dirty
-        self.memory = memory
-        self.pinned = pinned
+        self.slot: int = slot
+        self.base_gfn: int = base_gfn
+        self.npages: int = npages
+        self.log_dirty: bool = log_dirty
+        self.memory: Memory = memory
+        self.pinned: _kvm.Pinned = pinned
         # I5: taken from the kernel, not handed out yet.
         self.pending: DirtyPages | None = None
         # A peek is between the kernel and `pending`: read without the VM's lock, which the peek holds.
-        self.peeking = False
+        self.peeking: bool = False
 
     def report(self, handle: _kvm.Handle, keep: bool) -> DirtyPages:
         """Ask the kernel, and add what is pending; `keep` it pending."""
@@ -108,8 +108,8 @@ class Slot:
     def __init__(self, vm: VM, region: Region) -> None:
         self._vm = vm
         self._region = region
-        self.npages = region.npages
-        self.page_size = vm.page_size
+        self.npages: int = region.npages
+        self.page_size: int = vm.page_size
 
     @property
     def memory(self) -> Memory:

@@ -107,6 +107,7 @@ class Tracker(Resource):
         # Taken and not handed out, because the caller's warning hook raised.
         self._owed: deque[DirtyPages] = deque()
         try:
+            self.backend: str
             self.backend, self._engine = self._open(backend, mappings)
         except BaseException:
             self._pinned.release()

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from dirtylog.vm import mmu
-from dirtylog.vm._mmu import HUGE_PAGES, Mmu
+from dirtylog.vm._mmu import HUGE_PAGES, Lock, Mmu
 from dirtylog.vm.arch import Arch, find
 from dirtylog.vm.memslots import Memslot, Region, check_range, guest_memory, invalid
 from dirtylog.vm.ring import Rings, check_entries
@@ -124,8 +124,9 @@ class VM:
             raise ValueError(f"{arch.name} has no page-modification log; x86 has")
         self.arch = arch
         self.page_size = page_size
-        self.manual_protect, self.initially_set = bool(manual_protect), bool(initially_set)
-        self.mmu = Mmu(
+        self.manual_protect: bool = bool(manual_protect)
+        self.initially_set: bool = bool(initially_set)
+        self.mmu: Mmu = Mmu(
             vcpus,
             page_size.bit_length() - 1,
             arch.dirtying,
@@ -134,13 +135,13 @@ class VM:
             huge_pages=huge_pages,
             pml=pml,
         )
-        self.rings = Rings(self) if dirty_ring else None
-        self.slots_lock = self.mmu.slots_lock
-        self.harvest_lock = threading.Lock()
-        self.mmu_lock = self.mmu.mmu_lock
-        self.vcpus = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
+        self.rings: Rings | None = Rings(self) if dirty_ring else None
+        self.slots_lock: Lock = self.mmu.slots_lock
+        self.harvest_lock: threading.Lock = threading.Lock()
+        self.mmu_lock: Lock = self.mmu.mmu_lock
+        self.vcpus: tuple[Vcpu, ...] = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
         # Once a harvest, not once a word, and only where the hook is Python.
-        self.protects_in_python = type(arch).protect_masked is not Arch.protect_masked
+        self.protects_in_python: bool = type(arch).protect_masked is not Arch.protect_masked
 
     # ---- memslots ------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ class Memslot:
 
     def __init__(self, vm: VM, slot: int) -> None:
         self.vm = vm
-        self.id = operator.index(slot)
+        self.id: int = operator.index(slot)
 
     @property
     def page_size(self) -> int:

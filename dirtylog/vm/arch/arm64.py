@@ -1,6 +1,7 @@
 """arm64: the generic log its port was announced with, and the stub the patch series left."""
 
 import errno
+from typing import ClassVar
 
 from dirtylog.vm._mmu import PROTECT_RANGE
 from dirtylog.vm.arch import Arch, Unsupported
@@ -19,4 +20,4 @@ class Arm64Stub(Unsupported):
     """As the patch series has it: EINVAL."""
 
     name = "arm64-stub"
-    error = errno.EINVAL
+    error: ClassVar[int] = errno.EINVAL

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dirtylog.vm._mmu import NO_PROTECTION
 from dirtylog.vm.arch import Arch, Unsupported
@@ -45,4 +45,4 @@ class BookE(Unsupported):
     """No dirty log: ENOTSUP."""
 
     name = "powerpc-booke"
-    error = errno.ENOTSUP
+    error: ClassVar[int] = errno.ENOTSUP

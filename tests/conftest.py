@@ -106,6 +106,19 @@ def pytest_report_header():
 
 
 @pytest.fixture(scope="session")
+def sanitized():
+    """Whether AddressSanitizer watches this process (tools/sanitize.py): it maps terabytes and checks every read."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="session")
+def unprofiled(sanitized):
+    """Skip where a profile of the whole process is out of the question."""
+    if sanitized:
+        pytest.skip("a profile tracks every mapping, the sanitizer's shadow of 14 TiB among them")
+
+
+@pytest.fixture(scope="session")
 def browser_path():
     """The browser that draws reports."""
     path = program("browser")

@@ -1,13 +1,15 @@
 """Run the test suite with the extension modules built under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 ``python tools/sanitize.py [--scratch DIR] [pytest arguments]``: builds a copy of the checkout, loads the sanitizer
-before Python and runs pytest there. Exits with pytest's status, or 2 where the compiler has no sanitizer.
+before Python and runs pytest there. Exits with pytest's status, 1 if a sanitizer reported anything from any process
+that a test started, or 2 where the compiler has no sanitizer.
 
 ThreadSanitizer has its own program, because Python itself is not built with it: ``pytest tests/sanitize``.
 """
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,22 +18,37 @@ from pathlib import Path
 
 import scratch
 
+# Reports go to files: that of a process which a test starts, and whose output the test reads, must not be lost.
+# UBSan's cannot (in one process with ASan, gcc's writes to standard error); it ends the process instead.
 OPTIONS = {
     # Blocks come from malloc, where the sanitizer sees each of them, and not from Python's arenas.
     "PYTHONMALLOC": "malloc",
-    # Leaks are not looked for: Python keeps interned strings, types and modules until the process ends, each a report.
-    # The library's own blocks are counted by its tests instead.
     # allocator_may_return_null: tests ask for absurd sizes and expect MemoryError, as malloc would have them.
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:detect_stack_use_after_return=1",
+    # handle_segv: mprotect's tracker lives on that signal, and its tests on who had it before.
+    "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1:allocator_may_return_null=1:detect_stack_use_after_return=1"
+    ":handle_segv=0",
+    # Python keeps some objects until the process ends, each of them a report: exit as Python would, see `reports`.
+    "LSAN_OPTIONS": "exitcode=0",
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
-# Programs and models that Python only starts (the sanitizer would watch the compiler), and extensions of others,
-# which a Python without the sanitizer builds and loads.
-NOT_HERE = ("tests/formal", "tests/sanitize", "tests/docs", "tests/capi")
-# The comparing tracker reads whole pages, the bytes beside an unaligned array included. That is its contract, since a
-# neighbour's write dirties the page, too, and the page is mapped; but the sanitizer knows the array's bytes alone.
-# What compares is run by tests/core.
-NOT_THESE = "not (test_memory and compare)"
+# Programs that Python only starts, in which there is no extension module of ours.
+NOT_HERE = ("tests/formal", "tests/sanitize")
+
+
+def reports(directory: Path) -> list[str]:
+    """Return what the sanitizers wrote into `directory`, of leaks only those that our own code allocated."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        text = path.read_text(errors="replace")
+        if "ERROR: LeakSanitizer" not in text:
+            found.append(text)
+            continue
+        for block in text.split("\n\n"):
+            # Frame 0 is the sanitizer's allocator, frame 1 its caller.
+            caller = re.search(r"^ *#1 .*$", block, re.MULTILINE)
+            if caller and "dirtylog/" in caller[0] and "site-packages" not in caller[0]:
+                found.append(block)
+    return found
 
 
 def library(name: str) -> str | None:
@@ -44,6 +61,16 @@ def library(name: str) -> str | None:
     return str(Path(path).resolve()) if os.path.isabs(path) else None
 
 
+def watched(log: Path) -> dict[str, str] | None:
+    """Return the environment of a process that is watched and reports into `log`; None where gcc has no sanitizer."""
+    preload = [library("libasan.so"), library("libubsan.so")]
+    if None in preload:
+        return None
+    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(path for path in preload if path)}
+    environment["ASAN_OPTIONS"] += f":log_path={log}/report"
+    return environment
+
+
 def main() -> int:
     """Build, run, and hand on pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,31 +78,28 @@ def main() -> int:
         "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
     )
     options, pytest_arguments = parser.parse_known_args()
-    preload = [library("libasan.so"), library("libubsan.so")]
-    if None in preload:
-        print(
-            "gcc has no libasan.so or libubsan.so here (Debian: libasan and libubsan of gcc's version)", file=sys.stderr
-        )
-        return 2
     target = options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-sanitize-"))
     try:
         target.mkdir(parents=True, exist_ok=True)
+        log = target / "sanitizer-reports"
+        shutil.rmtree(log, ignore_errors=True)
+        log.mkdir()
+        environment = watched(log)
+        if environment is None:
+            print(
+                "gcc has no libasan.so or libubsan.so here (Debian: libasan and libubsan of gcc's version)",
+                file=sys.stderr,
+            )
+            return 2
         scratch.copy(target)
         scratch.build(target, {**os.environ, "DIRTYLOG_SANITIZE": "address,undefined"})
-        environment = {**os.environ, **OPTIONS, "LD_PRELOAD": ":".join(path for path in preload if path)}
         ignored = [f"--ignore={name}" for name in NOT_HERE if (target / name).exists()]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            *ignored,
-            "-k",
-            NOT_THESE,
-            *pytest_arguments,
-        ]
-        return subprocess.run(command, cwd=target, env=environment, check=False).returncode
+        # Standard error stays that of the process, or what UBSan says last would end with it in pytest's hands.
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys", *ignored]
+        status = subprocess.run([*command, *pytest_arguments], cwd=target, env=environment, check=False).returncode
+        found = reports(log)
+        print("\n".join(found) or "the sanitizers reported nothing")
+        return status or bool(found)
     finally:
         if options.scratch is None:
             shutil.rmtree(target, ignore_errors=True)

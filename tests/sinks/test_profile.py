@@ -189,7 +189,7 @@ sys.exit(command.run(parser.parse_args()))
 
 
 @pytest.fixture
-def launch(tmp_path):
+def userfaultfd():
     try:
         from dirtylog.sinks.own_memory import price_of_a_first_write, track_area
 
@@ -197,6 +197,9 @@ def launch(tmp_path):
     except dl.BackendUnavailable as error:
         pytest.skip(str(error))
 
+
+@pytest.fixture
+def launch(tmp_path, userfaultfd, unprofiled):
     def launch(program, *args, command="profile", options=(), plain=False):
         script = tmp_path / "program.py"
         script.write_text(textwrap.dedent(program), encoding="utf-8")
@@ -285,7 +288,7 @@ def test_a_program_can_be_recorded(launch, tmp_path):
         assert ((pages >= first) & (pages < first + count)).sum() >= 8000
 
 
-def test_a_real_array_is_counted_page_by_page(launch):
+def test_a_real_array_is_counted_page_by_page(userfaultfd):
     """By the real tracker, sample by sample: what is written in between, and nothing else."""
     import mmap
 

@@ -72,7 +72,7 @@ def test_what_is_no_trace_is_an_error_of_dirtylog(name, tmp_path):
         run(name, path)
 
 
-def test_record_says_in_json_what_it_has_recorded(tmp_path):
+def test_record_says_in_json_what_it_has_recorded(tmp_path, unprofiled):
     script = tmp_path / "script.py"
     script.write_text("import numpy as np\nkept = np.ones(1 << 24, 'u1')\nprint(kept.sum())\n")
     words = ["record", "--json", str(tmp_path / "trace.parquet"), str(script)]

@@ -72,7 +72,9 @@ def browser(tmp_path, browser_path):
             *options,
             file.as_uri(),
         ]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        # A sanitizer that is loaded before this Python is not the browser's.
+        environment = {**os.environ, "LD_PRELOAD": ""}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
 
     return browse
 

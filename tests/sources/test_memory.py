@@ -87,18 +87,18 @@ def test_a_neighbour_on_the_same_page_is_reported_too(backend):
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_of_either_order_and_any_dtype_are_tracked(backend, order):
+def test_arrays_of_either_order_and_any_dtype_are_tracked(backend_of_any_memory, order):
     array = np.zeros((300, 400), np.float64, order=order)
-    with dl.track(array, backend) as tracker:
+    with dl.track(array, backend_of_any_memory) as tracker:
         tracker.harvest()
         array[299, 399] = 1.5
         assert (tracker.offset + array.nbytes - 1) // PAGE in tracker.harvest()
 
 
-def test_a_bytearray_and_a_small_array_are_tracked(backend):
+def test_a_bytearray_and_a_small_array_are_tracked(backend_of_any_memory):
     for buffer in (bytearray(100), np.zeros(3)):
         view = memoryview(buffer).cast("B")
-        with dl.track(buffer, backend) as tracker:
+        with dl.track(buffer, backend_of_any_memory) as tracker:
             tracker.harvest()
             view[view.nbytes - 1] ^= 1
             assert (tracker.offset + view.nbytes - 1) // PAGE in tracker.harvest()
@@ -179,15 +179,15 @@ def test_auto_takes_the_first_back_end_that_works(monkeypatch):
         dl.track(array, "userfaultfd")
 
 
-def test_the_buffer_is_kept_alive_and_in_place_until_close(backend):
+def test_the_buffer_is_kept_alive_and_in_place_until_close(backend_of_any_memory):
     memory = mmap.mmap(-1, PAGE)
-    tracker = dl.track(memory, backend)
+    tracker = dl.track(memory, backend_of_any_memory)
     with pytest.raises(BufferError):
         memory.close()
     tracker.close()
     memory.close()
     array = bytearray(b"x" * PAGE)
-    with dl.track(array, backend), pytest.raises(BufferError):
+    with dl.track(array, backend_of_any_memory), pytest.raises(BufferError):
         array.extend(b"more")
     array.extend(b"more")
 

@@ -25,7 +25,7 @@ def resources():
     return descriptors, mappings, threading.active_count(), resident
 
 
-def test_a_thousand_trackers_leave_no_descriptor_mapping_thread_or_memory(backend):
+def test_a_thousand_trackers_leave_no_descriptor_mapping_thread_or_memory(backend, sanitized):
     array = dl.empty((64, PAGE), np.uint8)
     array[:] = 7
 
@@ -45,7 +45,9 @@ def test_a_thousand_trackers_leave_no_descriptor_mapping_thread_or_memory(backen
     assert after[1] <= before[1] + 5
     assert after[2] == before[2]
     # Pages: one a round would be a thousand; the kernel may make one huge page of 512 meanwhile.
-    assert after[3] < before[3] + 1000
+    # A sanitizer keeps what was freed, to see it used; it reports what was not freed.
+    if not sanitized:
+        assert after[3] < before[3] + 1000
 
 
 def test_the_last_tracker_takes_the_process_wide_descriptors_along():

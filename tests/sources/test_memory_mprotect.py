@@ -193,7 +193,9 @@ def use_up_mappings():
 """
 
 
-def test_when_the_system_has_no_mapping_left_nothing_spins_and_nothing_is_lost():
+def test_when_the_system_has_no_mapping_left_nothing_spins_and_nothing_is_lost(sanitized):
+    if sanitized:
+        pytest.skip("a sanitizer that is refused a mapping of its own ends the process")
     answer = run(
         USE_UP_MAPPINGS
         + """

@@ -1,6 +1,7 @@
 """Extensions of other packages, in C and in Cython, built against the installed dirtylog."""
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def downstream(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=directory,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(package_parent)},
+        env={**os.environ, "PYTHONPATH": str(package_parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -186,4 +186,5 @@ class LogMachine(RuleBasedStateMachine):
         assert [each.name for each in self.log.observers] == [each.observer.name for each in self.alive]
 
 
-TestLog = LogMachine.TestCase
+# Hypothesis parses source files for its reports, which CPython 3.11 cannot do in several threads at once.
+TestLog = pytest.mark.thread_unsafe(reason="hypothesis parses source files")(LogMachine.TestCase)

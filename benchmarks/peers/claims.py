@@ -8,6 +8,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,6 +202,28 @@ def marking() -> Iterator[Claim]:
         )
 
 
+def writers() -> Iterator[Claim]:
+    """Two threads that mark halves of one bitmap, beside one thread that marks one half."""
+    npages = 1 << 24
+    bitmap = dl.DirtyBitmap(npages)
+    pages = np.random.default_rng(4).integers(0, npages // 2, 4_000_000)
+    other = pages + npages // 2
+    with ThreadPoolExecutor(1) as pool:
+
+        def both() -> None:
+            second = pool.submit(bitmap.mark_pages, other)
+            bitmap.mark_pages(pages)
+            second.result()
+
+        times = side_by_side({"one": (bitmap.harvest, lambda: bitmap.mark_pages(pages)), "two": (bitmap.harvest, both)})
+    yield Claim(
+        "two threads, each marking its half of one bitmap: time over one thread that marks one half",
+        times["two"] / times["one"],
+        1.5,
+        at_least=False,
+    )
+
+
 def importing() -> Iterator[Claim]:
     def run(module: str) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
@@ -212,7 +235,7 @@ def importing() -> Iterator[Claim]:
 
 def all_claims() -> Iterator[Claim]:
     """Measure every row."""
-    for group in (harvests, numbers, cycles, extraction, scaling, marking, importing):
+    for group in (harvests, numbers, cycles, extraction, scaling, marking, writers, importing):
         yield from group()
 
 

@@ -11,11 +11,14 @@
 /* Marks ahead that a batch asks for a line; covers a miss in the cache. */
 #define DL_AHEAD_MARKS 16u
 
+/* A batch is the caller's array, which other threads may write meanwhile: each number is loaded once. */
+static inline uint64_t dl_batch_page(const int64_t *pages, size_t i) { return dl_load_relaxed((const uint64_t *)pages + i); }
+
 /* The place of the first page out of range, n if all are in. */
 static inline size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
 {
     for (size_t i = 0; i < n; i++)
-        if ((uint64_t)pages[i] >= npages)
+        if (dl_batch_page(pages, i) >= npages)
             return i;
     return n;
 }
@@ -29,8 +32,8 @@ static inline size_t dl_mark_batch(const struct dl_bitmap *bitmap, const int64_t
     dl_batch_begin();
     for (; i < n; i++) {
         if (i + DL_AHEAD_MARKS < n)
-            __builtin_prefetch(bitmap->words + (uint64_t)pages[i + DL_AHEAD_MARKS] / DL_WORD_PAGES, 1);
-        uint64_t page = dl_load_relaxed((const uint64_t *)pages + i);
+            __builtin_prefetch(bitmap->words + dl_batch_page(pages, i + DL_AHEAD_MARKS) / DL_WORD_PAGES, 1);
+        uint64_t page = dl_batch_page(pages, i);
         if (page >= bitmap->npages)
             break;
         if (page / DL_WORD_PAGES != current && mask) {

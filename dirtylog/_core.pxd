@@ -1,7 +1,7 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport uint64_t
 
-from dirtylog._blocks cimport Block, dl_bitmap, dl_taken
+from dirtylog._blocks cimport Block, dl_bitmap
 from dirtylog._pages cimport DirtyPages
 
 
@@ -9,16 +9,6 @@ cdef extern from "dirtylog/bitmap.h" nogil:
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-
-
-# Where a harvest puts what it finds.
-cdef struct Sink:
-    uint64_t *numbers       # sparse: entries, as many as `capacity`
-    uint64_t *masks
-    size_t entries
-    size_t capacity
-    uint64_t *out           # dense if not NULL; zeroed
-    bint clear
 
 
 cdef class DirtyBitmap:
@@ -31,5 +21,5 @@ cdef class DirtyBitmap:
                   bint open_end) except -1
     cdef DirtyPages pages_argument(self, object pages)
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
-    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
+    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
                               DirtyPages pages)

@@ -15,6 +15,7 @@ from dirtylog._blocks cimport (
     block_new,
     block_of_buffer,
     dl_kernels,
+    dl_taken,
     export_words,
     kernels,
     no_words,
@@ -44,7 +45,6 @@ cdef extern from "Python.h":
 
 cdef extern from "dirtylog/atomic.h" nogil:
     uint64_t dl_load_relaxed(const uint64_t *word)
-    void dl_fence_seq_cst()
 
 
 cdef extern from "dirtylog/bits.h" nogil:
@@ -66,6 +66,22 @@ cdef extern from "_batch.h" nogil:
     void dl_clear_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
 
 
+cdef extern from "_harvest.h" nogil:
+    cdef struct dl_sink:
+        const dl_kernels *k
+        uint64_t *numbers
+        uint64_t *masks
+        size_t entries
+        size_t capacity
+        uint64_t *out
+        bint clear
+    void dl_take_part(dl_sink *sink, uint64_t *words, uint64_t first, uint64_t end)
+    void dl_take_range(dl_sink *sink, const dl_bitmap *b, uint64_t first, uint64_t head_end, const dl_taken *taken,
+                       size_t ntaken, uint64_t tail_first, uint64_t end)
+    uint64_t dl_take_foreign(dl_sink *sink, uint64_t *words, uint64_t start, uint64_t end)
+    void dl_put_back(const dl_sink *sink, const dl_bitmap *b)
+
+
 cdef extern from "_sets.h" nogil:
     void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
 
@@ -75,9 +91,7 @@ cdef extern from "dirtylog/bitmap.h" nogil:
         DL_LINE_WORDS, DL_GROUP_LINES, DL_GROUP_WORDS
     uint64_t dl_lines_for(uint64_t npages)
     uint64_t dl_groups_for(uint64_t npages)
-    uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
     void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
-    uint64_t dl_harvest_mask(uint64_t *word, uint64_t mask)
 
 
 __all__ = [
@@ -88,68 +102,6 @@ __all__ = [
 cdef enum:
     # Groups of lines that a harvest takes without asking for memory first.
     FEW_GROUPS = 256
-
-
-# ---- where a harvest puts what it finds ---------------------------------------------
-
-cdef inline void take_words(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
-    """Take whole words [start, end)."""
-    if sink.out != NULL:
-        kernels.take_dense(words + start, end - start, sink.out + start, sink.clear)
-    else:
-        sink.entries += kernels.take_sparse(words, start, end, sink.numbers + sink.entries, sink.masks + sink.entries,
-                                            sink.clear)
-
-
-cdef void take_part(Sink *sink, uint64_t *words, uint64_t first, uint64_t end) noexcept nogil:
-    """Take pages [first, end) word by word, the first and the last perhaps in part."""
-    cdef uint64_t word, mask, bits
-    if first >= end:
-        return
-    for word in range(first // 64, (end - 1) // 64 + 1):
-        mask = dl_mask_part(word * 64, first, end - 1)
-        bits = dl_harvest_mask(words + word, mask) if sink.clear else dl_load_relaxed(words + word) & mask
-        if sink.out != NULL:
-            sink.out[word] = bits
-        elif bits:
-            sink.numbers[sink.entries] = word
-            sink.masks[sink.entries] = bits
-            sink.entries += 1
-
-
-cdef void take_range(Sink *sink, const dl_bitmap *bitmap, uint64_t first, uint64_t head_end, const dl_taken *taken,
-                     size_t ntaken, uint64_t tail_first, uint64_t end) noexcept nogil:
-    """Take the lines noted, and word by word the pages left and right of them."""
-    # I4: no word is read before the summary is seen to be taken. On x86 the exchange orders that by itself;
-    # elsewhere its store may still be under way when the loads that follow it are done.
-    dl_fence_seq_cst()
-    take_part(sink, bitmap.words, first, head_end)
-    take_lines(sink, bitmap.words, taken, ntaken)
-    take_part(sink, bitmap.words, tail_first, end)
-
-
-cdef void take_lines(Sink *sink, uint64_t *words, const dl_taken *taken, size_t n) noexcept nogil:
-    """Take the words of the lines that the summary named (I4: after it)."""
-    if sink.out != NULL:
-        kernels.take_lines_dense(words, taken, n, sink.out, sink.clear)
-    else:
-        sink.entries += kernels.take_lines_sparse(words, taken, n, sink.numbers + sink.entries,
-                                                  sink.masks + sink.entries, sink.clear)
-
-
-cdef size_t take_foreign(Sink *sink, uint64_t *words, uint64_t start, uint64_t end) noexcept nogil:
-    """Scan words [start, end), which no summary describes; returns where the sink was full."""
-    cdef uint64_t chunk
-    while start < end:
-        start = kernels.next_nonzero(words, start, end)
-        if start == end:
-            break
-        chunk = end - start if end - start < DL_GROUP_WORDS else DL_GROUP_WORDS
-        if sink.out == NULL and sink.capacity - sink.entries < chunk:
-            return start
-        take_words(sink, words, start, start + chunk)
-        start += chunk
-    return end
 
 
 @cython.final
@@ -524,7 +476,7 @@ cdef class DirtyBitmap:
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
         cdef uint64_t nwords = dl_words_for(self.bits.npages)
-        cdef Sink sink
+        cdef dl_sink sink
         cdef Block dense
         cdef Block numbers, masks
         cdef dl_taken few[FEW_GROUPS]
@@ -539,8 +491,6 @@ cdef class DirtyBitmap:
         cdef uint64_t head_end, tail_first
         # I5: made before anything is taken, so that nothing can fail after.
         cdef DirtyPages pages = pages_bare(self.bits.npages, self.page_size, True)
-        memset(&sink, 0, sizeof(sink))
-        sink.clear = clear
         if first_line >= end_line:  # an empty range too
             first_line = end_line = 0
             head_end = tail_first = end
@@ -550,7 +500,8 @@ cdef class DirtyBitmap:
         cdef uint64_t group = first_line // DL_GROUP_LINES
         cdef uint64_t groups = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
         if self.bits.summary == NULL:
-            return self.take_scan(first, head_end, tail_first, end, &sink, pages)
+            return self.take_scan(first, head_end, tail_first, end, clear, pages)
+        sink = sink_new(clear)
         try:
             # I4: the summary first. I5: it is put back if what follows finds no memory.
             with nogil:
@@ -567,7 +518,7 @@ cdef class DirtyBitmap:
                                                    room - ntaken, clear, &nlines)
             numbers, masks, dense = sink_open(&sink, nlines + 2, nwords)
             with nogil:
-                take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
+                dl_take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
         except MemoryError:
             if clear:
                 dl_summary_untake(&self.bits, taken, ntaken)
@@ -578,14 +529,14 @@ cdef class DirtyBitmap:
         pages_fill(pages, dense, numbers, masks, sink.entries)
         return pages
 
-    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, Sink *sink,
+    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
                               DirtyPages pages):
         """Take from foreign memory: few words as entries, and dense from where they become many."""
         cdef uint64_t nwords = dl_words_for(self.bits.npages)
         cdef uint64_t start, stop, reached
-        cdef size_t i
         cdef Block numbers, masks
         cdef Block dense = None
+        cdef dl_sink sink = sink_new(clear)
         if head_end < tail_first and tail_first == self.bits.npages:
             # I7: whoever shares the memory may set bits past the last page; they are not ours.
             tail_first -= tail_first % 64
@@ -598,21 +549,20 @@ cdef class DirtyBitmap:
         start = head_end // 64
         stop = tail_first // 64
         with nogil:
-            take_part(sink, self.bits.words, first, head_end)
-            reached = take_foreign(sink, self.bits.words, start, stop)
+            dl_take_part(&sink, self.bits.words, first, head_end)
+            reached = dl_take_foreign(&sink, self.bits.words, start, stop)
         if reached < stop:
             try:
                 dense = block_for_result(nwords)
             except MemoryError:
-                for i in range(sink.entries if sink.clear else 0):
-                    dl_mark_mask(&self.bits, sink.numbers[i], sink.masks[i])  # I5
+                dl_put_back(&sink, &self.bits)  # I5
                 raise
             with nogil:
                 scatter(sink.numbers, sink.masks, sink.entries, dense.words)
                 sink.out = dense.words
-                take_foreign(sink, self.bits.words, reached, stop)
+                dl_take_foreign(&sink, self.bits.words, reached, stop)
         with nogil:
-            take_part(sink, self.bits.words, tail_first, end)
+            dl_take_part(&sink, self.bits.words, tail_first, end)
         if dense is not None:
             pages_fill(pages, dense, None, None, 0)
         else:
@@ -686,7 +636,15 @@ cdef class DirtyBitmap:
 
 # ---- the form of a result -------------------------------------------------------
 
-cdef tuple sink_open(Sink *sink, uint64_t lines, uint64_t nwords):
+cdef dl_sink sink_new(bint clear) noexcept:
+    cdef dl_sink sink
+    memset(&sink, 0, sizeof(sink))
+    sink.k = kernels
+    sink.clear = clear
+    return sink
+
+
+cdef tuple sink_open(dl_sink *sink, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
     cdef Block numbers, masks, dense
     if lines * 2 * DL_LINE_WORDS > nwords:

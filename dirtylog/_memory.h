@@ -23,9 +23,9 @@ static inline size_t dl_words_bytes(size_t nwords)
     return (lines ? lines : 1) * DL_LINE_BYTES;
 }
 
-/* The block freed last, kept for the next harvest of the same bitmap: mapping
- * one anew costs a fault and a cleared page for each page of it. Its first word
- * holds its size meanwhile. Larger ones go back to the kernel at once. */
+/* The block of words freed last, kept for the next result of that size: mapping one anew
+ * costs a fault and a cleared page for each page of it. Its first word holds its size
+ * meanwhile. One a process; a larger one goes back to the kernel at once. */
 #define DL_SPARE_BYTES ((size_t)1 << 26)
 static uint64_t dl_spare; /* address; 0: none. An exchange has it for one thread alone. */
 
@@ -72,7 +72,7 @@ static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_b
     return mapping;
 }
 
-/* Zeroed words that will be written all over and freed soon: the result of a dense harvest. */
+/* Zeroed words that will be written nearly all over: a dense result. */
 static inline uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
 {
     size_t bytes = dl_words_bytes(nwords);

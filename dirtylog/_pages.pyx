@@ -410,6 +410,8 @@ cdef class DirtyPages:
         return count
 
     cdef Block dense_block(self):
+        # Made once: whoever works without the GIL gives up the critical section too, so two threads may
+        # both make one, and the first stays. Others may be reading it.
         cdef Block block
         cdef size_t nwords
         with cython.critical_section(self):
@@ -420,7 +422,8 @@ cdef class DirtyPages:
                 block = block_for_result(nwords) if self.entries > nwords // 512 else block_new(nwords, True)
                 with nogil:
                     dl_scatter(self.numbers.words, self.masks.words, self.entries, block.words)
-                self.dense = block
+                if self.dense is None:
+                    self.dense = block
             block = self.dense
         return block
 
@@ -485,7 +488,7 @@ cdef class DirtyPages:
         cdef uint64_t at = page
         cdef uint64_t word = at // 64
         cdef size_t low = 0, high = self.entries, middle
-        if self.dense is not None:
+        if self.numbers is None:
             return (self.dense.words[word] & dl_bit(at)) != 0
         while low < high:
             middle = (low + high) // 2

@@ -8,6 +8,13 @@
 
 #include <string.h>
 
+#if defined(__SANITIZE_THREAD__)
+#define DL_UNDER_TSAN
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define DL_UNDER_TSAN
+#endif
+#endif
 
 #define DL_INLINE static inline __attribute__((always_inline))
 
@@ -335,7 +342,7 @@ DL_CX16 DL_INLINE void take_pair(uint64_t *words, uint64_t *out)
     }
 }
 
-/* Foreign words may be aligned to 8 bytes only (I8). */
+/* Foreign words may be aligned to 8 bytes only. */
 DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
 {
     if ((uintptr_t)line % sizeof(dl_pair))
@@ -344,8 +351,15 @@ DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
         for (unsigned i = 0; i < DL_LINE_WORDS; i += 2)
             take_pair(line + i, out + i);
 }
-#define take_line_avx2 take_line_pairs
-#define take_line_avx512 take_line_pairs
+/* ThreadSanitizer takes the two words by a routine of its own, which other threads' marks of one
+ * word do not respect: there each word is exchanged. */
+#ifdef DL_UNDER_TSAN
+#define take_line_vector take_line_scalar
+#else
+#define take_line_vector take_line_pairs
+#endif
+#define take_line_avx2 take_line_vector
+#define take_line_avx512 take_line_vector
 
 static int can_run_cx16(void)
 {
@@ -353,14 +367,22 @@ static int can_run_cx16(void)
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_CMPXCHG16B;
 }
 
+/* Not every compiler's __builtin_cpu_supports() knows it. */
+static int can_run_lzcnt(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0x80000001, &a, &b, &c, &d) && c & bit_LZCNT;
+}
+
 /* ---- AVX2: eight bits by a table of their positions ------------------------- */
 
 #define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
 
-/* Positions of the set bits of a byte, one a byte of the entry. */
+/* Positions of the set bits of a byte, one a byte of the entry. Filled when the module is
+ * loaded, before any thread can call a kernel. */
 static uint64_t byte_positions[256];
 
-static void fill_byte_positions(void)
+__attribute__((constructor)) static void fill_byte_positions(void)
 {
     for (unsigned byte = 0; byte < 256; byte++) {
         uint64_t entry = 0;
@@ -463,7 +485,8 @@ DL_INSTANTIATE(avx512, DL_AVX512)
 
 static int can_run_avx2(void)
 {
-    return can_run_cx16() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    return can_run_cx16() && can_run_lzcnt() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
 }
 
 static int can_run_avx512(void)
@@ -481,7 +504,6 @@ const struct dl_kernels *dl_kernels_at(size_t i)
     const struct dl_kernels *found[3];
     size_t n = 0;
 #if defined(__x86_64__)
-    fill_byte_positions();
     if (can_run_avx512())
         found[n++] = &kernels_avx512;
     if (can_run_avx2())

@@ -7,9 +7,10 @@
 
 #include "dirtylog/bitmap.h"
 
-/* All lengths in words unless said otherwise. Kernels read words that others
- * may be marking only to decide which words to take; what takes them is a locked
- * instruction for each word, or for two, on every path (I8). */
+/* All lengths in words unless said otherwise. On every path a word is taken by a locked
+ * instruction, one for each word (I8), or for two that are aligned to 16 bytes: see "Memory orders"
+ * in docs/explanation. What kernels read of words that others may be marking decides which
+ * words to take, or is a moment's view of each: a count, a peek. */
 struct dl_kernels {
     const char *name;
 

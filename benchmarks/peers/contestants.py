@@ -128,7 +128,10 @@ class Numpy:
         return self.numbers_of(self.take())
 
     def runs(self) -> object:
-        numbers = self.numbers_of(self.take())
+        return self.runs_of(self.take())
+
+    def runs_of(self, words: npt.NDArray[np.uint64]) -> object:
+        numbers = self.numbers_of(words)
         breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
         starts = np.concatenate((numbers[:1], numbers[breaks]))
         ends = np.concatenate((breaks, [numbers.size]))

@@ -45,6 +45,6 @@ def _number(text: str, kind: Callable[[str], Any]) -> Any:
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {whole}") from None
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text} is not {whole} that is finite")
     return value

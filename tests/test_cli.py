@@ -67,6 +67,8 @@ def test_more_writers_than_a_machine_has_vcpus_are_refused_before_a_thread_start
         ("report t.parquet --downtime -1", "argument --downtime: -1 is too small: 0 or more"),
         ("demo --interval nan", "argument --interval: nan is not a number that is finite"),
         ("demo --rounds 1.5", "argument --rounds: '1.5' is not a whole number"),
+        (f"rate t.parquet --bandwidth {'9' * 400}", "argument --bandwidth: "),
+        (f"profile --interval {'9' * 400} x.py", "argument --interval: "),
     ],
 )
 def test_a_number_out_of_its_bounds_is_refused_by_name_before_anything_has_begun(capsys, words, complaint):
@@ -228,3 +230,13 @@ def test_copying_more_pages_than_one_chunk_copies_them_all():
     assert np.array_equal(replica[1:-1], memory[1:-1])
     assert not replica[0].any()
     assert not demo.equal_bytes(memory, replica) or not memory[[0, -1]].any()
+
+
+def test_a_whole_number_that_no_float_holds_is_read_and_held_to_its_bounds():
+    from argparse import ArgumentTypeError
+
+    from dirtylog.commands._numbers import at_least
+
+    assert at_least(1, int)("9" * 400) == 10**400 - 1
+    with pytest.raises(ArgumentTypeError, match="too large: 10 or less"):
+        at_least(1, int, 10)("9" * 400)

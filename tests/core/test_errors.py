@@ -2,6 +2,8 @@
 
 import contextlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -144,6 +146,40 @@ def test_a_size_that_is_no_integer_is_a_type_error(wrong):
 def test_memory_that_cannot_be_had_is_a_memory_error():
     with pytest.raises(MemoryError, match="bytes"):
         dl.DirtyBitmap(2**52)
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import numpy as np
+import dirtylog as dl
+
+npages = 2**28
+if sys.argv[1] == "own":
+    bitmap = dl.DirtyBitmap(npages)
+else:
+    bitmap = dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
+bitmap.fill()
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+# Enough for the entries of a sparse result (4 MiB), and not for the words of a dense one (32 MiB).
+resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), before[1]))
+try:
+    bitmap.harvest()
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    print(bitmap.harvest().count == npages)
+"""
+
+
+@pytest.mark.parametrize("memory", ["own", "foreign"])
+def test_a_harvest_that_finds_no_memory_for_its_answer_has_taken_nothing(memory, sanitized):
+    if sanitized:
+        pytest.skip("a sanitizer maps terabytes: it runs under no bound on address space")
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, memory], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 @pytest.mark.parametrize(

@@ -258,13 +258,14 @@ def test_a_harvester_that_comes_second_leaves_no_empty_entry():
     together = threading.Barrier(2, action=next_round)
 
     def harvest(mine):
-        for _ in range(400):
-            together.wait()
+        for _ in range(2000):
+            together.wait(timeout=60)  # one that raises breaks it for the other
             if len(shared) >= 50:
                 return
             mine.append(bitmap.harvest())
 
     run_threads(lambda: harvest(found[0]), lambda: harvest(found[1]))
+    assert shared  # or the two never met
     for one, other in zip(*found, strict=True):
         assert one | other == dirty
         assert not one & other
@@ -272,6 +273,22 @@ def test_a_harvester_that_comes_second_leaves_no_empty_entry():
             assert bool(pages) == (pages.count > 0)
             assert hash(pages) == hash(dl.DirtyPages.from_indices(pages.indices(), npages))
             assert pages == dl.DirtyPages.from_indices(pages.indices(), npages)
+
+
+def test_threads_that_ask_for_the_words_of_a_sparse_result_get_the_same_ones():
+    npages = 2**24
+    for _ in range(100):
+        pages = dl.DirtyPages.from_indices(np.arange(0, npages, 4096), npages)
+        together = threading.Barrier(2)
+        got = []
+
+        def ask(pages=pages, together=together, got=got):
+            together.wait(timeout=60)
+            got.append(pages.words)
+
+        run_threads(ask, ask)
+        assert np.shares_memory(*got)
+        assert pages.words.any()
 
 
 def test_a_mark_made_before_a_harvest_is_in_it_while_others_mark_lower_pages():

@@ -8,7 +8,8 @@
  * Shared pages: every thread writes every page, contents are relaxed atomics, and marks overlap.
  * Here the oracle is the value: after the last harvest the replica equals memory, or a write was lost.
  *
- * Arguments: rounds a thread. Prints the counts; exit status 1 if a write was lost.
+ * Arguments: rounds a thread, and with KERNELS the path whose kernels harvest, as DirtyBitmap does, in place of the
+ * header's dl_harvest. Prints the counts; exit status 1 if a write was lost.
  *
  * BROKEN_MARK and BROKEN_HARVEST replace one operation by a plain one: the test of this test.
  */
@@ -16,7 +17,9 @@
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
+#include "_simd.h"
 #include "dirtylog/bitmap.h"
 
 #define MARKERS 3
@@ -25,7 +28,7 @@
 #define WORDS ((PAGES + 63u) / 64u)
 
 static uint64_t words[LINES * DL_LINE_WORDS] __attribute__((aligned(64)));
-static uint64_t summary[3] __attribute__((aligned(64)));
+static uint64_t summary[DL_LINE_WORDS] __attribute__((aligned(64)));
 static const struct dl_bitmap bitmap = {words, summary, PAGES};
 
 static uint64_t content[PAGES]; /* owned: plain; shared: relaxed */
@@ -143,9 +146,25 @@ static void copy_word(uint64_t word, uint64_t mask)
     }
 }
 
+#ifdef KERNELS
+static const struct dl_kernels *kernels;
+
+/* The four steps of DirtyBitmap.harvest: summary, fence, leaves. */
+static uint64_t harvest_by_kernels(uint64_t *out)
+{
+    struct dl_taken taken[2 * DL_LINE_WORDS];
+    uint64_t next = 0, lines = 0;
+    size_t groups = kernels->take_summary(&bitmap, 0, LINES, &next, taken, 2 * DL_LINE_WORDS, 1, &lines);
+    dl_fence_seq_cst();
+    memset(out, 0, sizeof(words));
+    kernels->take_lines_dense(words, taken, groups, out, 1);
+    return kernels->popcount(out, WORDS);
+}
+#endif
+
 static uint64_t harvest(void)
 {
-    static uint64_t out[WORDS];
+    static uint64_t out[LINES * DL_LINE_WORDS];
 #ifdef BROKEN_HARVEST
     uint64_t pages = 0;
     for (uint64_t word = 0; word < WORDS; word++) {
@@ -153,6 +172,8 @@ static uint64_t harvest(void)
         words[word] = 0;
         pages += (uint64_t)__builtin_popcountll(out[word]);
     }
+#elif defined(KERNELS)
+    uint64_t pages = harvest_by_kernels(out);
 #else
     uint64_t pages = dl_harvest(&bitmap, out);
 #endif
@@ -177,6 +198,11 @@ int main(int argc, char **argv)
 {
     uint64_t lost = 0;
     rounds = argc > 1 ? strtoull(argv[1], NULL, 10) : 20000;
+#ifdef KERNELS
+    kernels = dl_kernels_find(argc > 2 ? argv[2] : NULL);
+    if (!kernels)
+        return 3;
+#endif
     for (shared = 0; shared < 2; shared++) {
         struct marker markers[MARKERS] = {{0, 0}};
         pthread_t threads[MARKERS];

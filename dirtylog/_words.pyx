@@ -39,7 +39,7 @@ cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb)
 
 
 def harvest_words(words, out=None) -> np.ndarray:
-    """Get and clear every word of a buffer, each by an atomic exchange.
+    """Get and clear every word of a buffer, atomically, a word or two at a time.
 
     Parameters
     ----------

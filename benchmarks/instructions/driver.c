@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "_batch.h"
 #include "_runs.h"
 #include "_simd.h"
 #include "dirtylog/bitmap.h"
@@ -17,7 +18,7 @@ static const struct dl_kernels *k;
 static struct dl_bitmap bitmap;
 static struct dl_taken taken[64];
 static uint64_t out[NPAGES / 64], numbers[NPAGES / 64], masks[NPAGES / 64];
-static int64_t pages[NPAGES + 64];
+static int64_t pages[NPAGES + 64], batch[10000];
 
 HOT void hot_mark(void)
 {
@@ -31,30 +32,21 @@ HOT void hot_mark_range(void)
         dl_mark_range(&bitmap, i * 7919, 5000);
 }
 
-HOT void hot_batch(void)
+HOT void hot_batch(void) { (void)dl_mark_batch(&bitmap, batch, 10000); }
+
+static size_t take_summary(void)
 {
-    dl_batch_begin();
-    for (uint64_t i = 0; i < 10000; i++)
-        dl_batch_mark(&bitmap, i * 7919 % NPAGES / 64, dl_bit(i * 7919));
+    uint64_t next = 0, lines = 0;
+    return k->take_summary(&bitmap, 0, dl_lines_for(NPAGES), &next, taken, 64, 1, &lines);
 }
 
-HOT size_t take_all(void)
-{
-    size_t n = 0;
-    for (uint64_t group = 0; group < dl_groups_for(NPAGES); group++) {
-        taken[n].group = group;
-        taken[n].lines = dl_summary_take(&bitmap, group, DL_ALL_PAGES);
-        n += taken[n].lines != 0;
-    }
-    return n;
-}
-
-HOT void hot_harvest_clean(void) { (void)(k->next_nonzero(bitmap.summary, 0, dl_groups_for(NPAGES)) + take_all()); }
+HOT void hot_harvest_clean(void) { (void)take_summary(); }
 HOT size_t hot_harvest_sparse(void)
 {
-    return k->take_lines_sparse(bitmap.words, taken, take_all(), numbers, masks, 1);
+    return k->take_lines_sparse(bitmap.words, taken, take_summary(), numbers, masks, 1);
 }
-HOT void hot_harvest_dense(void) { k->take_lines_dense(bitmap.words, taken, take_all(), out, 1); }
+HOT void hot_indices_sparse(size_t entries) { k->expand_sparse(numbers, masks, entries, pages, NPAGES); }
+HOT void hot_harvest_dense(void) { k->take_lines_dense(bitmap.words, taken, take_summary(), out, 1); }
 HOT void hot_scan_foreign(void) { k->take_dense(out, NPAGES / 64, masks, 1); }
 HOT void hot_indices(void) { k->expand(out, NPAGES / 64, 0, pages, NPAGES); }
 HOT void hot_runs(void) { dl_runs(k, out, NPAGES / 64, pages, NPAGES / 2); }
@@ -75,8 +67,10 @@ int main(int argc, char **argv)
     hot_harvest_clean();
     for (uint64_t i = 0; i < 50; i++)
         dl_mark(&bitmap, i * 20011);
-    hot_harvest_sparse();
+    hot_indices_sparse(hot_harvest_sparse());
     hot_mark();
+    for (int64_t i = 0; i < 10000; i++)
+        batch[i] = (i * 7919 + 3) % (int64_t)NPAGES; /* none of them marked by hot_mark() */
     hot_batch();
     hot_harvest_dense();
     hot_indices();

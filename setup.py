@@ -17,8 +17,10 @@ HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
 # Hand-written C that one module links, beside its own .pyx.
 C_SOURCES = {
-    "dirtylog._blocks": ["dirtylog/_simd.c"],
-    "dirtylog.sources._tracking": [f"dirtylog/sources/{name}.c" for name in ("_spans", "_uffd", "_mprotect")],
+    "dirtylog._bits.blocks": ["dirtylog/_bits/simd.c"],
+    "dirtylog.sources.memory._tracking": [
+        f"dirtylog/sources/memory/{name}.c" for name in ("_spans", "_uffd", "_mprotect")
+    ],
 }
 
 

@@ -11,7 +11,7 @@ from benchmarks.gil import kept_speed
 from benchmarks.peers.timing import side_by_side
 from benchmarks.works import BATCH, DENSITIES, OPERATIONS, SIZES, Contestants, contestants
 from dirtylog import _core
-from dirtylog.terminal import seconds_text, show_table, with_progress
+from dirtylog.commands._terminal import seconds_text, show_table, with_progress
 
 ONCE_FROM_PAGES = 1 << 19  # with more dirty pages, plain Python takes seconds: once must do
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dirtylog.sources import _kvm, kvm
-from dirtylog.sources._guest import Guest
+from dirtylog.sources import kvm
+from dirtylog.sources.kvm import _kvm
+from dirtylog.sources.kvm._guest import Guest
 
 GFN = 1 << 16
 NPAGES = (1 << 30) // mmap.PAGESIZE

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 
 PAGE = 4096
 

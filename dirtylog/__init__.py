@@ -1,11 +1,14 @@
 """dirtylog: which pages of memory were written since I last looked, without ever losing a write."""
 
+from __future__ import annotations
+
 import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap, ffs, fls, harvest_words, indices, popcount, runs
-from dirtylog._pages import DirtyPages
+from dirtylog._public import publish
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ __all__ = [
     "track",
     "zeros",
 ]
+
+
+publish("dirtylog", globals(), ["ffs", "fls", "harvest_words", "indices", "popcount", "runs"])
 
 
 def get_include() -> str:

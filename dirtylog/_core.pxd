@@ -1,8 +1,8 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
 from libc.stdint cimport uint64_t
 
-from dirtylog._blocks cimport Block, dl_bitmap
-from dirtylog._pages cimport DirtyPages
+from dirtylog._bits.blocks cimport Block, dl_bitmap
+from dirtylog._bits.pages cimport DirtyPages
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:

@@ -3,10 +3,10 @@ from typing import NoReturn, SupportsIndex, final
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._blocks import simd_path, simd_paths
-from dirtylog._pages import DirtyPages
+from dirtylog._bits.blocks import simd_path, simd_paths
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._bits.words import compare_pages, ffs, fls, harvest_words, indices, popcount, runs, zero_pages
 from dirtylog._typing import Memory
-from dirtylog._words import compare_pages, ffs, fls, harvest_words, indices, popcount, runs, zero_pages
 
 __all__ = [
     "DirtyBitmap",

@@ -4,12 +4,12 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from dirtylog._blocks cimport (
+from dirtylog._bits.blocks cimport (
     Block,
     block_for_result,
     block_new,
@@ -21,12 +21,12 @@ from dirtylog._blocks cimport (
     no_words,
 )
 
-from dirtylog._pages cimport DirtyPages, pages_bare, pages_fill
-from dirtylog._words cimport check_apart
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.words cimport check_apart
 
-from dirtylog._blocks import simd_path, simd_paths
-from dirtylog._pages import check_geometry, integer_array
-from dirtylog._words import (
+from dirtylog._bits.blocks import simd_path, simd_paths
+from dirtylog._bits.pages import check_geometry, integer_array
+from dirtylog._bits.words import (
     compare_pages,
     ffs,
     fls,
@@ -54,7 +54,7 @@ cdef extern from "dirtylog/bits.h" nogil:
     uint64_t dl_tail_mask(uint64_t npages)
 
 
-cdef extern from "_batch.h" nogil:
+cdef extern from "_bits/batch.h" nogil:
     size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
     size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
     void dl_merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
@@ -66,8 +66,8 @@ cdef extern from "_batch.h" nogil:
     void dl_clear_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
 
 
-cdef extern from "_harvest.h" nogil:
-    cdef struct dl_sink:
+cdef extern from "_bits/harvest.h" nogil:
+    cdef struct dl_basket:
         const dl_kernels *k
         uint64_t *numbers
         uint64_t *masks
@@ -75,14 +75,14 @@ cdef extern from "_harvest.h" nogil:
         size_t capacity
         uint64_t *out
         bint clear
-    void dl_take_part(dl_sink *sink, uint64_t *words, uint64_t first, uint64_t end)
-    void dl_take_range(dl_sink *sink, const dl_bitmap *b, uint64_t first, uint64_t head_end, const dl_taken *taken,
+    void dl_take_part(dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
+    void dl_take_range(dl_basket *basket, const dl_bitmap *b, uint64_t first, uint64_t head_end, const dl_taken *taken,
                        size_t ntaken, uint64_t tail_first, uint64_t end)
-    uint64_t dl_take_foreign(dl_sink *sink, uint64_t *words, uint64_t start, uint64_t end)
-    void dl_put_back(const dl_sink *sink, const dl_bitmap *b)
+    uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
+    void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
 
 
-cdef extern from "_sets.h" nogil:
+cdef extern from "_bits/sets.h" nogil:
     void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
 
 
@@ -476,7 +476,7 @@ cdef class DirtyBitmap:
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
         cdef uint64_t nwords = dl_words_for(self.bits.npages)
-        cdef dl_sink sink
+        cdef dl_basket basket
         cdef Block dense
         cdef Block numbers, masks
         cdef dl_taken few[FEW_GROUPS]
@@ -501,7 +501,7 @@ cdef class DirtyBitmap:
         cdef uint64_t groups = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
         if self.bits.summary == NULL:
             return self.take_scan(first, head_end, tail_first, end, clear, pages)
-        sink = sink_new(clear)
+        basket = basket_new(clear)
         try:
             # I4: the summary first. I5: it is put back if what follows finds no memory.
             with nogil:
@@ -516,9 +516,9 @@ cdef class DirtyBitmap:
                     memcpy(taken, few, ntaken * sizeof(dl_taken))
                     ntaken += kernels.take_summary(&self.bits, first_line, end_line, &group, taken + ntaken,
                                                    room - ntaken, clear, &nlines)
-            numbers, masks, dense = sink_open(&sink, nlines + 2, nwords)
+            numbers, masks, dense = basket_open(&basket, nlines + 2, nwords)
             with nogil:
-                dl_take_range(&sink, &self.bits, first, head_end, taken, ntaken, tail_first, end)
+                dl_take_range(&basket, &self.bits, first, head_end, taken, ntaken, tail_first, end)
         except MemoryError:
             if clear:
                 dl_summary_untake(&self.bits, taken, ntaken)
@@ -526,7 +526,7 @@ cdef class DirtyBitmap:
         finally:
             if taken != few:
                 free(taken)
-        pages_fill(pages, dense, numbers, masks, sink.entries)
+        pages_fill(pages, dense, numbers, masks, basket.entries)
         return pages
 
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
@@ -536,37 +536,37 @@ cdef class DirtyBitmap:
         cdef uint64_t start, stop, reached
         cdef Block numbers, masks
         cdef Block dense = None
-        cdef dl_sink sink = sink_new(clear)
+        cdef dl_basket basket = basket_new(clear)
         if head_end < tail_first and tail_first == self.bits.npages:
             # I7: whoever shares the memory may set bits past the last page; they are not ours.
             tail_first -= tail_first % 64
         # The scan may fill what it is told of; the words right of it, a line at most, need room of their own.
-        sink.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
-        numbers = block_new(sink.capacity + DL_LINE_WORDS, False)
-        masks = block_new(sink.capacity + DL_LINE_WORDS, False)
-        sink.numbers = numbers.words
-        sink.masks = masks.words
+        basket.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
+        numbers = block_new(basket.capacity + DL_LINE_WORDS, False)
+        masks = block_new(basket.capacity + DL_LINE_WORDS, False)
+        basket.numbers = numbers.words
+        basket.masks = masks.words
         start = head_end // 64
         stop = tail_first // 64
         with nogil:
-            dl_take_part(&sink, self.bits.words, first, head_end)
-            reached = dl_take_foreign(&sink, self.bits.words, start, stop)
+            dl_take_part(&basket, self.bits.words, first, head_end)
+            reached = dl_take_foreign(&basket, self.bits.words, start, stop)
         if reached < stop:
             try:
                 dense = block_for_result(nwords)
             except MemoryError:
-                dl_put_back(&sink, &self.bits)  # I5
+                dl_put_back(&basket, &self.bits)  # I5
                 raise
             with nogil:
-                scatter(sink.numbers, sink.masks, sink.entries, dense.words)
-                sink.out = dense.words
-                dl_take_foreign(&sink, self.bits.words, reached, stop)
+                scatter(basket.numbers, basket.masks, basket.entries, dense.words)
+                basket.out = dense.words
+                dl_take_foreign(&basket, self.bits.words, reached, stop)
         with nogil:
-            dl_take_part(&sink, self.bits.words, tail_first, end)
+            dl_take_part(&basket, self.bits.words, tail_first, end)
         if dense is not None:
             pages_fill(pages, dense, None, None, 0)
         else:
-            pages_fill(pages, None, trimmed(numbers, sink.entries), trimmed(masks, sink.entries), sink.entries)
+            pages_fill(pages, None, trimmed(numbers, basket.entries), trimmed(masks, basket.entries), basket.entries)
         return pages
 
     # ---- clearing
@@ -636,25 +636,25 @@ cdef class DirtyBitmap:
 
 # ---- the form of a result -------------------------------------------------------
 
-cdef dl_sink sink_new(bint clear) noexcept:
-    cdef dl_sink sink
-    memset(&sink, 0, sizeof(sink))
-    sink.k = kernels
-    sink.clear = clear
-    return sink
+cdef dl_basket basket_new(bint clear) noexcept:
+    cdef dl_basket basket
+    memset(&basket, 0, sizeof(basket))
+    basket.k = kernels
+    basket.clear = clear
+    return basket
 
 
-cdef tuple sink_open(dl_sink *sink, uint64_t lines, uint64_t nwords):
+cdef tuple basket_open(dl_basket *basket, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
     cdef Block numbers, masks, dense
     if lines * 2 * DL_LINE_WORDS > nwords:
         dense = block_for_result(nwords)
-        sink.out = dense.words
+        basket.out = dense.words
         return None, None, dense
     numbers = block_new(lines * DL_LINE_WORDS, False)
     masks = block_new(lines * DL_LINE_WORDS, False)
-    sink.numbers = numbers.words
-    sink.masks = masks.words
+    basket.numbers = numbers.words
+    basket.masks = masks.words
     return numbers, masks, None
 
 
@@ -678,3 +678,7 @@ cdef Block trimmed(Block block, size_t n):
         return block  # I5: what has been taken is handed out all the same
     memcpy(smaller.words, block.words, n * 8)
     return smaller
+
+
+# The module that people know it by, in tracebacks and help().
+(<PyTypeObject *>DirtyBitmap).tp_name = "dirtylog.DirtyBitmap"

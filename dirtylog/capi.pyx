@@ -25,7 +25,7 @@ cdef extern from "dirtylog/capi.h" nogil:
         uint64_t (*harvest)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
 
 
-cdef extern from "_batch.h" nogil:
+cdef extern from "_bits/batch.h" nogil:
     size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
     size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
 

@@ -6,6 +6,8 @@ of its docstring is its help, ``add_arguments(parser)`` declares its options, an
 `dirtylog` itself it imports in ``run``, so that ``--help`` stays quick.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

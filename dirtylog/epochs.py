@@ -1,12 +1,14 @@
 """What a consumer of a log has: an observer with its pending pages, and the epochs it takes them in."""
 
+from __future__ import annotations
+
 import warnings
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
-from dirtylog._pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ class Observer:
     one, so there is one order in which it takes over epochs.
     """
 
-    def __init__(self, log: "DirtyLog", name: str, pending: DirtyBitmap) -> None:
+    __module__ = "dirtylog"
+
+    def __init__(self, log: DirtyLog, name: str, pending: DirtyBitmap) -> None:
         self.name = name
         self._log = log
         # All that follows is guarded by the log's lock.
@@ -67,7 +71,7 @@ class Observer:
         return self._log.page_size
 
     @property
-    def log(self) -> "DirtyLog":
+    def log(self) -> DirtyLog:
         """The log it observes."""
         return self._log
 
@@ -76,7 +80,7 @@ class Observer:
         """Whether `close` was called."""
         return self._closed
 
-    def collect(self) -> "Epoch":
+    def collect(self) -> Epoch:
         """Return an epoch to enter: ``with observer.collect() as epoch:``.
 
         Returns
@@ -148,7 +152,7 @@ class Observer:
         if pages:
             self._pending.merge(pages, first_page)
 
-    def _begin(self, epoch: "Epoch") -> list[str]:
+    def _begin(self, epoch: Epoch) -> list[str]:
         """Harvest everything and take what is this observer's; return what there is to warn of."""
         log = self._log
         with log._lock:
@@ -176,7 +180,7 @@ class Observer:
             unsaid, log._unsaid = log._unsaid, []
             return unsaid
 
-    def _end(self, epoch: "Epoch", delivered: bool) -> None:
+    def _end(self, epoch: Epoch, delivered: bool) -> None:
         """Commit or roll back; an epoch that is not (or no longer) the held one changes nothing."""
         with self._log._lock:
             if self._holder is None or self._holder() is not epoch:
@@ -202,6 +206,8 @@ class Epoch:
     Rolled back, too, where the object is dropped without leaving its block: the
     next collect of the observer finds that and reports the pages again.
     """
+
+    __module__ = "dirtylog"
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

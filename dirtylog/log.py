@@ -1,5 +1,7 @@
 """The neck of the hourglass: merges any number of sources into one page space, for any number of observers."""
 
+from __future__ import annotations
+
 import os
 import threading
 import warnings
@@ -8,15 +10,15 @@ from itertools import chain, count
 from operator import index
 from typing import Protocol, SupportsIndex
 
+from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
-from dirtylog._pages import DirtyPages, check_geometry
 from dirtylog.epochs import Epoch, Observer
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 
 __all__ = ["Attachment", "DirtyLog", "Epoch", "Observer", "Source"]
 
 
-_logs: weakref.WeakSet["DirtyLog"] = weakref.WeakSet()
+_logs: weakref.WeakSet[DirtyLog] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
@@ -145,6 +147,8 @@ class DirtyLog:
     ...     epoch.number, epoch.pages.indices().tolist()
     (1, [5, 92])
     """
+
+    __module__ = "dirtylog"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

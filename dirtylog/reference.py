@@ -26,6 +26,8 @@ Examples
 [0, 0, 0]
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from operator import index
 
@@ -324,16 +326,14 @@ class DirtyPages:
         self.exact = exact
 
     @classmethod
-    def from_words(
-        cls, words: Sequence[int], npages: int, page_size: int = 4096, *, exact: bool = True
-    ) -> "DirtyPages":
+    def from_words(cls, words: Sequence[int], npages: int, page_size: int = 4096, *, exact: bool = True) -> DirtyPages:
         """Take a copy of the words."""
         return cls(words, npages, page_size, exact=exact)
 
     @classmethod
     def from_indices(
         cls, pages: Iterable[int], npages: int, page_size: int = 4096, *, exact: bool = True
-    ) -> "DirtyPages":
+    ) -> DirtyPages:
         """Set the bits of page numbers, in any order and as often as they like."""
         words = [0] * words_for(npages)
         for page in pages:
@@ -343,7 +343,7 @@ class DirtyPages:
     @classmethod
     def from_runs(
         cls, runs: Iterable[tuple[int, int]], npages: int, page_size: int = 4096, *, exact: bool = True
-    ) -> "DirtyPages":
+    ) -> DirtyPages:
         """Set the bits of runs ``(first, count)``, in any order, overlapping or not."""
         words = [0] * words_for(npages)
         for first, count in runs:
@@ -351,7 +351,7 @@ class DirtyPages:
         return cls(words, npages, page_size, exact=exact)
 
     @classmethod
-    def from_bytes(cls, data: bytes, npages: int, page_size: int = 4096) -> "DirtyPages":
+    def from_bytes(cls, data: bytes, npages: int, page_size: int = 4096) -> DirtyPages:
         """Read little-endian words: the memory of KVM's and vhost's bitmaps."""
         if len(data) % 8:
             raise ValueError(f"{len(data)} bytes are no whole number of 8-byte words")
@@ -380,11 +380,11 @@ class DirtyPages:
         """Runs of adjacent pages as ``(first, count)``, ascending."""
         return runs(self.words)
 
-    def combined(self, other: "DirtyPages", words: Iterable[int]) -> "DirtyPages":
+    def combined(self, other: DirtyPages, words: Iterable[int]) -> DirtyPages:
         """Wrap the words of a set operation, once both sides are known to speak of the same pages."""
         return DirtyPages(list(words), self.npages, self.page_size, exact=self.exact and other.exact)
 
-    def check_same_pages(self, other: "DirtyPages") -> None:
+    def check_same_pages(self, other: DirtyPages) -> None:
         """Refuse to combine sets over different pages."""
         if (self.npages, self.page_size) != (other.npages, other.page_size):
             raise ValueError(
@@ -392,22 +392,22 @@ class DirtyPages:
                 f"{other.npages} pages of {other.page_size} bytes"
             )
 
-    def __or__(self, other: "DirtyPages") -> "DirtyPages":
+    def __or__(self, other: DirtyPages) -> DirtyPages:
         """Unite: dirty in either."""
         self.check_same_pages(other)
         return self.combined(other, (a | b for a, b in zip(self.words, other.words, strict=True)))
 
-    def __and__(self, other: "DirtyPages") -> "DirtyPages":
+    def __and__(self, other: DirtyPages) -> DirtyPages:
         """Intersect: dirty in both."""
         self.check_same_pages(other)
         return self.combined(other, (a & b for a, b in zip(self.words, other.words, strict=True)))
 
-    def __sub__(self, other: "DirtyPages") -> "DirtyPages":
+    def __sub__(self, other: DirtyPages) -> DirtyPages:
         """Subtract: dirty in the first, clean in the second."""
         self.check_same_pages(other)
         return self.combined(other, (a & ~b for a, b in zip(self.words, other.words, strict=True)))
 
-    def __xor__(self, other: "DirtyPages") -> "DirtyPages":
+    def __xor__(self, other: DirtyPages) -> DirtyPages:
         """Differ: dirty in exactly one."""
         self.check_same_pages(other)
         return self.combined(other, (a ^ b for a, b in zip(self.words, other.words, strict=True)))

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import dirtylog as dl
-from dirtylog.sinks import sidecar as sidecars
-from dirtylog.sinks import snapshot, tracefile
-from dirtylog.sinks.tracefile import Recorder, Trace, TraceError
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import sidecar as sidecars
+from dirtylog.sinks.trace import Recorder, Trace, TraceError, layout
 from fuzz.target import Target, Wrong
 
 __all__ = ["Sidecar", "Snapshot", "TraceFile"]
@@ -127,7 +127,7 @@ class TraceFile(Target):
                 recorder.write(number / 2, dl.DirtyPages.from_indices(range(number, 1000, 300), 1000, exact=number < 2))
         yield b"=" + path.read_bytes()
         rows = pq.read_table(path)
-        header = pq.read_metadata(path).metadata[tracefile.METADATA_KEY]
+        header = pq.read_metadata(path).metadata[layout.METADATA_KEY]
         yield b"+" + header + b"\0" + np.rec.fromarrays(list(map(np.asarray, rows.columns)), dtype=self.row).tobytes()
         path.unlink()
 
@@ -139,16 +139,16 @@ class TraceFile(Target):
             return data
         header, _, rows = data[1:].partition(b"\0")
         rows = np.frombuffer(rows[: len(rows) // self.row.itemsize * self.row.itemsize], self.row)
-        columns = {name: rows[name] & 1 == 1 if name == "exact" else rows[name].copy() for name in tracefile.COLUMNS}
-        schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in tracefile.COLUMNS.items()])
+        columns = {name: rows[name] & 1 == 1 if name == "exact" else rows[name].copy() for name in layout.COLUMNS}
+        schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in layout.COLUMNS.items()])
         with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-            writer.add_key_value_metadata({tracefile.METADATA_KEY: header})
+            writer.add_key_value_metadata({layout.METADATA_KEY: header})
             writer.write_table(pa.table(columns, schema=schema))
         return data
 
     def read(self, data: bytes) -> object:
         """Read every epoch; a page space is as large as the fuzzer's memory takes."""
-        with mock.patch.object(tracefile, "MAX_TRACE_PAGES", 1 << 24), Trace(self.directory / "trace") as trace:
+        with mock.patch.object(layout, "MAX_TRACE_PAGES", 1 << 24), Trace(self.directory / "trace") as trace:
             return trace.npages, trace.length, list(trace.epochs())
 
     def judge(self, data: bytes, answer: object) -> None:

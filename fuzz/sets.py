@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 import dirtylog as dl
-from dirtylog._pages import _rebuild
+from dirtylog._bits.pages import pages_of_state
 from dirtylog.errors import DirtyLogError
-from dirtylog.sources import _kvm
+from dirtylog.sources.kvm import _kvm
 from fuzz.target import Target, Wrong
 
 __all__ = ["Pickle", "Ring", "SharedFile", "Words"]
@@ -56,7 +56,7 @@ class Words(Target):
 
 
 class Pickle(Target):
-    """The arguments a pickle of `DirtyPages` is rebuilt from: whoever wrote the pickle chose them."""
+    """The state that a pickle of `DirtyPages` holds: whoever wrote the pickle chose them."""
 
     name = "pickle"
     refusals = (ValueError, TypeError)
@@ -65,8 +65,8 @@ class Pickle(Target):
     def seeds(self) -> Iterator[bytes]:
         """Yield sparse and dense sets."""
         for pages, npages in (([1, 70, 71], 10_000), ([5], 1 << 40), ([], 64)):
-            _, arguments = dl.DirtyPages.from_indices(pages, npages).__reduce__()
-            _, _, exact, numbers, masks, words = arguments
+            *_, state = dl.DirtyPages.from_indices(pages, npages).__reduce__()
+            _, _, exact, numbers, masks, words = state
             parts = [words] if words is not None else [numbers, masks]
             sizes = [len(part) for part in parts] + [0]
             yield self.head.pack(2 * exact + (words is None), npages, 4096, *sizes[:2]) + b"".join(parts)
@@ -83,7 +83,7 @@ class Pickle(Target):
 
     def read(self, data: bytes) -> object:
         """Rebuild the set."""
-        return _rebuild(*self.arguments(data))
+        return pages_of_state(*self.arguments(data))
 
     def judge(self, data: bytes, answer: object) -> None:
         """Compare with what the numbers and masks say, and with a second pickling."""

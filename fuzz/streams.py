@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dirtylog.sinks.migrate import MigrationError, receive
-from dirtylog.sinks.migration import HELLO, PAGES, RAW, ROUND, ZSTD
-from dirtylog.sinks.wire import HEADER_BYTES, Kind
+from dirtylog.sinks.migrate.payloads import HELLO, PAGES, RAW, ROUND, ZSTD
+from dirtylog.sinks.migrate.wire import HEADER_BYTES, Kind
 from fuzz.target import Target, Wrong
 
 __all__ = ["Migration"]

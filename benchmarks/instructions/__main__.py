@@ -31,7 +31,7 @@ def count(directory: Path, path: str) -> dict[str, int]:
     """Return the instructions of each hot function on one vector path."""
     program = directory / "driver"
     if not program.exists():
-        sources = [HERE / "driver.c", PACKAGE / "_simd.c"]
+        sources = [HERE / "driver.c", PACKAGE / "_bits" / "simd.c"]
         flags = ["-O3", "-std=gnu11", f"-I{PACKAGE / 'include'}", f"-I{PACKAGE}"]
         subprocess.run(["gcc", *flags, *map(str, sources), "-o", str(program)], check=True)
     output = directory / f"callgrind.{path}"

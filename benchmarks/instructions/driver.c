@@ -6,9 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_batch.h"
-#include "_runs.h"
-#include "_simd.h"
+#include "_bits/batch.h"
+#include "_bits/runs.h"
+#include "_bits/simd.h"
 #include "dirtylog/bitmap.h"
 
 #define NPAGES (UINT64_C(1) << 20)

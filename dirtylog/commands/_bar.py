@@ -1,5 +1,7 @@
 """A progress bar for work that reports bytes by callback: only for a person at a terminal, only after a second."""
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Numbers on the command line: read, held to their bounds, refused by name before anything has begun."""
 
+from __future__ import annotations
+
 import argparse
 import math
 import threading

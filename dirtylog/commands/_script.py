@@ -1,5 +1,8 @@
 """Run a Python program inside this process as ``python script.py args`` would, and pass on how it ends."""
 
+from __future__ import annotations
+
+import argparse
 import atexit
 import io
 import os
@@ -10,7 +13,22 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from types import ModuleType, TracebackType
 
-__all__ = ["run_script"]
+from dirtylog.commands._numbers import LONGEST, more_than
+
+__all__ = ["add_script_arguments", "run_script"]
+
+
+def add_script_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the program to run, and how often to look at it."""
+    parser.add_argument(
+        "--interval",
+        type=more_than(0, float, LONGEST),
+        default=1.0,
+        metavar="SECONDS",
+        help="time between samples (1)",
+    )
+    parser.add_argument("script", help="the program")
+    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
 
 
 def run_script(script: str, args: Sequence[str], *, before: Callable[[], object], after: Callable[[], object]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dirtylog import terminal
+from dirtylog.commands import _terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,18 +79,18 @@ def times_text(row: dict[str, Any], name: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Measure every density and print the table."""
-    rows = [measure(args.pages, density) for density in terminal.with_progress(DENSITIES, "measuring")]
+    rows = [measure(args.pages, density) for density in _terminal.with_progress(DENSITIES, "measuring")]
     if args.json:
-        terminal.show_json({"pages": args.pages, "rows": rows})
+        _terminal.show_json({"pages": args.pages, "rows": rows})
         return 0
-    terminal.show_table(
+    _terminal.show_table(
         f"A harvest of {args.pages:,} pages to page numbers; how many times as long the others take",
         ["dirty", "pages", "dirtylog", "numpy", "plain Python"],
         [
             [
                 f"{row['density']:.2%}",
                 f"{row['dirty']:,}",
-                terminal.seconds_text(row["seconds"]),
+                _terminal.seconds_text(row["seconds"]),
                 times_text(row, "numpy"),
                 times_text(row, "reference"),
             ]

@@ -7,9 +7,10 @@ harvest is copied, replica and original are compared byte for byte. Then the sam
 writers run as vCPUs of the model VM, and KVM's way of dirty logging does the same.
 """
 
+from __future__ import annotations
+
 import argparse
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import dirtylog as dl
-from dirtylog import reference, terminal
+from dirtylog import reference
+from dirtylog.commands import _terminal
 from dirtylog.commands._numbers import LONGEST, at_least
+from dirtylog.commands._writers import Write, Writers
 from dirtylog.vm.machine import MAX_VCPUS
 
 Pages = NDArray[np.uint8]  # one row a page
@@ -33,9 +36,6 @@ class Source(Protocol):
 
     def harvest(self) -> dl.DirtyPages:
         """Take the dirty pages."""
-
-
-Write = Callable[[int, NDArray[np.int64]], None]  # (writer, pages): write into each of the pages
 
 
 @dataclass
@@ -65,50 +65,6 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """Give every figure to a program."""
         return {**asdict(self), "bytes_held": self.bytes_held, "speed_up": self.speed_up}
-
-
-class Writers:
-    """Threads that write into random pages, most of them into a hot tenth of the memory, until told to stop."""
-
-    def __init__(self, write: Write, writers: int, pages: int, batch: int, pause: float) -> None:
-        self._write = write
-        self._pages = pages
-        self._batch = batch
-        self._pause = pause
-        self._stop = threading.Event()
-        self._failures: list[BaseException] = []
-        self._threads = [threading.Thread(target=self._run, args=(number,)) for number in range(writers)]
-
-    def __enter__(self) -> "Writers":
-        """Start."""
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        """Stop, whatever happened."""
-        self.stop()
-
-    def stop(self) -> None:
-        """Stop and wait; a failure of a writer is raised here."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        if self._failures:
-            raise self._failures.pop()
-
-    def _run(self, writer: int) -> None:
-        random = np.random.default_rng(writer)
-        hot = max(self._pages // 10, 1)
-        try:
-            writing = True
-            while writing:
-                anywhere = random.integers(self._pages, size=max(self._batch // 10, 1))
-                somewhere_hot = random.integers(hot, size=self._batch)
-                self._write(writer, np.concatenate((somewhere_hot, anywhere)))
-                writing = not self._stop.wait(self._pause)
-        except BaseException as error:
-            self._failures.append(error)
 
 
 def copy_pages(dirty: dl.DirtyPages, memory: Pages, replica: Pages) -> int:
@@ -150,7 +106,7 @@ def replicate(outcome: Outcome, source: Source, writers: Writers, memory: Pages,
             busiest = dirty
 
     with writers:
-        for _ in terminal.with_progress(range(args.rounds), outcome.source):
+        for _ in _terminal.with_progress(range(args.rounds), outcome.source):
             time.sleep(args.interval)
             harvest_and_copy()
         writers.stop()
@@ -230,19 +186,19 @@ def show(outcomes: list[Outcome], args: argparse.Namespace) -> None:
         ("harvests", lambda o: f"{len(o.harvest_seconds)}"),
         ("dirty pages", lambda o: f"{sum(o.dirty_pages):,}"),
         ("dirty a harvest", lambda o: f"{median(o.dirty_pages):,.0f} ({median(o.dirty_pages) / o.pages:.1%})"),
-        ("harvest time", lambda o: terminal.seconds_text(median(o.harvest_seconds))),
-        ("bytes copied", lambda o: terminal.bytes_text(o.bytes_copied)),
+        ("harvest time", lambda o: _terminal.seconds_text(median(o.harvest_seconds))),
+        ("bytes copied", lambda o: _terminal.bytes_text(o.bytes_copied)),
         (
             "bytes held, each time",
-            lambda o: terminal.bytes_text(o.bytes_held * len(o.harvest_seconds)),
+            lambda o: _terminal.bytes_text(o.bytes_held * len(o.harvest_seconds)),
         ),
         ("copied of held", lambda o: f"{o.bytes_copied / (o.bytes_held * len(o.harvest_seconds)):.2%}"),
-        ("core, busiest words", lambda o: terminal.seconds_text(o.core_seconds)),
-        ("reference.py, same words", lambda o: terminal.seconds_text(o.reference_seconds)),
+        ("core, busiest words", lambda o: _terminal.seconds_text(o.core_seconds)),
+        ("reference.py, same words", lambda o: _terminal.seconds_text(o.reference_seconds)),
         ("speed-up", lambda o: f"{o.speed_up:,.0f} x"),
         ("replica equal", lambda o: "yes, byte for byte" if o.equal else "NO"),
     ]
-    terminal.show_table(
+    _terminal.show_table(
         f"{args.size} MiB, {args.writers} writers, {args.rounds} harvests while they write",
         ["", *(outcome.source for outcome in outcomes)],
         [[label, *(text(outcome) for outcome in outcomes)] for label, text in rows],
@@ -274,10 +230,10 @@ def run(args: argparse.Namespace) -> int:
         outcomes.append(run_tracked(args))
     except dl.BackendUnavailable as error:
         unavailable = str(error)
-        terminal.show_note(f"{unavailable}\nOnly the model VM is shown.")
+        _terminal.show_note(f"{unavailable}\nOnly the model VM is shown.")
     outcomes.append(run_model(args))
     if args.json:
-        terminal.show_json({"unavailable": unavailable, "sources": [outcome.summary() for outcome in outcomes]})
+        _terminal.show_json({"unavailable": unavailable, "sources": [outcome.summary() for outcome in outcomes]})
     else:
         show(outcomes, args)
     return 0 if all(outcome.equal for outcome in outcomes) else 1

@@ -4,6 +4,8 @@ Each facility is probed by using it, not by asking for a version: a kernel can
 have a call compiled out, forbidden or broken.
 """
 
+from __future__ import annotations
+
 import argparse
 import platform
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 import dirtylog
-from dirtylog import _core, terminal
+from dirtylog import _core
+from dirtylog.commands import _terminal
 
 # What bears on dirty logging; the flags are named where the answer is a set of them.
 KVM_CAPABILITIES = (
@@ -69,7 +72,7 @@ def capability_text(name: str, value: int) -> str:
 
 def memory_facilities() -> Iterator[Facility]:
     """Try what tracking this process's own memory rests on."""
-    from dirtylog.sources import probe
+    from dirtylog.sources.memory import probe
 
     for found in probe.probe():
         yield Facility(found.name, found.available, found.detail or "works")
@@ -96,9 +99,9 @@ def run(args: argparse.Namespace) -> int:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
     if args.json:
-        terminal.show_json({**versions, "facilities": [asdict(facility) for facility in found]})
+        _terminal.show_json({**versions, "facilities": [asdict(facility) for facility in found]})
         return 0
-    terminal.show_table(
+    _terminal.show_table(
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         ["facility", "here", "answer"],
         [[facility.name, "yes" if facility.available else "no", facility.answer] for facility in found],

@@ -6,6 +6,8 @@ stops them for the last round, and both ends print a digest of what they hold.
 Loopback addresses only: the protocol knows no passwords.
 """
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,7 +95,7 @@ def _digest(memory: Any) -> str:
     return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
 
 
-def _connect(address: tuple[str, int], timeout: float) -> "socket.socket":
+def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
     import socket
 
     host, port = address
@@ -107,7 +109,7 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     import dirtylog as dl
-    from dirtylog.commands.demo import Writers
+    from dirtylog.commands._writers import Writers
     from dirtylog.sinks.migrate import MigrationError, Policy, send
 
     try:
@@ -136,12 +138,12 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
 def _receive(args: argparse.Namespace) -> dict[str, Any]:
     import socket
 
-    from dirtylog import terminal
+    from dirtylog.commands import _terminal
     from dirtylog.sinks.migrate import receive
 
     with socket.create_server(args.listen) as server:
         host, port = server.getsockname()[:2]
-        terminal.show_note(f"listening on {host}:{port}")
+        _terminal.show_note(f"listening on {host}:{port}")
         server.settimeout(args.timeout)
         with _named(
             f"nobody came to {host}:{port} within {args.timeout:g} s", "raise --timeout, or start the sender sooner"
@@ -159,9 +161,9 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
 
 def show_rounds(rounds: Any) -> None:
     """Print what each round did, for people."""
-    from dirtylog import terminal
+    from dirtylog.commands import _terminal
 
-    size, time = terminal.bytes_text, terminal.seconds_text
+    size, time = _terminal.bytes_text, _terminal.seconds_text
     columns = ["round", "pages", "zero", "sent", "time", "per second", "dirtied", "downtime"]
     rows = [
         [f"{r.number}{' (paused)' if r.final else ''}", str(r.pages), str(r.zero_pages), size(r.wire_bytes),
@@ -169,23 +171,23 @@ def show_rounds(rounds: Any) -> None:
         for r in rounds
     ]  # fmt: skip
     if rows:
-        terminal.show_table("migration", columns, rows)
+        _terminal.show_table("migration", columns, rows)
 
 
 def run(args: argparse.Namespace) -> int:
     """Be one end of a migration, and print what it did."""
-    from dirtylog import terminal
+    from dirtylog.commands import _terminal
 
     answer = _send(args) if args.end == "send" else _receive(args)
     if args.json:
-        terminal.show_json(answer)
+        _terminal.show_json(answer)
         return 0
     if args.end == "send":
         from dirtylog.sinks.migrate import Round
 
         show_rounds([Round(**each) for each in answer["rounds"]])
-        print(f"paused for {terminal.seconds_text(answer['downtime'])} of {terminal.seconds_text(answer['seconds'])}")
+        print(f"paused for {_terminal.seconds_text(answer['downtime'])} of {_terminal.seconds_text(answer['seconds'])}")
     else:
-        print(f"{terminal.bytes_text(answer['memory_bytes'])} in {answer['rounds']} rounds")
+        print(f"{_terminal.bytes_text(answer['memory_bytes'])} in {answer['rounds']} rounds")
     print(f"digest {answer['digest']}")
     return 0

@@ -4,18 +4,21 @@ The program runs as "python script.py args" would run it: same output, same exit
 code. The report goes to standard error, or to the file that --output names.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dirtylog.commands._numbers import LONGEST, more_than
+from dirtylog.commands._numbers import more_than
+from dirtylog.commands._script import add_script_arguments, run_script
 
 if TYPE_CHECKING:
     from dirtylog.sinks.profile import Profile
 
-__all__ = ["add_arguments", "add_script_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_script_arguments(parser)
 
 
-def add_script_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the program to run, and how often to look at it."""
-    parser.add_argument(
-        "--interval",
-        type=more_than(0, float, LONGEST),
-        default=1.0,
-        metavar="SECONDS",
-        help="time between samples (1)",
-    )
-    parser.add_argument("script", help="the program")
-    parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
-
-
 def seconds_list(text: str) -> list[float]:
     """Read numbers of seconds between commas."""
     return [more_than(0, float)(part) for part in text.split(",")]
@@ -48,7 +38,6 @@ def seconds_list(text: str) -> list[float]:
 
 def run(args: argparse.Namespace) -> int:
     """Run the program, then report."""
-    from dirtylog.commands._script import run_script
     from dirtylog.sinks.profile import Profiler
 
     profiler = Profiler(interval=args.interval, every=args.every)
@@ -64,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
     return run_script(args.script, args.args, before=profiler.start, after=after)
 
 
-def report_text(profile: "Profile") -> str:
+def report_text(profile: Profile) -> str:
     """Lay the report out in plain text."""
-    from dirtylog.terminal import bytes_text, plain_table
+    from dirtylog.commands._terminal import bytes_text, plain_table
 
     bound = "" if profile.exact else "at most "
     overhead = profile.overhead

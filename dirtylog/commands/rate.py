@@ -1,11 +1,14 @@
 """Read a trace: how fast memory got dirty, and whether a migration would converge."""
 
+from __future__ import annotations
+
 import argparse
 from dataclasses import asdict
 
-from dirtylog.commands._numbers import at_least, more_than
+from dirtylog.commands._numbers import more_than
+from dirtylog.commands._trace import add_migration_arguments
 
-__all__ = ["add_arguments", "add_migration_arguments", "run"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,29 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_migration_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the trace, and the migration that is asked about."""
-    parser.add_argument("trace", help="a trace that 'dirtylog record' wrote")
-    parser.add_argument(
-        "--bandwidth",
-        type=more_than(0, float),
-        nargs="+",
-        default=[1.25e8, 1.25e9],
-        metavar="BYTES",
-        help="bytes a second to reckon a migration for (1.25e8 1.25e9); the trace comes before it",
-    )
-    parser.add_argument(
-        "--downtime", type=at_least(0, float), default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the answers for a program")
-
-
 def run(args: argparse.Namespace) -> int:
     """Meter the trace, and reckon a migration for each bandwidth."""
     from collections import Counter
 
     import dirtylog
-    from dirtylog import terminal
+    from dirtylog.commands import _terminal
     from dirtylog.sinks.rate import RateMeter
     from dirtylog.sinks.trace import Trace, what_if
 
@@ -69,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         seconds = trace.time
     mean = nbytes / seconds if seconds else 0.0
     if args.json:
-        terminal.show_json(
+        _terminal.show_json(
             {
                 "seconds": seconds,
                 "bytes": nbytes,
@@ -81,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    text = terminal.bytes_text
-    terminal.show_table(
+    text = _terminal.bytes_text
+    _terminal.show_table(
         f"{args.trace}: {text(nbytes)} dirtied in {seconds:.2f} s",
         ["figure", "value"],
         [
@@ -92,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             *([name, text(size)] for name, size in regions.most_common(10) if size),
         ],
     )
-    terminal.show_table(
+    _terminal.show_table(
         f"Migration with at most {args.downtime:g} s of pause",
         ["bandwidth", "verdict", "rounds", "seconds", "pause"],
         [

@@ -4,11 +4,13 @@ The program runs as "python script.py args" would run it. The trace is complete
 when the program has ended; "dirtylog rate" and "dirtylog report" read it.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 
-from dirtylog.commands.profile import add_script_arguments
+from dirtylog.commands._script import add_script_arguments, run_script
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,7 +26,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the program and record it."""
     import mmap
 
-    from dirtylog.commands._script import run_script
     from dirtylog.sinks.profile import Profiler
     from dirtylog.sinks.trace import Recorder
 

@@ -1,9 +1,11 @@
 """Draw a trace as one HTML page: heat map, dirty rate, and migrations at several bandwidths."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 
-from dirtylog.commands.rate import add_migration_arguments
+from dirtylog.commands._trace import add_migration_arguments
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output) if args.output else Path(args.trace).with_suffix(".html")
     output.write_text(page, encoding="utf-8")
     if args.json:
-        from dirtylog import terminal
+        from dirtylog.commands import _terminal
 
-        terminal.show_json({"report": str(output), "bytes": len(page.encode())})
+        _terminal.show_json({"report": str(output), "bytes": len(page.encode())})
     else:
         print(output)
     return 0

@@ -4,6 +4,8 @@ An image is a file that holds memory, every page at its own offset. A diff holds
 pages that differ from its parent, or those that a dirty bitmap names.
 """
 
+from __future__ import annotations
+
 import argparse
 import errno
 import mmap
@@ -133,7 +135,8 @@ def _act(args: argparse.Namespace, progress: Any) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """Do one action and print the snapshot it is about."""
-    from dirtylog import DirtyLogError, terminal
+    from dirtylog import DirtyLogError
+    from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
 
     try:
@@ -142,16 +145,16 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise DirtyLogError(str(error)) from error
     if args.json:
-        terminal.show_json({"action": args.action, **asdict(about)})
+        _terminal.show_json({"action": args.action, **asdict(about)})
         return 0
     sure = "" if about.exact else ", some of them perhaps clean"
     rows = [
         ("snapshot", about.path),
         ("kind", about.kind if about.parent is None else f"{about.kind} over {about.parent}"),
-        ("memory", f"{terminal.bytes_text(about.nbytes)}, {about.npages} pages of {about.page_size} B"),
-        ("holds", f"{about.count} pages{sure}; {terminal.bytes_text(about.allocated)} on disk"),
+        ("memory", f"{_terminal.bytes_text(about.nbytes)}, {about.npages} pages of {about.page_size} B"),
+        ("holds", f"{about.count} pages{sure}; {_terminal.bytes_text(about.allocated)} on disk"),
         ("epoch", "-" if about.epoch is None else str(about.epoch)),
         ("digest", f"{about.digest} ({about.algorithm})"),
     ]
-    terminal.show_table({"verify": "sound"}.get(args.action, args.action), ["", "value"], rows, left=2)
+    _terminal.show_table({"verify": "sound"}.get(args.action, args.action), ["", "value"], rows, left=2)
     return 0

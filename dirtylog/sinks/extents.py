@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._pages import DirtyPages
+from dirtylog._bits.pages import DirtyPages
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory

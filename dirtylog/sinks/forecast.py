@@ -1,5 +1,7 @@
 """Forecast of a pre-copy migration: the rounds it would take, from how much gets dirty while one is being sent."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

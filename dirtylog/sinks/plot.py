@@ -1,10 +1,12 @@
 """Pictures of traces and migrations, with matplotlib: each function takes Axes and returns them."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dirtylog._strip import density
+from dirtylog._bits.strip import density
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.forecast import Forecast
 from dirtylog.sinks.trace import Trace
@@ -17,7 +19,7 @@ __all__ = ["dirty_rate", "heat_map", "migration"]
 MAX_COLUMNS = 1000
 
 
-def _axes(ax: "Axes | None") -> "Axes":
+def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
         return ax
     try:
@@ -27,7 +29,7 @@ def _axes(ax: "Axes | None") -> "Axes":
     return pyplot.gca()
 
 
-def heat_map(trace: Trace, ax: "Axes | None" = None, *, rows: int = 256, **kwargs: Any) -> "Axes":
+def heat_map(trace: Trace, ax: Axes | None = None, *, rows: int = 256, **kwargs: Any) -> Axes:
     """Draw which pages were written when.
 
     Parameters
@@ -78,7 +80,7 @@ def heat_map(trace: Trace, ax: "Axes | None" = None, *, rows: int = 256, **kwarg
     return ax
 
 
-def dirty_rate(trace: Trace, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
+def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
     """Draw how many bytes a second got dirty.
 
     Parameters
@@ -121,7 +123,7 @@ def dirty_rate(trace: Trace, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
     return ax
 
 
-def migration(forecast: Forecast, ax: "Axes | None" = None, **kwargs: Any) -> "Axes":
+def migration(forecast: Forecast, ax: Axes | None = None, **kwargs: Any) -> Axes:
     """Draw a migration round by round.
 
     Parameters

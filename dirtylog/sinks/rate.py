@@ -1,5 +1,7 @@
 """How fast memory gets dirty: a meter that observes a log and takes no bits from anybody."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections import deque
@@ -13,7 +15,7 @@ from typing import Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._pages import DirtyPages
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 

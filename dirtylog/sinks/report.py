@@ -1,5 +1,7 @@
 """A trace as one HTML page that stands alone: every chart is inside it, and nothing is asked of anybody."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -115,11 +117,11 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table>{head}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
-def _migration(forecast: Forecast) -> Callable[["Axes"], "Axes"]:
+def _migration(forecast: Forecast) -> Callable[[Axes], Axes]:
     return lambda ax: plot.migration(forecast, ax)
 
 
-def _picture(text: str, draw: Callable[["Axes"], "Axes"]) -> str:
+def _picture(text: str, draw: Callable[[Axes], Axes]) -> str:
     """Draw into a figure of its own, apart from pyplot's, and return it as an image inside the page."""
     try:
         import matplotlib as mpl

@@ -1,1 +1,1 @@
-"""Where dirty pages come from: one file a source."""
+"""Where dirty pages come from: one file, or one folder with a face, for each source."""

@@ -1,5 +1,7 @@
 """The manners of whoever owns a descriptor, a mapping or a handler: closed once, and never forgotten in silence."""
 
+from __future__ import annotations
+
 import os
 import warnings
 from types import TracebackType

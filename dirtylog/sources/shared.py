@@ -1,5 +1,7 @@
 """A dirty log in memory shared with other processes: the log of vhost-user."""
 
+from __future__ import annotations
+
 import contextlib
 import errno
 import fcntl
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Self, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
-from dirtylog._pages import DirtyPages, check_geometry
 from dirtylog.errors import DirtyLogError
 from dirtylog.sources._resource import Resource
 
@@ -65,6 +67,8 @@ class SharedLog(Resource):
     ...     log.harvest().indices().tolist()
     [17]
     """
+
+    __module__ = "dirtylog"
 
     page_size = LOG_PAGE
 
@@ -278,7 +282,7 @@ class SharedLog(Resource):
         return bitmap
 
     def harvest(
-        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: "Memory | None" = None
+        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: Memory | None = None
     ) -> DirtyPages:
         """Get and clear the marks, atomically.
 

@@ -23,7 +23,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_memory.h"
+#include "_bits/memory.h"
 #include "dirtylog/protect.h"
 #include "vm/_ring.h"
 

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 from _typeshed import ReadableBuffer
 
-from dirtylog._pages import DirtyPages
+from dirtylog._bits.pages import DirtyPages
 
 __all__ = ["Lock", "Mmu"]
 

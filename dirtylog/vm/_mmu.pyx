@@ -19,8 +19,8 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from dirtylog._blocks cimport Block, block_new
-from dirtylog._pages cimport DirtyPages, pages_from_sparse_blocks, pages_from_words_block
+from dirtylog._bits.blocks cimport Block, block_new
+from dirtylog._bits.pages cimport DirtyPages, pages_from_sparse_blocks, pages_from_words_block
 
 
 cdef extern from "<errno.h>" nogil:

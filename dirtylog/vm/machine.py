@@ -7,11 +7,11 @@ import operator
 import threading
 from typing import TYPE_CHECKING
 
-from dirtylog.vm import mmu
+from dirtylog.vm import dirty_log
 from dirtylog.vm._mmu import HUGE_PAGES, Lock, Mmu
 from dirtylog.vm.arch import Arch, find
 from dirtylog.vm.memslots import Memslot, Region, check_range, guest_memory, invalid
-from dirtylog.vm.ring import Rings, check_entries
+from dirtylog.vm.rings import Rings, check_entries
 from dirtylog.vm.vcpu import Vcpu
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from _typeshed import WriteableBuffer
 
-    from dirtylog._pages import DirtyPages
+    from dirtylog._bits.pages import DirtyPages
 
 __all__ = ["VM"]
 
@@ -90,6 +90,8 @@ class VM:
     >>> vm.get_dirty_log(0).count
     0
     """
+
+    __module__ = "dirtylog"
 
     def __init__(
         self,
@@ -308,7 +310,7 @@ class VM:
 
         See Also
         --------
-        dirtylog.vm.mmu.get_dirty_log : the steps, their order and their locks.
+        dirtylog.vm.dirty_log.get_dirty_log : the steps, their order and their locks.
         """
         return self.arch.get_dirty_log(self, operator.index(slot), out)
 
@@ -348,7 +350,8 @@ class VM:
         ----------
         ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
-        mmu.clear_dirty_log(self, operator.index(slot), operator.index(first_page), operator.index(num_pages), dirty)
+        first, count = operator.index(first_page), operator.index(num_pages)
+        dirty_log.clear_dirty_log(self, operator.index(slot), first, count, dirty)
 
     def harvest_rings(self) -> dict[int, DirtyPages]:
         """Harvest and reset every vCPU's dirty ring: ``KVM_RESET_DIRTY_RINGS``.
@@ -389,7 +392,7 @@ class VM:
         if self.rings is not None:
             with self.slots_lock:
                 return self.rings.take(slot, clear=False)
-        return mmu.peek(self, slot)
+        return dirty_log.peek(self, slot)
 
     def __repr__(self) -> str:
         """Name the architecture and the number of vCPUs."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from _typeshed import WriteableBuffer
 
-    from dirtylog._pages import DirtyPages
+    from dirtylog._bits.pages import DirtyPages
     from dirtylog.vm.machine import VM
 
 __all__ = ["Memslot", "Region"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog.vm.ring import DirtyRingFull
+from dirtylog.vm.rings import DirtyRingFull
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,7 +9,7 @@ import pytest
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import kvm
-from dirtylog.sources._guest import Guest
+from dirtylog.sources.kvm._guest import Guest
 
 BASE_GFN = 1 << 16
 

@@ -324,8 +324,7 @@ def test_a_live_bitmap_is_neither_pickled_nor_hashed_by_its_bits():
 
 
 def test_a_forged_pickle_is_checked_like_any_foreign_data():
-    rebuild, arguments = dl.DirtyPages.from_indices([1], 100).__reduce__()
-    npages, page_size, exact, *_ = arguments
+    *_, (npages, page_size, exact, *_) = dl.DirtyPages.from_indices([1], 100).__reduce__()
     word = (1 << 40).to_bytes(8, "little")
     for numbers, masks, words in (
         ((5).to_bytes(8, "little"), word, None),
@@ -337,7 +336,15 @@ def test_a_forged_pickle_is_checked_like_any_foreign_data():
         (None, None, word),
     ):
         with pytest.raises((ValueError, TypeError)):
-            rebuild(npages, page_size, exact, numbers, masks, words)
+            dl.DirtyPages.__new__(dl.DirtyPages).__setstate__((npages, page_size, exact, numbers, masks, words))
+
+
+def test_setstate_does_not_change_pages_that_are_there():
+    pages = dl.DirtyPages.from_indices([1], 100)
+    *_, state = dl.DirtyPages.from_indices([2], 100).__reduce__()
+    with pytest.raises(TypeError, match="never change"):
+        pages.__setstate__(state)
+    assert pages.indices().tolist() == [1]
 
 
 def test_backend_unavailable_says_what_was_probed_and_survives_a_pickle():

@@ -104,7 +104,7 @@ def test_the_engine_finds_a_branch_behind_three_others(tmp_path):
 
 def test_a_finding_is_kept_and_fails_the_run(tmp_path):
     code = (
-        "import sys, runpy\nfrom dirtylog.sinks import sidecar\n"
+        "import sys, runpy\nfrom dirtylog.sinks.snapshot import sidecar\n"
         "real = sidecar._integer\n"
         "def broken(value, low, high, what):\n"
         "    if what == 'epoch' and value != 3: raise KeyError(value)\n"

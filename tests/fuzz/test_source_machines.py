@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, DirtyLogError
-from dirtylog.sources import _kvm
+from dirtylog.sources.kvm import _kvm
 
 
 class SharedLogMachine(RuleBasedStateMachine):

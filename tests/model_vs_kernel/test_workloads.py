@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dirtylog as dl
 from dirtylog.sources import kvm
-from dirtylog.sources._guest import Guest
+from dirtylog.sources.kvm._guest import Guest
 
 probed = kvm.probe()
 pytestmark = pytest.mark.skipif(not probed.available, reason=probed.reason)

@@ -19,7 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_simd.h"
+#include "_bits/simd.h"
 #include "dirtylog/bitmap.h"
 
 #define MARKERS 3

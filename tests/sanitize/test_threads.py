@@ -65,7 +65,7 @@ def test_marks_ranges_batches_and_harvests_race_with_nothing_and_lose_nothing(co
 # ThreadSanitizer takes a vector load for a plain one, so it watches the scalar kernels; of the others the count tells.
 @pytest.mark.parametrize(("path", "options"), [("scalar", ["-fsanitize=thread"]), ("avx2", []), ("avx512", [])])
 def test_a_harvest_by_the_kernels_races_with_nothing_and_loses_nothing(compiler, tmp_path, path, options):
-    program, built = build(tmp_path, compiler, *options, "-DKERNELS", str(ROOT / "dirtylog" / "_simd.c"))
+    program, built = build(tmp_path, compiler, *options, "-DKERNELS", str(ROOT / "dirtylog" / "_bits" / "simd.c"))
     assert built.returncode == 0, built.stderr
     done = run(program, path)
     if done.returncode == 3:

@@ -10,7 +10,7 @@ import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog
 from dirtylog.sinks.migrate import MigrationError, NotConverging, Policy, receive, send
-from dirtylog.sinks.wire import Channel, Kind, WireError
+from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
 
 NPAGES = 600
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dirtylog as dl
-from dirtylog._strip import density, strip_html, strip_svg
+from dirtylog._bits.strip import density, strip_html, strip_svg
 from dirtylog.sinks.forecast import Forecast, Round
 
 # ---- the strip: no dependency ----------------------------------------------------------------------

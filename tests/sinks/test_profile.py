@@ -8,8 +8,8 @@ import textwrap
 import pytest
 
 import dirtylog as dl
-from dirtylog.sinks.own_memory import Area
 from dirtylog.sinks.profile import Profiler
+from dirtylog.sinks.profile.own_memory import Area
 
 PAGE = 4096
 
@@ -56,7 +56,7 @@ def memory():
 
 @pytest.fixture
 def profiler(memory, monkeypatch):
-    monkeypatch.setattr("dirtylog.sinks.own_memory.price_of_a_first_write", lambda track: 1e-6)
+    monkeypatch.setattr("dirtylog.sinks.profile.own_memory.price_of_a_first_write", lambda track: 1e-6)
     return Profiler(
         interval=1.0,
         every=[1.0, 2.0, 100.0],
@@ -191,7 +191,7 @@ sys.exit(command.run(parser.parse_args()))
 @pytest.fixture
 def userfaultfd():
     try:
-        from dirtylog.sinks.own_memory import price_of_a_first_write, track_area
+        from dirtylog.sinks.profile.own_memory import price_of_a_first_write, track_area
 
         price_of_a_first_write(track_area)
     except dl.BackendUnavailable as error:
@@ -294,7 +294,7 @@ def test_a_real_array_is_counted_page_by_page(userfaultfd):
 
     import numpy as np
 
-    from dirtylog.sinks import own_memory
+    from dirtylog.sinks.profile import own_memory
 
     with mmap.mmap(-1, 2048 * mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         pages = np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks import snapshot
-from dirtylog.sinks.snapshot import SnapshotError, info, rebase, restore, save, save_diff, verify
+from dirtylog.sinks.snapshot import SnapshotError, info, rebase, restore, save, save_diff, sidecar, verify
 
 NPAGES = 300
 
@@ -301,7 +300,7 @@ def test_a_damaged_diff_is_not_laid_over_its_base(tmp_path):
 
 
 def restored_pages(path):
-    return snapshot.sidecars.read(str(path))[0].pages().indices()
+    return sidecar.read(str(path))[0].pages().indices()
 
 
 def flip(path, offset, bit):

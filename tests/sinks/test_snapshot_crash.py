@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks import snapshot, staged
-from dirtylog.sinks.snapshot import SnapshotError, rebase, restore, save, save_diff, verify
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import SnapshotError, rebase, restore, save, save_diff, staged, verify
 
 NPAGES = 64
 

@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from dirtylog.sinks import sidecar as sidecars
-from dirtylog.sinks.sidecar import SnapshotError, hasher
 from dirtylog.sinks.snapshot import info, rebase, restore, save, verify
+from dirtylog.sinks.snapshot import sidecar as sidecars
+from dirtylog.sinks.snapshot.sidecar import SnapshotError, hasher
 
 
 @pytest.fixture

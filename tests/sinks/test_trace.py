@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dirtylog as dl
-from dirtylog.sinks import tracefile
 from dirtylog.sinks.rate import RateMeter
-from dirtylog.sinks.trace import Recorder, Trace, TraceError, record, replay, what_if
+from dirtylog.sinks.trace import Recorder, Trace, TraceError, layout, record, replay, what_if
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra: trace) is not installed")
@@ -55,7 +54,7 @@ def test_what_is_recorded_comes_back(tmp_path_factory, epochs):
 
 
 def test_epochs_larger_than_a_batch_come_back_whole(path, monkeypatch):
-    monkeypatch.setattr(tracefile, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(layout, "ROWS_AT_ONCE", 64)
     epochs = [(float(i), range(0, NPAGES, 2 + i)) for i in range(6)]
     write(path, epochs)
     with Trace(path) as trace:
@@ -113,7 +112,7 @@ def test_a_recorder_refuses_what_would_not_read_back(path):
     with pytest.raises(ValueError, match="closed"):
         recorder.write(3.0, pages([1]))
     with pytest.raises(ValueError, match="a trace holds up to"):
-        Recorder(path, tracefile.MAX_TRACE_PAGES + 1)
+        Recorder(path, layout.MAX_TRACE_PAGES + 1)
     with Trace(path) as trace:
         assert trace.length == 1
 
@@ -196,7 +195,7 @@ GOOD_ROWS = {
 
 
 def forge(path, header=None, rows=None, raw=None, **changes):
-    schema = pa.schema([pa.field(n, pa.type_for_alias(kind)) for n, kind in tracefile.COLUMNS.items()])
+    schema = pa.schema([pa.field(n, pa.type_for_alias(kind)) for n, kind in layout.COLUMNS.items()])
     table = pa.table({**GOOD_ROWS, **(rows or {})}, schema=schema)
     header = json.dumps({**GOOD_HEADER, **changes} if header is None else header).encode() if raw is None else raw
     pq.write_table(table.replace_schema_metadata({"dirtylog": header}), path)
@@ -262,7 +261,7 @@ def test_a_file_that_is_no_trace_is_refused(path):
 
 def test_a_row_group_that_would_fill_memory_is_refused(path, monkeypatch):
     write(path, [(1.0, range(0, 200, 2))])
-    monkeypatch.setattr(tracefile, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(layout, "ROWS_AT_ONCE", 50)
     with pytest.raises(TraceError, match="row group 0 claims 100 rows"):
         Trace(path)
 
@@ -270,8 +269,8 @@ def test_a_row_group_that_would_fill_memory_is_refused(path, monkeypatch):
 def test_a_page_that_unpacks_to_more_than_the_footer_says_is_refused_before_it_is_unpacked(path):
     """The footer is made to speak of 1000 rows; the pages still unpack to 16 Mi rows, half a GiB."""
     rows = 1 << 24
-    names = list(tracefile.COLUMNS)
-    schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in tracefile.COLUMNS.items()])
+    names = list(layout.COLUMNS)
+    schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in layout.COLUMNS.items()])
     columns = [np.zeros(rows), np.ones(rows, np.int64), *[np.zeros(rows, np.int64)] * 2, np.ones(rows, bool)]
     header = {"version": 1, "npages": NPAGES, "page_size": 4096, "epochs": 1, "regions": {}}
     whole = {"data_page_size": 1 << 30, "max_rows_per_page": rows, "write_batch_size": rows, "use_dictionary": False}

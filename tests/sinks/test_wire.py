@@ -9,8 +9,8 @@ import pytest
 import zstandard
 
 from dirtylog.sinks.migrate import MigrationError, receive
-from dirtylog.sinks.migration import HELLO, PAGES, ROUND
-from dirtylog.sinks.wire import MAX_EXTENTS, MAX_PAYLOAD, Channel, Kind, WireError
+from dirtylog.sinks.migrate.payloads import HELLO, PAGES, ROUND
+from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_PAYLOAD, Channel, Kind, WireError
 
 NBYTES = 16 * 4096 - 100
 

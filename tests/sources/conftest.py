@@ -2,8 +2,7 @@
 
 import pytest
 
-from dirtylog.sources import _tracking
-from dirtylog.sources.memory import BACKENDS
+from dirtylog.sources.memory import BACKENDS, _tracking
 
 
 @pytest.fixture(params=BACKENDS)

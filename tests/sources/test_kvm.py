@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from dirtylog import BackendUnavailable, DirtyLogError, DirtyPages, IncompleteLogWarning
-from dirtylog.sources import _kvm, kvm, kvm_rings
-from dirtylog.sources._guest import Guest
+from dirtylog.sources import kvm
+from dirtylog.sources.kvm import _kvm
+from dirtylog.sources.kvm import rings as kvm_rings
+from dirtylog.sources.kvm._guest import Guest
 
 probed = kvm.probe()
 needs_kvm = pytest.mark.skipif(not probed.available, reason=probed.reason)

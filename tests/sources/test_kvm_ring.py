@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirtylog.sources import _kvm
+from dirtylog.sources.kvm import _kvm
 
 PAGE = 4096
 DIRTY, RESET = 1, 2

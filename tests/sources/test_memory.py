@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 
 PAGE = mmap.PAGESIZE
 
@@ -295,7 +295,7 @@ def test_a_failed_track_lets_go_of_the_buffer(monkeypatch):
     memory = bytearray(10)
     with pytest.raises(ValueError, match="back end"):
         dl.track(memory, "none")
-    monkeypatch.setattr("dirtylog.sources.memory._Compare", _refuse)
+    monkeypatch.setattr("dirtylog.sources.memory.tracker.Compare", _refuse)
     with pytest.raises(dl.BackendUnavailable, match="no room for the copy"):
         dl.track(memory, "compare")
     memory.extend(b"still resizable")

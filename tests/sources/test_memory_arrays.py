@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import arrays
-from dirtylog.sources.probe import mappings_of
+from dirtylog.sources.memory import arrays
+from dirtylog.sources.memory.probe import mappings_of
 
 PAGE = mmap.PAGESIZE
 MAKERS = [dl.empty, dl.zeros]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 
 
 def run(code, backend):
@@ -14,7 +14,7 @@ def run(code, backend):
 import mmap, os, signal, sys, threading, warnings
 import numpy as np
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 warnings.simplefilter("error")
 backend = {backend!r}
 PAGE = mmap.PAGESIZE

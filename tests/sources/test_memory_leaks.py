@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 
 PAGE = mmap.PAGESIZE
 

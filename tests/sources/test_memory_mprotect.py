@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 
 PAGE = mmap.PAGESIZE
 REFUSAL = _tracking.probe("mprotect")
@@ -31,7 +31,7 @@ def run(code, returncode=0):
 import ctypes, faulthandler, mmap, os, signal, sys, threading, warnings
 import numpy as np
 import dirtylog as dl
-from dirtylog.sources import _tracking
+from dirtylog.sources.memory import _tracking
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
@@ -380,7 +380,7 @@ def test_a_close_between_two_chunks_of_a_harvest_leaves_no_page_protected():
     """The harvest's first store to its answer faults, outside the lock, and the handler closes the tracker there."""
     code = """
 from types import SimpleNamespace
-from dirtylog.sources.probe import mappings_of
+from dirtylog.sources.memory.probe import mappings_of
 array = dl.zeros((32768, PAGE), np.uint8)
 answer = mmap.mmap(-1, PAGE)
 words = np.frombuffer(answer, np.uint64)

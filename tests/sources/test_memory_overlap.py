@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
-from dirtylog.sources.memory import BACKENDS
+from dirtylog.sources.memory import BACKENDS, _tracking
 
 PAGE = mmap.PAGESIZE
 

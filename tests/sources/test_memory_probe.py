@@ -5,9 +5,9 @@ import mmap
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _tracking
-from dirtylog.sources import probe as module
-from dirtylog.sources.probe import Facility, Mapping, mappings_of, probe
+from dirtylog.sources.memory import _tracking
+from dirtylog.sources.memory import probe as module
+from dirtylog.sources.memory.probe import Facility, Mapping, mappings_of, probe
 
 PAGE = mmap.PAGESIZE
 

@@ -6,7 +6,7 @@ import pytest
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import kvm
-from dirtylog.sources._guest import Guest
+from dirtylog.sources.kvm._guest import Guest
 
 pytestmark = pytest.mark.stress
 

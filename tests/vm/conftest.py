@@ -8,7 +8,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.vm import arch
-from dirtylog.vm.ring import DirtyRingFull
+from dirtylog.vm.rings import DirtyRingFull
 
 UNSUPPORTED = ("arm64-stub", "powerpc-booke")
 HARVESTING = tuple(name for name in arch.names() if name not in UNSUPPORTED)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.vm import ring
+from dirtylog.vm import rings
 from dirtylog.vm.arch.x86 import X86
 
 
@@ -204,10 +204,10 @@ def test_a_slot_of_a_ringed_machine_is_a_source(ringed, kit):
 
 def test_a_vcpu_leaves_at_the_soft_limit_and_goes_on_after_a_harvest(ringed, kit):
     vcpu, gfns = ringed.vcpus[0], kit.base_gfn + np.arange(200)
-    with pytest.raises(ring.DirtyRingFull, match="harvest_rings") as caught:
+    with pytest.raises(rings.DirtyRingFull, match="harvest_rings") as caught:
         vcpu.touch(gfns)
     assert caught.value.done == 128 - 64
-    with pytest.raises(ring.DirtyRingFull) as again:
+    with pytest.raises(rings.DirtyRingFull) as again:
         vcpu.write(int(gfns[0]) * 4096, b"x" * 5000)
     assert again.value.done == 0
     ringed.vcpus[1].touch(gfns[100:150])
@@ -500,7 +500,7 @@ def test_copying_by_the_rings_while_two_vcpus_store_ends_in_equal_memory(kit):
             try:
                 vcpu.store(gfns, value)
                 return
-            except ring.DirtyRingFull as full:
+            except rings.DirtyRingFull as full:
                 gfns = gfns[full.done :]
                 copy()
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 import dirtylog as dl
-from dirtylog.vm import arch, mmu
+from dirtylog.vm import arch, dirty_log
 from dirtylog.vm.arch.x86 import X86
 
 PAGE, FRESH_PAGE = 3, 70
@@ -107,7 +107,7 @@ class ProtectBeforeSnapshotUnlocked(Injecting):
 class ProtectAfterSnapshotLocked(Injecting):
     def get_dirty_log(self, vm, slot, out=None):
         self.inject()
-        return mmu.get_dirty_log(vm, slot, out)
+        return dirty_log.get_dirty_log(vm, slot, out)
 
 
 def run(injecting, kit, injected, contents=False):

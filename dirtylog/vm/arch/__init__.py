@@ -8,14 +8,14 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar
 
-from dirtylog.vm import mmu
+from dirtylog.vm import dirty_log
 from dirtylog.vm._mmu import PROTECT_EACH
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dirtylog._pages import DirtyPages
+    from dirtylog._bits.pages import DirtyPages
     from dirtylog.vm.machine import VM
 
 __all__ = ["Arch", "Unsupported", "find", "names", "register"]
@@ -70,6 +70,8 @@ class Arch:
     array([3])
     """
 
+    __module__ = "dirtylog"
+
     name: ClassVar[str] = ""
     user_mem_slots: ClassVar[int] = 32
     dirtying: ClassVar[str] = "fault"
@@ -78,7 +80,7 @@ class Arch:
 
     def get_dirty_log(self, vm: VM, slot: int, out: object = None) -> DirtyPages:
         """Do the whole call (HAVE_KVM_ARCH_DIRTY_LOG); KVM's four steps unless overridden."""
-        return mmu.get_dirty_log(vm, slot, out)
+        return dirty_log.get_dirty_log(vm, slot, out)
 
     def sync_dirty_log(self, vm: VM, slot: int) -> None:
         """Before a harvest: move what the hardware recorded into the slot's log."""

@@ -1,5 +1,7 @@
 """arm: write protection of a mask's whole range, and a TLB flush of its own."""
 
+from __future__ import annotations
+
 from dirtylog.vm._mmu import PROTECT_RANGE_FLUSH_VMID
 from dirtylog.vm.arch import Arch
 

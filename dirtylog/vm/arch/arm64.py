@@ -1,5 +1,7 @@
 """arm64: the generic log its port was announced with, and the stub the patch series left."""
 
+from __future__ import annotations
+
 import errno
 from typing import ClassVar
 

@@ -1,5 +1,7 @@
 """ia64: one log of the whole machine, under its own lock, filled by TLB refills."""
 
+from __future__ import annotations
+
 from dirtylog.vm._mmu import NO_PROTECTION
 from dirtylog.vm.arch import Arch
 

@@ -1,5 +1,7 @@
 """x86: write faults mark, and a harvest write-protects each page it takes."""
 
+from __future__ import annotations
+
 from dirtylog.vm._mmu import PROTECT_DIRTY_BITS, PROTECT_EACH
 from dirtylog.vm.arch import Arch
 

@@ -1,0 +1,1 @@
+# Lets the other extension modules cimport from here.

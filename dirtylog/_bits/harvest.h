@@ -1,0 +1,88 @@
+/* What a harvest takes, and where it puts it: pages, lines and foreign words of a bitmap. */
+#ifndef DIRTYLOG_HARVEST_H
+#define DIRTYLOG_HARVEST_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "_bits/simd.h"
+#include "dirtylog/bitmap.h"
+
+struct dl_basket {
+    const struct dl_kernels *k;
+    uint64_t *numbers, *masks; /* sparse: entries, as many as `capacity` */
+    size_t entries, capacity;
+    uint64_t *out; /* dense if not NULL; zeroed */
+    int clear;
+};
+
+/* Whole words [start, end). */
+static inline void dl_take_words(struct dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
+{
+    if (basket->out)
+        basket->k->take_dense(words + start, end - start, basket->out + start, basket->clear);
+    else
+        basket->entries += basket->k->take_sparse(words, start, end, basket->numbers + basket->entries,
+                                              basket->masks + basket->entries, basket->clear);
+}
+
+/* Pages [first, end) word by word, the first and the last perhaps in part. */
+static inline void dl_take_part(struct dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
+{
+    if (first >= end)
+        return;
+    for (uint64_t word = first / DL_WORD_PAGES; word <= (end - 1) / DL_WORD_PAGES; word++) {
+        uint64_t mask = dl_mask_part(word * DL_WORD_PAGES, first, end - 1);
+        uint64_t bits = basket->clear ? dl_harvest_mask(&words[word], mask) : dl_load_relaxed(&words[word]) & mask;
+        if (basket->out) {
+            basket->out[word] = bits;
+        } else if (bits) {
+            basket->numbers[basket->entries] = word;
+            basket->masks[basket->entries++] = bits;
+        }
+    }
+}
+
+/* The words of the lines that the summary named. */
+static inline void dl_take_lines(struct dl_basket *basket, uint64_t *words, const struct dl_taken *taken, size_t n)
+{
+    if (basket->out)
+        basket->k->take_lines_dense(words, taken, n, basket->out, basket->clear);
+    else
+        basket->entries += basket->k->take_lines_sparse(words, taken, n, basket->numbers + basket->entries,
+                                                    basket->masks + basket->entries, basket->clear);
+}
+
+/* The lines noted, and word by word the pages left and right of them. */
+static inline void dl_take_range(struct dl_basket *basket, const struct dl_bitmap *b, uint64_t first, uint64_t head_end,
+                                 const struct dl_taken *taken, size_t ntaken, uint64_t tail_first, uint64_t end)
+{
+    /* I4: no word is read before the summary is seen to be taken. On x86 the exchange orders that by
+     * itself; elsewhere its store may still be under way when the loads that follow it are done. */
+    dl_fence_seq_cst();
+    dl_take_part(basket, b->words, first, head_end);
+    dl_take_lines(basket, b->words, taken, ntaken);
+    dl_take_part(basket, b->words, tail_first, end);
+}
+
+/* Scan words [start, end), which no summary describes; returns where the basket was full. */
+static inline uint64_t dl_take_foreign(struct dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
+{
+    while ((start = basket->k->next_nonzero(words, start, end)) < end) {
+        uint64_t chunk = end - start < DL_GROUP_WORDS ? end - start : DL_GROUP_WORDS;
+        if (!basket->out && basket->capacity - basket->entries < chunk)
+            break;
+        dl_take_words(basket, words, start, start + chunk);
+        start += chunk;
+    }
+    return start;
+}
+
+/* I5: entries that were taken, and that there is no memory to hand out, are marked again. */
+static inline void dl_put_back(const struct dl_basket *basket, const struct dl_bitmap *b)
+{
+    for (size_t i = 0; basket->clear && i < basket->entries; i++)
+        dl_mark_mask(b, basket->numbers[i], basket->masks[i]);
+}
+
+#endif /* DIRTYLOG_HARVEST_H */

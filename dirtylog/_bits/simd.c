@@ -1,0 +1,523 @@
+/* Vector kernels, one set for each instruction set, with run-time dispatch.
+ *
+ * The bodies are written once, as inline functions over a few primitives (which
+ * words of a line are not zero, taking a whole line, the pages of a word), and
+ * instantiated for each instruction set.
+ */
+#include "_bits/simd.h"
+
+#include <string.h>
+
+#if defined(__SANITIZE_THREAD__)
+#define DL_UNDER_TSAN
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define DL_UNDER_TSAN
+#endif
+#endif
+
+#define DL_INLINE static inline __attribute__((always_inline))
+
+typedef unsigned (*dl_line_mask_fn)(const uint64_t *line);
+typedef void (*dl_take_line_fn)(uint64_t *line, uint64_t *out);
+typedef int (*dl_expand_singles_fn)(const uint64_t *numbers, const uint64_t *masks, int64_t *out);
+typedef void (*dl_expand_word_fn)(uint64_t word, unsigned bits, int64_t first, int64_t *out);
+
+/* ---- bodies --------------------------------------------------------------- */
+
+DL_INLINE uint64_t popcount_body(const uint64_t *words, size_t n)
+{
+    uint64_t total = 0;
+    for (size_t i = 0; i < n; i++)
+        total += (uint64_t)__builtin_popcountll(words[i]);
+    return total;
+}
+
+DL_INLINE size_t next_nonzero_body(const uint64_t *words, size_t from, size_t n, dl_line_mask_fn line_mask)
+{
+    for (; from + DL_LINE_WORDS <= n; from += DL_LINE_WORDS) {
+        unsigned mask = line_mask(words + from);
+        if (mask)
+            return from + (size_t)__builtin_ctz(mask);
+    }
+    for (; from < n; from++)
+        if (dl_load_relaxed(&words[from]))
+            break;
+    return from;
+}
+
+DL_INLINE uint64_t take_word(uint64_t *word, int clear)
+{
+    return clear ? dl_exchange(word, 0) : dl_load_relaxed(word);
+}
+
+/* Which of the words [at, end) are not zero, of a line at most. */
+DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_line_mask_fn line_mask)
+{
+    if (at + DL_LINE_WORDS <= end)
+        return line_mask(words + at);
+    unsigned mask = 0;
+    for (unsigned i = 0; at + i < end; i++)
+        mask |= (unsigned)(dl_load_relaxed(&words[at + i]) != 0) << i;
+    return mask;
+}
+
+/* I4: the summary before the words. Eight groups are tested at once; `taken` has
+ * room for eight more whenever there is another turn. */
+DL_INLINE size_t take_summary_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
+                                   struct dl_taken *taken, size_t room, int clear, uint64_t *nlines,
+                                   dl_line_mask_fn line_mask)
+{
+    uint64_t group = *next, end = (end_line + DL_GROUP_LINES - 1) / DL_GROUP_LINES;
+    size_t n = 0;
+    for (; group < end && n + DL_LINE_WORDS <= room; group += DL_LINE_WORDS) {
+        for (unsigned mask = words_mask(b->summary, group, end, line_mask); mask; mask &= mask - 1) {
+            uint64_t at = group + (uint64_t)__builtin_ctz(mask);
+            uint64_t part = dl_mask_part(at * DL_GROUP_LINES, first_line, end_line - 1);
+            uint64_t lines = clear ? dl_summary_take(b, at, part) : dl_load_relaxed(&b->summary[at]) & part;
+            taken[n].group = at;
+            taken[n].lines = lines;
+            n += lines != 0;
+            *nlines += (uint64_t)__builtin_popcountll(lines);
+        }
+    }
+    *next = group;
+    return n;
+}
+
+/* ---- one line: which of its words are not zero is found at once, for all of them,
+ * and those are taken. A mark that comes in between finds the summary bit taken and
+ * sets it again (I4), or, without a summary, is for the next harvest. ---- */
+
+/* A word that was not zero may have been taken by another harvester since: an empty
+ * exchange is no entry. */
+DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, unsigned mask, uint64_t *numbers, uint64_t *masks,
+                                  size_t count, int clear)
+{
+    for (; mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        numbers[count] = word;
+        masks[count] = take_word(&words[word], clear);
+        count += masks[count] != 0;
+    }
+    return count;
+}
+
+DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64_t *out, int clear,
+                               dl_take_line_fn take_line)
+{
+    if (mask == 0xff && clear) {
+        take_line(words + at, out + at);
+        return;
+    }
+    for (; mask; mask &= mask - 1) {
+        size_t word = at + (size_t)__builtin_ctz(mask);
+        out[word] = take_word(&words[word], clear);
+    }
+}
+
+/* ---- the lines that a summary named; our own words, so that the last line is whole ---- */
+
+/* Lines asked for before they are taken, which covers a miss in every cache. */
+#define DL_AHEAD_LINES 48u
+
+DL_INLINE unsigned prefetch_lines(const uint64_t *words, const struct dl_taken *taken)
+{
+    for (uint64_t lines = taken->lines; lines; lines &= lines - 1)
+        __builtin_prefetch(words + taken->group * DL_GROUP_WORDS + dl_ffs(lines) * DL_LINE_WORDS, 1);
+    return (unsigned)__builtin_popcountll(taken->lines);
+}
+
+DL_INLINE size_t take_lines_sparse_body(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *numbers,
+                                        uint64_t *masks, int clear, dl_line_mask_fn line_mask)
+{
+    size_t count = 0, next = 0;
+    unsigned ahead = 0;
+    for (size_t i = 0; i < groups; i++) {
+        while (next < groups && ahead < DL_AHEAD_LINES)
+            ahead += prefetch_lines(words, &taken[next++]);
+        ahead -= (unsigned)__builtin_popcountll(taken[i].lines);
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
+            size_t at = taken[i].group * DL_GROUP_WORDS + dl_ffs(lines) * (size_t)DL_LINE_WORDS;
+            count = take_line_sparse(words, at, line_mask(words + at), numbers, masks, count, clear);
+        }
+    }
+    return count;
+}
+
+/* Most lines are dirty: the processor's own prefetcher does as well. */
+DL_INLINE void take_lines_dense_body(uint64_t *words, const struct dl_taken *taken, size_t groups, uint64_t *out, int clear,
+                                     dl_line_mask_fn line_mask, dl_take_line_fn take_line)
+{
+    for (size_t i = 0; i < groups; i++)
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
+            size_t at = taken[i].group * DL_GROUP_WORDS + dl_ffs(lines) * (size_t)DL_LINE_WORDS;
+            take_line_dense(words, at, line_mask(words + at), out, clear, take_line);
+        }
+}
+
+/* ---- every line of some words, whose summary nobody keeps ---- */
+
+DL_INLINE void take_dense_body(uint64_t *words, size_t n, uint64_t *out, int clear, dl_line_mask_fn line_mask,
+                               dl_take_line_fn take_line)
+{
+    for (size_t at = 0; at < n; at += DL_LINE_WORDS)
+        take_line_dense(words, at, words_mask(words, at, n, line_mask), out, clear, take_line);
+}
+
+DL_INLINE size_t take_sparse_body(uint64_t *words, size_t first, size_t end, uint64_t *numbers, uint64_t *masks, int clear,
+                                  dl_line_mask_fn line_mask)
+{
+    size_t count = 0;
+    for (size_t at = first; at < end; at += DL_LINE_WORDS)
+        count = take_line_sparse(words, at, words_mask(words, at, end, line_mask), numbers, masks, count, clear);
+    return count;
+}
+
+/* The word by word way, for the end of the output, where a vector store could
+ * reach past it. */
+DL_INLINE size_t expand_word_exactly(uint64_t word, int64_t first, int64_t *out, size_t room)
+{
+    size_t count = 0;
+    for (; word && count < room; word &= word - 1)
+        out[count++] = first + (int64_t)dl_ffs(word);
+    return count;
+}
+
+DL_INLINE size_t expand_word(uint64_t word, int64_t first, int64_t *out, size_t count, size_t capacity,
+                             dl_expand_word_fn expand)
+{
+    if (capacity - count < DL_WORD_PAGES)
+        return count + expand_word_exactly(word, first, out + count, capacity - count);
+    unsigned bits = (unsigned)__builtin_popcountll(word);
+    expand(word, bits, first, out + count);
+    return count + bits;
+}
+
+DL_INLINE size_t expand_body(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity,
+                             dl_line_mask_fn line_mask, dl_expand_word_fn expand)
+{
+    size_t count = 0, i = 0;
+    for (; i + DL_LINE_WORDS <= n; i += DL_LINE_WORDS) {
+        unsigned mask = line_mask(words + i);
+        for (; mask; mask &= mask - 1) {
+            size_t at = i + (size_t)__builtin_ctz(mask);
+            count = expand_word(dl_load_relaxed(&words[at]), first + (int64_t)(at * DL_WORD_PAGES), out, count, capacity, expand);
+        }
+    }
+    for (; i < n; i++)
+        if (words[i])
+            count = expand_word(dl_load_relaxed(&words[i]), first + (int64_t)(i * DL_WORD_PAGES), out, count, capacity, expand);
+    return count;
+}
+
+/* Where little is dirty most words have one page: eight such entries are one store. */
+DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out, size_t capacity,
+                                    dl_expand_singles_fn expand_singles, dl_expand_word_fn expand)
+{
+    size_t count = 0, i = 0;
+    while (i < n) {
+        if (n - i >= DL_LINE_WORDS && capacity - count >= DL_LINE_WORDS && expand_singles(numbers + i, masks + i, out + count)) {
+            count += DL_LINE_WORDS;
+            i += DL_LINE_WORDS;
+            continue;
+        }
+        for (size_t end = n - i < DL_LINE_WORDS ? n : i + DL_LINE_WORDS; i < end; i++)
+            count = expand_word(masks[i], (int64_t)(numbers[i] * DL_WORD_PAGES), out, count, capacity, expand);
+    }
+    return count;
+}
+
+#define DL_INSTANTIATE(path, attributes)                                                                                   \
+    attributes static uint64_t popcount_##path(const uint64_t *words, size_t n)                                            \
+    {                                                                                                                      \
+        return popcount_body(words, n);                                                                                    \
+    }                                                                                                                      \
+    attributes static size_t next_nonzero_##path(const uint64_t *words, size_t from, size_t n)                             \
+    {                                                                                                                      \
+        return next_nonzero_body(words, from, n, line_mask_##path);                                                        \
+    }                                                                                                                      \
+    attributes static size_t take_summary_##path(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line,        \
+                                                 uint64_t *next, struct dl_taken *taken, size_t room, int clear,           \
+                                                 uint64_t *nlines)                                                         \
+    {                                                                                                                      \
+        return take_summary_body(b, first_line, end_line, next, taken, room, clear, nlines, line_mask_##path);             \
+    }                                                                                                                      \
+    attributes static void take_dense_##path(uint64_t *words, size_t n, uint64_t *out, int clear)                          \
+    {                                                                                                                      \
+        take_dense_body(words, n, out, clear, line_mask_##path, take_line_##path);                                         \
+    }                                                                                                                      \
+    attributes static size_t take_sparse_##path(uint64_t *words, size_t first, size_t end, uint64_t *numbers,              \
+                                                uint64_t *masks, int clear)                                                \
+    {                                                                                                                      \
+        return take_sparse_body(words, first, end, numbers, masks, clear, line_mask_##path);                               \
+    }                                                                                                                      \
+    attributes static void take_lines_dense_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,           \
+                                                   uint64_t *out, int clear)                                               \
+    {                                                                                                                      \
+        take_lines_dense_body(words, taken, groups, out, clear, line_mask_##path, take_line_##path);                       \
+    }                                                                                                                      \
+    attributes static size_t take_lines_sparse_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,        \
+                                                      uint64_t *numbers, uint64_t *masks, int clear)                       \
+    {                                                                                                                      \
+        return take_lines_sparse_body(words, taken, groups, numbers, masks, clear, line_mask_##path);                      \
+    }                                                                                                                      \
+    attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
+    {                                                                                                                      \
+        return expand_body(words, n, first, out, capacity, line_mask_##path, expand_word_##path);                          \
+    }                                                                                                                      \
+    attributes static size_t expand_sparse_##path(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,  \
+                                                  size_t capacity)                                                         \
+    {                                                                                                                      \
+        return expand_sparse_body(numbers, masks, n, out, capacity, expand_singles_##path, expand_word_##path);            \
+    }                                                                                                                      \
+    static const struct dl_kernels kernels_##path = {                                                                      \
+        #path,                                                                                                             \
+        popcount_##path,                                                                                                   \
+        next_nonzero_##path,                                                                                               \
+        take_summary_##path,                                                                                               \
+        take_dense_##path,                                                                                                 \
+        take_sparse_##path,                                                                                                \
+        take_lines_dense_##path,                                                                                           \
+        take_lines_sparse_##path,                                                                                          \
+        expand_##path,                                                                                                     \
+        expand_sparse_##path,                                                                                              \
+    };
+
+/* ---- scalar ---------------------------------------------------------------- */
+
+DL_INLINE unsigned line_mask_scalar(const uint64_t *line)
+{
+    unsigned mask = 0;
+    for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+        mask |= (unsigned)(dl_load_relaxed(&line[i]) != 0) << i;
+    return mask;
+}
+
+DL_INLINE void take_line_scalar(uint64_t *line, uint64_t *out)
+{
+    for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+        out[i] = dl_exchange(&line[i], 0);
+}
+
+DL_INLINE int expand_singles_scalar(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
+{
+    (void)numbers, (void)masks, (void)out;
+    return 0;
+}
+
+DL_INLINE void expand_word_scalar(uint64_t word, unsigned bits, int64_t first, int64_t *out)
+{
+    (void)bits;
+    for (; word; word &= word - 1)
+        *out++ = first + (int64_t)dl_ffs(word);
+}
+
+DL_INSTANTIATE(scalar, )
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+/* ---- a line of dirty words, two at a time --------------------------------------- */
+
+#define DL_CX16 __attribute__((target("cx16")))
+
+typedef unsigned __int128 dl_pair __attribute__((may_alias));
+
+/* One locked instruction for two words: a dense harvest is bound by their number.
+ * It is a full barrier like the exchanges that it stands for, and other processors'
+ * locked operations on either word come before it or after it, since all of them
+ * hold the line. If a mark came in between it takes nothing, and the words are
+ * exchanged one by one: nobody waits for anybody. */
+DL_CX16 DL_INLINE void take_pair(uint64_t *words, uint64_t *out)
+{
+    dl_pair seen = (dl_pair)dl_load_relaxed(&words[1]) << 64 | dl_load_relaxed(&words[0]);
+    if (__sync_bool_compare_and_swap((dl_pair *)words, seen, 0)) {
+        out[0] = (uint64_t)seen;
+        out[1] = (uint64_t)(seen >> 64);
+    } else {
+        out[0] = dl_exchange(&words[0], 0);
+        out[1] = dl_exchange(&words[1], 0);
+    }
+}
+
+/* Foreign words may be aligned to 8 bytes only. */
+DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
+{
+    if ((uintptr_t)line % sizeof(dl_pair))
+        take_line_scalar(line, out);
+    else
+        for (unsigned i = 0; i < DL_LINE_WORDS; i += 2)
+            take_pair(line + i, out + i);
+}
+/* ThreadSanitizer takes the two words by a routine of its own, which other threads' marks of one
+ * word do not respect: there each word is exchanged. */
+#ifdef DL_UNDER_TSAN
+#define take_line_vector take_line_scalar
+#else
+#define take_line_vector take_line_pairs
+#endif
+#define take_line_avx2 take_line_vector
+#define take_line_avx512 take_line_vector
+
+static int can_run_cx16(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_CMPXCHG16B;
+}
+
+/* Not every compiler's __builtin_cpu_supports() knows it. */
+static int can_run_lzcnt(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(0x80000001, &a, &b, &c, &d) && c & bit_LZCNT;
+}
+
+/* ---- AVX2: eight bits by a table of their positions ------------------------- */
+
+#define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
+
+/* Positions of the set bits of a byte, one a byte of the entry. Filled when the module is
+ * loaded, before any thread can call a kernel. */
+static uint64_t byte_positions[256];
+
+__attribute__((constructor)) static void fill_byte_positions(void)
+{
+    for (unsigned byte = 0; byte < 256; byte++) {
+        uint64_t entry = 0;
+        unsigned at = 0;
+        for (unsigned bit = 0; bit < 8; bit++)
+            if (byte >> bit & 1)
+                entry |= (uint64_t)bit << (8 * at++);
+        byte_positions[byte] = entry;
+    }
+}
+
+DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
+{
+    __m256i low = _mm256_loadu_si256((const __m256i *)line);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(line + 4));
+    __m256i any = _mm256_or_si256(low, high);
+    if (_mm256_testz_si256(any, any))
+        return 0;
+    __m256i zero = _mm256_setzero_si256();
+    unsigned clean = (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(low, zero))) |
+                     (unsigned)_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(high, zero))) << 4;
+    return ~clean & 0xff;
+}
+
+#define expand_singles_avx2 expand_singles_scalar
+
+/* Writes up to 8 numbers past the last one, within the 64 that expand_word()
+ * has made sure of: a byte's numbers never start past 56. */
+DL_AVX2 DL_INLINE void expand_word_avx2(uint64_t word, unsigned bits, int64_t first, int64_t *out)
+{
+    if (bits <= 6) {
+        for (; word; word &= word - 1)
+            *out++ = first + (int64_t)dl_ffs(word);
+        return;
+    }
+    for (unsigned byte = 0; byte < 8; byte++, word >>= 8, first += 8) {
+        __m128i positions = _mm_cvtsi64_si128((long long)byte_positions[word & 0xff]);
+        __m256i start = _mm256_set1_epi64x(first);
+        _mm256_storeu_si256((__m256i *)out, _mm256_add_epi64(start, _mm256_cvtepu8_epi64(positions)));
+        _mm256_storeu_si256((__m256i *)(out + 4),
+                            _mm256_add_epi64(start, _mm256_cvtepu8_epi64(_mm_srli_si128(positions, 4))));
+        out += __builtin_popcountll(word & 0xff);
+    }
+}
+
+DL_INSTANTIATE(avx2, DL_AVX2)
+
+/* ---- AVX-512: compress 64 positions in a register, then store ---------------- */
+
+#define DL_AVX512                                                                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt,lzcnt,cx16")))
+
+DL_AVX512 DL_INLINE unsigned line_mask_avx512(const uint64_t *line)
+{
+    __m512i words = _mm512_loadu_si512(line);
+    return _mm512_test_epi64_mask(words, words);
+}
+
+/* The pages of eight entries, if each has one; nothing is written otherwise. */
+DL_AVX512 DL_INLINE int expand_singles_avx512(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
+{
+    __m512i one = _mm512_set1_epi64(1), words = _mm512_loadu_si512(masks);
+    if (_mm512_cmpneq_epi64_mask(_mm512_popcnt_epi64(words), one))
+        return 0;
+    __m512i pages = _mm512_popcnt_epi64(_mm512_sub_epi64(words, one)); /* below the one bit: its place */
+    _mm512_storeu_si512(out, _mm512_add_epi64(_mm512_slli_epi64(_mm512_loadu_si512(numbers), 6), pages));
+    return 1;
+}
+
+/* Eight numbers a store, the last store reaching past the word's last number;
+ * never past the 64 that expand_word() has made sure of. The first two stores are made
+ * unconditionally: a branch mispredicted costs more than they do. */
+DL_AVX512 DL_INLINE void expand_word_avx512(uint64_t word, unsigned bits, int64_t first, int64_t *out)
+{
+    static const uint8_t every_position[64] __attribute__((aligned(64))) = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+        32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63,
+    };
+    __m512i start = _mm512_set1_epi64(first);
+    __m512i positions = _mm512_maskz_compress_epi8(word, _mm512_load_si512(every_position));
+    __m128i part = _mm512_castsi512_si128(positions);
+    _mm512_storeu_si512(out, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(part)));
+    _mm512_storeu_si512(out + 8, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(_mm_srli_si128(part, 8))));
+    if (bits <= 16)
+        return;
+    part = _mm512_extracti32x4_epi32(positions, 1);
+    _mm512_storeu_si512(out + 16, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(part)));
+    _mm512_storeu_si512(out + 24, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(_mm_srli_si128(part, 8))));
+    part = _mm512_extracti32x4_epi32(positions, 2);
+    _mm512_storeu_si512(out + 32, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(part)));
+    if (bits <= 40)
+        return;
+    _mm512_storeu_si512(out + 40, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(_mm_srli_si128(part, 8))));
+    part = _mm512_extracti32x4_epi32(positions, 3);
+    _mm512_storeu_si512(out + 48, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(part)));
+    _mm512_storeu_si512(out + 56, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(_mm_srli_si128(part, 8))));
+}
+
+DL_INSTANTIATE(avx512, DL_AVX512)
+
+static int can_run_avx2(void)
+{
+    return can_run_cx16() && can_run_lzcnt() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
+static int can_run_avx512(void)
+{
+    return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512vpopcntdq");
+}
+#endif /* __x86_64__ */
+
+/* ---- choice ------------------------------------------------------------------ */
+
+const struct dl_kernels *dl_kernels_at(size_t i)
+{
+    const struct dl_kernels *found[3];
+    size_t n = 0;
+#if defined(__x86_64__)
+    if (can_run_avx512())
+        found[n++] = &kernels_avx512;
+    if (can_run_avx2())
+        found[n++] = &kernels_avx2;
+#endif
+    found[n++] = &kernels_scalar;
+    return i < n ? found[i] : NULL;
+}
+
+const struct dl_kernels *dl_kernels_find(const char *name)
+{
+    const struct dl_kernels *kernels;
+    for (size_t i = 0; (kernels = dl_kernels_at(i)); i++)
+        if (!name || strcmp(name, kernels->name) == 0)
+            return kernels;
+    return NULL;
+}

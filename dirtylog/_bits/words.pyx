@@ -1,0 +1,188 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
+"""Drop-in functions on other people's memory: words that are a bitmap, pages that hold something."""
+
+import numpy as np
+
+from cpython.number cimport PyNumber_Index
+from libc.stdint cimport uint64_t
+from libc.string cimport memset
+
+from dirtylog._bits.blocks cimport Block, block_new, block_of_buffer, expand_words, kernels, runs_of_words
+from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
+
+from dirtylog._bits.pages import check_geometry
+
+
+cdef extern from "dirtylog/bits.h" nogil:
+    unsigned dl_ffs(uint64_t mask)
+    unsigned dl_fls(uint64_t mask)
+    uint64_t dl_words_for(uint64_t npages)
+
+
+cdef extern from "_bits/content.h" nogil:
+    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size,
+                          uint64_t *out)
+    void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
+
+
+__all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "zero_pages"]
+
+
+# ---- foreign words --------------------------------------------------------------------
+
+cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb) except -1:
+    """Refuse an output that overlaps what is being cleared."""
+    if a < b + nb and b < a + na:
+        raise ValueError("out overlaps the words it is to be harvested from; pass other memory")
+    return 0
+
+
+def harvest_words(words, out=None) -> np.ndarray:
+    """Get and clear every word of a buffer, atomically, a word or two at a time.
+
+    Parameters
+    ----------
+    words : buffer of uint64
+        Writable, contiguous, aligned to 8 bytes (I8); cleared in place.
+    out : buffer of uint64, optional
+        Receives the words; as long as `words`, and other memory.
+
+    Returns
+    -------
+    numpy.ndarray of uint64
+        What the words were, in `out` if it was given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A buffer cannot be used; nothing has been cleared (I5).
+
+    Notes
+    -----
+    Others may set bits by atomic OR at the same time and lose none. Runs without the GIL; O(words).
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> words = np.array([0, 5], np.uint64)
+    >>> dl.harvest_words(words).tolist(), words.tolist()
+    ([0, 5], [0, 0])
+    """
+    cdef Block source = block_of_buffer(words, True, "words")
+    if out is None:
+        out = np.empty(source.nwords, np.uint64)
+    cdef Block target = block_of_buffer(out, True, "out")
+    if target.nwords != source.nwords:
+        raise ValueError(f"out has {target.nwords} words, words {source.nwords}; both must be equally long")
+    check_apart(target.words, target.nwords, source.words, source.nwords)
+    with nogil:
+        memset(target.words, 0, target.nwords * 8)
+        kernels.take_dense(source.words, source.nwords, target.words, True)
+    return out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
+
+
+def indices(words) -> np.ndarray:
+    """Return the numbers of the set bits of a buffer of uint64, ascending, as int64.
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> dl.indices(np.array([5, 1], np.uint64)).tolist()
+    [0, 2, 64]
+    """
+    cdef Block block = block_of_buffer(words, False, "words")
+    return expand_words(block.words, block.nwords)
+
+
+def runs(words) -> np.ndarray:
+    """Return the runs of set bits of a buffer of uint64 as an int64 array of shape (n, 2): first, count.
+
+    Examples
+    --------
+    >>> import dirtylog as dl, numpy as np
+    >>> dl.runs(np.array([1 << 63, 3], np.uint64)).tolist()
+    [[63, 3]]
+    """
+    cdef Block block = block_of_buffer(words, False, "words")
+    return runs_of_words(block.words, block.nwords)
+
+
+def popcount(words) -> int:
+    """Return how many bits of a buffer of uint64 are set."""
+    cdef Block block = block_of_buffer(words, False, "words")
+    cdef uint64_t total
+    with nogil:
+        total = kernels.popcount(block.words, block.nwords)
+    return total
+
+
+cdef uint64_t mask_argument(mask) except? 0:
+    value = PyNumber_Index(mask)
+    if not 0 < value < 1 << 64:
+        raise ValueError(f"mask is {value}; it must be a nonzero word, 1 to 2**64 - 1")
+    return value
+
+
+def ffs(mask) -> int:
+    """Return the number of the lowest set bit, 0-based: KVM's ``__ffs``; ValueError on 0."""
+    return dl_ffs(mask_argument(mask))
+
+
+def fls(mask) -> int:
+    """Return the number of the highest set bit, 0-based: KVM's ``__fls``; ValueError on 0."""
+    return dl_fls(mask_argument(mask))
+
+
+# ---- page contents ---------------------------------------------------------------------
+
+def compare_pages(a, b, page_size=4096) -> DirtyPages:
+    """Return the pages in which two buffers of equal length differ.
+
+    Parameters
+    ----------
+    a, b : buffer
+        C-contiguous, equally long in bytes; the last page may be a part of one.
+    page_size : int, default 4096
+        Bytes a page, a power of two.
+
+    Raises
+    ------
+    ValueError
+        The lengths differ.
+    """
+    cdef const unsigned char[::1] left = bytes_of(a)
+    cdef const unsigned char[::1] right = bytes_of(b)
+    if left.shape[0] != right.shape[0]:
+        raise ValueError(f"a has {left.shape[0]} bytes, b {right.shape[0]}; compare buffers of equal length")
+    _, page_size = check_geometry(0, page_size)
+    cdef size_t nbytes = left.shape[0]
+    cdef size_t size = page_size
+    cdef uint64_t npages = (nbytes + size - 1) // size
+    cdef Block words = block_new(dl_words_for(npages), True)
+    if nbytes:
+        with nogil:
+            dl_compare_pages(&left[0], &right[0], nbytes, size, words.words)
+    return pages_from_words_block(words, npages, size, True)
+
+
+def zero_pages(data, page_size=4096) -> DirtyPages:
+    """Return the pages of a buffer that hold only zeros; arguments as for `compare_pages`."""
+    cdef const unsigned char[::1] view = bytes_of(data)
+    _, page_size = check_geometry(0, page_size)
+    cdef size_t nbytes = view.shape[0]
+    cdef size_t size = page_size
+    cdef uint64_t npages = (nbytes + size - 1) // size
+    cdef Block words = block_new(dl_words_for(npages), True)
+    if nbytes:
+        with nogil:
+            dl_zero_pages(&view[0], nbytes, size, words.words)
+    return pages_from_words_block(words, npages, size, True)
+
+
+def bytes_of(buffer) -> memoryview:
+    """Return a buffer's memory as bytes; it must be C-contiguous."""
+    view = memoryview(buffer)
+    if not view.c_contiguous:
+        raise ValueError("the buffer is not C-contiguous; pass np.ascontiguousarray of it")
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -1,0 +1,53 @@
+"""What the two ends of a migration agree on: the payloads of frames, their codecs, and where their pages lie."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["HELLO", "MIN_PAGE_SIZE", "PAGES", "RAW", "ROUND", "ZSTD", "compressor", "granule_offsets"]
+
+# Below this a window's table of extents would not fit its frame.
+MIN_PAGE_SIZE = 512
+# Buffer size and page size in bytes, codec; number of the round; number of extents, codec.
+HELLO = struct.Struct("<QQB")
+ROUND = struct.Struct("<Q")
+PAGES = struct.Struct("<IB3x")
+RAW, ZSTD = 0, 1
+
+
+def compressor() -> Callable[[Buffer], bytes]:
+    """Return zstd's function from bytes to fewer bytes.
+
+    Raises
+    ------
+    BackendUnavailable
+        zstandard is not installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise BackendUnavailable(
+            "zstandard", f"import zstandard: {error}", "pip install 'dirtylog[migrate]', or send with compress=False"
+        ) from None
+    zstd = zstandard.ZstdCompressor(level=1)
+    return lambda data: bytes(zstd.compress(memoryview(data)))
+
+
+def granule_offsets(extents: npt.NDArray[np.int64], granule: int) -> npt.NDArray[np.int64]:
+    """Return the offset of each granule of some extents; the last granule may be partial."""
+    counts = -(-extents[:, 1] // granule)
+    before = np.cumsum(counts) - counts
+    offsets: npt.NDArray[np.int64] = (
+        np.repeat(extents[:, 0], counts) + (np.arange(counts.sum()) - np.repeat(before, counts)) * granule
+    )
+    return offsets

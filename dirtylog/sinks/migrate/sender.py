@@ -1,0 +1,284 @@
+"""The sending end: rounds over a socket while the memory is written, until the rest fits the downtime."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._core import zero_pages
+from dirtylog.sinks._pageio import gather
+from dirtylog.sinks.extents import WINDOW, PackedExtents, flat_bytes
+from dirtylog.sinks.migrate.payloads import HELLO, MIN_PAGE_SIZE, PAGES, RAW, ROUND, ZSTD, compressor, granule_offsets
+from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
+from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from dirtylog._typing import Memory
+    from dirtylog.log import Observer
+
+__all__ = ["send"]
+
+
+def _joined(offsets: npt.NDArray[np.int64], granule: int, end: int) -> npt.NDArray[np.int64]:
+    """Return ascending granules as extents, neighbours joined, nothing past `end`."""
+    starts = np.flatnonzero(np.diff(offsets, prepend=-2 * granule) != granule)
+    lengths = np.diff(starts, append=len(offsets)) * granule
+    extents = np.stack([offsets[starts], lengths], axis=1)
+    extents[-1, 1] = min(extents[-1, 1], end - extents[-1, 0])
+    return extents
+
+
+@dataclass(slots=True)
+class _Sender:
+    """One migration under way, seen from the source."""
+
+    channel: Channel
+    view: memoryview
+    page_size: int
+    compress: Callable[[Buffer], bytes] | None
+    clock: Callable[[], float]
+    rounds: list[Round] = field(default_factory=list)
+    staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+    packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+
+    def hello(self) -> None:
+        codec = ZSTD if self.compress else RAW
+        self.channel.send(Kind.HELLO, HELLO.pack(self.view.nbytes, self.page_size, codec))
+        self.channel.receive(Kind.READY, counted=False)
+
+    def round(self, pages: DirtyPages, final: bool = False) -> None:
+        number = len(self.rounds) + 1
+        begin, before = self.clock(), self.channel.bytes_sent
+        self.channel.send(Kind.ROUND, ROUND.pack(number))
+        packed = PackedExtents(pages, self.view.nbytes)
+        zeros = 0
+        for start, end, extents in packed.windows():
+            zeros += self.window(extents, end - start)
+        seconds = self.clock() - begin
+        self.rounds.append(
+            Round(
+                number=number,
+                final=final,
+                pages=pages.count,
+                zero_pages=zeros // max(self.page_size // WINDOW, 1),
+                nbytes=packed.total,
+                wire_bytes=self.channel.bytes_sent - before,
+                seconds=seconds,
+                bandwidth=packed.total / seconds if seconds > 0 else float("inf"),
+            )
+        )
+
+    def window(self, extents: npt.NDArray[np.int64], nbytes: int) -> int:
+        """Send one window; return how many of its granules were zero."""
+        part = self.staging[:nbytes]
+        # Copied once: zero or not is asked of the bytes that are sent.
+        gather(self.view, extents, part)
+        granule = min(self.page_size, WINDOW)
+        zeros = zero_pages(part, granule)
+        if not zeros:
+            self.data(extents, part)
+            return 0
+        offsets = granule_offsets(extents, granule)
+        zero = zeros.indices()
+        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.view.nbytes).astype("<i8").tobytes())
+        other = (DirtyPages._all(zeros.npages, granule, exact=True) - zeros).indices()
+        if len(other):
+            within = _joined(other * granule, granule, nbytes)
+            packed = self.packing[: int(within[:, 1].sum())]
+            gather(part, within, packed)
+            self.data(_joined(offsets[other], granule, self.view.nbytes), packed)
+        return zeros.count
+
+    def data(self, extents: npt.NDArray[np.int64], part: memoryview) -> None:
+        codec, payload = RAW, part
+        if self.compress:
+            smaller = self.compress(part)
+            if len(smaller) < part.nbytes:
+                codec, payload = ZSTD, memoryview(smaller)
+        table = extents.astype("<i8").tobytes()
+        self.channel.send(Kind.PAGES, PAGES.pack(len(extents), codec), table, payload)
+
+    def dirtied(self, pages: DirtyPages, throttle: float) -> Round:
+        """Complete the last round with what was dirtied during it."""
+        last = self.rounds[-1]
+        self.rounds[-1] = replace(
+            last,
+            dirtied=pages.count,
+            dirty_rate=pages.count / last.seconds if last.seconds > 0 else 0.0,
+            expected_downtime=pages.nbytes / last.bandwidth if last.bandwidth > 0 else float("inf"),
+            throttle=throttle,
+        )
+        return self.rounds[-1]
+
+
+def send(
+    sock: socket.socket,
+    memory: Memory,
+    observer: Observer,
+    *,
+    policy: Policy | None = None,
+    pause: Callable[[], object] | None = None,
+    resume: Callable[[], object] | None = None,
+    throttle: Callable[[float], object] | None = None,
+    progress: Callable[[Round], object] | None = None,
+    compress: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Result:
+    """Send memory to :func:`receive` at the other end while it is written.
+
+    Parameters
+    ----------
+    sock : socket.socket
+        Connected stream socket; give it a timeout if the peer may hang. It stays open and yours.
+    memory : buffer
+        C-contiguous; read, never written.
+    observer : Observer
+        Of a log whose pages are those of `memory`. Best one of its own: its epochs are spent on the migration.
+    policy : Policy, optional
+        When to stop and when to give up.
+    pause : callable, optional
+        Called once, before the last round: returns when nothing writes any more. Without it the memory must not be
+        written at all any more when the rounds end, or the copy is not exact.
+    resume : callable, optional
+        Called if the migration fails after `pause` and the copy is certainly not complete. Where it may be
+        (``MigrationError.uncertain``) the source stays paused, and the caller decides.
+    throttle : callable, optional
+        Called with the fraction of its time the source should stand still, when rounds do not shrink; with 0 at the
+        end, however it ends.
+    progress : callable, optional
+        Called with each :class:`Round`.
+    compress : bool
+        zstd (needs zstandard) where it makes a window smaller.
+    clock : callable
+        Seconds, monotonic.
+
+    Returns
+    -------
+    Result
+        The receiver has said that it has everything; the source is paused still.
+
+    Raises
+    ------
+    NotConverging
+        After `max_rounds` the rest does not fit the downtime. The source was not paused.
+    MigrationError
+        The connection ended, or the peer refused or answered nonsense. If it is ``uncertain``, the destination may
+        run already: `resume` was not called.
+    ValueError, TypeError, BackendUnavailable
+        Arguments; nothing has been sent or collected.
+
+    Notes
+    -----
+    On any failure every page this migration has taken from the observer or sent is put back to it: the next try, or
+    the next consumer, sees it dirty. Allocates a few MiB. The GIL is released during copies and system calls.
+
+    References
+    ----------
+    Clark et al., "Live Migration of Virtual Machines", NSDI 2005.
+    """
+    view = flat_bytes(memory)
+    policy = policy or Policy()
+    page_size = observer.page_size
+    npages = -(-view.nbytes // page_size)
+    if page_size < MIN_PAGE_SIZE:
+        raise ValueError(f"the observer's page_size is {page_size}; a migration takes {MIN_PAGE_SIZE} or more")
+    if observer.npages != npages:
+        raise ValueError(f"the observer has {observer.npages} pages of {page_size} bytes; the memory has {npages}")
+    sender = _Sender(Channel(sock), view, page_size, compressor() if compress else None, clock)
+    taken = DirtyPages._empty(npages, page_size)
+    stage = "live"
+    begin = clock()
+    level = 0.0
+    slow = 0
+
+    def take(pages: DirtyPages) -> DirtyPages:
+        nonlocal taken
+        taken = taken | pages
+        return pages
+
+    try:
+        sender.hello()
+        with observer.collect() as epoch:
+            take(epoch.pages)
+        rest = take(DirtyPages._all(npages, page_size, exact=True))
+        while True:
+            sender.round(rest)
+            with observer.collect() as epoch:
+                rest = take(epoch.pages)
+            last = sender.rounds[-1]
+            slow = slow + 1 if rest.nbytes > last.nbytes / 2 else 0
+            if throttle is not None and slow >= policy.throttle_after:
+                level = min(level + policy.throttle_step if level else policy.throttle_first, policy.throttle_most)
+                throttle(level)
+                slow = 0
+            last = sender.dirtied(rest, level)
+            if progress is not None:
+                progress(last)
+            if last.expected_downtime <= policy.downtime:
+                break
+            if len(sender.rounds) >= policy.max_rounds:
+                if policy.force:
+                    break
+                raise NotConverging(
+                    f"does not converge: after {len(sender.rounds)} rounds {rest.nbytes} bytes are left, which take "
+                    f"{last.expected_downtime:.3g} s at {last.bandwidth:.3g} bytes/s; {policy.downtime} s of downtime "
+                    f"are allowed and {last.dirty_rate * page_size:.3g} bytes/s are dirtied (throttle it, allow more, "
+                    "or force=True)"
+                )
+        paused = clock()
+        stage = "paused"
+        if pause is not None:
+            pause()
+        with observer.collect() as epoch:
+            # What was collected after the last round is still to be sent, and what came until the pause.
+            sender.round(rest | take(epoch.pages), final=True)
+            digest = sender.channel.digest()
+            # Before it is sent: an interrupt may come between the last byte and the next line.
+            stage = "sent"
+            sender.channel.send(Kind.END, digest)
+            _, answer = sender.channel.receive(Kind.DONE, counted=False)
+            if answer != digest:
+                raise WireError("the receiver's digest differs: it has not seen what was sent")
+        stage = "done"
+        finished = clock()
+    except BaseException as error:
+        # Once END may be out, the receiver may hold a complete copy; only its own word says that it does not.
+        uncertain = stage == "sent" and not isinstance(error, Refusal)
+        # The source first: it must go on even if nobody takes the pages back, or reads what this end has to say.
+        try:
+            observer.put_back(taken)
+        except Exception as problem:
+            error.add_note(f"what it had taken could not be put back ({problem}): the next one must send everything")
+        finally:
+            try:
+                if stage in ("paused", "sent") and not uncertain and resume is not None:
+                    resume()
+            finally:
+                sender.channel.refuse("the source gave up")
+        if isinstance(error, NotConverging):
+            error.rounds = tuple(sender.rounds)
+            raise
+        if isinstance(error, (OSError, WireError)):
+            raise MigrationError(
+                f"migration failed in round {len(sender.rounds) + 1}: {error}", tuple(sender.rounds), uncertain
+            ) from error
+        if uncertain:
+            error.add_note("the destination may hold a complete copy and run: the source was left paused")
+        raise
+    finally:
+        if throttle is not None and level:
+            throttle(0.0)
+    if progress is not None:
+        progress(sender.rounds[-1])
+    rounds = tuple(sender.rounds)
+    total = sum(r.nbytes for r in rounds)
+    return Result(rounds, finished - begin, finished - paused, total, sender.channel.bytes_sent)

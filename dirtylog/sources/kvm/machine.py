@@ -1,0 +1,535 @@
+"""A virtual machine of KVM: memory slots and their dirty log, by bitmap, by manual protection or by rings."""
+
+from __future__ import annotations
+
+import errno
+import operator
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._kvm_arguments import check_dirty, check_out
+from dirtylog.errors import BackendUnavailable
+from dirtylog.sources._resource import Resource
+from dirtylog.sources.kvm import _kvm
+from dirtylog.sources.kvm.memslots import PAGE_SIZE, Region, Slot, lend, refuse
+from dirtylog.sources.kvm.rings import Rings
+from dirtylog.sources.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from dirtylog._typing import Memory
+
+__all__ = ["VM"]
+
+_REGION = struct.Struct("=IIQQQ")
+_ENABLE = struct.Struct("=IIQ88x")
+_LOG_DIRTY_PAGES = 1 << 0
+_MANUAL_PROTECT, _INITIALLY_SET = 1 << 0, 1 << 1
+_RING_ENTRY_BYTES = 16
+
+_MANUAL = ("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 168)
+# Where both are offered they differ only in the barriers that user space owes; ours serve either.
+_RINGS = (("KVM_CAP_DIRTY_LOG_RING_ACQ_REL", 223), ("KVM_CAP_DIRTY_LOG_RING", 192))
+
+
+_machines: weakref.WeakSet[VM] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # Whoever held the lock is in the other process.
+    for machine in list(_machines):
+        machine._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class VM(Resource):
+    """One virtual machine; made by `Kvm.create_vm`.
+
+    Notes
+    -----
+    Any method from any thread. A lock of the VM is held around every change of
+    a slot and every harvest; `Vcpu.run` and `get_dirty_log` do not take it. In
+    the child of a fork every call is OSError EIO, as KVM has it, and `close`
+    gives back what the child inherited.
+    """
+
+    page_size = PAGE_SIZE
+
+    def __init__(self, handle: _kvm.Handle, system: object, capabilities: Mapping[str, int], run_size: int) -> None:
+        super().__init__()
+        self.capabilities = capabilities
+        self._handle = handle
+        self._system = system
+        self._run_size = run_size
+        self._lock = threading.RLock()
+        self._regions: dict[int, Region] = {}
+        self._manual = False
+        self._vcpus: list[Vcpu] = []
+        self._rings: Rings | None = None
+        _machines.add(self)
+        self._closed = False
+
+    def __repr__(self) -> str:
+        """Show slots, vCPUs and whether it is open."""
+        state = "closed" if self.closed else f"{len(self._regions)} slots, {len(self._vcpus)} vCPUs"
+        return f"<kvm.{self._handle.name}, {state}>"
+
+    # ---- memory -------------------------------------------------------------
+
+    def set_memory_region(
+        self, slot: int, base_gfn: int, npages: int, log_dirty: bool = True, memory: Memory | None = None
+    ) -> None:
+        """Create, move, change or delete a memory slot.
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        base_gfn : int
+            First guest frame number.
+        npages : int
+            Size in pages; 0 deletes the slot.
+        log_dirty : bool, optional
+            Keep a dirty log.
+        memory : writable buffer, optional
+            Page-aligned, contiguous, at least ``npages * page_size`` bytes:
+            `dirtylog.zeros` makes such arrays. It is kept alive, and cannot be
+            resized or unmapped by its owner, until the slot is deleted or the
+            VM closed. Without it a new slot gets anonymous memory, an existing
+            one keeps what it has.
+
+        Raises
+        ------
+        TypeError
+            `memory` has no buffer.
+        ValueError
+            `memory` is read-only, has gaps, is not page-aligned or too small; the VM is closed.
+        OSError
+            EEXIST: overlaps another slot; EINVAL: a slot id out of range, or a
+            change that KVM does not know (delete the slot first).
+
+        Notes
+        -----
+        Deleting a slot or switching its log off drops the log, moving it
+        keeps it, as in KVM. Harvest first.
+
+        References
+        ----------
+        ``kvm_set_memory_region`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        self._handle.fileno()
+        slot, base_gfn, npages = operator.index(slot), operator.index(base_gfn), operator.index(npages)
+        self._check_slot(slot)
+        if base_gfn < 0 or npages < 0 or (base_gfn + npages) * self.page_size >= 1 << 64:
+            refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
+        with self._lock:
+            old = self._regions.get(slot)
+            if npages == 0:
+                if old is None:
+                    refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
+                self._kernel_region(slot, 0, old.base_gfn, 0, 0, ending=old.pinned)
+                # The kernel has let go of it: whatever fails below, the slot is gone.
+                try:
+                    if old.log_dirty:
+                        self._forget_log(old)
+                finally:
+                    old.pinned.release()
+                    del self._regions[slot]
+                return
+            if old is not None:
+                if npages != old.npages:
+                    refuse(
+                        errno.EINVAL,
+                        f"slot {slot} has {old.npages} pages, not {npages}; delete it and create it anew",
+                    )
+                memory = old.memory if memory is None else memory
+            memory, pinned = lend(slot, npages, memory)
+            self._install(Region(slot, base_gfn, npages, log_dirty, memory, pinned), old)
+
+    def _kernel_region(
+        self, slot: int, flags: int, base_gfn: int, npages: int, address: int, ending: _kvm.Pinned | None = None
+    ) -> None:
+        size = npages * self.page_size
+        argument = bytearray(_REGION.pack(slot, flags, base_gfn * self.page_size, size, address))
+        what = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, {npages} pages from gfn {base_gfn}"
+        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what, ending)
+
+    def _install(self, new: Region, old: Region | None) -> None:
+        # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
+        rings = self._rings
+        logs_anew = rings is not None and new.log_dirty and not (old and old.log_dirty)
+        if old is not None and old.log_dirty and new.log_dirty:
+            # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
+            new.pending = old.pending
+        if rings and logs_anew:
+            rings.add_slot(new.slot, new.npages)
+        # Known before the kernel has its memory: an interrupt must not free what a guest writes to.
+        self._regions[new.slot] = new
+        try:
+            flags = _LOG_DIRTY_PAGES if new.log_dirty else 0
+            self._kernel_region(new.slot, flags, new.base_gfn, new.npages, new.pinned.address)
+        except BaseException as error:
+            if old is not None and old.log_dirty and not new.log_dirty and not isinstance(error, OSError):
+                # The kernel may have dropped the log that the slot keeps after all (I6).
+                old.pending = DirtyPages._all(old.npages, self.page_size, exact=False)
+            # Refused, or interrupted before or after it was done: as it was, in either case.
+            with suppress(OSError, ValueError):
+                self._restore(new, old)
+            if rings and logs_anew:
+                rings.remove_slot(new.slot)
+            if old is None:
+                del self._regions[new.slot]
+            else:
+                self._regions[new.slot] = old
+            raise
+        if old is not None:
+            try:
+                if old.log_dirty and not new.log_dirty:
+                    self._forget_log(old)
+            finally:
+                old.pinned.release()
+
+    def _restore(self, new: Region, old: Region | None) -> None:
+        if old is None:
+            self._kernel_region(new.slot, 0, new.base_gfn, 0, 0, ending=new.pinned)
+        else:
+            flags = _LOG_DIRTY_PAGES if old.log_dirty else 0
+            self._kernel_region(old.slot, flags, old.base_gfn, old.npages, old.pinned.address)
+
+    def _forget_log(self, region: Region) -> None:
+        # The kernel pushes no entry for the slot once the ioctl has returned:
+        # what the rings still hold for it is emptied here, and an entry that
+        # names an unknown slot later is a foreign one.
+        if self._rings:
+            try:
+                self._rings.drain(self._handle)
+            finally:
+                self._rings.remove_slot(region.slot)
+
+    # ---- the log, slot by slot ------------------------------------------------
+
+    def _region(self, slot: int) -> Region:
+        region = self._regions.get(slot)
+        if region is None:
+            self._handle.fileno()
+            self._check_slot(operator.index(slot))
+            refuse(errno.ENOENT, f"slot {slot} does not exist; there are {sorted(self._regions)}")
+        return region
+
+    def _check_slot(self, slot: int) -> None:
+        slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
+        if not 0 <= slot < slots:
+            refuse(errno.EINVAL, f"slot {slot} is out of range: KVM has {slots}, from 0")
+
+    def memory(self, slot: int) -> npt.NDArray[np.uint8]:
+        """Return a slot's bytes: the live guest memory; OSError ENOENT when there is no such slot.
+
+        Writes through it are the host's, and KVM does not log them.
+        """
+        region = self._region(slot)
+        view = memoryview(region.memory)  # type: ignore[arg-type]  # an array is one, on Python 3.11 too
+        return np.frombuffer(view, np.uint8, region.npages * self.page_size)
+
+    def get_dirty_log(self, slot: int, out: object = None) -> DirtyPages:
+        """Report the pages of a slot written since the last report (KVM_GET_DIRTY_LOG).
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        out : buffer of uint64, optional
+            Also receives the words: ``ceil(npages / 64)`` of them, writable and contiguous.
+
+        Returns
+        -------
+        DirtyPages
+            Numbered from the slot's start.
+
+        Raises
+        ------
+        OSError
+            ENOENT: no such slot, or it keeps no log; EINVAL: slot out of range;
+            EFAULT: `out` cannot take the words; ENXIO: the rings are enabled.
+
+        Notes
+        -----
+        Clears the log and write-protects again; under manual protection it
+        does neither, see `clear_dirty_log`. Takes KVM's `slots_lock`; O(npages / 64).
+
+        References
+        ----------
+        ``kvm_get_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        # Straight to the ioctl and without the VM's lock: with little dirty, a
+        # lock costs as much as the rest of this method.
+        region = self._regions.get(slot) or self._region(slot)
+        words = None if out is None else check_out(slot, out, region.npages)
+        pages = self._handle.get_dirty_log(slot, region.pinned, region.npages, PAGE_SIZE)
+        # In this order: a peek under way has bits that this call cannot get from the kernel any more.
+        if region.peeking or region.pending is not None:
+            pages = self._with_pending(region, pages)
+        if words is not None:
+            words[:] = pages.words
+        return pages
+
+    def _with_pending(self, region: Region, pages: DirtyPages) -> DirtyPages:
+        with self._lock:
+            pending = region.pending
+            if pending is None:
+                return pages
+            if not self._manual:
+                region.pending = None
+            return pages | pending
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
+        """Clear reported bits and write-protect their pages again (KVM_CLEAR_DIRTY_LOG).
+
+        Parameters
+        ----------
+        slot : int
+            Slot id.
+        first_page, num_pages : int
+            Range within the slot, in pages. `first_page` is a multiple of 64, and
+            `num_pages` too unless the range ends at the slot's end.
+        dirty : DirtyPages
+            Pages to clear, numbered from the start of the slot.
+
+        Raises
+        ------
+        TypeError
+            `dirty` is no DirtyPages, or a number no integer.
+        ValueError
+            `dirty` is not about `npages` pages of the slot.
+        OSError
+            EINVAL: unaligned or outside the slot; ENOENT: no such slot, or it keeps no log.
+
+        Notes
+        -----
+        Clear before you copy (I3): a write during the copy is then seen next time.
+
+        References
+        ----------
+        ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        slot, first_page, num_pages = operator.index(slot), operator.index(first_page), operator.index(num_pages)
+        with self._lock:
+            region = self._region(slot)
+            check_dirty(slot, dirty, region.npages, self.page_size)
+            if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
+                refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
+            self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
+            if region.pending is not None:
+                end = first_page + num_pages
+                cleared = dirty & DirtyPages.from_runs([(first_page, num_pages)], region.npages, self.page_size)
+                rest = region.pending - cleared if end > first_page else region.pending
+                region.pending = rest if rest else None
+
+    def enable_manual_protect(self, initially_set: bool = False) -> None:
+        """Let `get_dirty_log` report without clearing, and `clear_dirty_log` clear.
+
+        Parameters
+        ----------
+        initially_set : bool, optional
+            Slots that begin to log later report every page the first time.
+
+        Raises
+        ------
+        BackendUnavailable
+            The kernel does not offer it.
+        OSError
+            EINVAL: the rings are enabled.
+        """
+        wanted = _MANUAL_PROTECT | (_INITIALLY_SET if initially_set else 0)
+        name, number = _MANUAL
+        offered = self.capabilities[name]
+        if wanted & ~offered:
+            raise BackendUnavailable("KVM manual protection", f"{name} is {offered}, {wanted} is needed")
+        with self._lock:
+            if self._rings:
+                # Initially-all-set leaves pages writable that a ring would have to hear of.
+                refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+            self._enable(f"{name} with {wanted}", number, wanted)
+            self._manual = True
+
+    def _enable(self, what: str, number: int, argument: int) -> None:
+        self._handle.ioctl(_kvm.ENABLE_CAP, bytearray(_ENABLE.pack(number, 0, argument)), f"KVM_ENABLE_CAP of {what}")
+
+    # ---- rings ---------------------------------------------------------------
+
+    def enable_dirty_ring(self, entries: int) -> None:
+        """Give every vCPU a ring of dirty pages in place of the slots' bitmaps.
+
+        Parameters
+        ----------
+        entries : int
+            Capacity of a ring in pages: a power of two. A vCPU leaves with
+            ``"DIRTY_RING_FULL"`` when 64 entries are left (512 more with PML).
+
+        Raises
+        ------
+        BackendUnavailable
+            The kernel does not offer it.
+        OSError
+            EINVAL: no power of two, too small or too large, a vCPU exists already,
+            enabled before, or manual protection is on.
+
+        References
+        ----------
+        ``KVM_CAP_DIRTY_LOG_RING`` in Linux ``Documentation/virt/kvm/api.rst``.
+        """
+        offered = [(name, number) for name, number in _RINGS if self.capabilities[name]]
+        if not offered:
+            raise BackendUnavailable("KVM dirty rings", f"{_RINGS[0][0]} and {_RINGS[1][0]} are 0")
+        name, number = offered[0]
+        entries = operator.index(entries)
+        most = self.capabilities[name] // _RING_ENTRY_BYTES
+        if entries <= 0 or entries & (entries - 1) or entries > most:
+            refuse(errno.EINVAL, f"a dirty ring has a power of two of entries up to {most}, not {entries}")
+        with self._lock:
+            if self._vcpus:
+                refuse(errno.EINVAL, "enable the dirty ring before the first vCPU is created")
+            if self._manual:
+                refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
+            if self._rings:
+                refuse(errno.EINVAL, f"dirty rings of {self._rings.entries} entries are enabled already")
+            self._enable(f"{name}, {entries} entries a ring", number, entries * _RING_ENTRY_BYTES)
+            rings = Rings(entries, self.page_size, self._lock)
+            for region in self._regions.values():
+                if region.log_dirty:
+                    rings.add_slot(region.slot, region.npages)
+            self._rings = rings
+
+    def harvest_rings(self) -> dict[int, DirtyPages]:
+        """Empty the rings of all vCPUs and report the pages written since the last harvest.
+
+        Returns
+        -------
+        dict of int to DirtyPages
+            One entry for each slot that keeps a log.
+
+        Raises
+        ------
+        OSError
+            EINVAL: the rings are not enabled. Otherwise the kernel's errno, and
+            the pages are reported by the next harvest (I5).
+
+        Warns
+        -----
+        IncompleteLogWarning
+            A ring overflowed, or held an entry for no page of ours: every page
+            is reported, ``exact=False`` (I6).
+
+        Notes
+        -----
+        The order is: read the entries and mark them for reset; let KVM
+        write-protect their pages again; hand them out. A write between the
+        first and the second step goes unlogged and is harmless: its page is in
+        this harvest, and its content is read later (I2).
+
+        References
+        ----------
+        ``kvm_vm_ioctl_reset_dirty_pages`` in Linux ``virt/kvm/kvm_main.c``.
+        """
+        with self._lock:
+            self._handle.fileno()
+            rings = self._rings
+            if rings is None:
+                refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
+            rings.drain(self._handle)
+            logging = [region for region in self._regions.values() if region.log_dirty]
+            # A warning turned into an error leaves by here, before anything was taken; the next call warns no more.
+            rings.warn_if_incomplete([region.slot for region in logging], stacklevel=3)
+            return rings.take_all({region.slot: region.npages for region in logging})
+
+    # ---- sources and vCPUs -----------------------------------------------------
+
+    def slot(self, slot: int) -> Slot:
+        """Return a slot as a source of dirty pages; OSError ENOENT when there is none."""
+        return Slot(self, self._region(slot))
+
+    def harvest_slot(self, region: Region) -> DirtyPages:
+        """Get and clear, in whatever way the log is kept; for `Slot`."""
+        with self._lock:
+            region = self._still(region)
+            if self._rings:
+                self._rings.drain(self._handle)
+                self._rings.warn_if_incomplete([region.slot], stacklevel=4)
+                return self._rings.take(region.slot, region.npages)
+            if self._manual:
+                return region.harvest_manual(self._handle)
+            pages = region.report(self._handle, keep=False)
+            region.pending = None
+            return pages
+
+    def peek_slot(self, region: Region) -> DirtyPages:
+        """Report and keep, in whatever way the log is kept; for `Slot`."""
+        with self._lock:
+            region = self._still(region)
+            if self._rings:
+                self._rings.drain(self._handle)
+                return self._rings.peek(region.slot, region.npages)
+            # Manual protection keeps the bits itself.
+            return region.report(self._handle, keep=not self._manual)
+
+    def _still(self, region: Region) -> Region:
+        now = self._region(region.slot)
+        if now.npages != region.npages:
+            refuse(errno.ENOENT, f"slot {region.slot} is another one since; ask for slot({region.slot}) again")
+        if not now.log_dirty:
+            refuse(errno.ENOENT, f"slot {region.slot} keeps no log; set it with log_dirty=True")
+        return now
+
+    def create_vcpu(self) -> Vcpu:
+        """Make a virtual CPU, in reset state.
+
+        Returns
+        -------
+        Vcpu
+            A context manager; closing the VM closes it too.
+
+        Raises
+        ------
+        BackendUnavailable
+            The kernel (before Linux 4.13) cannot be made to return from a run without a race.
+        OSError
+            With the kernel's errno.
+        """
+        if not self.capabilities["KVM_CAP_IMMEDIATE_EXIT"]:
+            raise BackendUnavailable("running a vCPU", "KVM_CAP_IMMEDIATE_EXIT is 0")
+        with self._lock:
+            index = len(self._vcpus)
+            descriptor = self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}")
+            handle = _kvm.VcpuHandle(descriptor, f"vCPU {index}", self._run_size)
+            try:
+                ring = self._rings.add_vcpu(handle) if self._rings else None
+            except BaseException:
+                handle.close()
+                raise
+            vcpu = Vcpu(handle, index, self._rings, ring)
+            self._vcpus.append(vcpu)
+            return vcpu
+
+    def _release(self) -> None:
+        """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
+        self._handle.close()
+        # Not under the lock: a run under way may end in `Rings.note_full`, which takes it.
+        for vcpu in list(self._vcpus):
+            vcpu.close()
+        with self._lock:
+            if self._rings:
+                self._rings.close()
+            for region in self._regions.values():
+                region.pinned.release()
+            self._regions.clear()

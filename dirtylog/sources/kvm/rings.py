@@ -1,0 +1,202 @@
+"""The dirty rings of one KVM machine: emptied in the right order, and distrusted when they have lost entries."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.errors import DirtyLogError, IncompleteLogWarning
+from dirtylog.sources.kvm import _kvm
+
+__all__ = ["Rings"]
+
+
+class Rings:
+    """The rings of all vCPUs, and what they reported for each slot.
+
+    Parameters
+    ----------
+    entries : int
+        Capacity of a ring in pages.
+    page_size : int
+        In bytes.
+    lock : RLock
+        The VM's; held by the caller of every method but `note_full`, which takes it.
+
+    Notes
+    -----
+    KVM reports no overflow. It is recognised by what it leaves behind: a ring
+    without a free entry, entries behind a free one, a ring called full with
+    nothing in it, a reset that takes back fewer entries than were read. After
+    one, KVM's indexes are out of step with ours for good, so every later
+    harvest reports everything (I6).
+    """
+
+    __slots__ = (
+        "_incomplete",
+        "_lock",
+        "_log",
+        "_lost",
+        "_outstanding",
+        "_owed",
+        "_page_size",
+        "_told",
+        "entries",
+        "harvests",
+        "rings",
+    )
+
+    def __init__(self, entries: int, page_size: int, lock: threading.RLock) -> None:
+        self.entries: int = entries
+        self.harvests: int = 0
+        self.rings: list[_kvm.Ring] = []
+        self._lock = lock
+        self._page_size = page_size
+        self._log = _kvm.RingLog()
+        # Entries that we marked for reset and KVM has not taken back.
+        self._outstanding = 0
+        self._lost = ""
+        # By slot: why its next harvest reports everything. None: nothing is wrong.
+        self._incomplete: dict[int, str] = {}
+        # Slots whose warning raised: they are taken without another one.
+        self._told: set[int] = set()
+        # By slot: taken and not handed out, because another slot could not be taken.
+        self._owed: dict[int, list[DirtyPages]] = {}
+
+    def add_vcpu(self, handle: _kvm.VcpuHandle) -> _kvm.Ring:
+        """Map the ring of a new vCPU; OSError when it cannot be mapped."""
+        ring = _kvm.Ring(handle, self.entries)
+        self.rings.append(ring)
+        return ring
+
+    def add_slot(self, slot: int, npages: int) -> None:
+        """Begin to collect for a slot: before the kernel hears of it."""
+        self._log.add(slot, npages)
+        self._incomplete[slot] = ""
+
+    def remove_slot(self, slot: int) -> None:
+        """Drop what was collected for a slot."""
+        self._log.remove(slot)
+        del self._incomplete[slot]
+        self._told.discard(slot)
+        self._owed.pop(slot, None)
+
+    def drain(self, handle: _kvm.Handle) -> None:
+        """Read the entries and mark them for reset, then let KVM write-protect their pages again.
+
+        Raises
+        ------
+        OSError
+            The reset failed with the kernel's errno; what was read stays for the next time (I5).
+        """
+        self.harvests += 1
+        for index, ring in enumerate(self.rings):
+            drained, overflow, (foreign, slot, offset) = self._log.drain(ring)
+            self._outstanding += drained
+            if overflow:
+                self._lost = f"the dirty ring of vCPU {index} ({ring.entries} entries) overflowed"
+            if foreign:
+                why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
+                self._incomplete = dict.fromkeys(self._incomplete, why)
+        if self._outstanding:
+            reset = handle.reset_rings(self._outstanding)
+            # The kernel stops at an entry that it has overwritten since we read it.
+            if reset != self._outstanding:
+                self._lost = f"KVM took back {reset} of {self._outstanding} ring entries: a dirty ring overflowed"
+            self._outstanding = 0
+
+    def warn_if_incomplete(self, slots: list[int], stacklevel: int) -> None:
+        """Warn of slots whose next harvest reports everything; one whose warning raised is taken without another.
+
+        Parameters
+        ----------
+        slots : list of int
+            About to be taken.
+        stacklevel : int
+            Of `warnings.warn`: the user's frame.
+        """
+        suspects = [slot for slot in slots if self._why(slot) and slot not in self._told]
+        try:
+            for slot in suspects:
+                self._warn(slot, stacklevel + 1)
+        except BaseException:
+            # Else a program that makes errors of warnings would never get its pages.
+            self._told.update(suspects)
+            raise
+
+    def _why(self, slot: int) -> str:
+        return self._lost or self._incomplete[slot]
+
+    def _warn(self, slot: int, stacklevel: int) -> None:
+        message = f"slot {slot}: {self._why(slot)}; every page is reported"
+        warnings.warn(IncompleteLogWarning(message), stacklevel=stacklevel)
+
+    def take_all(self, sizes: dict[int, int]) -> dict[int, DirtyPages]:
+        """Hand out what some slots have, given their sizes in pages: all or nothing (I5)."""
+        taken: dict[int, DirtyPages] = {}
+        try:
+            for slot, npages in sizes.items():
+                taken[slot] = self.take(slot, npages)
+        except BaseException:
+            for slot, pages in taken.items():
+                self._owed.setdefault(slot, []).append(pages)
+            raise
+        return taken
+
+    def take(self, slot: int, npages: int) -> DirtyPages:
+        """Hand out what a slot has; after `warn_if_incomplete`, so that a warning made an error takes nothing."""
+        # I5: the answer exists before anything is forgotten.
+        everything = DirtyPages._all(npages, self._page_size, exact=False) if self._why(slot) else None
+        pages = self._log.take(slot, self._page_size)
+        owed = self._owed.pop(slot, [])
+        self._told.discard(slot)
+        if everything is not None:
+            self._incomplete[slot] = ""
+            return everything
+        try:
+            return self._joined(pages, owed)
+        except BaseException:
+            self._owed[slot] = [pages, *owed]
+            raise
+
+    def peek(self, slot: int, npages: int) -> DirtyPages:
+        """Report what a slot has, and keep it."""
+        if self._why(slot):
+            if slot not in self._told:
+                self._warn(slot, 5)
+            return DirtyPages._all(npages, self._page_size, exact=False)
+        return self._joined(self._log.copy(slot, self._page_size), self._owed.get(slot, []))
+
+    @staticmethod
+    def _joined(pages: DirtyPages, owed: list[DirtyPages]) -> DirtyPages:
+        for earlier in owed:
+            pages |= earlier
+        return pages
+
+    def note_full(self, ring: _kvm.Ring, harvests: int) -> None:
+        """Note that KVM_RUN called a ring full.
+
+        Parameters
+        ----------
+        ring : Ring
+            The vCPU's ring.
+        harvests : int
+            `harvests` before the run: with a harvest since, "full" may be old news.
+
+        Raises
+        ------
+        DirtyLogError
+            The ring is out of step after an overflow: full for ever, and nothing in it.
+        """
+        with self._lock:
+            if self._lost:
+                raise DirtyLogError(f"{self._lost}; this VM can no longer track, make a new one with a larger ring")
+            if harvests == self.harvests:
+                ring.mark_full()
+
+    def close(self) -> None:
+        """Unmap the rings."""
+        for ring in self.rings:
+            ring.close()
+        self.rings.clear()

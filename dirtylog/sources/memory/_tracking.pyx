@@ -1,0 +1,362 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
+"""What tracking needs below Python: a pinned buffer's whole pages, and spans of the write-protecting engines."""
+
+from cpython.buffer cimport (
+    PyBUF_ANY_CONTIGUOUS,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.string cimport memcpy, strerror
+
+cimport cython
+
+import numpy as np
+
+from dirtylog._bits.pages import DirtyPages
+
+
+cdef extern from "sources/memory/_spans.h" nogil:
+    struct dl_span:
+        pass
+    enum dl_step:
+        DL_STEP_NONE
+        DL_STEP_USERFAULTFD
+        DL_STEP_API
+        DL_STEP_PAGEMAP
+        DL_STEP_REGISTER
+        DL_STEP_SCAN
+        DL_STEP_SIGACTION
+        DL_STEP_PROTECT
+    enum:
+        DL_CLEAN
+        DL_LOST
+    struct dl_engine:
+        int (*open)(dl_span *span, uint64_t page_size, dl_step *step) noexcept nogil
+        void (*close)(dl_span *span) noexcept nogil
+        int (*collect)(dl_span *span, uint64_t *words, int take) noexcept nogil
+        int (*count)() noexcept nogil
+    const dl_engine dl_uffd_engine
+    const dl_engine dl_mprotect_engine
+    int dl_uffd_probe(dl_step *step)
+    int dl_mprotect_probe(dl_step *step)
+    void dl_mprotect_allow_splits(uint64_t splits)
+    int dl_mprotect_covers(uint64_t first, uint64_t end)
+    dl_span *dl_span_new(uint64_t first, uint64_t npages)
+    void dl_span_free(dl_span *span)
+
+
+_STEPS = {
+    DL_STEP_NONE: "",
+    DL_STEP_USERFAULTFD: "userfaultfd(UFFD_USER_MODE_ONLY)",
+    DL_STEP_API: "ioctl(UFFDIO_API) with WP_UNPOPULATED and WP_ASYNC",
+    DL_STEP_PAGEMAP: "open(/proc/self/pagemap)",
+    DL_STEP_REGISTER: "ioctl(UFFDIO_REGISTER) in mode WP",
+    DL_STEP_SCAN: "ioctl(PAGEMAP_SCAN)",
+    DL_STEP_SIGACTION: "sigaction(SIGSEGV)",
+    DL_STEP_PROTECT: "mprotect(PROT_READ)",
+}
+
+
+cdef const dl_engine *engine_named(str name) except NULL:
+    if name == "userfaultfd":
+        return &dl_uffd_engine
+    if name == "mprotect":
+        return &dl_mprotect_engine
+    raise ValueError(f"no engine is called {name!r}; there are 'userfaultfd' and 'mprotect'")
+
+
+cdef str refusal(dl_step step, int error):
+    return f"{_STEPS[step]}: {strerror(-error).decode()}"
+
+
+def probe(str engine not None):
+    """Use every call of an engine on a page of its own.
+
+    Parameters
+    ----------
+    engine : {"userfaultfd", "mprotect"}
+        Whose calls to try.
+
+    Returns
+    -------
+    str
+        Empty when all of it works; else the call that refused, and its answer.
+    """
+    cdef dl_step step = DL_STEP_NONE
+    cdef int error
+    cdef bint protects = engine_named(engine) == &dl_mprotect_engine
+
+    with nogil:
+        error = dl_mprotect_probe(&step) if protects else dl_uffd_probe(&step)
+    return refusal(step, error) if error < 0 else ""
+
+
+def open_spans(str engine not None):
+    """Count the spans that an engine tracks in this process.
+
+    Parameters
+    ----------
+    engine : {"userfaultfd", "mprotect"}
+        Whose spans to count.
+    """
+    cdef const dl_engine *chosen = engine_named(engine)
+    cdef int count
+
+    with nogil:
+        count = chosen.count()
+    return count
+
+
+def allow_splits(uint64_t splits):
+    """Say how many mappings mprotect may split before it opens memory in blocks.
+
+    Parameters
+    ----------
+    splits : int
+        Mappings, for the whole process.
+    """
+    with nogil:
+        dl_mprotect_allow_splits(splits)
+
+
+def covers(uint64_t start, uint64_t end, uint64_t page_size):
+    """Tell whether mprotect spans track every page of a range.
+
+    Parameters
+    ----------
+    start, end : int
+        Addresses in bytes, multiples of `page_size`.
+    page_size : int
+        Bytes.
+    """
+    cdef bint answer
+
+    with nogil:
+        answer = dl_mprotect_covers(start // page_size, end // page_size)
+    return answer
+
+
+@cython.final
+cdef class PinnedPages:
+    """Hold a buffer in place, and show the whole pages it touches as read-only bytes.
+
+    Parameters
+    ----------
+    buffer : object
+        Anything with the buffer protocol whose bytes lie together: C- or
+        Fortran-contiguous.
+    page_size : int
+        Bytes, a power of two.
+
+    Attributes
+    ----------
+    address : int
+        Of the first page.
+    offset : int
+        Bytes from there to the buffer's first byte.
+    nbytes : int
+        Of the buffer itself.
+    npages, page_size : int
+        Whole pages that the buffer touches, and their size in bytes.
+
+    Raises
+    ------
+    TypeError
+        No buffer protocol.
+    ValueError
+        The bytes do not lie together, or there are none.
+    """
+
+    cdef Py_buffer view
+    cdef bint holds
+    cdef readonly uint64_t address, offset, nbytes, npages, page_size
+
+    def __cinit__(self, buffer, uint64_t page_size):
+        cdef uintptr_t start
+
+        if not PyObject_CheckBuffer(buffer):
+            raise TypeError(f"a {type(buffer).__name__} has no buffer to track; "
+                            "pass a NumPy array, an mmap, a memoryview or shared_memory.buf")
+        try:
+            PyObject_GetBuffer(buffer, &self.view, PyBUF_ANY_CONTIGUOUS)
+        except (BufferError, ValueError) as error:
+            raise ValueError(f"this buffer's bytes do not lie together ({error}); "
+                             "track a contiguous array, or a view of it as uint8") from error
+        self.holds = True
+        if self.view.len == 0:
+            self.release()
+            raise ValueError("a buffer of 0 bytes touches no page; track at least 1 byte")
+        start = <uintptr_t>self.view.buf
+        self.page_size = page_size
+        self.nbytes = <uint64_t>self.view.len
+        self.offset = start % page_size
+        self.address = start - self.offset
+        self.npages = (self.offset + self.nbytes + page_size - 1) // page_size
+
+    def __dealloc__(self):
+        if self.holds:
+            PyBuffer_Release(&self.view)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        if not self.holds:
+            raise ValueError("the pinned buffer was released")
+        PyBuffer_FillInfo(view, self, <void *><uintptr_t>self.address, <Py_ssize_t>(self.npages * self.page_size),
+                          True, flags)
+
+    def release(self):
+        """Let go of the buffer; a second call does nothing."""
+        if self.holds:
+            self.holds = False
+            PyBuffer_Release(&self.view)
+
+
+def copy_runs(unsigned char[::1] target not None, const unsigned char[::1] source not None,
+              const int64_t[:, ::1] runs not None, uint64_t page_size):
+    """Copy runs of pages from one buffer to the same place in another.
+
+    Parameters
+    ----------
+    target, source : buffer of bytes
+        Equally long.
+    runs : ndarray of int64, shape (n, 2)
+        First page and count, as ``DirtyPages.runs()`` gives them. The last page
+        may be cut short by the buffers' end.
+    page_size : int
+        Bytes.
+
+    Raises
+    ------
+    ValueError
+        The buffers differ in length. IndexError: a run ends past them.
+    """
+    cdef uint64_t size = <uint64_t>source.shape[0], first, end
+    cdef Py_ssize_t i, n = runs.shape[0]
+
+    if target.shape[0] != source.shape[0] or runs.shape[1] != 2:
+        raise ValueError(f"{source.shape[0]} bytes cannot be copied onto {target.shape[0]}; pass equally long buffers "
+                         "and runs of shape (n, 2)")
+    for i in range(n):
+        if runs[i, 0] < 0 or runs[i, 1] < 1 or <uint64_t>runs[i, 0] >= (size + page_size - 1) // page_size:
+            raise IndexError(f"run {i} starts at page {runs[i, 0]} and the buffers end before it")
+    if n == 0:
+        return
+    with nogil:
+        for i in range(n):
+            first = <uint64_t>runs[i, 0] * page_size
+            end = min(size, first + <uint64_t>runs[i, 1] * page_size)
+            memcpy(&target[0] + first, &source[0] + first, end - first)
+
+
+@cython.final
+cdef class Span:
+    """Pages of this process that an engine watches, from construction to :meth:`close`.
+
+    Parameters
+    ----------
+    engine : {"userfaultfd", "mprotect"}
+        How to find out what was written.
+    address : int
+        Of the first page: a multiple of `page_size`, in bytes.
+    npages : int
+        How many pages.
+    page_size : int
+        Bytes: the system's own.
+
+    Raises
+    ------
+    OSError
+        A call was refused. ``strerror`` names the call.
+
+    Notes
+    -----
+    Spans of any number may overlap; each reports every write. Calls may come
+    from any thread. One lock an engine serialises them.
+    """
+
+    cdef dl_span *span
+    cdef const dl_engine *engine
+    cdef readonly uint64_t npages, page_size
+    cdef tuple spare
+
+    def __cinit__(self, str engine not None, uint64_t address, uint64_t npages, uint64_t page_size):
+        cdef dl_step step = DL_STEP_NONE
+        cdef int error
+
+        self.engine = engine_named(engine)
+        if npages == 0 or page_size == 0 or address % page_size:
+            raise ValueError(f"{npages} pages of {page_size} bytes from address {address:#x}: "
+                             "a span is at least one whole page")
+        self.npages = npages
+        self.page_size = page_size
+        self.span = dl_span_new(address // page_size, npages)
+        if self.span == NULL:
+            raise OSError(errno, f"no memory for the log of {npages} pages")
+        with nogil:
+            error = self.engine.open(self.span, page_size, &step)
+        if error < 0:
+            dl_span_free(self.span)
+            self.span = NULL
+            raise OSError(-error, refusal(step, error))
+
+    def __dealloc__(self):
+        if self.span != NULL:
+            self.engine.close(self.span)
+            dl_span_free(self.span)
+
+    def collect(self, bint take):
+        """Report what was written since the last call that took.
+
+        Parameters
+        ----------
+        take : bool
+            Start clean again (harvest); False only looks (peek).
+
+        Returns
+        -------
+        DirtyPages
+            ``exact`` is False when pages are in it that may not have been written.
+
+        Raises
+        ------
+        OSError
+            The memory cannot be tracked any longer.
+
+        Notes
+        -----
+        The answer, exact and not, exists before anything is taken (I5), and is
+        kept for the next call when nothing was dirty.
+        """
+        cdef uint64_t[::1] words
+        cdef uint64_t *into
+        cdef int answer
+        cdef tuple target
+
+        with cython.critical_section(self):
+            target = self.spare
+            self.spare = None
+        if target is None:
+            zeros = np.zeros((self.npages + 63) // 64, dtype=np.uint64)
+            # Neither looks at the words before it is asked for them.
+            target = (zeros, DirtyPages._adopt_words(zeros, self.npages, self.page_size),
+                      DirtyPages._adopt_words(zeros, self.npages, self.page_size, exact=False))
+        words = target[0]
+        clean = DirtyPages._empty(self.npages, self.page_size)
+        into = &words[0]
+        with nogil:
+            answer = self.engine.collect(self.span, into, take)
+        if answer == DL_CLEAN:
+            self.spare = target
+            return clean
+        if answer < 0:
+            raise OSError(-answer, strerror(-answer).decode())
+        return target[2] if answer == DL_LOST else target[1]
+
+    def close(self):
+        """Stop watching; a second call does nothing. The pages stay as they are."""
+        with nogil:
+            self.engine.close(self.span)

@@ -1,0 +1,47 @@
+"""The comparing engine: a private copy of the memory, and which pages differ from it."""
+
+from __future__ import annotations
+
+import threading
+from errno import EBADF
+from typing import Any
+
+import numpy as np
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._core import compare_pages
+from dirtylog.sources.memory import _tracking
+from dirtylog.sources.memory.arrays import empty
+
+__all__ = ["Compare"]
+
+
+class Compare:
+    """Compare the pages with a private copy, which then takes over what differs."""
+
+    def __init__(self, pinned: _tracking.PinnedPages) -> None:
+        self._live = memoryview(pinned)
+        self._copy: Any = empty(len(self._live), np.uint8)
+        self._copy[:] = self._live
+        self._page_size = pinned.page_size
+        self._closed = False
+        # Two harvests at once would both report what one of them has copied.
+        self._lock = threading.Lock()
+
+    def collect(self, take: bool) -> DirtyPages:
+        """Return the pages that differ; with `take` the copy takes them over."""
+        with self._lock:
+            if self._closed:
+                raise OSError(EBADF, "closed")
+            pages: DirtyPages = compare_pages(self._live, self._copy, self._page_size)
+            if take and pages:
+                # A write that lands in between is in the copy and not in this answer, but it is
+                # in the memory too when the caller reads the page that this answer names.
+                _tracking.copy_runs(self._copy, self._live, pages.runs(), self._page_size)
+            return pages
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        with self._lock:
+            self._closed = True
+            self._live.release()

@@ -1,0 +1,322 @@
+"""Tracking of this process's own memory: which pages of a buffer were written since the last harvest."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from collections import deque
+from errno import EBADF, EBUSY, ECHILD
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources._resource import Resource, has_forked
+from dirtylog.sources.memory import _tracking
+from dirtylog.sources.memory.compare import Compare
+from dirtylog.sources.memory.probe import Mapping, mappings_of
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+    Trackable = Memory
+
+__all__ = ["BACKENDS", "Tracker", "track"]
+
+BACKENDS = ("userfaultfd", "mprotect", "compare")
+
+
+class _Engine(Protocol):
+    """One way to find out what was written. Failures are OSErrors; EBADF: closed, ECHILD: forked."""
+
+    def collect(self, take: bool) -> DirtyPages: ...
+    def close(self) -> None: ...
+
+
+class Tracker(Resource):
+    """The pages of one buffer that were written since the last harvest.
+
+    Made by :func:`track`; a source: it can be attached to a `DirtyLog`.
+
+    Attributes
+    ----------
+    npages : int
+        Whole pages that the buffer touches; page 0 holds the buffer's first byte.
+    page_size : int
+        The system's own, in bytes.
+    offset : int
+        Bytes from the start of page 0 to the buffer's first byte: byte ``i`` of
+        the buffer lies in page ``(offset + i) // page_size``.
+    backend : str
+        Which back end it is: ``"userfaultfd"``, ``"mprotect"`` or ``"compare"``.
+    refused : dict of str to str
+        The back ends that ``"auto"`` passed over, and why.
+
+    Notes
+    -----
+    Any number of threads may harvest, peek and write. A write that happened
+    before a harvest began is in that harvest, or in that of another thread at
+    the same time; never lost. Read a page's content after the harvest that
+    reported it.
+    """
+
+    def __init__(self, buffer: Trackable, backend: str = "auto") -> None:
+        """Open the back end; see `track`."""
+        super().__init__()
+        if backend != "auto" and backend not in BACKENDS:
+            known = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {known}")
+        self._pinned = _tracking.PinnedPages(buffer, mmap.PAGESIZE)
+        self.offset: int = self._pinned.offset
+        self.npages: int = self._pinned.npages
+        self.page_size: int = self._pinned.page_size
+        mappings = mappings_of(self._pinned.address, self.npages * self.page_size)
+        self._writers = {mapping.writers for mapping in mappings}
+        self.refused: dict[str, str] = {}
+        # Taken and not handed out, because the caller's warning hook raised.
+        self._owed: deque[DirtyPages] = deque()
+        try:
+            self.backend: str
+            self.backend, self._engine = self._open(backend, mappings)
+        except BaseException:
+            self._pinned.release()
+            raise
+        self._closed = False
+
+    def _open(self, backend: str, mappings: list[Mapping]) -> tuple[str, _Engine]:
+        for name in BACKENDS if backend == "auto" else (backend,):
+            why = self._unsuited(name, mappings) if backend == "auto" else ""
+            if not why:
+                try:
+                    return name, self._engine_for(name, mappings)
+                except OSError as error:
+                    why = error.strerror or str(error)
+            self.refused[name] = why
+        others = [repr(name) for name in BACKENDS if name != backend]
+        raise BackendUnavailable(backend, self.refused[backend], f"try backend={' or '.join(others)}, or 'auto'")
+
+    def _unsuited(self, name: str, mappings: list[Mapping]) -> str:
+        """Say why ``"auto"`` should not choose a back end that would work."""
+        if name != "compare" and "anyone" in self._writers:
+            path = next(mapping.path for mapping in mappings if mapping.writers == "anyone")
+            return f"other processes may write {path}, and write protection sees this process's own stores only"
+        if name != "compare" and "heirs" in self._writers and has_forked():
+            return "a process that was forked may write this anonymous shared memory unseen"
+        if name == "mprotect" and (self.offset or self._pinned.nbytes % self.page_size):
+            return "the buffer shares pages with other data, and system calls that write there would fail with EFAULT"
+        return ""
+
+    def _engine_for(self, name: str, mappings: list[Mapping]) -> _Engine:
+        if name == "compare":
+            return Compare(self._pinned)
+        if name == "mprotect":
+            for mapping in mappings:
+                if not mapping.permissions.startswith("rw-") and not self._ours(mapping):
+                    raise OSError(f"the memory is mapped {mapping.permissions}, and closing would leave it rw-")
+            _tracking.allow_splits(_spare_mappings())
+        return _tracking.Span(name, self._pinned.address, self.npages, self.page_size)
+
+    def _ours(self, mapping: Mapping) -> bool:
+        """Whether a mapping is read-only because another tracker made it so."""
+        start = max(mapping.start, self._pinned.address)
+        end = min(mapping.end, self._pinned.address + self.npages * self.page_size)
+        return mapping.permissions.startswith("r--") and _tracking.covers(start, end, self.page_size)
+
+    def harvest(self) -> DirtyPages:
+        """Take the pages that were written since the last harvest.
+
+        Returns
+        -------
+        DirtyPages
+            Numbered from page 0 of the tracker. ``exact`` is False, with an
+            `IncompleteLogWarning`, when the tracker cannot vouch for its answer
+            and reports pages that nobody may have written (I6).
+
+        Raises
+        ------
+        ValueError
+            The tracker is closed.
+        DirtyLogError
+            The memory is gone, this is the child of a fork, or the SIGSEGV
+            handler was replaced (mprotect): nothing can be tracked any longer.
+
+        Notes
+        -----
+        userfaultfd: one PAGEMAP_SCAN for 8192 runs, O(pages) with a constant of
+        about 1 ns, less where huge pages are. mprotect: O(npages / 64), and one
+        mprotect a run; and it reads the process's list of mappings, about 2
+        microseconds a mapping. compare: reads all of the memory and of its copy.
+        """
+        return self._collect(True)
+
+    def peek(self) -> DirtyPages:
+        """Look at what the next harvest would report; the harvest reports it again.
+
+        Returns, Raises and Notes are those of :meth:`harvest`.
+        """
+        return self._collect(False)
+
+    def _collect(self, take: bool) -> DirtyPages:
+        self._check_open()
+        if self._inherited:
+            raise _forked()
+        try:
+            pages = self._engine.collect(take)
+        except OSError as error:
+            raise self._failure(error) from error
+        # Taken from the engine: whatever goes wrong from here on, the next harvest has it (I5).
+        held = [pages] if take else []
+        try:
+            # Memory that children inherit shared is written behind our back from the first fork on.
+            if self._forked_since and "heirs" in self._writers and self.backend != "compare":
+                pages = DirtyPages._all(self.npages, self.page_size, exact=False)
+                held = [pages] if take else []
+            owed = self._owe_nothing(held) if take else list(self._owed)
+            for earlier in owed:
+                pages |= earlier
+            if not owed and not pages.exact:
+                warnings.warn(
+                    f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
+                    f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or "
+                    "mappings ran short",
+                    IncompleteLogWarning,
+                    stacklevel=3,
+                )
+        except BaseException:
+            # Warnings may be errors, and a hook that shows them may raise what it likes.
+            self._owed.extend(held)
+            raise
+        return pages
+
+    def _owe_nothing(self, held: list[DirtyPages]) -> list[DirtyPages]:
+        """Move what earlier harvests could not hand out to `held`, and return it; other threads may do the same."""
+        owed = []
+        while self._owed:
+            try:
+                earlier = self._owed.popleft()
+            except IndexError:
+                break
+            held.append(earlier)
+            owed.append(earlier)
+        return owed
+
+    def _failure(self, error: OSError) -> Exception:
+        if error.errno == EBADF:
+            return ValueError("the Tracker is closed; open another one")
+        if error.errno == ECHILD:
+            return _forked()
+        if error.errno == EBUSY:
+            return DirtyLogError(
+                "the tracker's SIGSEGV handler was replaced, by faulthandler.enable() or disable() say: its "
+                f"{self.npages} pages are open and unwatched; take everything as written, close this "
+                "tracker, put the handler back and track again"
+            )
+        where = f"{self.npages} pages from address {self._pinned.address:#x}"
+        return DirtyLogError(
+            f"{where} can no longer be tracked by {self.backend} ({error.strerror}): they were unmapped, moved or "
+            "replaced; take everything as written, close this tracker and track the memory where it is now"
+        )
+
+    def _release(self) -> None:
+        # The engine of a comparing tracker has a lock, which in the child of a fork may be held by a thread
+        # that exists in the parent only; its copy goes with the object.
+        if not (self._inherited and self.backend == "compare"):
+            self._engine.close()
+        self._pinned.release()
+
+    def __repr__(self) -> str:
+        """Name the back end and the size."""
+        state = "closed " if self.closed else ""
+        return f"<{state}Tracker: {self.npages} pages of {self.page_size} bytes by {self.backend}>"
+
+
+def _forked() -> DirtyLogError:
+    return DirtyLogError(
+        "this tracker belongs to the parent process: a fork's child is not tracked; "
+        "close it here and track the buffer in the child itself"
+    )
+
+
+def _spare_mappings() -> int:
+    """Half of the mappings that this process may still make: the rest of it needs some too."""
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii"))
+        with Path("/proc/self/maps").open("rb") as maps:
+            used = sum(1 for _ in maps)
+    except OSError:
+        return 16384
+    return max(0, limit - used) // 2
+
+
+def track(buffer: Trackable, backend: str = "auto") -> Tracker:
+    """Track which pages of a buffer are written, from now on.
+
+    What was written before this returns is not reported.
+
+    Parameters
+    ----------
+    buffer : object with the buffer protocol
+        A NumPy array (contiguous), `mmap.mmap`, `memoryview`, the ``buf`` of
+        `multiprocessing.shared_memory.SharedMemory`, `bytearray`, ... It is kept
+        alive and in place. One that does not fill whole pages is tracked by the
+        whole pages it touches: a neighbour's write is then reported too.
+    backend : {"auto", "userfaultfd", "mprotect", "compare"}
+        ``"auto"`` takes the first that works here and sees every writer:
+        memory that other processes can map (files, memfd, named shared memory)
+        is compared, since write protection sees the stores of this process,
+        through this mapping, only. Name a back end to have it all the same.
+
+    Returns
+    -------
+    Tracker
+        A source and a context manager.
+
+    Raises
+    ------
+    TypeError
+        No buffer protocol.
+    ValueError
+        An empty or scattered buffer, or no such back end.
+    BackendUnavailable
+        The back end that was named does not work here: with what it answered.
+
+    Notes
+    -----
+    userfaultfd (Linux 6.7) sees every write, system calls and other processes'
+    ``process_vm_writev`` included, and costs the writer about a microsecond for
+    the first write to a page after a harvest. Memory that is not filled yet gets
+    small pages while it is tracked.
+
+    mprotect sees stores, each 4 to 7 microseconds for the first write to a page.
+    System calls that write into a page before a store does fail with EFAULT,
+    ``MADV_DONTNEED`` goes unseen, and the program must not install another
+    SIGSEGV handler over the tracker's, which stays and passes on what is not its
+    own. ``faulthandler.enable()`` and ``disable()`` change that handler too: call
+    them before the first tracker is opened, since without its handler a store
+    ends the process. A harvest that finds the handler gone opens the memory and
+    raises `DirtyLogError`. When mappings run short (``vm.max_map_count``) it
+    opens memory in blocks, and says so (I6). A harvest reads the process's list
+    of mappings: memory that was mapped anew, or made writable by the program's
+    own ``mprotect``, is reported whole with ``exact=False``, unless it was made
+    read-only again before the harvest.
+
+    compare holds a copy and sees contents, not writes: a page that has its old
+    content again is clean. If it went there and back while the caller copied it,
+    the caller has content that no later harvest reports; let writers rest while
+    you copy, or choose another back end.
+
+    References
+    ----------
+    ``PAGEMAP_SCAN`` in Linux ``Documentation/admin-guide/mm/pagemap.rst``;
+    ``userfaultfd(2)``, asynchronous write protection.
+
+    Examples
+    --------
+    >>> import dirtylog as dl
+    >>> array = dl.zeros(4 * 4096, "uint8")
+    >>> with dl.track(array) as tracker:
+    ...     array[5000] = 1
+    ...     tracker.harvest().indices().tolist(), tracker.harvest().count
+    ([1], 0)
+    """
+    return Tracker(buffer, backend)

@@ -1,0 +1,128 @@
+"""Dirty rings: each vCPU's list of written pages, harvested, reset and only then handed out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.errors import DirtyLogError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from dirtylog.vm.machine import VM
+
+__all__ = ["DirtyRingFull", "Rings"]
+
+MIN_ENTRIES, MAX_ENTRIES = 128, 65536
+
+
+class DirtyRingFull(DirtyLogError):
+    """A vCPU came out of guest mode because its dirty ring has reached the soft limit.
+
+    Harvest the rings, then go on with what is left.
+
+    Attributes
+    ----------
+    vcpu : int
+        The vCPU's index.
+    done : int
+        Pages it has stored to, or bytes it has written, before.
+    """
+
+    def __init__(self, vcpu: int, done: int) -> None:
+        self.vcpu = vcpu
+        self.done = done
+        super().__init__(f"the dirty ring of vCPU {vcpu} is full after {done}; call harvest_rings() and go on")
+
+    def __reduce__(self) -> tuple[type[DirtyRingFull], tuple[int, int]]:
+        """Pickle by the two numbers."""
+        return type(self), (self.vcpu, self.done)
+
+
+def check_entries(entries: int) -> int:
+    """Return a ring size that can be had, else ValueError."""
+    if not MIN_ENTRIES <= entries <= MAX_ENTRIES or entries & (entries - 1):
+        raise ValueError(f"dirty_ring {entries} is no power of two from {MIN_ENTRIES} to {MAX_ENTRIES}")
+    return entries
+
+
+def aligned_words(masks: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return rows of (slot, first page, mask) as word numbers and masks that begin at a word."""
+    first, bits = masks[:, 1], masks[:, 2]
+    word, shift = first // 64, first % 64
+    above = np.where(shift > 0, bits >> ((64 - shift) % 64), np.uint64(0))
+    words = np.concatenate([word, word + 1])
+    aligned = np.concatenate([bits << shift, above])
+    return words[aligned != 0], aligned[aligned != 0]
+
+
+class Rings:
+    """The rings of one machine. All methods want ``slots_lock`` held."""
+
+    def __init__(self, vm: VM) -> None:
+        self.vm = vm
+        self.pending: dict[int, DirtyPages] = {}
+
+    def drain(self) -> None:
+        """Fetch, write-protect, flush, keep the pages, and make room: in this order.
+
+        A failure before the end leaves the entries fetched and not released, and
+        the next drain finds all of them again (I5).
+
+        References
+        ----------
+        ``kvm_dirty_ring_reset`` in Linux ``virt/kvm/dirty_ring.c``.
+        """
+        vm = self.vm
+        slots, offsets = vm.mmu.ring_entries()
+        if not slots.size:
+            return
+        masks = vm.mmu.ring_masks(slots.size)
+        regions = {region.slot: region for region in vm.regions() if region.log_dirty}
+        found = {
+            slot: DirtyPages.from_indices(offsets[slots == slot].astype(np.int64), regions[slot].npages, vm.page_size)
+            for slot in np.unique(slots).tolist()
+            if slot in regions
+        }
+        if vm.protects_in_python:
+            with vm.mmu_lock:
+                for slot in found:
+                    vm.arch.protect_masked(vm, slot, *aligned_words(masks[masks[:, 0] == slot]))
+        else:
+            vm.mmu.ring_protect(masks)
+        for slot in found:
+            vm.arch.flush_tlbs(vm, slot)
+        for slot, pages in found.items():
+            self.pending[slot] = self.pending[slot] | pages if slot in self.pending else pages
+        vm.mmu.ring_release()
+
+    def harvest(self) -> dict[int, DirtyPages]:
+        """Return what every slot that keeps a log has, and forget it."""
+        self.drain()
+        pages = {region.slot: self._of(region.slot, region.npages) for region in self.vm.regions() if region.log_dirty}
+        # I5: from here on nothing fails.
+        self.pending.clear()
+        return pages
+
+    def _of(self, slot: int, npages: int) -> DirtyPages:
+        return self.pending.get(slot) or DirtyPages._empty(npages, self.vm.page_size)
+
+    def take(self, slot: int, clear: bool) -> DirtyPages:
+        """Return what one slot has; the others' pages wait for their turn."""
+        npages = self.vm.check_log(slot)
+        self.drain()
+        pages = self._of(slot, npages)
+        if clear:
+            self.pending.pop(slot, None)
+        return pages
+
+    def forget(self, slot: int) -> None:
+        """Drop the pages of a slot that is deleted or keeps no log any more: the next of its id must not get them.
+
+        Calls no hook, so it cannot fail half-way: other slots' entries wait for the next drain.
+        """
+        self.vm.mmu.ring_forget(slot)
+        self.pending.pop(slot, None)

@@ -1,0 +1,253 @@
+"""The layout: which module may import which, how many rooms there are, and the paths that other people's code names."""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import dirtylog as dl
+
+PACKAGE = Path(dl.__file__).parent
+# From the roof to the ground: a module imports from its own floor's room and from the floors below, never from above.
+# `log` knows neither sources nor vm; these two do not know each other.
+MAY_IMPORT = {
+    "commands": {"sinks", "log", "sources", "vm", "core", "bits", "ground", "reference", "top"},
+    "sinks": {"log", "sources", "core", "bits", "ground"},
+    "log": {"core", "bits", "ground"},
+    "sources": {"core", "bits", "ground"},
+    "vm": {"core", "bits", "ground"},
+    "reference": {"ground"},
+    "core": {"bits", "ground"},
+    "bits": {"ground"},
+    "ground": set(),
+    # The public names; each is imported where it is.
+    "top": {"log", "sources", "vm", "core", "bits", "ground"},
+}
+FLOORS = {
+    "cli": "commands",
+    "__main__": "commands",
+    "commands": "commands",
+    "sinks": "sinks",
+    "log": "log",
+    "epochs": "log",
+    "sources": "sources",
+    "vm": "vm",
+    "reference": "reference",
+    "_core": "core",
+    "capi": "core",
+    "_bits": "bits",
+    "_kvm_arguments": "bits",
+    "errors": "ground",
+    "_public": "ground",
+    "_typing": "ground",
+}
+
+
+def module_of(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return (path / "__init__.py").exists() or any(path.with_suffix(end).exists() for end in (".py", ".pyx", ".pyi"))
+
+
+def targets(module, names):
+    """The modules that ``from module import names`` loads: a name may be a module itself."""
+    return {f"{module}.{name}" if is_module(f"{module}.{name}") else module for name in names}
+
+
+def imports_of_python(path):
+    """Every import of a file, in functions too, but those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    typing_only = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            typing_only.update(id(below) for below in ast.walk(node))
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= targets(node.module, [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+IMPORT = re.compile(r"^\s*from (dirtylog[\w.]*) c?import (?:\(([^)]*)\)|(.*))$", re.MULTILINE)
+
+
+def imports_of_cython(path):
+    """Every import and cimport of a .pyx or .pxd file."""
+    found = set()
+    for module, many, few in IMPORT.findall(path.read_text()):
+        names = [name.partition(" as ")[0].strip() for name in (many or few.partition("#")[0]).split(",")]
+        found |= targets(module, [name for name in names if name])
+    return found
+
+
+def floor_of(module):
+    parts = module.split(".")
+    return FLOORS[parts[1]] if len(parts) > 1 else "top"
+
+
+def edges():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for target in imports_of_python(path):
+            yield module_of(path), target
+    for end in ("*.pyx", "*.pxd"):
+        for path in sorted(PACKAGE.rglob(end)):
+            for target in imports_of_cython(path):
+                yield module_of(path), target
+
+
+def uphill(arrows):
+    """The imports that go against the rule."""
+    wrong = []
+    for module, target in arrows:
+        if target.split(".")[0] != "dirtylog":
+            continue
+        floor, below = floor_of(module), floor_of(target)
+        if floor != below and below not in MAY_IMPORT[floor]:
+            wrong.append(f"{module} ({floor}) imports {target} ({below})")
+    return wrong
+
+
+def circles(arrows):
+    """The modules that can reach themselves by imports."""
+    graph = {}
+    for module, target in arrows:
+        if target.split(".")[0] == "dirtylog" and target != module and not module.startswith(target + "."):
+            graph.setdefault(module, set()).add(target)
+
+    def reachable(start):
+        seen, ahead = set(), list(graph.get(start, ()))
+        while ahead:
+            node = ahead.pop()
+            if node not in seen:
+                seen.add(node)
+                ahead.extend(graph.get(node, ()))
+        return seen
+
+    return sorted(module for module in graph if module in reachable(module))
+
+
+@pytest.fixture(scope="module")
+def arrows():
+    # A .pyi beside a .pyx describes it; what it imports is for checkers.
+    return sorted(set(edges()))
+
+
+def test_imports_run_one_way(arrows):
+    assert len(arrows) > 200
+    assert uphill(arrows) == []
+
+
+def test_no_module_imports_itself_in_a_circle(arrows):
+    assert circles(arrows) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("dirtylog.sinks.snapshot.writer", "dirtylog.commands.demo"),
+        ("dirtylog.log", "dirtylog.sources.shared"),
+        ("dirtylog.log", "dirtylog.vm.machine"),
+        ("dirtylog.sources.shared", "dirtylog.sinks.rate"),
+        ("dirtylog._bits.pages", "dirtylog._core"),
+        ("dirtylog.errors", "dirtylog.log"),
+    ],
+)
+def test_an_import_from_above_is_found(arrows, wrong):
+    assert len(uphill([*arrows, wrong])) == 1
+
+
+def test_a_circle_is_found(arrows):
+    assert circles([*arrows, ("dirtylog.sinks.rate", "dirtylog.sinks.report")])
+
+
+def test_a_sink_that_imports_a_command_is_found_in_its_text(tmp_path):
+    path = tmp_path / "sink.py"
+    path.write_text("def late():\n    from dirtylog.commands import demo\n")
+    assert imports_of_python(path) == {"dirtylog.commands.demo"}
+    path.write_text("from dirtylog._core cimport (\n    DirtyBitmap,\n    dl_bitmap,\n)\n")
+    assert imports_of_cython(path) == {"dirtylog._core"}
+
+
+def test_no_command_imports_another_command(arrows):
+    commands = [
+        (module, target)
+        for module, target in arrows
+        if module.startswith("dirtylog.commands.") and target.startswith("dirtylog.commands.")
+    ]
+    assert commands
+    assert [target for _, target in commands if not target.rsplit(".", 1)[1].startswith("_")] == []
+
+
+def test_the_house_is_small_enough_to_be_seen_at_a_glance():
+    sources = {".py", ".pyx", ".pyi", ".pxd", ".c", ".h", ".typed"}
+    files = [path.name for path in PACKAGE.iterdir() if path.suffix in sources or path.name == "py.typed"]
+    rooms = [
+        path.name
+        for path in (PACKAGE / "sinks").iterdir()
+        if (path.is_dir() and path.name != "__pycache__") or path.suffix in {".py", ".pyx"}
+    ]
+    assert len(files) <= 18, sorted(files)
+    assert len([room for room in rooms if room != "__init__.py"]) <= 10, sorted(rooms)
+
+
+PUBLIC = {
+    "dirtylog": sorted(dl.__all__),
+    "dirtylog.log": ["DirtyLog", "Epoch", "Observer", "Source"],
+    "dirtylog.errors": ["BackendUnavailable", "DirtyLogError", "IncompleteLogWarning"],
+    "dirtylog.reference": [],
+    "dirtylog.capi": [],
+    "dirtylog.vm.machine": ["VM"],
+    "dirtylog.vm.vcpu": ["Vcpu"],
+    "dirtylog.vm.memslots": ["Memslot"],
+    "dirtylog.vm.arch": ["Arch", "find", "names", "register"],
+    "dirtylog.vm.dirty_log": ["get_dirty_log"],
+    "dirtylog.sources.kvm": [
+        "VM",
+        "Dtable",
+        "Exit",
+        "Kvm",
+        "Probe",
+        "Regs",
+        "Segment",
+        "Slot",
+        "Sregs",
+        "Vcpu",
+        "probe",
+    ],
+    "dirtylog.sources.memory": ["BACKENDS", "Tracker", "empty", "track", "zeros"],
+    "dirtylog.sources.shared": ["SharedLog"],
+    "dirtylog.sinks.migrate": ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"],
+    "dirtylog.sinks.plot": [],
+    "dirtylog.sinks.profile": ["Hot", "Profile", "Profiler", "Snapshots"],
+    "dirtylog.sinks.rate": ["RateMeter"],
+    "dirtylog.sinks.forecast": ["Forecast", "forecast"],
+    "dirtylog.sinks.report": ["report_html"],
+    "dirtylog.sinks.snapshot": ["Info", "SnapshotError", "info", "rebase", "restore", "save", "save_diff", "verify"],
+    "dirtylog.sinks.trace": ["Recorder", "Trace", "TraceEpoch", "TraceError", "record", "replay", "what_if"],
+}
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_what_people_import_is_where_they_import_it(module):
+    found = import_module(module)
+    assert [name for name in PUBLIC[module] if not hasattr(found, name)] == []
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_a_public_name_says_a_module_that_is_public(module):
+    for name in PUBLIC[module]:
+        value = getattr(import_module(module), name)
+        said = getattr(value, "__module__", None)
+        if said is not None and said.startswith("dirtylog"):
+            assert said in PUBLIC, f"{module}.{name} says {said}"
+            assert getattr(import_module(said), value.__name__) is value

@@ -325,7 +325,7 @@ DL_INSTANTIATE(scalar, )
 
 typedef unsigned __int128 dl_pair __attribute__((may_alias));
 
-/* One locked instruction for two words: a dense harvest is bound by their number.
+/* I8: one locked instruction for two words: a dense harvest is bound by their number.
  * It is a full barrier like the exchanges that it stands for, and other processors'
  * locked operations on either word come before it or after it, since all of them
  * hold the line. If a mark came in between it takes nothing, and the words are

@@ -62,6 +62,7 @@ class PackedExtents:
     """
 
     def __init__(self, pages: DirtyPages, nbytes: int) -> None:
+        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the memory.
         extents = pages.runs() * np.int64(pages.page_size)
         if len(extents):
             past = int(extents[-1].sum()) - nbytes

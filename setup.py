@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
 # Hand-written C that one module links, beside its own .pyx.
 C_SOURCES = {
+    "dirtylog.sources.process._remote": ["dirtylog/sources/process/_inject.c"],
     "dirtylog._bits.blocks": ["dirtylog/_bits/simd.c"],
     "dirtylog.sources.memory._tracking": [
         f"dirtylog/sources/memory/{name}.c" for name in ("_spans", "_uffd", "_mprotect")

@@ -14,6 +14,7 @@ from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarn
 if TYPE_CHECKING:
     from dirtylog.log import DirtyLog, Epoch, Observer
     from dirtylog.sources.memory import Tracker, empty, track, zeros
+    from dirtylog.sources.process import Process, attach
     from dirtylog.sources.shared import SharedLog
     from dirtylog.vm.arch import Arch
     from dirtylog.vm.machine import VM
@@ -30,6 +31,8 @@ _LAZY = {
     "empty": "dirtylog.sources.memory",
     "zeros": "dirtylog.sources.memory",
     "SharedLog": "dirtylog.sources.shared",
+    "Process": "dirtylog.sources.process",
+    "attach": "dirtylog.sources.process",
     "DirtyLog": "dirtylog.log",
     "_C_API": "dirtylog.capi",  # PyCapsule_Import asks the package for it
     "Epoch": "dirtylog.log",
@@ -47,8 +50,10 @@ __all__ = [
     "Epoch",
     "IncompleteLogWarning",
     "Observer",
+    "Process",
     "SharedLog",
     "Tracker",
+    "attach",
     "empty",
     "ffs",
     "fls",

@@ -1,0 +1,199 @@
+"""The mappings of a process: read from its maps file, named for what they are, chosen."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dirtylog.errors import DirtyLogError
+
+__all__ = ["Area", "Region", "choose", "guest_areas", "mappings"]
+
+LARGE = 1 << 20
+# What the kernel maps for itself, and what cannot be watched.
+_SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"})
+_GUEST_NAMES = ("/memfd:memory-backend", "/memfd:guest_mem", "/memfd:ch_ram", "/memfd:pc.ram", "/memfd:ram")
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """Adjacent mappings of one kind in a process's address space.
+
+    Attributes
+    ----------
+    start, end : int
+        Addresses, in bytes.
+    writable, shared : bool
+        As mapped now.
+    name : str
+        What the kernel calls it: a path, ``[heap]``, ``[anon:...]`` or nothing.
+    """
+
+    start: int
+    end: int
+    writable: bool
+    shared: bool
+    name: str
+
+    @property
+    def kind(self) -> str:
+        """What it is: ``"heap"``, ``"stack"``, ``"anonymous"``, ``"file"`` (a private mapping) or ``"shared"``."""
+        if self.shared:
+            return "shared"
+        if self.name in ("[heap]", "[stack]"):
+            return self.name[1:-1]
+        return "file" if self.name.startswith("/") else "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A stretch of a process's memory, and where its pages are numbered.
+
+    Attributes
+    ----------
+    start, end : int
+        Addresses in the process, in bytes.
+    first_page, npages : int
+        Pages of the source.
+    kind : str
+        ``"heap"``, ``"stack"``, ``"anonymous"``, ``"file"`` (private mapping of
+        a file) or ``"shared"``.
+    name : str
+        The path, ``[heap]``, ``[anon:...]``, or an empty string.
+    """
+
+    start: int
+    end: int
+    first_page: int
+    npages: int
+    kind: str
+    name: str
+
+
+def mappings(pid: int) -> list[Area]:
+    """Read the mappings of a process, adjacent ones of one kind joined.
+
+    Registering and protecting split mappings that are one to the program, so
+    lines that differ in nothing that is kept here are one area.
+
+    Raises
+    ------
+    OSError
+        There is no such process, or it may not be looked at.
+
+    References
+    ----------
+    ``proc_pid_maps(5)``.
+    """
+    found: list[Area] = []
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, permissions, _, _, _, *name = line.rstrip("\n").split(maxsplit=5)
+            start, _, end = span.partition("-")
+            path = name[0] if name else ""
+            if path in _SPECIAL:
+                continue
+            area = Area(int(start, 16), int(end, 16), permissions[1] == "w", permissions[3] == "s", path)
+            last = found[-1] if found else None
+            if last and last.end == area.start and _alike(last, area):
+                found[-1] = Area(last.start, area.end, area.writable, area.shared, area.name)
+            else:
+                found.append(area)
+    return found
+
+
+def _alike(a: Area, b: Area) -> bool:
+    return (a.writable, a.shared, a.name) == (b.writable, b.shared, b.name)
+
+
+def choose(pid: int, select: str | Callable[[Area], bool]) -> Callable[[list[Area]], list[Area]]:
+    """Return the function that picks the areas to watch out of a process's mappings.
+
+    Parameters
+    ----------
+    pid : int
+        The process.
+    select : {"large", "all", "guest"} or callable
+        ``"large"``: writable memory of at least 1 MiB but the main stack;
+        ``"all"``: every writable mapping; ``"guest"``: a virtual machine's RAM;
+        or a function of an area that says whether to watch it.
+
+    Raises
+    ------
+    ValueError
+        No such selection.
+    DirtyLogError
+        ``"guest"``, and there is nothing that looks like one.
+    """
+    if callable(select):
+        return lambda areas: [area for area in areas if area.writable and select(area)]
+    if select == "large":
+        return lambda areas: [
+            area for area in areas if area.writable and area.end - area.start >= LARGE and area.kind != "stack"
+        ]
+    if select == "all":
+        return lambda areas: [area for area in areas if area.writable]
+    if select == "guest":
+        guest = guest_areas(pid, mappings(pid))
+        if not guest:
+            raise DirtyLogError(
+                f"process {pid} has no mapping that looks like a guest's RAM (a memory backend by name, or one "
+                "of the size that -m says); pass select=function, which is shown each area"
+            )
+        spans = {(area.start, area.end) for area in guest}
+        return lambda areas: [
+            area
+            for area in areas
+            if area.writable
+            and any(start <= area.start < end or area.start <= start < area.end for start, end in spans)
+        ]
+    raise ValueError(f"select is {select!r}; choose 'large', 'all', 'guest' or a function of an area")
+
+
+def guest_areas(pid: int, areas: list[Area]) -> list[Area]:
+    """Pick what looks like the RAM of a virtual machine: memory backends by name, else what has the size of ``-m``."""
+    named = [area for area in areas if area.writable and area.name.startswith(_GUEST_NAMES)]
+    if named:
+        return named
+    size = _ram_size(pid)
+    if not size:
+        return []
+    return [area for area in areas if area.writable and area.kind != "stack" and _holds(area, size)]
+
+
+def _holds(area: Area, size: int) -> bool:
+    """Whether an area is a RAM block of that size; QEMU aligns blocks to huge pages and may map neighbours."""
+    return size <= area.end - area.start < size + (4 << 20)
+
+
+def _ram_size(pid: int) -> int:
+    """The bytes that ``-m`` of a VMM's command line says; 0 where it says nothing."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return 0
+    if "qemu" not in os.path.basename(words[0]) and not any("qemu" in word for word in words[:1]):
+        return 0
+    text = words[words.index("-m") + 1] if "-m" in words[:-1] else "128M"
+    found = re.match(r"(?:size=)?(\d+)([kKmMgGtT]?)", text)
+    if not found:
+        return 0
+    return int(found[1]) << {"": 20, "k": 10, "m": 20, "g": 30, "t": 40}[found[2].lower()]
+
+
+def subtract(area: tuple[int, int], taken: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a range that none of some ascending, disjoint ranges covers."""
+    start, end = area
+    for first, last in taken:
+        if last <= start:
+            continue
+        if first >= end:
+            break
+        if first > start:
+            yield start, first
+        start = max(start, last)
+    if start < end:
+        yield start, end

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "top": {"log", "sources", "vm", "core", "bits", "ground"},
 }
 FLOORS = {
+    "agent": "commands",
     "cli": "commands",
     "__main__": "commands",
     "commands": "commands",
@@ -225,6 +226,8 @@ PUBLIC = {
         "probe",
     ],
     "dirtylog.sources.memory": ["BACKENDS", "Tracker", "empty", "track", "zeros"],
+    "dirtylog.agent": ["hand_over", "listen"],
+    "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sinks.migrate": ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"],
     "dirtylog.sinks.plot": [],

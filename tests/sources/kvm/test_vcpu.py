@@ -14,18 +14,12 @@ import pytest
 
 from dirtylog.sources import kvm
 
-probed = kvm.probe()
-pytestmark = pytest.mark.skipif(not probed.available, reason=probed.reason)
+from .guests import PAGE, needs_kvm
 
-PAGE = mmap.PAGESIZE
+pytestmark = needs_kvm
+
 # A byte that the guest sets when it runs, and the address of its memory.
 FLAG = 0x800
-
-
-@pytest.fixture
-def vm():
-    with kvm.Kvm() as system, system.create_vm() as vm:
-        yield vm
 
 
 def boot(vm, program, mode="real"):

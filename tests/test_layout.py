@@ -41,6 +41,7 @@ FLOORS = {
     "_bits": "bits",
     "_kvm_arguments": "bits",
     "errors": "ground",
+    "include": "ground",
     "_public": "ground",
     "_typing": "ground",
 }
@@ -61,49 +62,90 @@ def targets(module, names):
     return {f"{module}.{name}" if is_module(f"{module}.{name}") else module for name in names}
 
 
-def imports_of_python(path):
-    """Every import of a file, in functions too, but those for type checkers alone."""
-    tree = ast.parse(path.read_text())
-    typing_only = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            typing_only.update(id(below) for below in ast.walk(node))
+def typing_only(tree):
+    """The nodes that only a type checker sees: the body of ``if TYPE_CHECKING``, its ``else`` not."""
     found = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            found |= targets(node.module, [alias.name for alias in node.names])
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            found.update(id(below) for inside in node.body for below in ast.walk(inside))
     return found
 
 
-IMPORT = re.compile(r"^\s*from (dirtylog[\w.]*) c?import (?:\(([^)]*)\)|(.*))$", re.MULTILINE)
+def absolute(module, package, level):
+    """What ``from`` names, with the dots before it resolved."""
+    parts = package.split(".")
+    return ".".join([*parts[: len(parts) - level + 1], *filter(None, [module])]) if level else module
 
 
-def imports_of_cython(path):
+def imports_of_python(path, package="dirtylog"):
+    """Every import of a file, in functions too, also by ``import_module``, but those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    skipped, found = typing_only(tree), set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            found |= targets(absolute(node.module, package, node.level), [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+            # A name that is put together counts as the package it begins with.
+            first = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+            if isinstance(first, ast.Constant):
+                found.add(first.value.rpartition(".")[0] if first is not node.args[0] else first.value)
+    return found
+
+
+FROM = re.compile(r"^[ \t]*from ([\w.]+) c?import (?:\(([^)]*)\)|(.*))$", re.MULTILINE)
+PLAIN = re.compile(r"^[ \t]*c?import ([\w., ]+)", re.MULTILINE)
+HEADER = re.compile(r"""^[ \t]*(?:#[ \t]*include|cdef extern from) "([\w./]+)\"""", re.MULTILINE)
+
+
+def imports_of_cython(path, package="dirtylog"):
     """Every import and cimport of a .pyx or .pxd file."""
-    found = set()
-    for module, many, few in IMPORT.findall(path.read_text()):
+    found, text = set(), path.read_text()
+    for module, many, few in FROM.findall(text):
         names = [name.partition(" as ")[0].strip() for name in (many or few.partition("#")[0]).split(",")]
-        found |= targets(module, [name for name in names if name])
+        level = len(module) - len(module.lstrip("."))
+        found |= targets(absolute(module[level:], package, level), [name for name in names if name])
+    for names in PLAIN.findall(text):
+        found |= {name.partition(" as ")[0].strip() for name in names.split(",")}
+    return found
+
+
+def headers_of(path):
+    """Every header of ours that a C or Cython file includes, as a dotted path."""
+    found = set()
+    for name in HEADER.findall(path.read_text()):
+        for folder in (path.parent, PACKAGE, PACKAGE / "include"):
+            if (folder / name).exists():
+                found.add(".".join((folder / name).relative_to(PACKAGE.parent).parts))
+                break
     return found
 
 
 def floor_of(module):
     parts = module.split(".")
-    return FLOORS[parts[1]] if len(parts) > 1 else "top"
+    if len(parts) == 1:
+        return "top"
+    assert parts[1] in FLOORS, f"{module}: say in FLOORS of this test on which floor dirtylog/{parts[1]} is"
+    return FLOORS[parts[1]]
 
 
 def edges():
     for path in sorted(PACKAGE.rglob("*.py")):
-        for target in imports_of_python(path):
-            yield module_of(path), target
+        module = module_of(path)
+        package = module if path.stem == "__init__" else module.rpartition(".")[0]
+        for target in imports_of_python(path, package):
+            yield module, target
     for end in ("*.pyx", "*.pxd"):
         for path in sorted(PACKAGE.rglob(end)):
-            for target in imports_of_cython(path):
+            for target in imports_of_cython(path, module_of(path).rpartition(".")[0]) | headers_of(path):
                 yield module_of(path), target
+    for end in ("*.c", "*.h"):
+        for path in sorted(PACKAGE.rglob(end)):
+            for target in headers_of(path):
+                yield ".".join(path.relative_to(PACKAGE.parent).parts), target
 
 
 def uphill(arrows):
@@ -161,6 +203,8 @@ def test_no_module_imports_itself_in_a_circle(arrows):
         ("dirtylog.sources.shared", "dirtylog.sinks.rate"),
         ("dirtylog._bits.pages", "dirtylog._core"),
         ("dirtylog.errors", "dirtylog.log"),
+        ("dirtylog._bits.simd.c", "dirtylog.vm._mmu.h"),
+        ("dirtylog.include.dirtylog.bits.h", "dirtylog._bits.simd.h"),
     ],
 )
 def test_an_import_from_above_is_found(arrows, wrong):
@@ -177,6 +221,63 @@ def test_a_sink_that_imports_a_command_is_found_in_its_text(tmp_path):
     assert imports_of_python(path) == {"dirtylog.commands.demo"}
     path.write_text("from dirtylog._core cimport (\n    DirtyBitmap,\n    dl_bitmap,\n)\n")
     assert imports_of_cython(path) == {"dirtylog._core"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("from ..commands import demo", {"dirtylog.commands.demo"}),
+        ("from .plot import heat_map", {"dirtylog.sinks.plot"}),
+        ("from . import plot", {"dirtylog.sinks.plot"}),
+        ("importlib.import_module('dirtylog.commands.demo')", {"dirtylog.commands.demo"}),
+        ("import_module(f'dirtylog.commands.{name}')", {"dirtylog.commands"}),
+        ("if TYPE_CHECKING:\n    import dirtylog.cli\nelse:\n    import dirtylog.log", {"dirtylog.log"}),
+    ],
+)
+def test_no_way_to_import_goes_unseen(tmp_path, text, found):
+    path = tmp_path / "sink.py"
+    path.write_text(text)
+    assert imports_of_python(path, "dirtylog.sinks") == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("cimport dirtylog._core as core", {"dirtylog._core"}),
+        ("import dirtylog.log, os", {"dirtylog.log", "os"}),
+        ("from .._core cimport DirtyBitmap", {"dirtylog._core"}),
+        ("from . cimport _pageio", {"dirtylog.sinks._pageio"}),
+    ],
+)
+def test_no_way_to_cimport_goes_unseen(tmp_path, text, found):
+    path = tmp_path / "sink.pyx"
+    path.write_text(text)
+    assert imports_of_cython(path, "dirtylog.sinks") == found
+
+
+def test_headers_are_imports_too(tmp_path):
+    path = tmp_path / "code.c"
+    path.write_text('#include <stdio.h>\n#include "vm/_mmu.h"\n# include "dirtylog/bits.h"\n')
+    assert headers_of(path) == {"dirtylog.vm._mmu.h", "dirtylog.include.dirtylog.bits.h"}
+
+
+def room_of(module):
+    return ".".join(module.split(".")[:3])
+
+
+def test_no_source_knows_another(arrows):
+    between = [
+        (module, target)
+        for module, target in arrows
+        if target.startswith("dirtylog.sources.") and module.startswith("dirtylog.sources.")
+        if room_of(module) != room_of(target) and not room_of(target).startswith("dirtylog.sources._")
+    ]
+    assert between == []
+
+
+def test_no_sink_knows_a_source_but_the_profile_which_finds_the_memory_itself(arrows):
+    knowing = {room_of(module) for module, target in arrows if floor_of(module) == "sinks" and "sources" in target}
+    assert knowing == {"dirtylog.sinks.profile"}
 
 
 def test_no_command_imports_another_command(arrows):

@@ -30,6 +30,13 @@ def no_thread_is_left_behind():
 
 
 def pytest_addoption(parser):
+    parser.getgroup("conformance", "the conformance suite: tests/conformance").addoption(
+        "--source",
+        action="append",
+        metavar="MODULE:NAME",
+        help="ask this source alone, of any package, what every source promises: NAME is a context manager that opens "
+        "it, as examples.file_source:opened does (may be repeated)",
+    )
     group = parser.getgroup("stress", "stress tests: run with -m stress")
     group.addoption(
         "--stress-seconds", type=float, default=60, help="seconds that the stress tests share (default: %(default)s)"

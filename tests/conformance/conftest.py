@@ -1,6 +1,11 @@
-"""Every kind of source behind one interface: open it, write to its pages, ask it."""
+"""Every kind of source behind one interface: open it, write to its pages, ask it.
+
+To add a source: write a context manager that takes a number of pages and yields an `Opened`, and name it in `SOURCES`.
+Every test of `test_conformance.py` then runs on it. A source of another package needs nothing here: `--source`.
+"""
 
 from contextlib import contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +25,7 @@ class Opened(SimpleNamespace):
     Attributes
     ----------
     source : the source
-    write : callable taking page numbers, in the order in which they are written
+    write : callable taking page numbers, in the order in which they are written; each write changes its page
     overreports : bool, whether pages that nobody wrote may be reported now and then
     """
 
@@ -116,12 +121,23 @@ SOURCES = {
 }
 
 
-@pytest.fixture(scope="session", params=SOURCES)
+def pytest_generate_tests(metafunc):
+    if "open_source" in metafunc.fixturenames:
+        names = metafunc.config.getoption("--source") or list(SOURCES)
+        metafunc.parametrize("open_source", names, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def open_source(request):
     """A context manager that opens a source of so many pages; skips with the probe's answer where it cannot be."""
+    if request.param in SOURCES:
+        opener = SOURCES[request.param]
+    else:
+        module, _, name = request.param.partition(":")
+        opener = getattr(import_module(module), name)
     try:
-        with SOURCES[request.param](64):
+        with opener(64):
             pass
     except BackendUnavailable as missing:
         pytest.skip(str(missing))
-    return SOURCES[request.param]
+    return opener

@@ -1,4 +1,16 @@
-"""dirtylog: which pages of memory were written since I last looked, without ever losing a write."""
+"""dirtylog: which pages of memory were written since I last looked, without ever losing a write.
+
+From the roof to the ground; imports run downwards only::
+
+    commands/      the command line
+    sinks/         what dirty pages are for: snapshot, migrate, trace, profile, rate
+    log  epochs    the neck: merges sources, serves observers in epochs that commit or roll back
+    sources/       where pages get dirty: memory of this process or another, KVM, a shared log
+    vm/            the model of KVM's dirty log; one file of vm/arch/ for each architecture
+    _core          DirtyBitmap; capi and include/ offer it to Cython, C and C++
+    _bits/         what it is made of: words, sets of pages (DirtyPages), vector code
+    reference      the same in plain Python: the specification, and the oracle of the tests
+"""
 
 from __future__ import annotations
 

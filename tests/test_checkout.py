@@ -1,0 +1,58 @@
+"""What the files for people at the front door name is in the checkout: paths, links, versions, forms."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dirtylog as dl
+
+ROOT = Path(__file__).parents[1]
+DOORS = ["README.md", "CONTRIBUTING.md", "SECURITY.md"]
+
+
+@pytest.mark.parametrize("page", DOORS)
+def test_every_link_to_a_file_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text())
+    links += re.findall(r'(?:src|srcset|href)="([^"#]+)"', (ROOT / page).read_text())
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", DOORS)
+def test_every_path_that_is_named_is_there(page):
+    named = re.findall(
+        r"`((?:\.ci|benchmarks|dirtylog|docs|examples|formal|fuzz|tests|tools)/[^`\s]*)`", (ROOT / page).read_text()
+    )
+    # NAME is what the reader is about to write.
+    assert [path for path in named if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_no_invented_address_is_published():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert "urls" not in tomllib.load(file)["project"]
+    for page in DOORS:
+        assert "readthedocs.io" not in (ROOT / page).read_text()
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {dl.__version__}\n" in citation
+
+
+def test_every_form_asks_for_what_this_machine_offers():
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+    asking = [form.name for form in forms if "dirtylog info --json" in form.read_text()]
+    assert asking == [form.name for form in forms if form.name != "config.yml"] != []
+
+
+def test_the_page_of_environment_variables_has_all_of_them():
+    page = (ROOT / "docs" / "reference" / "environment.md").read_text()
+    used = set()
+    for folder in ("dirtylog", "tests", "tools", "benchmarks", "fuzz", ".ci"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".pyx", ".c"} or path.name == "run":
+                used |= set(re.findall(r"(?:environ|getenv|switch)\W[^\n]{0,20}\b(DIRTYLOG_[A-Z_]+)", path.read_text()))
+    used |= set(re.findall(r"\b(DIRTYLOG_[A-Z_]+)", (ROOT / "setup.py").read_text()))
+    assert used >= {"DIRTYLOG_SIMD", "DIRTYLOG_SANITIZE", "DIRTYLOG_HYPOTHESIS"}
+    assert sorted(name for name in used if f"`{name}`" not in page) == []

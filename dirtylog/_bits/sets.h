@@ -198,4 +198,28 @@ static inline void dl_dense_of_runs(const int64_t *runs, size_t n, uint64_t *out
     }
 }
 
+/* I9: `words` has a bit for each page of the address space that memory of `npages` pages touches, and the
+ * memory begins inside the first of them. So page i of the address space lies in pages i - 1 and i of the
+ * memory, which may have one fewer: mark both, in place. A line of clean words is read and never written:
+ * it may be fresh memory that has no page behind it yet. */
+static inline void dl_pages_of_unaligned(uint64_t *words, size_t n, uint64_t npages)
+{
+    for (size_t at = 0; at < n; at += DL_LINE_WORDS) {
+        size_t end = n - at < DL_LINE_WORDS ? n : at + DL_LINE_WORDS;
+        uint64_t next = end < n ? words[end] << 63 : 0, any = next;
+        for (size_t i = at; i < end; i++)
+            any |= words[i];
+        if (!any)
+            continue;
+        for (size_t i = at; i + 1 < end; i++)
+            words[i] |= words[i] >> 1 | words[i + 1] << 63;
+        words[end - 1] |= words[end - 1] >> 1 | next;
+    }
+    /* I7: the last page of the address space may be past the last one of the memory. */
+    size_t last = (size_t)dl_words_for(npages) - 1;
+    words[last] &= dl_tail_mask(npages);
+    if (last + 1 < n)
+        words[last + 1] = 0;
+}
+
 #endif /* DIRTYLOG_SETS_H */

@@ -81,10 +81,12 @@ def real_machine(mode):
     return opened
 
 
-def tracked(backend):
+def tracked(backend, offset=0, short=0):
+    """Memory that begins `offset` bytes into a page, and is `short` bytes short of its last one."""
+
     @contextmanager
     def opened(npages):
-        array = dl.zeros(npages * 4096, dtype=np.uint8)
+        array = dl.zeros(offset + npages * 4096, dtype=np.uint8)[offset : offset + npages * 4096 - short]
         with dl.track(array, backend=backend) as tracker:
 
             def write(pages):
@@ -92,7 +94,8 @@ def tracked(backend):
                 for page in pages:
                     array[page * 4096] = (int(array[page * 4096]) + 1) % 251
 
-            yield Opened(source=tracker, write=write, overreports=False)
+            # I9: write protection sees pages of the address space, each of which touches two of the memory's.
+            yield Opened(source=tracker, write=write, overreports=offset != 0 and backend != "compare")
 
     return opened
 
@@ -117,6 +120,11 @@ SOURCES = {
     "model-pml": model(pml=True),
     **{f"kvm-{mode}": real_machine(mode) for mode in ("bitmap", "manual", "ring")},
     **{f"track-{backend}": tracked(backend) for backend in ("userfaultfd", "mprotect", "compare")},
+    **{
+        f"track-{backend}-from-byte-{offset}": tracked(backend, offset, short)
+        for backend in ("userfaultfd", "mprotect", "compare")
+        for offset, short in ((1, 0), (16, 4095), (720, 720), (4095, 1))
+    },
     "shared": shared_log,
 }
 

@@ -343,7 +343,7 @@ buffers = [bytearray(3000) for _ in range(400)]
 trackers = [dl.track(buffer, "mprotect") for buffer in buffers]
 for buffer, tracker in zip(buffers, trackers):
     buffer[0] = buffer[2999] = 1
-    assert (tracker.offset + 2999) // PAGE in tracker.harvest()
+    assert 0 in tracker.harvest()
 for tracker in trackers:
     tracker.close()
 print("alive")

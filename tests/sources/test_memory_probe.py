@@ -75,10 +75,10 @@ def test_an_unknown_engine_is_refused():
         _tracking.Span("ptrace", PAGE, 1, PAGE)
 
 
-@pytest.mark.parametrize(("address", "npages"), [(PAGE, 0), (PAGE + 1, 1)])
-def test_a_span_is_whole_pages(address, npages):
-    with pytest.raises(ValueError, match="a span is at least one whole page"):
-        _tracking.Span("mprotect", address, npages, PAGE)
+@pytest.mark.parametrize("address", [PAGE, PAGE + 1])
+def test_a_span_is_at_least_one_byte(address):
+    with pytest.raises(ValueError, match="a span is at least one byte"):
+        _tracking.Span("mprotect", address, 0, PAGE)
 
 
 @pytest.mark.parametrize(

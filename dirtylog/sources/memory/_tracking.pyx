@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
-"""What tracking needs below Python: a pinned buffer's whole pages, and spans of the write-protecting engines."""
+"""What tracking needs below Python: a buffer held in place, and spans of the write-protecting engines."""
 
 from cpython.buffer cimport (
     PyBUF_ANY_CONTIGUOUS,
@@ -18,6 +18,14 @@ cimport cython
 import numpy as np
 
 from dirtylog._bits.pages import DirtyPages
+
+
+cdef extern from "dirtylog/bits.h" nogil:
+    uint64_t dl_words_for(uint64_t npages)
+
+
+cdef extern from "_bits/sets.h" nogil:
+    void dl_pages_of_unaligned(uint64_t *words, size_t n, uint64_t npages)
 
 
 cdef extern from "sources/memory/_spans.h" nogil:
@@ -143,7 +151,7 @@ def covers(uint64_t start, uint64_t end, uint64_t page_size):
 
 @cython.final
 cdef class PinnedPages:
-    """Hold a buffer in place, and show the whole pages it touches as read-only bytes.
+    """Hold a buffer in place, and show its bytes, read-only.
 
     Parameters
     ----------
@@ -156,13 +164,13 @@ cdef class PinnedPages:
     Attributes
     ----------
     address : int
-        Of the first page.
-    offset : int
-        Bytes from there to the buffer's first byte.
+        Of the first byte.
     nbytes : int
-        Of the buffer itself.
+        How many there are.
     npages, page_size : int
-        Whole pages that the buffer touches, and their size in bytes.
+        Pages of the buffer, counted from its first byte (I9), and their size in bytes.
+    first, end : int
+        Addresses of the whole pages of the address space that it touches.
 
     Raises
     ------
@@ -174,11 +182,9 @@ cdef class PinnedPages:
 
     cdef Py_buffer view
     cdef bint holds
-    cdef readonly uint64_t address, offset, nbytes, npages, page_size
+    cdef readonly uint64_t address, nbytes, npages, page_size, first, end
 
     def __cinit__(self, buffer, uint64_t page_size):
-        cdef uintptr_t start
-
         if not PyObject_CheckBuffer(buffer):
             raise TypeError(f"a {type(buffer).__name__} has no buffer to track; "
                             "pass a NumPy array, an mmap, a memoryview or shared_memory.buf")
@@ -191,12 +197,12 @@ cdef class PinnedPages:
         if self.view.len == 0:
             self.release()
             raise ValueError("a buffer of 0 bytes touches no page; track at least 1 byte")
-        start = <uintptr_t>self.view.buf
         self.page_size = page_size
+        self.address = <uintptr_t>self.view.buf
         self.nbytes = <uint64_t>self.view.len
-        self.offset = start % page_size
-        self.address = start - self.offset
-        self.npages = (self.offset + self.nbytes + page_size - 1) // page_size
+        self.npages = (self.nbytes + page_size - 1) // page_size
+        self.first = self.address & ~(page_size - 1)
+        self.end = (self.address + self.nbytes + page_size - 1) & ~(page_size - 1)
 
     def __dealloc__(self):
         if self.holds:
@@ -205,8 +211,7 @@ cdef class PinnedPages:
     def __getbuffer__(self, Py_buffer *view, int flags):
         if not self.holds:
             raise ValueError("the pinned buffer was released")
-        PyBuffer_FillInfo(view, self, <void *><uintptr_t>self.address, <Py_ssize_t>(self.npages * self.page_size),
-                          True, flags)
+        PyBuffer_FillInfo(view, self, self.view.buf, self.view.len, True, flags)
 
     def release(self):
         """Let go of the buffer; a second call does nothing."""
@@ -254,18 +259,23 @@ def copy_runs(unsigned char[::1] target not None, const unsigned char[::1] sourc
 
 @cython.final
 cdef class Span:
-    """Pages of this process that an engine watches, from construction to :meth:`close`.
+    """Memory of this process that an engine watches, from construction to :meth:`close`.
 
     Parameters
     ----------
     engine : {"userfaultfd", "mprotect"}
         How to find out what was written.
     address : int
-        Of the first page: a multiple of `page_size`, in bytes.
-    npages : int
-        How many pages.
+        Of the first byte, anywhere in a page.
+    nbytes : int
+        How many bytes.
     page_size : int
-        Bytes: the system's own.
+        Bytes, a power of two: the system's own.
+
+    Attributes
+    ----------
+    npages : int
+        Pages from the first byte on (I9), which the answers number.
 
     Raises
     ------
@@ -281,21 +291,27 @@ cdef class Span:
     cdef dl_span *span
     cdef const dl_engine *engine
     cdef readonly uint64_t npages, page_size
+    cdef uint64_t touched   # pages of the address space, which the engine numbers
+    cdef bint unaligned     # page 0 begins inside the first of them
     cdef tuple spare
 
-    def __cinit__(self, str engine not None, uint64_t address, uint64_t npages, uint64_t page_size):
+    def __cinit__(self, str engine not None, uint64_t address, uint64_t nbytes, uint64_t page_size):
         cdef dl_step step = DL_STEP_NONE
         cdef int error
+        cdef uint64_t inside
 
         self.engine = engine_named(engine)
-        if npages == 0 or page_size == 0 or address % page_size:
-            raise ValueError(f"{npages} pages of {page_size} bytes from address {address:#x}: "
-                             "a span is at least one whole page")
-        self.npages = npages
+        if nbytes == 0 or page_size == 0:
+            raise ValueError(f"{nbytes} bytes from address {address:#x} in pages of {page_size}: "
+                             "a span is at least one byte")
+        inside = address % page_size
+        self.unaligned = inside != 0
+        self.npages = (nbytes + page_size - 1) // page_size
+        self.touched = (inside + nbytes + page_size - 1) // page_size
         self.page_size = page_size
-        self.span = dl_span_new(address // page_size, npages)
+        self.span = dl_span_new(address // page_size, self.touched)
         if self.span == NULL:
-            raise OSError(errno, f"no memory for the log of {npages} pages")
+            raise OSError(errno, f"no memory for the log of {self.touched} pages")
         with nogil:
             error = self.engine.open(self.span, page_size, &step)
         if error < 0:
@@ -340,15 +356,18 @@ cdef class Span:
             target = self.spare
             self.spare = None
         if target is None:
-            zeros = np.zeros((self.npages + 63) // 64, dtype=np.uint64)
+            zeros = np.zeros(dl_words_for(self.touched), dtype=np.uint64)
+            ours = zeros[: dl_words_for(self.npages)]
             # Neither looks at the words before it is asked for them.
-            target = (zeros, DirtyPages._adopt_words(zeros, self.npages, self.page_size),
-                      DirtyPages._adopt_words(zeros, self.npages, self.page_size, exact=False))
+            target = (zeros, DirtyPages._adopt_words(ours, self.npages, self.page_size),
+                      DirtyPages._adopt_words(ours, self.npages, self.page_size, exact=False))
         words = target[0]
         clean = DirtyPages._empty(self.npages, self.page_size)
         into = &words[0]
         with nogil:
             answer = self.engine.collect(self.span, into, take)
+            if self.unaligned and answer > DL_CLEAN:
+                dl_pages_of_unaligned(into, dl_words_for(self.touched), self.npages)
         if answer == DL_CLEAN:
             self.spare = target
             return clean

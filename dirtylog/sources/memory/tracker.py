@@ -41,12 +41,10 @@ class Tracker(Resource):
     Attributes
     ----------
     npages : int
-        Whole pages that the buffer touches; page 0 holds the buffer's first byte.
+        Pages of the buffer, ``ceil(nbytes / page_size)``. Page ``i`` is its bytes
+        ``i * page_size`` to ``(i + 1) * page_size``, wherever it lies (I9).
     page_size : int
         The system's own, in bytes.
-    offset : int
-        Bytes from the start of page 0 to the buffer's first byte: byte ``i`` of
-        the buffer lies in page ``(offset + i) // page_size``.
     backend : str
         Which back end it is: ``"userfaultfd"``, ``"mprotect"`` or ``"compare"``.
     refused : dict of str to str
@@ -67,10 +65,9 @@ class Tracker(Resource):
             known = ", ".join(map(repr, BACKENDS))
             raise ValueError(f"there is no back end {backend!r}; choose 'auto' or one of {known}")
         self._pinned = _tracking.PinnedPages(buffer, mmap.PAGESIZE)
-        self.offset: int = self._pinned.offset
         self.npages: int = self._pinned.npages
         self.page_size: int = self._pinned.page_size
-        mappings = mappings_of(self._pinned.address, self.npages * self.page_size)
+        mappings = mappings_of(self._pinned.first, self._pinned.end - self._pinned.first)
         self._writers = {mapping.writers for mapping in mappings}
         self.refused: dict[str, str] = {}
         # Taken and not handed out, because the caller's warning hook raised.
@@ -102,7 +99,7 @@ class Tracker(Resource):
             return f"other processes may write {path}, and write protection sees this process's own stores only"
         if name != "compare" and "heirs" in self._writers and has_forked():
             return "a process that was forked may write this anonymous shared memory unseen"
-        if name == "mprotect" and (self.offset or self._pinned.nbytes % self.page_size):
+        if name == "mprotect" and (self._pinned.address % self.page_size or self._pinned.nbytes % self.page_size):
             return "the buffer shares pages with other data, and system calls that write there would fail with EFAULT"
         return ""
 
@@ -114,13 +111,18 @@ class Tracker(Resource):
                 if not mapping.permissions.startswith("rw-") and not self._ours(mapping):
                     raise OSError(f"the memory is mapped {mapping.permissions}, and closing would leave it rw-")
             _tracking.allow_splits(_spare_mappings())
-        return _tracking.Span(name, self._pinned.address, self.npages, self.page_size)
+        return _tracking.Span(name, self._pinned.address, self._pinned.nbytes, self.page_size)
 
     def _ours(self, mapping: Mapping) -> bool:
         """Whether a mapping is read-only because another tracker made it so."""
-        start = max(mapping.start, self._pinned.address)
-        end = min(mapping.end, self._pinned.address + self.npages * self.page_size)
+        start = max(mapping.start, self._pinned.first)
+        end = min(mapping.end, self._pinned.end)
         return mapping.permissions.startswith("r--") and _tracking.covers(start, end, self.page_size)
+
+    @property
+    def offset(self) -> int:
+        """Always 0: byte ``i`` of the buffer lies in page ``i // page_size`` (I9). For code that still adds it."""
+        return 0
 
     def harvest(self) -> DirtyPages:
         """Take the pages that were written since the last harvest.
@@ -258,8 +260,7 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
     buffer : object with the buffer protocol
         A NumPy array (contiguous), `mmap.mmap`, `memoryview`, the ``buf`` of
         `multiprocessing.shared_memory.SharedMemory`, `bytearray`, ... It is kept
-        alive and in place. One that does not fill whole pages is tracked by the
-        whole pages it touches: a neighbour's write is then reported too.
+        alive and in place.
     backend : {"auto", "userfaultfd", "mprotect", "compare"}
         ``"auto"`` takes the first that works here and sees every writer:
         memory that other processes can map (files, memfd, named shared memory)
@@ -282,6 +283,13 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
 
     Notes
     -----
+    Page ``i`` is bytes ``i * page_size`` to ``(i + 1) * page_size`` of the buffer
+    (I9). A buffer that begins inside a page of the address space is tracked by
+    all the pages it touches, and each of those lies in two of its own: a write is
+    reported with at most one page beside it, and so is a neighbour's write to a
+    page that both share. `dirtylog.zeros` and `dirtylog.empty` make arrays that
+    begin on a page, which are tracked exactly; comparing is always exact.
+
     userfaultfd (Linux 6.7) sees every write, system calls and other processes'
     ``process_vm_writev`` included, and costs the writer about a microsecond for
     the first write to a page after a harvest. Memory that is not filled yet gets

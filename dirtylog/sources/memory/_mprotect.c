@@ -2,18 +2,23 @@
  *
  * One spin lock guards everything the handler reads, because nothing else may be waited for in a
  * signal handler. Its holders block all signals and touch no memory that could be tracked: the
- * engine's own statics, spans (which have pages of their own) and the stack. So a holder never
- * faults and is never interrupted on its own thread, and a handler that waits is let in soon.
+ * engine's own statics, spans and their index (which have pages of their own) and the stack. So a holder
+ * never faults and is never interrupted on its own thread, and a handler that waits is let in soon.
  *
  * Under the lock, for each page of each span: it is write-protected, or its bit is set (I1). A store
  * through a page that another thread has just opened is therefore reported by the next harvest,
  * which cannot take the lock between the opening and the marking.
  *
- * Only whoever calls mprotect or mmap on tracked memory behind our back can make that untrue. So
- * before anything is reported or protected, the kernel's own list of mappings is asked (I6).
+ * Only whoever calls mprotect, mmap, mremap or madvise on tracked memory behind our back can make that
+ * untrue. So before anything is reported or protected, the kernel is asked how the memory is mapped, and
+ * which of its pages have become empty (I6).
+ *
+ * formal/models/protect.pml is this file's model.
  */
 #define _GNU_SOURCE
-#include "_spans.h"
+#include "_faults.h"
+#include "_maps.h"
+#include "_registry.h"
 
 #include <errno.h>
 
@@ -27,25 +32,22 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "_pagemap.h"
 #include "dirtylog/atomic.h"
 
 #define BLOCK 512       /* pages opened at once when mappings run short */
 #define CHUNK_WORDS 256 /* words taken under one hold of the lock */
 
-static uint64_t held; /* the spin lock */
-static struct dl_span *spans;
-static uint64_t page_bytes, allowed_splits = 16384;
-static unsigned forks;
-static uint64_t closes; /* spans ever closed: a fault that raced with a close is tried again */
-static int installed;
-static struct sigaction previous;
-static pthread_once_t once = PTHREAD_ONCE_INIT;
+#define EMPTIES 128     /* runs of empty pages that the kernel tells at once */
+#define STRETCH 65536   /* pages that it looks at under one hold of the lock */
 
-/* The last fault of this thread that belonged to no span. Initial-exec: a handler must not allocate. */
-static __thread struct {
-    uintptr_t address;
-    uint64_t closes;
-} stranger __attribute__((tls_model("initial-exec")));
+static uint64_t held; /* the spin lock */
+static struct dl_registry registry;
+static uint64_t page_bytes, allowed_splits = 16384;
+static uint64_t splits; /* of all spans */
+static uint64_t changes; /* times that pages were protected, or left by their last span */
+static unsigned forks;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void spin_lock(void)
 {
@@ -97,62 +99,57 @@ static int is_open(const struct dl_span *span, uint64_t page)
            (span->open[(page - span->first) / DL_WORD_PAGES] & dl_bit(page - span->first)) != 0;
 }
 
-static uint64_t all_splits(void)
-{
-    uint64_t splits = 0;
-
-    for (const struct dl_span *span = spans; span; span = span->next)
-        splits += span->splits;
-    return splits;
-}
-
 /* Borders between open and protected pages: each is one mapping more. */
-static uint64_t count_splits(const struct dl_span *span)
+static void count_splits(struct dl_span *span)
 {
-    uint64_t splits = 0, carry = 0;
+    uint64_t carry = 0;
 
+    splits -= span->splits;
+    span->splits = 0;
     for (uint64_t i = 0; i < dl_words_for(span->end - span->first); i++) {
-        splits += (uint64_t)__builtin_popcountll(span->open[i] ^ (span->open[i] << 1 | carry));
+        span->splits += (uint64_t)__builtin_popcountll(span->open[i] ^ (span->open[i] << 1 | carry));
         carry = span->open[i] >> 63;
     }
-    return splits;
+    splits += span->splits;
 }
 
 /* Lock held. Make [first, end) writable and mark it in every span; `coarse`: more than was written. */
 static int open_pages(uint64_t first, uint64_t end, int coarse)
 {
     int error = protect(first, end, PROT_READ | PROT_WRITE);
+    struct dl_span *span;
 
     if (error)
         return error;
-    for (struct dl_span *span = spans; span; span = span->next) {
-        uint64_t from = first, to = end;
+    DL_EACH_SPAN (span, &registry, first, end) {
+        uint64_t from = first, to = end, more = 0;
 
-        if (!dl_span_clip(span, &from, &to))
-            continue;
+        (void)dl_span_clip(span, &from, &to);
         if (to - from == 1 && !is_open(span, from))
-            span->splits += 2 - 2 * (uint64_t)(is_open(span, from - 1) + is_open(span, from + 1));
+            more = 2 - 2 * (uint64_t)(is_open(span, from - 1) + is_open(span, from + 1));
         dl_words_set(span->open, from - span->first, to - span->first);
-        dl_words_set(span->words, from - span->first, to - span->first);
-        span->pending = 1;
+        dl_words_clear(span->empty, from - span->first, to - span->first);
+        dl_span_mark(span, from, to);
         span->coarse |= coarse;
         if (to - from > 1)
-            span->splits = count_splits(span);
+            count_splits(span);
+        span->splits += more;
+        splits += more;
     }
     return 0;
 }
 
-/* Lock held. 1: the store may go on; 0: not ours; -errno: ours, and the kernel refuses to open it. */
+/* Lock held. */
 static int resolve(uint64_t page)
 {
-    struct dl_span *span = spans;
-    int error;
+    uint64_t at = 0;
+    struct dl_span *span = dl_registry_next(&registry, &at, page, page + 1);
+    int error, was_open;
 
-    while (span && !(span->first <= page && page < span->end))
-        span = span->next;
     if (!span)
-        return 0;
-    if (all_splits() < allowed_splits) {
+        return DL_FAULT_FOREIGN;
+    was_open = is_open(span, page);
+    if (splits < allowed_splits) {
         error = open_pages(page, page + 1, 0);
     } else {
         uint64_t first = page / BLOCK * BLOCK, end = first + BLOCK;
@@ -164,84 +161,29 @@ static int resolve(uint64_t page)
      * ever joins mappings. A handler that returned without opening anything would spin for ever. */
     if (error == -ENOMEM)
         error = open_pages(span->first, span->end, 1);
-    return error ? error : 1;
+    return error ? error : was_open ? DL_FAULT_WAS_OPEN : DL_FAULT_OPENED;
 }
 
-static void chain(int number, siginfo_t *info, void *context)
+int dl_mprotect_fault(uintptr_t address, uint64_t *seen)
 {
-    struct sigaction standard = {.sa_handler = SIG_DFL};
+    int fault;
 
-    if (previous.sa_flags & SA_SIGINFO) {
-        previous.sa_sigaction(number, info, context);
-    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        previous.sa_handler(number);
-    } else if (!(previous.sa_handler == SIG_IGN && info->si_code <= 0)) {
-        /* The store is tried again and ends the process, as it would have without us. */
-        sigaction(SIGSEGV, &standard, NULL);
-        if (info->si_code <= 0)
-            raise(SIGSEGV);
-    }
-}
-
-static void on_fault(int number, siginfo_t *info, void *context)
-{
-    int error = errno, answer = 0, again = 0;
-
-    if (info->si_code == SEGV_ACCERR) {
-        uintptr_t address = (uintptr_t)info->si_addr;
-
-        spin_lock();
-        answer = resolve(address / page_bytes);
-        /* A span that another thread closed between the fault and here has left its page open: try
-         * once more. A fault that comes back with nothing closed in between is somebody else's. */
-        again = answer == 0 && !(stranger.address == address && stranger.closes == closes);
-        stranger.address = address;
-        stranger.closes = closes;
-        spin_unlock();
-    }
-    if (answer <= 0 && !again)
-        chain(number, info, context);
-    errno = error;
-}
-
-static int is_ours(const struct sigaction *now)
-{
-    return (now->sa_flags & SA_SIGINFO) && now->sa_sigaction == on_fault;
+    spin_lock();
+    fault = resolve(address / page_bytes);
+    *seen = changes;
+    spin_unlock();
+    return fault;
 }
 
 /* Lock held. 0, or -EBUSY where somebody has put another action in the handler's place. */
 static int check_handler(struct dl_span *span)
 {
-    struct sigaction now;
-
-    if (sigaction(SIGSEGV, NULL, &now) == 0 && is_ours(&now))
+    if (dl_faults_installed())
         return 0;
     /* Whatever is there now need not come back from a store. With all pages open and marked (I1) none
      * faults, and should the handler return, the next harvest reports them all (I6). */
     (void)open_pages(span->first, span->end, 1);
     return -EBUSY;
-}
-
-/* Lock held. The handler stays for good: a thread may have faulted on a page that a close has since
- * opened, and the signal that is on its way to it must still find the handler. */
-static int install(void)
-{
-    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_ONSTACK}, now;
-
-    if (sigaction(SIGSEGV, NULL, &now) < 0)
-        return -errno;
-    if (is_ours(&now))
-        return 0;
-    /* Whoever installed a handler over ours may call ours as its previous one; over it once more, the
-     * two would call each other for ever. */
-    if (installed && ((now.sa_flags & SA_SIGINFO) || (now.sa_handler != SIG_DFL && now.sa_handler != SIG_IGN)))
-        return -EBUSY;
-    sigfillset(&ours.sa_mask);
-    previous = now;
-    if (sigaction(SIGSEGV, &ours, NULL) < 0)
-        return -errno;
-    installed = 1;
-    return 0;
 }
 
 /* Lock held. Protect the runs of `taken`, whose bit 0 is page `base`; what is protected is closed in
@@ -250,8 +192,10 @@ static int protect_runs(const uint64_t *taken, uint64_t nwords, uint64_t base)
 {
     uint64_t page = 0, npages = nwords * DL_WORD_PAGES;
 
+    changes++;
     while (page < npages) {
         uint64_t word = taken[page / DL_WORD_PAGES] & dl_mask_from((unsigned)(page % DL_WORD_PAGES)), first;
+        struct dl_span *span;
         int error;
 
         if (!word) {
@@ -265,11 +209,11 @@ static int protect_runs(const uint64_t *taken, uint64_t nwords, uint64_t base)
         error = protect(base + first, base + page, PROT_READ);
         if (error)
             return error;
-        for (struct dl_span *span = spans; span; span = span->next) {
+        DL_EACH_SPAN (span, &registry, base + first, base + page) {
             uint64_t from = base + first, to = base + page;
 
-            if (dl_span_clip(span, &from, &to))
-                dl_words_clear(span->open, from - span->first, to - span->first);
+            (void)dl_span_clip(span, &from, &to);
+            dl_words_clear(span->open, from - span->first, to - span->first);
         }
     }
     return 0;
@@ -295,56 +239,142 @@ static int all_open(const struct dl_span *span, uint64_t first, uint64_t end)
 /* Lock held. Pages that are not mapped as we left them: who believed any of them protected reports all. */
 static void distrust(uint64_t first, uint64_t end)
 {
-    for (struct dl_span *span = spans; span; span = span->next) {
+    struct dl_span *span;
+
+    DL_EACH_SPAN (span, &registry, first, end) {
         uint64_t from = first, to = end;
 
-        if (!dl_span_clip(span, &from, &to) || all_open(span, from, to))
+        (void)dl_span_clip(span, &from, &to);
+        if (all_open(span, from, to))
             continue;
         dl_words_set(span->words, 0, span->end - span->first);
         dl_words_set(span->open, 0, span->end - span->first);
+        splits -= span->splits;
         span->splits = 0;
         span->pending = span->coarse = 1;
     }
 }
 
-/* Lock held: no mapping of ours changes meanwhile. What a span has protected must be mapped "r--": memory
- * that was replaced, or given other permissions, is not, and stores to it have raised no fault. Where
- * the kernel does not tell, nothing can be vouched for. One line a mapping: "start-end rwxp ...". */
-static void check_mappings(void)
+/* What a span has protected must be mapped "r--": memory that was replaced, or given other permissions,
+ * is not, and stores to it have raised no fault. */
+static int check_mapping(const struct dl_mapping *mapping, const char *name, void *context)
 {
-    char text[2048], permissions[3] = "";
-    uint64_t bounds[2] = {0, 0};
-    unsigned field = 0, letters = 0;
-    ssize_t size = -1;
-    uint64_t lines = 0;
-    /* Not "self": its memory is gone once the process's first thread has ended. */
-    int file = open("/proc/thread-self/maps", O_RDONLY | O_CLOEXEC);
+    if (memcmp(mapping->permissions, "r--", 3) != 0)
+        distrust(mapping->start / page_bytes, mapping->end / page_bytes);
+    return 0;
+}
 
-    while (file >= 0 && (size = read(file, text, sizeof text)) > 0) {
-        for (ssize_t i = 0; i < size; i++) {
-            char c = text[i];
+static int is_anonymous(const struct dl_mapping *mapping, const char *name, void *context)
+{
+    return mapping->inode != 0 || mapping->permissions[3] != 'p';
+}
 
-            if (c == '\n') {
-                if (permissions[0] != 'r' || permissions[1] != '-' || permissions[2] != '-')
-                    distrust(bounds[0] / page_bytes, bounds[1] / page_bytes);
-                bounds[0] = bounds[1] = 0;
-                field = letters = 0;
-                lines++;
-            } else if (field < 2 && (c == '-' || c == ' ')) {
-                field++;
-            } else if (field < 2) {
-                bounds[field] = bounds[field] << 4 | (uint64_t)(c <= '9' ? c - '0' : c - 'a' + 10);
-            } else if (field == 2 && letters < sizeof permissions) {
-                permissions[letters++] = c;
-            } else {
-                field = 3;
+/* Lock held. Pages of tracked memory that are gone may have been moved onto other tracked pages, which
+ * are mapped "r--" then as if they were those: nobody's pages can be trusted. One call for each stretch
+ * of neighbouring spans. */
+static void check_neighbours(void)
+{
+    const struct dl_index *index = registry.now;
+
+    for (uint64_t i = 0, next; i < index->count; i = next) {
+        struct dl_span stretch = {.first = index->entries[i].first, .end = index->entries[i].end};
+
+        for (next = i + 1; next < index->count && index->entries[next].first <= stretch.end; next++)
+            if (index->entries[next].end > stretch.end)
+                stretch.end = index->entries[next].end;
+        if (dl_span_whole(&stretch, page_bytes) != -ENOMEM)
+            continue;
+        for (uint64_t k = i; k < next; k++) {
+            struct dl_span *span = index->entries[k].span;
+
+            if (!span->dead && dl_span_whole(span, page_bytes) == -ENOMEM) {
+                span->dead = ENOMEM;
+                distrust(0, UINT64_MAX);
             }
         }
     }
-    if (file >= 0)
-        close(file);
-    if (size < 0 || lines == 0)
-        distrust(0, UINT64_MAX);
+}
+
+/* Lock held: no mapping of ours changes meanwhile. Where the kernel does not tell, nothing can be
+ * vouched for. */
+static void check_mappings(uint64_t first, uint64_t end)
+{
+    if (dl_maps_walk(first * page_bytes, end * page_bytes, 0, check_mapping, NULL) < 0)
+        distrust(first, end);
+    check_neighbours();
+}
+
+/* Lock held. One look at the pages from `first` on; the regions found, and in `walked` where it ended. */
+static int find_empty(int pagemap, struct dl_page_region *regions, uint64_t zero, uint64_t first, uint64_t end,
+                      uint64_t *walked)
+{
+    /* Inverted: neither here nor swapped out. Or the system's page of zeros, put there by a read. */
+    struct dl_page_scan arg = {
+        .size = sizeof arg,
+        .start = first * page_bytes,
+        .end = end * page_bytes,
+        .vec = (uint64_t)(uintptr_t)regions,
+        .vec_len = EMPTIES,
+        .category_inverted = zero ? 0 : DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
+        .category_mask = zero ? DL_PAGE_IS_PFNZERO : DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
+        .return_mask = DL_PAGE_IS_PFNZERO,
+    };
+    int found = ioctl(pagemap, DL_PAGEMAP_SCAN, &arg);
+
+    *walked = arg.walk_end / page_bytes;
+    return found < 0 || *walked <= first ? -1 : found;
+}
+
+/* Lock held. Private memory that nobody stored to and that has lost its contents all the same
+ * (MADV_DONTNEED, MREMAP_DONTUNMAP): a protected page that was not empty when it was protected and is
+ * now. It is marked in every span, and open where a store has marked it already. With `learn`, empty pages
+ * are only written down. Needs PAGEMAP_SCAN (Linux 6.7); without it such pages go unseen. */
+static void check_contents(struct dl_span *self, int pagemap, uint64_t first, uint64_t end, int learn)
+{
+    struct dl_page_region regions[EMPTIES];
+
+    for (uint64_t zero = 0; zero < 2; zero++) {
+        for (uint64_t at = first, walked; at < end; at = walked) {
+            int found = find_empty(pagemap, regions, zero, at, end, &walked);
+
+            if (found < 0)
+                return;
+            for (int i = 0; i < found; i++) {
+                uint64_t from = regions[i].start / page_bytes, to = regions[i].end / page_bytes;
+                struct dl_span *span;
+
+                DL_EACH_SPAN (span, &registry, from, to) {
+                    uint64_t a = from, b = to;
+
+                    (void)dl_span_clip(span, &a, &b);
+                    if (!(learn && span == self))
+                        dl_span_mark_emptied(span, a, b);
+                    dl_words_set(span->empty, a - span->first, b - span->first);
+                }
+            }
+        }
+    }
+}
+
+static int open_pagemap(const struct dl_span *span)
+{
+    return span->anonymous ? open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC) : -1;
+}
+
+/* A stretch at a time: the lock is given back in between, because stores wait for it. */
+static void look_for_emptied(struct dl_span *span)
+{
+    int pagemap = open_pagemap(span);
+    sigset_t mask;
+
+    for (uint64_t at = span->first; pagemap >= 0 && at < span->end; at += STRETCH) {
+        lock_all(&mask);
+        if (!span->dead && span->generation == forks)
+            check_contents(span, pagemap, at, span->end - at < STRETCH ? span->end : at + STRETCH, 0);
+        unlock_all(&mask);
+    }
+    if (pagemap >= 0)
+        close(pagemap);
 }
 
 static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
@@ -353,6 +383,7 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
     int error, coarse;
     sigset_t mask;
 
+    look_for_emptied(span);
     lock_all(&mask);
     if (span->generation != forks)
         error = -ECHILD;
@@ -360,12 +391,12 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         error = -span->dead;
     else
         error = dl_span_whole(span, page_bytes);
-    if (error == -ENOMEM)
-        span->dead = ENOMEM;
+    if (error == -ENOMEM && !span->dead)
+        check_neighbours();
     if (!error)
         error = check_handler(span);
     if (!error)
-        check_mappings();
+        check_mappings(span->first, span->end);
     coarse = span->coarse;
     if (error || !span->pending) {
         unlock_all(&mask);
@@ -402,9 +433,12 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         }
     }
     if (take) {
+        struct dl_span *other;
+
         lock_all(&mask);
-        for (struct dl_span *other = spans; other; other = other->next)
-            other->splits = count_splits(other);
+        /* Closed meanwhile, it counts for nothing, and is in nobody's way. */
+        DL_EACH_SPAN (other, &registry, span->first, span->end)
+            count_splits(other);
         unlock_all(&mask);
     }
     return coarse ? DL_LOST : seen ? DL_DIRTY : DL_CLEAN;
@@ -413,15 +447,40 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
 /* Lock held. */
 static void forget(struct dl_span *span)
 {
-    uint64_t at = span->first, first, end;
+    struct dl_gap gap = {.from = span->first};
 
-    while (dl_span_alone(spans, span, at, &first, &end)) {
+    while (dl_registry_gap(&registry, span, &gap))
         /* Memory that was unmapped meanwhile needs no opening. */
-        (void)protect(first, end, PROT_READ | PROT_WRITE);
-        at = end;
+        (void)protect(gap.first, gap.end, PROT_READ | PROT_WRITE);
+    dl_registry_remove(&registry, span);
+    splits -= span->splits;
+    changes++;
+}
+
+/* Lock held; the span is in the registry. */
+static int protect_span(struct dl_span *span)
+{
+    int error = protect(span->first, span->end, PROT_READ), pagemap;
+    struct dl_span *other;
+
+    if (error)
+        return error;
+    changes++;
+    /* The others' open pages in this range are protected again; their bits stay set. */
+    DL_EACH_SPAN (other, &registry, span->first, span->end) {
+        uint64_t first = span->first, end = span->end;
+
+        (void)dl_span_clip(other, &first, &end);
+        dl_words_clear(other->open, first - other->first, end - other->first);
+        count_splits(other);
     }
-    dl_span_unlink(&spans, span);
-    closes++;
+    span->anonymous = dl_maps_walk(span->first * page_bytes, span->end * page_bytes, 0, is_anonymous, NULL) == 0;
+    pagemap = open_pagemap(span);
+    if (pagemap >= 0) {
+        check_contents(span, pagemap, span->first, span->end, 1);
+        close(pagemap);
+    }
+    return 0;
 }
 
 static int mprotect_open(struct dl_span *span, uint64_t page_size, enum dl_step *step)
@@ -434,27 +493,20 @@ static int mprotect_open(struct dl_span *span, uint64_t page_size, enum dl_step 
     page_bytes = page_size;
     span->generation = forks;
     *step = DL_STEP_SIGACTION;
-    error = install();
+    error = dl_faults_install();
     if (!error) {
         *step = DL_STEP_PROTECT;
         /* Protecting it wipes out what tells the others that their memory was replaced. */
-        if (spans)
-            check_mappings();
-        dl_span_link(&spans, span);
-        error = protect(span->first, span->end, PROT_READ);
-        if (error) {
-            forget(span);
-        } else {
-            /* The others' open pages in this range are protected again; their bits stay set. */
-            for (struct dl_span *other = spans; other; other = other->next) {
-                uint64_t first = span->first, end = span->end;
-
-                if (dl_span_clip(other, &first, &end))
-                    dl_words_clear(other->open, first - other->first, end - other->first);
-                other->splits = count_splits(other);
-            }
-            *step = DL_STEP_NONE;
+        if (dl_registry_count(&registry))
+            check_mappings(span->first, span->end);
+        error = dl_registry_add(&registry, span);
+        if (!error) {
+            error = protect_span(span);
+            if (error)
+                forget(span);
         }
+        if (!error)
+            *step = DL_STEP_NONE;
     }
     unlock_all(&mask);
     return error;
@@ -465,8 +517,9 @@ static void mprotect_close(struct dl_span *span)
     sigset_t mask;
 
     lock_all(&mask);
-    if (span->dead != EBADF)
+    if (!span->closed)
         forget(span);
+    span->closed = 1;
     span->dead = EBADF;
     unlock_all(&mask);
 }
@@ -474,11 +527,10 @@ static void mprotect_close(struct dl_span *span)
 static int mprotect_count(void)
 {
     sigset_t mask;
-    int count = 0;
+    int count;
 
     lock_all(&mask);
-    for (struct dl_span *span = spans; span; span = span->next)
-        count++;
+    count = (int)dl_registry_count(&registry);
     unlock_all(&mask);
     return count;
 }
@@ -486,22 +538,22 @@ static int mprotect_count(void)
 int dl_mprotect_covers(uint64_t first, uint64_t end)
 {
     struct dl_span hole = {.first = first, .end = end};
-    uint64_t from, to;
+    struct dl_gap gap = {.from = first};
     sigset_t mask;
     int covered;
 
     lock_all(&mask);
-    covered = !dl_span_alone(spans, &hole, first, &from, &to);
+    covered = !dl_registry_gap(&registry, &hole, &gap);
     unlock_all(&mask);
     return covered;
 }
 
-void dl_mprotect_allow_splits(uint64_t splits)
+void dl_mprotect_allow_splits(uint64_t limit)
 {
     sigset_t mask;
 
     lock_all(&mask);
-    allowed_splits = splits;
+    allowed_splits = limit;
     unlock_all(&mask);
 }
 
@@ -522,7 +574,14 @@ int dl_mprotect_probe(enum dl_step *step)
     } else {
         error = mprotect_open(span, size, step);
         if (!error) {
+            sigset_t fault, before;
+
+            /* In a thread that blocks it, the signal of a fault would end the process. */
+            sigemptyset(&fault);
+            sigaddset(&fault, SIGSEGV);
+            pthread_sigmask(SIG_UNBLOCK, &fault, &before);
             page[0] = 1;
+            pthread_sigmask(SIG_SETMASK, &before, NULL);
             error = mprotect_collect(span, &word, 1);
             error = error < 0 ? error : word == 1 ? 0 : -EIO;
             mprotect_close(span);
@@ -545,7 +604,8 @@ static void mprotect_close(struct dl_span *span) {}
 static int mprotect_collect(struct dl_span *span, uint64_t *words, int take) { return -ENOSYS; }
 static int mprotect_count(void) { return 0; }
 int dl_mprotect_covers(uint64_t first, uint64_t end) { return 0; }
-void dl_mprotect_allow_splits(uint64_t splits) {}
+int dl_mprotect_fault(uintptr_t address, uint64_t *seen) { return DL_FAULT_FOREIGN; }
+void dl_mprotect_allow_splits(uint64_t limit) {}
 
 int dl_mprotect_probe(enum dl_step *step)
 {

@@ -11,11 +11,11 @@
 
 struct dl_span *dl_span_new(uint64_t first, uint64_t npages)
 {
-    /* Two bitmaps behind the struct, each on its own cache line; untouched words cost nothing. */
+    /* Three bitmaps behind the struct, each on its own cache line; untouched words cost nothing. */
     uint64_t line = DL_LINE_WORDS * sizeof(uint64_t);
     uint64_t header = (sizeof(struct dl_span) + line - 1) / line * line;
     uint64_t nwords = (dl_words_for(npages) + DL_LINE_WORDS - 1) / DL_LINE_WORDS * DL_LINE_WORDS;
-    uint64_t bytes = header + 2 * nwords * sizeof(uint64_t);
+    uint64_t bytes = header + 3 * nwords * sizeof(uint64_t);
     char *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     struct dl_span *span = (struct dl_span *)memory;
 
@@ -25,6 +25,7 @@ struct dl_span *dl_span_new(uint64_t first, uint64_t npages)
     span->end = first + npages;
     span->words = (uint64_t *)(memory + header);
     span->open = span->words + nwords;
+    span->empty = span->open + nwords;
     span->mapped = bytes;
     return span;
 }

@@ -1,7 +1,7 @@
 /* What the engines that watch this process's own memory share: which tracker wants which pages.
  *
  * Two trackers may watch the same page, and the kernel keeps one state for it. Whoever takes
- * that state must hand it to the others, so each engine keeps one list of spans for the process
+ * that state must hand it to the others, so each engine keeps one registry of spans for the process
  * and one lock round it. Nothing here locks: the engine's lock is held by every caller.
  */
 #ifndef DIRTYLOG_SPANS_H
@@ -12,15 +12,18 @@
 #include "dirtylog/bits.h"
 
 struct dl_span {
-    struct dl_span *next;
     uint64_t first, end;  /* pages of the address space: address / page size */
     uint64_t *words;      /* dirty and not yet handed out, page `first` is bit 0 */
     int pending;          /* `words` may hold a set bit */
     int inexact;          /* `words` holds pages that nobody is known to have written (I6) */
     int dead;             /* errno after which this span cannot be tracked again, else 0 */
+    int closed;           /* close was called: in no registry any more, whatever went wrong before */
+    int huge;             /* hugetlb: the kernel's pages are larger, and one store marks all of one (I6) */
     int coarse;           /* mprotect: pages were opened that nobody wrote */
     unsigned generation;  /* the engine's count of forks when the span was opened */
     uint64_t *open;       /* mprotect: pages that are writable now */
+    uint64_t *empty;      /* mprotect: pages that had no contents when they were protected */
+    int anonymous;        /* mprotect: private memory without a file, where a lost page can be told */
     uint64_t splits;      /* mprotect: about how many mappings the open pages cost */
     uint64_t mapped;      /* bytes that hold this struct and its words */
 };
@@ -126,52 +129,22 @@ static inline void dl_span_mark(struct dl_span *span, uint64_t first, uint64_t e
     }
 }
 
-/* Deposit dirty pages with every tracker of them but `taker`, who has them already. */
-static inline void dl_spans_deposit(struct dl_span *list, const struct dl_span *taker, uint64_t first, uint64_t end)
+/* mprotect: mark those of [first, end), inside the span, that are protected and were not empty. */
+static inline void dl_span_mark_emptied(struct dl_span *span, uint64_t first, uint64_t end)
 {
-    for (struct dl_span *span = list; span; span = span->next)
-        if (span != taker)
-            dl_span_mark(span, first, end);
-}
+    for (uint64_t page = first - span->first; page < end - span->first;) {
+        uint64_t word = page / DL_WORD_PAGES, stop = (word + 1) * DL_WORD_PAGES;
+        uint64_t mask = dl_mask_from((unsigned)(page % DL_WORD_PAGES));
 
-/* The next stretch at or after `from` that `self` alone watches; false at the end. Quadratic in
- * the number of trackers that overlap, of which there are few. */
-static inline int dl_span_alone(const struct dl_span *list, const struct dl_span *self, uint64_t from,
-                                uint64_t *first, uint64_t *end)
-{
-    const struct dl_span *span = list;
-
-    while (span) {
-        if (span != self && span->first <= from && from < span->end) {
-            from = span->end;
-            span = list;
-        } else {
-            span = span->next;
+        if (stop > end - span->first) {
+            stop = end - span->first;
+            mask &= dl_mask_below((unsigned)((stop - 1) % DL_WORD_PAGES) + 1);
         }
+        mask &= ~(span->open[word] | span->empty[word]);
+        span->words[word] |= mask;
+        span->pending |= mask != 0;
+        page = stop;
     }
-    if (from >= self->end)
-        return 0;
-    *first = from;
-    *end = self->end;
-    for (span = list; span; span = span->next)
-        if (span != self && span->first > from && span->first < *end)
-            *end = span->first;
-    return 1;
-}
-
-/* One store makes the change, after all that it leads to: a fork may copy the list at any moment. */
-static inline void dl_span_link(struct dl_span **list, struct dl_span *span)
-{
-    span->next = *list;
-    __atomic_store_n(list, span, __ATOMIC_RELEASE);
-}
-
-static inline void dl_span_unlink(struct dl_span **list, struct dl_span *span)
-{
-    while (*list && *list != span)
-        list = &(*list)->next;
-    if (*list)
-        __atomic_store_n(list, span->next, __ATOMIC_RELEASE);
 }
 
 #endif /* DIRTYLOG_SPANS_H */

@@ -10,9 +10,15 @@
  *   2. the page is deposited with the other trackers;
  *   3. the lock is released, and only then is any answer handed out.
  * A second tracker cannot scan between 1 and 2, where the page looks clean and is not yet deposited.
+ *
+ * Descriptors are numbers, and programs close numbers that they do not know (a daemon: closerange). Before
+ * each use ours are recognised as ours; lost, they are opened again and every span starts over (I6).
+ *
+ * formal/models/deposits.pml is this file's model.
  */
 #define _GNU_SOURCE
-#include "_spans.h"
+#include "_pagemap.h"
+#include "_registry.h"
 
 #include <errno.h>
 
@@ -21,9 +27,10 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stddef.h>
-#include <sys/ioctl.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -58,29 +65,36 @@ struct uffdio_register {
 #ifndef UFFD_FEATURE_WP_ASYNC
 #define UFFD_FEATURE_WP_ASYNC (UINT64_C(1) << 15)
 #endif
-#ifndef PAGEMAP_SCAN
-struct page_region {
-    uint64_t start, end, categories;
-};
-struct pm_scan_arg {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-#define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
-#define PM_SCAN_WP_MATCHING (UINT64_C(1) << 0)
-#define PM_SCAN_CHECK_WPASYNC (UINT64_C(1) << 1)
-#define PAGE_IS_WRITTEN (UINT64_C(1) << 1)
-#endif
-
 #define VECTOR 8192 /* regions one ioctl may report: 192 KiB */
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards everything below */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static struct dl_span *spans;
-static int userfaultfd_fd = -1, pagemap_fd = -1;
+static struct dl_registry registry;
 static uint64_t page_bytes;
 static unsigned forks;
-static struct page_region vector[VECTOR];
+static struct dl_page_region vector[VECTOR];
+
+/* What tells our descriptors from others that have their numbers by now. A userfaultfd has an inode of its
+ * own; every pagemap of a process has the same one, so ours stands at an offset that nobody else chooses. */
+static struct {
+    int uffd, pagemap;
+    struct stat uffd_is, pagemap_is;
+    off_t mark;
+} ours = {.uffd = -1, .pagemap = -1};
+
+static int same_file(int descriptor, const struct stat *is)
+{
+    struct stat now;
+
+    return descriptor >= 0 && fstat(descriptor, &now) == 0 && now.st_dev == is->st_dev && now.st_ino == is->st_ino;
+}
+
+static int uffd_is_ours(void) { return same_file(ours.uffd, &ours.uffd_is); }
+
+static int pagemap_is_ours(void)
+{
+    return same_file(ours.pagemap, &ours.pagemap_is) && lseek(ours.pagemap, 0, SEEK_CUR) == ours.mark;
+}
 
 /* The lock is held across the fork, so the child never inherits a half-done step. Both descriptors
  * stand for the parent's memory: the child must let go of them, and of the parent's trackers. */
@@ -89,17 +103,18 @@ static void after_fork_in_parent(void) { pthread_mutex_unlock(&lock); }
 
 static void close_descriptors(void)
 {
-    if (userfaultfd_fd >= 0)
-        close(userfaultfd_fd);
-    if (pagemap_fd >= 0)
-        close(pagemap_fd);
-    userfaultfd_fd = pagemap_fd = -1;
+    if (uffd_is_ours())
+        close(ours.uffd);
+    if (pagemap_is_ours())
+        close(ours.pagemap);
+    ours.uffd = ours.pagemap = -1;
 }
 
 static void after_fork_in_child(void)
 {
     close_descriptors();
-    spans = NULL;
+    if (registry.now)
+        registry.now->count = 0;
     forks++;
     pthread_mutex_init(&lock, NULL);
 }
@@ -133,6 +148,30 @@ fail:
     return error;
 }
 
+/* Lock held. Open our descriptors, unless they are open and still ours. */
+static int have_descriptors(enum dl_step *step)
+{
+    static uint64_t times;
+    int error;
+
+    if (uffd_is_ours() && pagemap_is_ours())
+        return 0;
+    close_descriptors();
+    error = open_descriptors(&ours.uffd, &ours.pagemap, step);
+    if (error)
+        return error;
+    /* Never read by offset, so the offset is free to say whose it is. */
+    ours.mark = (off_t)(((uintptr_t)&ours / sizeof ours + ++times * 7919) % 1000003 * 8 + 8);
+    if (fstat(ours.uffd, &ours.uffd_is) == 0 && fstat(ours.pagemap, &ours.pagemap_is) == 0 &&
+        lseek(ours.pagemap, ours.mark, SEEK_SET) == ours.mark)
+        return 0;
+    error = -errno;
+    close(ours.uffd);
+    close(ours.pagemap);
+    ours.uffd = ours.pagemap = -1;
+    return error;
+}
+
 static int registered(int uffd, uint64_t start, uint64_t end)
 {
     struct uffdio_register want = {{start, end - start}, UFFDIO_REGISTER_MODE_WP, 0};
@@ -140,21 +179,21 @@ static int registered(int uffd, uint64_t start, uint64_t end)
     return ioctl(uffd, UFFDIO_REGISTER, &want) < 0 ? -errno : 0;
 }
 
-static int scan(int pagemap, struct pm_scan_arg *arg, uint64_t start, uint64_t end, int take)
+static int scan(int pagemap, struct dl_page_scan *arg, uint64_t start, uint64_t end, int take)
 {
     /* WRITTEN alone: a written page may have been swapped out since, so PRESENT is not asked for.
      * CHECK_WPASYNC: memory that was replaced under the tracker answers EPERM, not "clean". */
-    *arg = (struct pm_scan_arg){
+    *arg = (struct dl_page_scan){
         .size = sizeof(*arg),
-        .flags = PM_SCAN_CHECK_WPASYNC | (take ? PM_SCAN_WP_MATCHING : 0),
+        .flags = DL_SCAN_CHECK_WPASYNC | (take ? DL_SCAN_WP_MATCHING : 0),
         .start = start,
         .end = end,
         .vec = (uint64_t)(uintptr_t)vector,
         .vec_len = VECTOR,
-        .category_mask = PAGE_IS_WRITTEN,
-        .return_mask = PAGE_IS_WRITTEN,
+        .category_mask = DL_PAGE_IS_WRITTEN,
+        .return_mask = DL_PAGE_IS_WRITTEN,
     };
-    int found = ioctl(pagemap, PAGEMAP_SCAN, arg);
+    int found = ioctl(pagemap, DL_PAGEMAP_SCAN, arg);
 
     return found < 0 ? -errno : found;
 }
@@ -163,11 +202,11 @@ static int scan(int pagemap, struct pm_scan_arg *arg, uint64_t start, uint64_t e
 static int walk(struct dl_span *span, uint64_t *words, int take)
 {
     uint64_t at = span->first * page_bytes, end = span->end * page_bytes;
-    int shared = spans != span || span->next, answer = DL_CLEAN;
-    struct pm_scan_arg arg;
+    int shared = dl_registry_count(&registry) > 1, answer = DL_CLEAN;
+    struct dl_page_scan arg;
 
     while (at < end) {
-        int found = scan(pagemap_fd, &arg, at, end, take);
+        int found = scan(ours.pagemap, &arg, at, end, take);
 
         if (found < 0)
             return found;
@@ -177,7 +216,7 @@ static int walk(struct dl_span *span, uint64_t *words, int take)
             if (words)
                 dl_words_set(words, first - span->first, stop - span->first);
             if (take && shared)
-                dl_spans_deposit(spans, span, first, stop);
+                dl_registry_deposit(&registry, span, first, stop);
         }
         if (found)
             answer = DL_DIRTY;
@@ -189,21 +228,26 @@ static int walk(struct dl_span *span, uint64_t *words, int take)
     return answer;
 }
 
-/* The span's memory was replaced: what was written since the last collect is unknown, for every
- * tracker of it (I6). Track what is there now, or never again. */
+/* Lock held. What was written to the span's memory is unknown, for every other tracker of it: a scan that
+ * failed may have taken pages that it did not tell of (I6). */
+static void doubt(const struct dl_span *span)
+{
+    struct dl_span *other;
+
+    DL_EACH_SPAN (other, &registry, span->first, span->end)
+        if (other != span) {
+            dl_span_mark(other, span->first, span->end);
+            other->inexact = 1;
+        }
+}
+
+/* The span's memory was replaced. Track what is there now, or never again. */
 static int start_over(struct dl_span *span)
 {
     int error;
 
-    for (struct dl_span *other = spans; other; other = other->next) {
-        uint64_t first = span->first, end = span->end;
-
-        if (other != span && dl_span_clip(other, &first, &end)) {
-            dl_span_mark(other, first, end);
-            other->inexact = 1;
-        }
-    }
-    error = registered(userfaultfd_fd, span->first * page_bytes, span->end * page_bytes);
+    doubt(span);
+    error = registered(ours.uffd, span->first * page_bytes, span->end * page_bytes);
     if (!error)
         error = walk(span, NULL, 1);
     if (error >= 0)
@@ -211,6 +255,25 @@ static int start_over(struct dl_span *span)
     if (error < 0)
         span->dead = -error;
     return error;
+}
+
+/* Lock held. Somebody closed our descriptors, and with them the kernel dropped every registration: all
+ * that was written since is unknown, to every span. */
+static int reopen(void)
+{
+    enum dl_step step;
+    struct dl_span *span;
+    int error = have_descriptors(&step);
+
+    if (error)
+        return error;
+    DL_EACH_SPAN (span, &registry, 0, UINT64_MAX) {
+        dl_words_set(span->words, 0, span->end - span->first);
+        span->pending = span->inexact = 1;
+        if (!span->dead)
+            (void)start_over(span);
+    }
+    return 0;
 }
 
 static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
@@ -227,10 +290,28 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
         answer = -span->dead;
         goto out;
     }
-    answer = walk(span, words, take);
+    if (!uffd_is_ours() || !pagemap_is_ours()) {
+        /* A peek changes nothing: the next harvest opens them again. */
+        answer = DL_LOST;
+        dl_words_set(words, 0, npages);
+        if (!take)
+            goto out;
+        answer = reopen();
+        if (!answer && span->dead)
+            answer = -span->dead;
+        /* EBADF means that a span is closed, which this one is not. */
+        if (answer < 0) {
+            answer = answer == -EBADF ? -EIO : answer;
+            goto out;
+        }
+    } else {
+        answer = walk(span, words, take);
+    }
     /* PAGEMAP_SCAN passes over unmapped stretches in silence. */
     error = dl_span_whole(span, page_bytes);
     if (error < 0) {
+        if (answer < 0 && take)
+            doubt(span);
         answer = error;
         span->dead = -error;
         goto out;
@@ -245,10 +326,12 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
         answer = DL_LOST;
         dl_words_set(words, 0, npages);
     }
+    if (span->huge && answer == DL_DIRTY)
+        answer = DL_LOST;
     if (span->pending) {
         for (uint64_t i = 0; i < dl_words_for(npages); i++)
             words[i] |= span->words[i];
-        answer = span->inexact || answer == DL_LOST ? DL_LOST : DL_DIRTY;
+        answer = span->inexact || span->huge || answer == DL_LOST ? DL_LOST : DL_DIRTY;
         if (take) {
             memset(span->words, 0, dl_words_for(npages) * sizeof(uint64_t));
             span->pending = span->inexact = 0;
@@ -262,17 +345,17 @@ out:
 /* Lock held. Pages that another tracker still watches stay registered and armed. */
 static void forget(struct dl_span *span)
 {
-    uint64_t at = span->first, first, end;
+    struct dl_gap gap = {.from = span->first};
 
-    while (dl_span_alone(spans, span, at, &first, &end)) {
-        struct uffdio_range range = {first * page_bytes, (end - first) * page_bytes};
+    if (uffd_is_ours())
+        while (dl_registry_gap(&registry, span, &gap)) {
+            struct uffdio_range range = {gap.first * page_bytes, (gap.end - gap.first) * page_bytes};
 
-        /* Memory that was unmapped meanwhile needs no unregistering. */
-        (void)ioctl(userfaultfd_fd, UFFDIO_UNREGISTER, &range);
-        at = end;
-    }
-    dl_span_unlink(&spans, span);
-    if (!spans)
+            /* Memory that was unmapped meanwhile needs no unregistering. */
+            (void)ioctl(ours.uffd, UFFDIO_UNREGISTER, &range);
+        }
+    dl_registry_remove(&registry, span);
+    if (!dl_registry_count(&registry))
         close_descriptors();
 }
 
@@ -283,22 +366,32 @@ static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *ste
     pthread_once(&once, watch_forks);
     pthread_mutex_lock(&lock);
     page_bytes = page_size;
-    if (userfaultfd_fd < 0)
-        error = open_descriptors(&userfaultfd_fd, &pagemap_fd, step);
+    *step = DL_STEP_USERFAULTFD;
+    /* The others must not be left without a registration in silence. */
+    if (dl_registry_count(&registry) && !(uffd_is_ours() && pagemap_is_ours()))
+        error = reopen();
+    if (!error)
+        error = have_descriptors(step);
     if (!error) {
         span->generation = forks;
-        dl_span_link(&spans, span);
         *step = DL_STEP_REGISTER;
-        error = registered(userfaultfd_fd, span->first * page_size, span->end * page_size);
+        error = dl_registry_add(&registry, span);
         if (!error) {
-            *step = DL_STEP_SCAN;
-            error = walk(span, NULL, 1);
+            error = registered(ours.uffd, span->first * page_size, span->end * page_size);
+            if (!error) {
+                *step = DL_STEP_SCAN;
+                error = walk(span, NULL, 1);
+                if (error < 0)
+                    doubt(span);
+            }
+            if (error < 0)
+                forget(span);
         }
         if (error >= 0) {
             *step = DL_STEP_NONE;
             error = 0;
-        } else {
-            forget(span);
+        } else if (!dl_registry_count(&registry)) {
+            close_descriptors();
         }
     }
     pthread_mutex_unlock(&lock);
@@ -309,8 +402,9 @@ static void uffd_close(struct dl_span *span)
 {
     pthread_mutex_lock(&lock);
     /* A forked child inherits spans of the parent's registry, which are none of its own. */
-    if (span->generation == forks && span->dead != EBADF)
+    if (span->generation == forks && !span->closed)
         forget(span);
+    span->closed = 1;
     span->dead = EBADF;
     pthread_mutex_unlock(&lock);
 }
@@ -321,7 +415,7 @@ static int probe_scan(int uffd, int pagemap, enum dl_step *step)
     size_t size = (size_t)sysconf(_SC_PAGESIZE);
     volatile char *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uint64_t start = (uint64_t)(uintptr_t)page;
-    struct pm_scan_arg arg;
+    struct dl_page_scan arg;
     int found;
 
     if (page == MAP_FAILED)
@@ -365,11 +459,10 @@ int dl_uffd_probe(enum dl_step *step)
 
 static int uffd_count(void)
 {
-    int count = 0;
+    int count;
 
     pthread_mutex_lock(&lock);
-    for (struct dl_span *span = spans; span; span = span->next)
-        count++;
+    count = (int)dl_registry_count(&registry);
     pthread_mutex_unlock(&lock);
     return count;
 }

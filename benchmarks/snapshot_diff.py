@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from dirtylog import DirtyPages
-from dirtylog.sinks._pageio import copy_extents
+from dirtylog._bits.copying import copy_extents
 from dirtylog.sinks.extents import PackedExtents
 from dirtylog.sinks.snapshot import save, save_diff
 

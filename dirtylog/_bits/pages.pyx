@@ -7,6 +7,8 @@ from copyreg import __newobj__ as newobj
 
 import numpy as np
 
+from dirtylog._bits import geometry
+
 cimport cython
 from cpython.number cimport PyNumber_Index
 from cpython.object cimport PyTypeObject
@@ -587,6 +589,143 @@ cdef class DirtyPages:
             else:
                 value = dl_hash_dense(self.dense.words, dl_words_for(self.npages))
         return hash((self.npages, self.page_size, value))
+
+    # ---- what people hold
+
+    def byte_runs(self, nbytes) -> np.ndarray:
+        """Return the dirty pages as byte ranges of the memory they are pages of.
+
+        Parameters
+        ----------
+        nbytes : int
+            Size of the memory in bytes. Its last page may be a part of one.
+
+        Returns
+        -------
+        numpy.ndarray of int64, shape (n, 2)
+            Offset and length in bytes, ascending, the last one cut at `nbytes`.
+
+        Raises
+        ------
+        ValueError
+            A memory of that size does not have `npages` pages.
+
+        Examples
+        --------
+        >>> import dirtylog as dl
+        >>> dl.DirtyPages.from_indices([0, 4], 5).byte_runs(20_000).tolist()
+        [[0, 4096], [16384, 3616]]
+        """
+        nbytes = PyNumber_Index(nbytes)
+        geometry.check_size(self, nbytes, "the memory")
+        return geometry.byte_runs(self, nbytes)
+
+    def rows(self, array) -> np.ndarray:
+        """Return the rows of an array that have a byte in a dirty page.
+
+        Parameters
+        ----------
+        array : numpy.ndarray, shape (n, ...)
+            The array that was tracked, or one of the same shape, dtype and order:
+            any dtype, C or Fortran order. Its content is not looked at.
+
+        Returns
+        -------
+        numpy.ndarray of int64
+            Indices along the first axis, ascending.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no array, has no rows, is not contiguous, or is not of the size
+            that these pages are of.
+
+        Notes
+        -----
+        A row that shares a page with one that was written is there as well. In
+        Fortran order a page touches many rows; copy by :meth:`copy` there.
+        O(runs) and, in Fortran order, O(n).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import dirtylog as dl
+        >>> array = np.zeros((1000, 100))  # rows of 800 bytes
+        >>> dl.DirtyPages.from_indices([1], 196).rows(array)
+        array([ 5,  6,  7,  8,  9, 10])
+        """
+        ranges = geometry.row_ranges(self, array)
+        counts = ranges[:, 1] - ranges[:, 0]
+        before = np.cumsum(counts) - counts
+        return np.repeat(ranges[:, 0] - before, counts) + np.arange(counts.sum())
+
+    def row_runs(self, array) -> list:
+        """Return the rows of an array that have a byte in a dirty page, as slices.
+
+        Parameters, Raises and Notes are those of :meth:`rows`.
+
+        Returns
+        -------
+        list of slice
+            Ascending, none touching the next.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import dirtylog as dl
+        >>> dl.DirtyPages.from_indices([1, 9], 196).row_runs(np.zeros((1000, 100)))
+        [slice(5, 11, None), slice(46, 52, None)]
+        """
+        return [slice(first, end) for first, end in geometry.row_ranges(self, array).tolist()]
+
+    def copy(self, source, target) -> int:
+        """Copy the dirty pages from one memory to the same place in another.
+
+        Parameters
+        ----------
+        source, target : array or buffer
+            Memory of one size, of every kind that :func:`dirtylog.track` accepts:
+            page `i` is bytes ``[i * page_size, (i + 1) * page_size)`` of it (I9),
+            whatever its dtype, shape and order. They do not overlap.
+
+        Returns
+        -------
+        int
+            Bytes copied.
+
+        Raises
+        ------
+        TypeError
+            One of them has no memory.
+        ValueError
+            They differ in size, overlap, are not contiguous, `target` is
+            read-only, or the size is not that of these pages. Nothing was copied.
+
+        Notes
+        -----
+        Without the GIL, at the speed of memory. What is written to `source`
+        meanwhile may be copied half old and half new: it is in the next harvest
+        (I3).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import dirtylog as dl
+        >>> array = np.ones(20_000)
+        >>> replica = array.copy()
+        >>> with dl.track(array) as tracker:
+        ...     array[12_345] = 7
+        ...     copied = tracker.harvest().copy(array, replica)
+        >>> bool((replica == array).all())
+        True
+        """
+        return geometry.copy(self, source, target)
+
+    def __array__(self, dtype=None, copy=None):
+        if copy is False:
+            raise ValueError("the page numbers are made when they are asked for; they cannot be had without a copy")
+        numbers = self.indices()
+        return numbers if dtype is None else numbers.astype(dtype)
 
     def __copy__(self):
         return self

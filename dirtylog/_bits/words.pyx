@@ -11,6 +11,7 @@ from libc.string cimport memset
 from dirtylog._bits.blocks cimport Block, block_new, block_of_buffer, expand_words, kernels, runs_of_words
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
 
+from dirtylog._bits.flat import flat_array
 from dirtylog._bits.pages import check_geometry
 
 
@@ -142,7 +143,8 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
     Parameters
     ----------
     a, b : buffer
-        C-contiguous, equally long in bytes; the last page may be a part of one.
+        Memory of any kind that :func:`dirtylog.track` accepts, equally long in bytes; the last page may be a part of
+        one.
     page_size : int, default 4096
         Bytes a page, a power of two.
 
@@ -151,8 +153,8 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
     ValueError
         The lengths differ.
     """
-    cdef const unsigned char[::1] left = bytes_of(a)
-    cdef const unsigned char[::1] right = bytes_of(b)
+    cdef const unsigned char[::1] left = flat_array(a, what="a", empty=True)
+    cdef const unsigned char[::1] right = flat_array(b, what="b", empty=True)
     if left.shape[0] != right.shape[0]:
         raise ValueError(f"a has {left.shape[0]} bytes, b {right.shape[0]}; compare buffers of equal length")
     _, page_size = check_geometry(0, page_size)
@@ -168,7 +170,7 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
 
 def zero_pages(data, page_size=4096) -> DirtyPages:
     """Return the pages of a buffer that hold only zeros; arguments as for `compare_pages`."""
-    cdef const unsigned char[::1] view = bytes_of(data)
+    cdef const unsigned char[::1] view = flat_array(data, what="data", empty=True)
     _, page_size = check_geometry(0, page_size)
     cdef size_t nbytes = view.shape[0]
     cdef size_t size = page_size
@@ -178,11 +180,3 @@ def zero_pages(data, page_size=4096) -> DirtyPages:
         with nogil:
             dl_zero_pages(&view[0], nbytes, size, words.words)
     return pages_from_words_block(words, npages, size, True)
-
-
-def bytes_of(buffer) -> memoryview:
-    """Return a buffer's memory as bytes; it must be C-contiguous."""
-    view = memoryview(buffer)
-    if not view.c_contiguous:
-        raise ValueError("the buffer is not C-contiguous; pass np.ascontiguousarray of it")
-    return view.cast("B") if view.nbytes else memoryview(b"")

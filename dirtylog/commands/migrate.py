@@ -90,7 +90,7 @@ def _digest(memory: Any) -> str:
     """Say in 32 digits what some memory holds."""
     from hashlib import blake2b
 
-    from dirtylog.sinks.extents import flat_bytes
+    from dirtylog._bits.flat import flat_bytes
 
     return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
 

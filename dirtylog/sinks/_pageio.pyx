@@ -10,25 +10,18 @@ import os
 
 import numpy as np
 
-cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, EINVAL, ENODATA, ENXIO, errno
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memcpy, memset
 from posix.types cimport off_t
 
-__all__ = ["copy_extents", "data_extents", "gather", "read_extents", "scatter", "write_extents", "zero_extents"]
+from dirtylog._bits.copying cimport HeldBuffer, check_packed, check_plain, extents_pointer, hold
+
+__all__ = ["data_extents", "read_extents", "write_extents"]
 
 # Extents that are neighbours in the file go into one system call, as many as this.
 cdef enum:
     VECTORS = 64
-
-
-cdef extern from "sinks/_stream.h" nogil:
-    int64_t DL_STREAM_BYTES
-    void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes) noexcept
-    void dl_stream_end() noexcept
 
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -44,188 +37,6 @@ cdef extern from "<unistd.h>" nogil:
     int SEEK_DATA
     int SEEK_HOLE
 
-
-@cython.final
-cdef class HeldBuffer:
-    """The memory of a buffer, kept for as long as this object lives."""
-
-    cdef Py_buffer raw
-    cdef bint held
-
-    def __dealloc__(self):
-        if self.held:
-            PyBuffer_Release(&self.raw)
-
-    cdef char *start(self) noexcept:
-        return <char *>self.raw.buf
-
-
-cdef HeldBuffer hold(object buffer, bint writable, str what):
-    cdef HeldBuffer memory = HeldBuffer.__new__(HeldBuffer)
-    try:
-        PyObject_GetBuffer(buffer, &memory.raw, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
-    except TypeError:
-        raise TypeError(f"{what} is {type(buffer).__name__}; a buffer of bytes is needed") from None
-    except (BufferError, ValueError) as error:
-        need = "writable, C-contiguous" if writable else "C-contiguous"
-        raise ValueError(f"{what} cannot be used ({error}); pass {need} memory") from None
-    memory.held = True
-    return memory
-
-
-# ---- checks: everything is refused before the first byte moves ----------------------------------------------------
-
-cdef Py_ssize_t first_bad(const int64_t *extents, Py_ssize_t n, int64_t limit) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        if extents[2 * i] < 0 or extents[2 * i + 1] < 0 or extents[2 * i] > limit - extents[2 * i + 1]:
-            return i
-    return -1
-
-
-cdef int64_t total_length(const int64_t *extents, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int64_t total = 0
-    for i in range(n):
-        total += extents[2 * i + 1]
-    return total
-
-
-cdef const int64_t *extents_pointer(const int64_t[:, ::1] extents) except? NULL:
-    if extents.shape[1] != 2:
-        raise ValueError(f"extents have {extents.shape[1]} columns; 2 are needed: offset and length in bytes")
-    return &extents[0, 0] if extents.shape[0] else NULL
-
-
-cdef int check_plain(const int64_t *extents, Py_ssize_t n, int64_t limit, str what) except -1:
-    cdef Py_ssize_t bad = first_bad(extents, n, limit)
-    if bad >= 0:
-        raise IndexError(f"extent {bad} is offset {extents[2 * bad]}, length {extents[2 * bad + 1]}; "
-                         f"{what} has {limit} bytes")
-    return 0
-
-
-cdef int check_packed(const int64_t *extents, Py_ssize_t n, Py_ssize_t nbytes) except -1:
-    # The extents have been checked against a limit one by one, but their sum could still run over.
-    cdef Py_ssize_t i
-    cdef int64_t left = nbytes
-    for i in range(n):
-        left -= extents[2 * i + 1]
-        if left < 0:
-            break
-    if left != 0:
-        raise ValueError(f"the packed buffer has {nbytes} bytes; the extents do not add up to that")
-    return 0
-
-
-# ---- memory to memory -----------------------------------------------------------------------------------------------
-
-cdef void move(char *target, const char *source, const int64_t *extents, Py_ssize_t n, bint target_packed,
-               bint source_packed) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int64_t packed = 0
-    cdef int64_t offset, length
-    for i in range(n):
-        offset = extents[2 * i]
-        length = extents[2 * i + 1]
-        memcpy(target + (packed if target_packed else offset), source + (packed if source_packed else offset),
-               <size_t>length)
-        packed += length
-
-
-cdef void stream(char *target, const char *source, const int64_t *extents, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, after
-    for i in range(n):
-        after = min(i + 1, n - 1)
-        dl_stream_copy(target + extents[2 * i], source + extents[2 * i], <size_t>extents[2 * i + 1],
-                       source + extents[2 * after], <size_t>extents[2 * after + 1])
-    dl_stream_end()
-
-
-def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
-    """Copy extents from one plain buffer to the same offsets of another.
-
-    Parameters
-    ----------
-    source, target : buffer
-        C-contiguous memory that does not overlap.
-    extents : int64 array of shape (n, 2)
-        Offset and length in bytes.
-
-    Returns
-    -------
-    int
-        Bytes copied.
-
-    Raises
-    ------
-    IndexError
-        An extent reaches past the shorter of the two; nothing has been copied.
-
-    Notes
-    -----
-    Without the GIL, O(bytes copied). Plain stores: a writer running at the same time may be seen half-done, and is
-    seen again if it marks after its store (I3) and the pages were collected before this copy.
-    """
-    cdef HeldBuffer read = hold(source, False, "source")
-    cdef HeldBuffer written = hold(target, True, "target")
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0]
-    check_plain(rows, n, min(read.raw.len, written.raw.len), "the shorter buffer")
-    cdef char *to = written.start()
-    cdef const char *origin = read.start()
-    cdef int64_t total
-    with nogil:
-        total = total_length(rows, n)
-        if total >= DL_STREAM_BYTES:
-            stream(to, origin, rows, n)
-        else:
-            move(to, origin, rows, n, False, False)
-    return total
-
-
-def gather(source, const int64_t[:, ::1] extents, packed) -> None:
-    """Copy extents of a plain buffer one after the other into `packed`, which they fill exactly."""
-    cdef HeldBuffer read = hold(source, False, "source")
-    cdef HeldBuffer written = hold(packed, True, "packed")
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0]
-    check_plain(rows, n, read.raw.len, "source")
-    check_packed(rows, n, written.raw.len)
-    cdef char *to = written.start()
-    cdef const char *origin = read.start()
-    with nogil:
-        move(to, origin, rows, n, True, False)
-
-
-def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
-    """Copy a packed buffer to the extents of a plain one: the reverse of :func:`gather`."""
-    cdef HeldBuffer read = hold(packed, False, "packed")
-    cdef HeldBuffer written = hold(target, True, "target")
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0]
-    check_plain(rows, n, written.raw.len, "target")
-    check_packed(rows, n, read.raw.len)
-    cdef char *to = written.start()
-    cdef const char *origin = read.start()
-    with nogil:
-        move(to, origin, rows, n, False, True)
-
-
-def zero_extents(target, const int64_t[:, ::1] extents) -> None:
-    """Set extents of a plain buffer to zero."""
-    cdef HeldBuffer written = hold(target, True, "target")
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0]
-    check_plain(rows, n, written.raw.len, "target")
-    cdef char *start = written.start()
-    cdef Py_ssize_t i
-    with nogil:
-        for i in range(n):
-            memset(start + rows[2 * i], 0, <size_t>rows[2 * i + 1])
-
-
-# ---- memory and files -----------------------------------------------------------------------------------------------
 
 cdef int transfer(int fd, iovec *vectors, int count, off_t offset, bint write) noexcept nogil:
     """Move all of `vectors`, which is used up: 0 or -errno. Short transfers go on; the end of the file is ENODATA."""

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyPages
+from dirtylog._bits import copying
+from dirtylog._bits.flat import flat_bytes
 from dirtylog.sinks import _pageio
-from dirtylog.sinks.extents import PackedExtents, flat_bytes
+from dirtylog.sinks.extents import PackedExtents
 
 EXTENTS = np.array([(0, 10), (10, 6), (100, 1), (4096, 904)], np.int64)
 NBYTES = 5000
@@ -28,7 +30,7 @@ def expected(source, background):
 def test_copy_moves_the_extents_and_nothing_else():
     source, target = memory(1), memory(2)
     want = expected(source, target)
-    assert _pageio.copy_extents(source, target, EXTENTS) == EXTENTS[:, 1].sum()
+    assert copying.copy_extents(source, target, EXTENTS) == EXTENTS[:, 1].sum()
     assert (target == want).all()
 
 
@@ -41,7 +43,7 @@ def test_a_large_copy_moves_the_extents_and_nothing_else(shift):
     want = np.zeros_like(source)
     for offset, length in extents:
         want[offset : offset + length] = source[offset : offset + length]
-    assert _pageio.copy_extents(source, target, extents) == extents[:, 1].sum()
+    assert copying.copy_extents(source, target, extents) == extents[:, 1].sum()
     assert (target == want).all()
 
 
@@ -49,9 +51,9 @@ def test_gather_and_scatter_are_each_others_reverse():
     source, target = memory(1), memory(2)
     want = expected(source, target)
     packed = bytearray(int(EXTENTS[:, 1].sum()))
-    _pageio.gather(source, EXTENTS, packed)
+    copying.gather(source, EXTENTS, packed)
     assert packed == b"".join(source[o : o + n].tobytes() for o, n in EXTENTS)
-    _pageio.scatter(packed, EXTENTS, target)
+    copying.scatter(packed, EXTENTS, target)
     assert (target == want).all()
 
 
@@ -61,7 +63,7 @@ def test_a_file_gets_and_gives_the_extents_at_their_offsets(tmp_path, packed):
     with open(tmp_path / "f", "w+b") as file:
         file.truncate(NBYTES)
         data = bytearray(int(EXTENTS[:, 1].sum()))
-        _pageio.gather(source, EXTENTS, data)
+        copying.gather(source, EXTENTS, data)
         _pageio.write_extents(file.fileno(), data if packed else source, EXTENTS, packed=packed, name="f")
         want = expected(source, np.zeros(NBYTES, np.uint8))
         assert (np.fromfile(tmp_path / "f", np.uint8) == want).all()
@@ -84,7 +86,7 @@ def test_an_extent_outside_is_refused_before_a_byte_moves(tmp_path, row):
     before = target.copy()
     extents = np.array([(0, 10), row], np.int64)
     with pytest.raises(IndexError, match="extent 1 is offset"):
-        _pageio.copy_extents(source, target, extents)
+        copying.copy_extents(source, target, extents)
     with pytest.raises(IndexError), open(tmp_path / "f", "w+b") as file:
         _pageio.write_extents(file.fileno(), source, extents, packed=False, name="f")
     assert (target == before).all()
@@ -94,7 +96,7 @@ def test_an_extent_outside_is_refused_before_a_byte_moves(tmp_path, row):
 @pytest.mark.parametrize("size", [0, 920, 922])
 def test_a_packed_buffer_of_the_wrong_size_is_refused(size):
     with pytest.raises(ValueError, match="do not add up"):
-        _pageio.gather(memory(1), EXTENTS, bytearray(size))
+        copying.gather(memory(1), EXTENTS, bytearray(size))
 
 
 def test_the_sum_of_packed_extents_cannot_overflow(tmp_path):
@@ -105,19 +107,19 @@ def test_the_sum_of_packed_extents_cannot_overflow(tmp_path):
 
 def test_buffers_that_will_not_do_are_refused():
     with pytest.raises(ValueError, match="target cannot be used"):
-        _pageio.copy_extents(memory(1), bytes(NBYTES), EXTENTS)
+        copying.copy_extents(memory(1), bytes(NBYTES), EXTENTS)
     with pytest.raises(ValueError, match="source cannot be used"):
-        _pageio.copy_extents(memory(1)[::2], bytearray(NBYTES), EXTENTS)
+        copying.copy_extents(memory(1)[::2], bytearray(NBYTES), EXTENTS)
     with pytest.raises(TypeError, match="source is int"):
-        _pageio.copy_extents(7, bytearray(NBYTES), EXTENTS)
+        copying.copy_extents(7, bytearray(NBYTES), EXTENTS)
     with pytest.raises(ValueError, match="3 columns"):
-        _pageio.copy_extents(memory(1), bytearray(NBYTES), np.zeros((1, 3), np.int64))
+        copying.copy_extents(memory(1), bytearray(NBYTES), np.zeros((1, 3), np.int64))
 
 
 def test_no_extents_is_no_work(tmp_path):
     none = np.empty((0, 2), np.int64)
-    assert _pageio.copy_extents(memory(1), memory(2), none) == 0
-    _pageio.gather(memory(1), none, bytearray())
+    assert copying.copy_extents(memory(1), memory(2), none) == 0
+    copying.gather(memory(1), none, bytearray())
     with open(tmp_path / "f", "w+b") as file:
         _pageio.write_extents(file.fileno(), b"", none, packed=True, name="f")
 
@@ -179,7 +181,7 @@ def test_any_contiguous_memory_becomes_bytes_and_nothing_else_does():
     array = np.zeros((4, 5), [("a", "<i4"), ("b", "u1")])
     flat_bytes(array, writable=True)[0] = 9
     assert array.tobytes()[0] == 9
-    with pytest.raises(ValueError, match="not C-contiguous"):
+    with pytest.raises(ValueError, match="not contiguous"):
         flat_bytes(np.zeros((4, 4))[:, 1])
     with pytest.raises(ValueError, match="read-only"):
         flat_bytes(b"abc", writable=True)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.copying import scatter, zero_extents
+from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks._pageio import scatter, zero_extents
-from dirtylog.sinks.extents import WINDOW, flat_bytes
+from dirtylog.sinks.extents import WINDOW
 from dirtylog.sinks.migrate.payloads import HELLO, MIN_PAGE_SIZE, PAGES, RAW, ROUND, ZSTD, compressor, granule_offsets
 from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.wire import MAX_EXTENTS, Channel, Kind, WireError

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.copying import gather
+from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import zero_pages
-from dirtylog.sinks._pageio import gather
-from dirtylog.sinks.extents import WINDOW, PackedExtents, flat_bytes
+from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.payloads import HELLO, MIN_PAGE_SIZE, PAGES, RAW, ROUND, ZSTD, compressor, granule_offsets
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError

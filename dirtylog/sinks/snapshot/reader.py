@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.copying import scatter
+from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._pageio import data_extents, read_extents, scatter
-from dirtylog.sinks.extents import WINDOW, PackedExtents, flat_bytes
+from dirtylog.sinks._pageio import data_extents, read_extents
+from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import sidecar as sidecars
 from dirtylog.sinks.snapshot.chain import Info, Layer, Progress, StrPath, checked_path, describe, follow
 from dirtylog.sinks.snapshot.sidecar import SnapshotError

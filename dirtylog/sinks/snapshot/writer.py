@@ -6,10 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dirtylog._bits.copying import gather
+from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import zero_pages
-from dirtylog.sinks._pageio import gather, write_extents
-from dirtylog.sinks.extents import WINDOW, PackedExtents, flat_bytes
+from dirtylog.sinks._pageio import write_extents
+from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import sidecar as sidecars
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, describe
 from dirtylog.sinks.snapshot.sidecar import Sidecar, SnapshotError, hasher

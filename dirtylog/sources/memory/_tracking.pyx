@@ -2,21 +2,16 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """What tracking needs below Python: a buffer held in place, and spans of the write-protecting engines."""
 
-from cpython.buffer cimport (
-    PyBUF_ANY_CONTIGUOUS,
-    PyBuffer_FillInfo,
-    PyBuffer_Release,
-    PyObject_CheckBuffer,
-    PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, strerror
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport strerror
 
 cimport cython
 
 import numpy as np
 
+from dirtylog._bits.flat import flat_array
 from dirtylog._bits.pages import DirtyPages
 
 
@@ -151,13 +146,12 @@ def covers(uint64_t start, uint64_t end, uint64_t page_size):
 
 @cython.final
 cdef class PinnedPages:
-    """Hold a buffer in place, and show its bytes, read-only.
+    """Hold memory in place, and show its bytes, read-only.
 
     Parameters
     ----------
-    buffer : object
-        Anything with the buffer protocol whose bytes lie together: C- or
-        Fortran-contiguous.
+    memory : object
+        Whatever :func:`dirtylog._bits.flat.flat_array` finds memory in.
     page_size : int
         Bytes, a power of two.
 
@@ -168,93 +162,49 @@ cdef class PinnedPages:
     nbytes : int
         How many there are.
     npages, page_size : int
-        Pages of the buffer, counted from its first byte (I9), and their size in bytes.
+        Pages of the memory, counted from its first byte (I9), and their size in bytes.
     first, end : int
         Addresses of the whole pages of the address space that it touches.
 
     Raises
     ------
-    TypeError
-        No buffer protocol.
-    ValueError
-        The bytes do not lie together, or there are none.
+    TypeError, ValueError
+        Those of `flat_array`.
     """
 
-    cdef Py_buffer view
+    # Objects that the collector looks through, so that an array may hold its own tracker: an array that is a view of
+    # the memory would hide the cycle.
+    cdef object owner, lent
     cdef bint holds
     cdef readonly uint64_t address, nbytes, npages, page_size, first, end
 
-    def __cinit__(self, buffer, uint64_t page_size):
-        if not PyObject_CheckBuffer(buffer):
-            raise TypeError(f"a {type(buffer).__name__} has no buffer to track; "
-                            "pass a NumPy array, an mmap, a memoryview or shared_memory.buf")
-        try:
-            PyObject_GetBuffer(buffer, &self.view, PyBUF_ANY_CONTIGUOUS)
-        except (BufferError, ValueError) as error:
-            raise ValueError(f"this buffer's bytes do not lie together ({error}); "
-                             "track a contiguous array, or a view of it as uint8") from error
-        self.holds = True
-        if self.view.len == 0:
-            self.release()
-            raise ValueError("a buffer of 0 bytes touches no page; track at least 1 byte")
+    def __cinit__(self, memory, uint64_t page_size):
+        flat = flat_array(memory, what="the memory to track")
         self.page_size = page_size
-        self.address = <uintptr_t>self.view.buf
-        self.nbytes = <uint64_t>self.view.len
+        self.address = flat.ctypes.data
+        self.nbytes = flat.nbytes
         self.npages = (self.nbytes + page_size - 1) // page_size
         self.first = self.address & ~(page_size - 1)
         self.end = (self.address + self.nbytes + page_size - 1) & ~(page_size - 1)
-
-    def __dealloc__(self):
-        if self.holds:
-            PyBuffer_Release(&self.view)
+        self.owner = memory
+        try:
+            self.lent = memoryview(memory)
+        except (TypeError, ValueError, BufferError):
+            self.lent = flat
+        self.holds = True
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         if not self.holds:
-            raise ValueError("the pinned buffer was released")
-        PyBuffer_FillInfo(view, self, self.view.buf, self.view.len, True, flags)
+            raise ValueError("the pinned memory was released")
+        PyBuffer_FillInfo(view, self, <void *><uintptr_t>self.address, <Py_ssize_t>self.nbytes, True, flags)
 
     def release(self):
-        """Let go of the buffer; a second call does nothing."""
-        if self.holds:
-            self.holds = False
-            PyBuffer_Release(&self.view)
-
-
-def copy_runs(unsigned char[::1] target not None, const unsigned char[::1] source not None,
-              const int64_t[:, ::1] runs not None, uint64_t page_size):
-    """Copy runs of pages from one buffer to the same place in another.
-
-    Parameters
-    ----------
-    target, source : buffer of bytes
-        Equally long.
-    runs : ndarray of int64, shape (n, 2)
-        First page and count, as ``DirtyPages.runs()`` gives them. The last page
-        may be cut short by the buffers' end.
-    page_size : int
-        Bytes.
-
-    Raises
-    ------
-    ValueError
-        The buffers differ in length. IndexError: a run ends past them.
-    """
-    cdef uint64_t size = <uint64_t>source.shape[0], first, end
-    cdef Py_ssize_t i, n = runs.shape[0]
-
-    if target.shape[0] != source.shape[0] or runs.shape[1] != 2:
-        raise ValueError(f"{source.shape[0]} bytes cannot be copied onto {target.shape[0]}; pass equally long buffers "
-                         "and runs of shape (n, 2)")
-    for i in range(n):
-        if runs[i, 0] < 0 or runs[i, 1] < 1 or <uint64_t>runs[i, 0] >= (size + page_size - 1) // page_size:
-            raise IndexError(f"run {i} starts at page {runs[i, 0]} and the buffers end before it")
-    if n == 0:
-        return
-    with nogil:
-        for i in range(n):
-            first = <uint64_t>runs[i, 0] * page_size
-            end = min(size, first + <uint64_t>runs[i, 1] * page_size)
-            memcpy(&target[0] + first, &source[0] + first, end - first)
+        """Let go of the memory; a second call does nothing."""
+        self.holds = False
+        lent, self.lent = self.lent, None
+        self.owner = None
+        if type(lent) is memoryview:
+            lent.release()
 
 
 @cython.final

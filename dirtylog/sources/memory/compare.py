@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dirtylog._bits.copying import copy_extents
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import compare_pages
 from dirtylog.sources.memory import _tracking
@@ -37,7 +38,7 @@ class Compare:
             if take and pages:
                 # A write that lands in between is in the copy and not in this answer, but it is
                 # in the memory too when the caller reads the page that this answer names.
-                _tracking.copy_runs(self._copy, self._live, pages.runs(), self._page_size)
+                copy_extents(self._live, self._copy, pages.byte_runs(len(self._live)))
             return pages
 
     def close(self) -> None:

@@ -257,10 +257,12 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
 
     Parameters
     ----------
-    buffer : object with the buffer protocol
-        A NumPy array (contiguous), `mmap.mmap`, `memoryview`, the ``buf`` of
-        `multiprocessing.shared_memory.SharedMemory`, `bytearray`, ... It is kept
-        alive and in place.
+    buffer : array or object with memory
+        A NumPy array of any dtype, in C or Fortran order; `mmap.mmap`,
+        `memoryview`, `bytearray`, a `multiprocessing.shared_memory.SharedMemory`;
+        a PyTorch tensor on the CPU, a pandas Series, a pyarrow buffer: whatever
+        lends its memory. It is kept alive and in place. Arrays of Python objects
+        and objects that hand out copies are refused.
     backend : {"auto", "userfaultfd", "mprotect", "compare"}
         ``"auto"`` takes the first that works here and sees every writer:
         memory that other processes can map (files, memfd, named shared memory)

@@ -20,7 +20,8 @@ C_SOURCES = {
     "dirtylog.sources.process._remote": ["dirtylog/sources/process/_inject.c"],
     "dirtylog._bits.blocks": ["dirtylog/_bits/simd.c"],
     "dirtylog.sources.memory._tracking": [
-        f"dirtylog/sources/memory/{name}.c" for name in ("_spans", "_registry", "_maps", "_uffd", "_faults", "_mprotect")
+        f"dirtylog/sources/memory/{name}.c"
+        for name in ("_spans", "_registry", "_maps", "_uffd", "_faults", "_mprotect")
     ],
 }
 

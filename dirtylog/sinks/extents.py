@@ -32,6 +32,7 @@ class PackedExtents:
     """
 
     def __init__(self, pages: DirtyPages, nbytes: int) -> None:
+        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the memory.
         extents = self.extents = pages.byte_runs(nbytes)
         self.ends: npt.NDArray[np.int64] = np.cumsum(extents[:, 1])
         self.total: int = int(self.ends[-1]) if len(extents) else 0

@@ -20,12 +20,21 @@ extensions = [
     "numpydoc",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
+    "sphinx_design",
 ]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"dirtylog {version}"
 html_static_path = ["_static"]
+html_logo = html_favicon = "_static/logo.svg"
+# One accent, the mark's, darker where the page is light.
+html_theme_options = {
+    "sidebar_hide_name": False,
+    "light_css_variables": {"color-brand-primary": "#c2410c", "color-brand-content": "#c2410c"},
+    "dark_css_variables": {"color-brand-primary": "#fb923c", "color-brand-content": "#fb923c"},
+}
+html_css_files = ["dirtylog.css"]
 # The documentation is built without a network, too: intersphinx is on only where its inventories are at hand.
 intersphinx_mapping: dict[str, tuple[str, str | None]] = {}
 

@@ -56,3 +56,21 @@ def test_the_page_of_environment_variables_has_all_of_them():
     used |= set(re.findall(r"\b(DIRTYLOG_[A-Z_]+)", (ROOT / "setup.py").read_text()))
     assert used >= {"DIRTYLOG_SIMD", "DIRTYLOG_SANITIZE", "DIRTYLOG_HYPOTHESIS"}
     assert sorted(name for name in used if f"`{name}`" not in page) == []
+
+
+def test_every_picture_is_small_shown_somewhere_and_says_what_it_is():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "docs" / "conf.py"]
+    text = "".join(page.read_text() for page in pages if "_build" not in page.parts)
+    pictures = sorted((ROOT / "docs" / "_static").glob("*.svg"))
+    assert pictures
+    for picture in pictures:
+        svg = picture.read_text()
+        assert len(svg) < 64_000, picture
+        assert picture.name in text, f"{picture} is shown on no page"
+        assert "<title" in svg, picture
+        assert not re.search(r"""(?:src|href|url)[=(]["']?https?://""", svg), f"{picture} loads something"
+
+
+def test_no_page_comes_into_a_table_of_contents_by_a_pattern():
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts]
+    assert [page.name for page in pages if ":glob:" in page.read_text()] == []

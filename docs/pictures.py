@@ -1,0 +1,281 @@
+"""The pictures of the README and of the index, each drawn from a run of this machine: ``python -m docs.pictures``.
+
+    python -m docs.pictures                     # all of them, about half a minute
+    python -m docs.pictures heat-map            # one
+
+Needs the extras cli, plot, trace and bench. The pictures are checked in, for a reader has no time to make them. Each is
+a dark card of its own, so that it reads the same on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+import dirtylog as dl
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+STATIC = Path(__file__).resolve().parent / "_static"
+CARD, INK, FAINT = "#0f172a", "#e2e8f0", "#94a3b8"
+OURS, OTHERS = "#f97316", "#64748b"
+HEAT = LinearSegmentedColormap.from_list("heat", ["#16213b", "#6d28d9", "#f97316", "#fde68a"])
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dirtylog",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"],
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": CARD,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12.5,
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.22,
+    "figure.constrained_layout.h_pad": 0.2,
+}
+
+
+def save(figure: Figure, name: str, title: str) -> None:
+    """Write a figure on its card; `title` is what a screen reader says."""
+    card = FancyBboxPatch(
+        (0.012, 0.02), 0.976, 0.96, boxstyle="round,pad=0.01", transform=figure.transFigure, facecolor=CARD, zorder=-1
+    )
+    card.set_edgecolor("none")
+    figure.patches.append(card)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Title": title})
+    plt.close(figure)
+    write(name, text.getvalue())
+
+
+def write(name: str, svg: str) -> None:
+    """Write a picture, without what only a program reads."""
+    svg = re.sub(r"[ \t]+$", "", svg, flags=re.MULTILINE)
+    path = STATIC / name
+    path.write_text(svg)
+    print(f"{path.relative_to(STATIC.parents[1])}: {len(svg) // 1024 + 1} KiB")
+
+
+# ---- what a sort writes ---------------------------------------------------------------------------
+
+SORT_BYTES = 64 << 20
+
+
+def record_a_sort(path: Path) -> int:
+    """Record which pages one `array.sort()` writes, harvest after harvest; return how many harvests there were."""
+    from dirtylog.sinks.trace import record
+
+    array = dl.empty(SORT_BYTES // 16, dtype=np.complex128)
+    array.real = np.random.default_rng(4).permutation(array.size)
+    array.imag = 0
+    stop = threading.Event()
+
+    def sort() -> None:
+        array.sort()
+        stop.set()
+
+    sorter = threading.Thread(target=sort)
+
+    def wait(seconds: float) -> None:
+        if sorter.ident is None:
+            sorter.start()  # not before the recorder is ready
+        stop.wait(seconds)
+
+    with dl.track(array) as tracker:
+        epochs = record(path, tracker, interval=0.004, stop=stop, wait=wait)
+        sorter.join()
+    assert (np.diff(array.real) > 0).all()
+    return epochs
+
+
+def heat_map() -> None:
+    """One sort of 64 MiB, drawn by `dirtylog.sinks.plot.heat_map` from a trace."""
+    from dirtylog.sinks import plot
+    from dirtylog.sinks.trace import Trace
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "sort.parquet"
+        epochs = record_a_sort(path)
+        figure, ax = plt.subplots(figsize=(8.4, 3.6), dpi=110)
+        with Trace(path) as trace:
+            plot.heat_map(trace, ax, rows=200, cmap=HEAT)
+    ax.set_title(f"One array.sort() of {SORT_BYTES >> 20} MiB, seen in {epochs} harvests")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    colorbar = figure.axes[1]
+    colorbar.set_ylabel("share of pages dirty")
+    colorbar.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    save(
+        figure,
+        "heat-map.svg",
+        "Heat map of the pages that a sort writes: a wedge that closes, then smaller and smaller ones",
+    )
+
+
+# ---- what a terminal shows --------------------------------------------------------------------------
+
+TERMINAL = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
+<title>{title}</title>
+<style>
+.{unique_id}-matrix {{
+  font-family: ui-monospace, "SFMono-Regular", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font-size: {char_height}px; line-height: {line_height}px;
+}}
+{styles}
+</style>
+<defs>{lines}</defs>
+<rect width="{width}" height="{height}" rx="12" fill="#0f172a"/>
+<g transform="translate(26,22)">
+<circle r="6" fill="#ff5f57"/><circle cx="20" r="6" fill="#febc2e"/><circle cx="40" r="6" fill="#28c840"/>
+</g>
+<g transform="translate({terminal_x}, {terminal_y})">{backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
+</svg>
+"""
+
+
+COLUMNS = 84
+
+
+def printed(*command: str) -> str:
+    """Run a command in a terminal of its own and return what it prints there, colours included."""
+    ours, its = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(COLUMNS), "TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], env=environment, stdout=its, stderr=subprocess.DEVNULL
+    ) as run:
+        os.close(its)
+        said = b""
+        while chunk := read(ours):
+            said += chunk
+    os.close(ours)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {run.returncode}")
+    return said.decode()
+
+
+def read(descriptor: int) -> bytes:
+    """Read from a terminal; nothing when nobody has its other end open."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # EIO
+        return b""
+
+
+def terminal(name: str, title: str, *command: str) -> None:
+    """Run a command and draw what it prints."""
+    from rich.console import Console
+    from rich.terminal_theme import TerminalTheme
+    from rich.text import Text
+
+    theme = TerminalTheme(
+        (15, 23, 42),
+        (226, 232, 240),
+        # black, red, green, yellow, blue, magenta, cyan, white
+        [
+            (15, 23, 42),
+            (248, 113, 113),
+            (74, 222, 128),
+            (250, 204, 21),
+            (96, 165, 250),
+            (192, 132, 252),
+            (34, 211, 238),
+            (226, 232, 240),
+        ],
+    )
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    console.print(Text.assemble(("$ ", "bold green"), (" ".join(command), "bold")))
+    for line in printed(*command).splitlines():
+        console.print(Text.from_ansi(line), no_wrap=True, crop=True)
+    template = TERMINAL.replace("{title}", title)
+    write(name, console.export_svg(theme=theme, code_format=template, unique_id="t"))
+
+
+def info() -> None:
+    """What `dirtylog info` says of this machine."""
+    terminal("info.svg", "The output of dirtylog info: which facilities this machine offers", "dirtylog", "info")
+
+
+# ---- one chart ------------------------------------------------------------------------------------------
+
+GUEST_PAGES = 1 << 24
+DENSITY = 1e-4
+LEFT = 0.3  # where the bars begin, on a logarithmic axis that has no zero
+
+
+def harvest() -> None:
+    """Mark some pages of a 64 GiB guest and harvest their numbers: dirtylog beside its peers, in one run."""
+    from benchmarks.peers.claims import random_pages
+    from benchmarks.peers.contestants import Bitarray, Dirtylog, Numpy, Roaring
+    from benchmarks.peers.timing import side_by_side
+
+    pages = random_pages(GUEST_PAGES, DENSITY)
+
+    def job(kind: Callable[[int], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        contestant = kind(GUEST_PAGES)
+        contestant.prepare(pages)
+        return contestant.clear, lambda: (contestant.mark(), contestant.numbers())
+
+    times = side_by_side({kind.name: job(kind) for kind in (Dirtylog, Roaring, Bitarray, Numpy)}, seconds=4, rounds=41)
+    ours = times[Dirtylog.name]
+    names = sorted(times, key=times.__getitem__, reverse=True)
+    ratios = [times[name] / ours for name in names]
+    figure, ax = plt.subplots(figsize=(8.4, 2.7))
+    ax.barh(names, ratios, height=0.62, left=LEFT, color=[OURS if name == Dirtylog.name else OTHERS for name in names])
+    ax.set_xscale("log")
+    ax.set_xlim(LEFT, max(ratios) * 5)
+    for row, (name, ratio) in enumerate(zip(names, ratios, strict=True)):
+        said = (
+            f"{ours * 1e6:,.0f} µs"
+            if name == Dirtylog.name
+            else f"{ratio:,.0f} times as long"
+            if ratio >= 10
+            else f"{ratio:.1f} times as long"
+        )
+        ax.text((ratio + LEFT) * 1.1, row, said, va="center")
+    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    ax.xaxis.set_visible(False)
+    ax.spines[["bottom", "left"]].set_visible(False)
+    ax.set_title(f"Mark {len(pages):,} pages of a 64 GiB guest and harvest their numbers (log scale)")
+    save(figure, "harvest.svg", "Bar chart of the time to mark and harvest, as a multiple of dirtylog's")
+
+
+PICTURES: dict[str, Callable[[], None]] = {"heat-map": heat_map, "info": info, "harvest": harvest}
+
+
+def main() -> None:
+    """Draw the pictures that are named, or all of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[[], *PICTURES], help="which pictures (default: all)")
+    STATIC.mkdir(exist_ok=True)
+    with plt.rc_context(STYLE):
+        for name in parser.parse_args().names or PICTURES:
+            PICTURES[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,8 @@ from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
 from dirtylog.sources.process import _remote
 from dirtylog.sources.process.regions import mappings
 
+from ..leaks import descriptors
+
 PUPPET = Path(__file__).with_name("puppet.py")
 PAGE = mmap.PAGESIZE
 MIB_PAGES = (1 << 20) // PAGE
@@ -370,11 +372,12 @@ def test_a_stopped_process_is_attached_to_and_stays_stopped(puppet):
 def test_many_rounds_leave_no_descriptor_and_no_mapping(puppet):
     with attach(puppet.pid):
         pass
-    before = puppet.do("descriptors()"), len(mappings(puppet.pid)), len(os.listdir("/proc/self/fd"))
+    before, own = (puppet.do("descriptors()"), len(mappings(puppet.pid))), descriptors()
     for _ in range(100):
         with attach(puppet.pid) as process:
             process.harvest()
-    assert (puppet.do("descriptors()"), len(mappings(puppet.pid)), len(os.listdir("/proc/self/fd"))) == before
+    assert (puppet.do("descriptors()"), len(mappings(puppet.pid))) == before
+    assert not descriptors() - own
 
 
 WATCHER = """

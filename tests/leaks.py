@@ -1,0 +1,101 @@
+"""Tell a leak from noise: what a process of its own holds is counted, and a leak is what grows with the rounds."""
+
+import contextlib
+import gc
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BATCHES = 4
+# Rounds that fill caches, registries and the allocator's pools before anything is counted.
+WARM_UP = 50
+# Of a round. An object is 16 bytes at least, but what grows by fewer than this is not told from an allocator at rest.
+LEAKED_BYTES = 100
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+def descriptors():
+    """Count this process's descriptors by what they are; a difference of two is what has been opened between them."""
+    gc.collect()  # or a forgotten object of an earlier test is closed in between
+    found = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            found[name, os.readlink(f"/proc/self/fd/{name}")] += 1
+    return found
+
+
+def held():
+    """Count what this process holds."""
+    gc.collect()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mappings": len(Path("/proc/self/maps").read_bytes().splitlines()),
+        "threads": threading.active_count(),
+        "resident pages": int(Path("/proc/self/statm").read_text().split()[1]),
+    }
+
+
+def leaks(samples, rounds):
+    """Name what grew in every one of the batches of `rounds` rounds between the samples.
+
+    An allocator's arena, a huge page that the kernel makes, a cache that fills: noise comes in steps, and stops. A leak
+    goes on: once per round, or once per so many.
+    """
+    found = {}
+    for what in samples[0]:
+        growth = min(after[what] - before[what] for before, after in pairwise(samples))
+        least = rounds * LEAKED_BYTES / PAGE if what == "resident pages" else 1
+        if growth >= least:
+            found[what] = growth
+    return found
+
+
+def assert_nothing_leaks(run, *arguments, rounds=1000, memory=True):
+    """Call ``run(count, *arguments)`` in a process of its own and assert that nothing grows with the count.
+
+    `run` is a function of a test module; `arguments` are what JSON can carry. A sanitizer keeps what was freed, to see
+    it used: pass ``memory=False`` there, it reports by itself what was not freed.
+    """
+    batch = rounds // BATCHES
+    task = json.dumps([inspect.getfile(run), run.__name__, batch, arguments])
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), task], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    samples = json.loads(done.stdout)
+    if not memory:
+        for sample in samples:
+            del sample["resident pages"]
+    found = leaks(samples, batch)
+    assert not found, f"every {batch} rounds leave at least {found}: {samples}"
+
+
+def main():
+    """Be the process: load the module, run the batches, print what was held after each."""
+    file, name, batch, arguments = json.loads(sys.argv[1])
+    path = Path(file)
+    # As a member of its package, so that its relative imports work.
+    sys.path[0] = str(ROOT)
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    spec = importlib.util.spec_from_file_location(".".join(parts), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run = getattr(module, name)
+    run(WARM_UP, *arguments)
+    samples = [held()]
+    for _ in range(BATCHES):
+        run(batch, *arguments)
+        samples.append(held())
+    print(json.dumps(samples))
+
+
+if __name__ == "__main__":
+    main()

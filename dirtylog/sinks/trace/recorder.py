@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +24,18 @@ from dirtylog.sinks.trace import layout
 from dirtylog.sinks.trace.layout import parquet_module
 
 __all__ = ["Recorder", "record"]
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Put a file or a directory on the disk, where the file system can."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync a directory
+            raise
+    finally:
+        os.close(descriptor)
 
 
 class Recorder:
@@ -65,8 +79,10 @@ class Recorder:
         self.npages, self.page_size = check_geometry(npages, page_size)
         self._check_size(self.npages)
         self.regions: dict[str, tuple[int, int]] = {}
-        self._path = Path(path)
-        self._partial = self._path.with_name(f".{self._path.name}.{os.getpid()}.partial")
+        # Absolute from the start: the program may change its directory before the trace is complete.
+        self._path = Path(os.path.abspath(path))
+        self._partial = self._path.with_name(f".{self._path.name}.{token_hex(8)}.partial")
+        self._owner = os.getpid()
         self._schema = pa.schema(
             [pa.field(name, pa.type_for_alias(kind), False) for name, kind in layout.COLUMNS.items()]
         )
@@ -142,6 +158,8 @@ class Recorder:
         """Complete the trace and give it its name; a second call does nothing."""
         if self._writer is None:
             return
+        if self._owner != os.getpid():
+            raise ValueError("this recorder belongs to the parent process; its fork's child makes one of its own")
         try:
             self._flush()
             header = {
@@ -154,7 +172,11 @@ class Recorder:
             self._writer.add_key_value_metadata({layout.METADATA_KEY.decode(): json.dumps(header)})
             self._writer.close()
             self._writer = None
+            # Contents before the name, and the name before anybody is told: after a power cut there is the old trace
+            # or the new one, never an empty file.
+            _sync(self._partial, os.O_RDONLY)
             self._partial.replace(self._path)
+            _sync(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
         except BaseException:
             self.abort()
             raise
@@ -162,6 +184,11 @@ class Recorder:
     def abort(self) -> None:
         """Give up: remove what was written, and leave a file of that name as it was."""
         writer, self._writer = self._writer, None
+        if self._owner != os.getpid():
+            # The file is the parent's, the position in it too: what a close would write here would be in its trace.
+            if writer is not None:
+                writer.is_open = False
+            return
         if writer is not None:
             writer.close()
         self._partial.unlink(missing_ok=True)

@@ -66,3 +66,13 @@ def test_an_example_that_says_something_wrong_is_found(tmp_path, monkeypatch):
     page.write_text("```pycon\n>>> 1 + 1\n3\n\n```\n")
     with pytest.raises(AssertionError, match="Expected"):
         test_the_examples_of_a_page_give_what_the_page_says(page, tmp_path, monkeypatch)
+
+
+def test_the_broken_order_shows_its_bug_in_every_run():
+    program = ROOT / "examples" / "broken_order.py"
+    for _ in range(3):
+        done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+        assert [line.split(":")[1].split(" pages")[0].strip() for line in done.stdout.splitlines()] == [
+            "0 of 256",
+            "256 of 256",
+        ]

@@ -35,6 +35,11 @@ def test_no_invented_address_is_published():
         assert "readthedocs.io" not in (ROOT / page).read_text()
 
 
+def test_no_message_sends_anybody_to_a_package_that_is_not_published():
+    sending = [path for path in (ROOT / "dirtylog").rglob("*.py") if "install 'dirtylog" in path.read_text()]
+    assert sending == []
+
+
 def test_the_citation_is_of_this_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {dl.__version__}\n" in citation

@@ -25,7 +25,7 @@ def _axes(ax: Axes | None) -> Axes:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise BackendUnavailable("plots", f"import matplotlib: {error}", "pip install 'dirtylog[plot]'") from error
+        raise BackendUnavailable("plots", f"import matplotlib: {error}", "pip install matplotlib") from error
     return pyplot.gca()
 
 

@@ -127,7 +127,7 @@ def _picture(text: str, draw: Callable[[Axes], Axes]) -> str:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise BackendUnavailable("plots", f"import matplotlib: {error}", "pip install 'dirtylog[plot]'") from error
+        raise BackendUnavailable("plots", f"import matplotlib: {error}", "pip install matplotlib") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     draw(figure.add_subplot())
     file = io.BytesIO()

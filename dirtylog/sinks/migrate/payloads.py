@@ -37,7 +37,7 @@ def compressor() -> Callable[[Buffer], bytes]:
         import zstandard
     except ImportError as error:
         raise BackendUnavailable(
-            "zstandard", f"import zstandard: {error}", "pip install 'dirtylog[migrate]', or send with compress=False"
+            "zstandard", f"import zstandard: {error}", "pip install zstandard, or send with compress=False"
         ) from None
     zstd = zstandard.ZstdCompressor(level=1)
     return lambda data: bytes(zstd.compress(memoryview(data)))

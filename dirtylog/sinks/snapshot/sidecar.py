@@ -94,7 +94,7 @@ def hasher(algorithm: str) -> Callable[[Buffer], str]:
         function(b"")
     except ImportError as error:
         raise BackendUnavailable(
-            "xxhash", f"import xxhash: {error}", "pip install 'dirtylog[snapshot]', or write with digest='blake2b_128'"
+            "xxhash", f"import xxhash: {error}", "pip install xxhash, or write with digest='blake2b_128'"
         ) from None
     return function
 

@@ -37,5 +37,5 @@ def parquet_module() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise BackendUnavailable("Parquet", f"import pyarrow: {error}", "pip install 'dirtylog[trace]'") from error
+        raise BackendUnavailable("Parquet", f"import pyarrow: {error}", "pip install pyarrow") from error
     return pyarrow.parquet

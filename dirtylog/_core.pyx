@@ -4,6 +4,7 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -441,6 +442,8 @@ cdef class DirtyBitmap:
             `out` is no writable buffer of that many words; nothing has been cleared (I5).
         MemoryError
             There is no memory for the result; nothing has been cleared (I5).
+        BaseException
+            What a signal handler raised meanwhile; the pages are marked again (I5), and `out` means nothing.
 
         Notes
         -----
@@ -466,6 +469,12 @@ cdef class DirtyBitmap:
         if target is not None:
             with nogil:
                 pages_write(pages, target.words, target.nwords)
+        try:
+            # I5: Python would run its signal handlers after this call, and throw the answer away if one raises.
+            PyErr_CheckSignals()
+        except BaseException:
+            self.put(pages)
+            raise
         return pages
 
     def peek(self, first=0, count=None) -> DirtyPages:
@@ -473,6 +482,14 @@ cdef class DirtyBitmap:
         cdef uint64_t start, end
         self.span(first, count, &start, &end, True)
         return self.take(start, end, False)
+
+    cdef void put(self, DirtyPages pages) noexcept:
+        """I5: mark again what was taken and cannot be handed out. Needs no memory and calls no Python."""
+        with nogil:
+            if pages.numbers is not None:
+                dl_merge_sparse(&self.bits, pages.numbers.words, pages.masks.words, pages.entries, 0)
+            else:
+                dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), 0)
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
         cdef uint64_t nwords = dl_words_for(self.bits.npages)

@@ -4,11 +4,21 @@
 
 import numpy as np
 
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
-from dirtylog._bits.blocks cimport Block, block_new, block_of_buffer, expand_words, kernels, runs_of_words
+from dirtylog._bits.blocks cimport (
+    Block,
+    block_new,
+    block_of_buffer,
+    dl_bitmap,
+    dl_kernels,
+    expand_words,
+    kernels,
+    runs_of_words,
+)
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
 
 from dirtylog._bits.flat import flat_array
@@ -19,6 +29,11 @@ cdef extern from "dirtylog/bits.h" nogil:
     unsigned dl_ffs(uint64_t mask)
     unsigned dl_fls(uint64_t mask)
     uint64_t dl_words_for(uint64_t npages)
+
+
+cdef extern from "_bits/batch.h" nogil:
+    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
+                        uint64_t first_page)
 
 
 cdef extern from "_bits/content.h" nogil:
@@ -58,6 +73,8 @@ def harvest_words(words, out=None) -> np.ndarray:
     ------
     TypeError, ValueError
         A buffer cannot be used; nothing has been cleared (I5).
+    BaseException
+        What a signal handler raised meanwhile; the bits are set again (I5).
 
     Notes
     -----
@@ -77,10 +94,22 @@ def harvest_words(words, out=None) -> np.ndarray:
     if target.nwords != source.nwords:
         raise ValueError(f"out has {target.nwords} words, words {source.nwords}; both must be equally long")
     check_apart(target.words, target.nwords, source.words, source.nwords)
+    cdef dl_bitmap bits
+    # Made before anything is taken, so that nothing can fail after (I5).
+    result = out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
     with nogil:
         memset(target.words, 0, target.nwords * 8)
         kernels.take_dense(source.words, source.nwords, target.words, True)
-    return out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
+    try:
+        PyErr_CheckSignals()
+    except BaseException:
+        bits.words = source.words
+        bits.summary = NULL
+        bits.npages = 64 * source.nwords
+        with nogil:
+            dl_merge_dense(kernels, &bits, target.words, target.nwords, 0)
+        raise
+    return result
 
 
 def indices(words) -> np.ndarray:

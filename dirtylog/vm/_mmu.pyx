@@ -13,6 +13,7 @@ import numpy as np
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.errno cimport EFAULT, ENOMEM
 from libc.stdint cimport uint32_t, uint64_t
@@ -340,11 +341,12 @@ cdef class Mmu:
                 for i in range(nwords):
                     numbers.words[i] = found.log.snapshot[i]
             pages = pages_from_words_block(numbers, found.npages, page_size, True)
-        # I5: from here on nothing fails.
         if out is not None:
             with nogil:
                 for i in range(nwords):
                     out[i] = found.log.snapshot[i]
+        # I5: a signal handler that raises does so while the snapshot can be put back. From here on nothing fails.
+        PyErr_CheckSignals()
         with nogil:
             dl_snapshot_drop(&found.log, False)
         return pages

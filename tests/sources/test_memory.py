@@ -347,7 +347,7 @@ def test_a_failed_track_lets_go_of_the_buffer(monkeypatch):
     memory.extend(b"still resizable")
 
 
-def _refuse(pinned):
+def _refuse(pinned, owed):
     raise OSError(12, "no room for the copy")
 
 
@@ -399,16 +399,15 @@ def test_whatever_the_warning_hook_raises_the_pages_are_kept_for_the_next_harves
         assert dirty(tracker) == []
 
 
-def test_pages_that_cannot_be_joined_with_those_owed_are_owed_too(backend, monkeypatch):
-    """I5, where memory runs out after the engine has cleared its log."""
+def test_what_a_tracker_owes_is_in_its_next_answer(backend):
+    """I5: by the one mechanism that all sources share."""
     array = pages(3)
-    with dl.track(array, backend) as tracker, monkeypatch.context() as patch:
-        tracker._owed.append(_Unjoinable())
+    with dl.track(array, backend) as tracker:
+        tracker._owed.owe(dl.DirtyPages.from_indices([2], 3, PAGE))
         array[PAGE] += 1
-        with pytest.raises(MemoryError):
-            tracker.harvest()
-        patch.setattr(tracker, "_owed", type(tracker._owed)(list(tracker._owed)[:1]))
-        assert dirty(tracker) == [1]
+        assert tracker.peek().indices().tolist() == [1, 2]
+        assert dirty(tracker) == [1, 2]
+        assert dirty(tracker) == []
 
 
 def test_without_memory_for_the_answer_nothing_is_taken(backend, monkeypatch):
@@ -430,13 +429,6 @@ class _NoMemory:
     """In place of the class: none can be made."""
 
     def __getattr__(self, name):
-        raise MemoryError
-
-
-class _Unjoinable:
-    """In place of pages: no memory to join them with others."""
-
-    def __ror__(self, other):
         raise MemoryError
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dirtylog._bits.copying import copy_extents
+from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import compare_pages
 from dirtylog.sources.memory import _tracking
@@ -20,26 +21,35 @@ __all__ = ["Compare"]
 class Compare:
     """Compare the pages with a private copy, which then takes over what differs."""
 
-    def __init__(self, pinned: _tracking.PinnedPages) -> None:
+    def __init__(self, pinned: _tracking.PinnedPages, owed: Owed) -> None:
         self._live = memoryview(pinned)
         self._copy: Any = empty(len(self._live), np.uint8)
         self._copy[:] = self._live
         self._page_size = pinned.page_size
         self._closed = False
-        # Two harvests at once would both report what one of them has copied.
-        self._lock = threading.Lock()
+        # What the copy has taken over and nobody has been told, because a signal handler raised.
+        self._owed = owed
+        # Two harvests at once would both report what one of them has copied. Re-entrant: a signal handler may
+        # harvest in the middle of a harvest of its own thread; then both report what the first had found.
+        self._lock = threading.RLock()
 
     def collect(self, take: bool) -> DirtyPages:
         """Return the pages that differ; with `take` the copy takes them over."""
-        with self._lock:
-            if self._closed:
-                raise OSError(EBADF, "closed")
-            pages: DirtyPages = compare_pages(self._live, self._copy, self._page_size)
-            if take and pages:
-                # A write that lands in between is in the copy and not in this answer, but it is
-                # in the memory too when the caller reads the page that this answer names.
-                copy_extents(self._live, self._copy, pages.byte_runs(len(self._live)))
-            return pages
+        pages: DirtyPages | None = None
+        try:
+            with self._lock:
+                if self._closed:
+                    raise OSError(EBADF, "closed")
+                pages = compare_pages(self._live, self._copy, self._page_size)
+                if take and pages:
+                    # A write that lands in between is in the copy and not in this answer, but it is
+                    # in the memory too when the caller reads the page that this answer names.
+                    copy_extents(self._live, self._copy, pages.byte_runs(len(self._live)))
+        except BaseException:
+            if take and pages is not None:
+                self._owed.owe(pages)  # I5
+            raise
+        return pages
 
     def close(self) -> None:
         """Let go of the memory."""

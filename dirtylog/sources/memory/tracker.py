@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections import deque
 from errno import EBADF, EBUSY, ECHILD
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._resource import Resource, has_forked
@@ -70,8 +70,7 @@ class Tracker(Resource):
         mappings = mappings_of(self._pinned.first, self._pinned.end - self._pinned.first)
         self._writers = {mapping.writers for mapping in mappings}
         self.refused: dict[str, str] = {}
-        # Taken and not handed out, because the caller's warning hook raised.
-        self._owed: deque[DirtyPages] = deque()
+        self._owed = Owed(self.npages, self.page_size)
         try:
             self.backend: str
             self.backend, self._engine = self._open(backend, mappings)
@@ -105,7 +104,7 @@ class Tracker(Resource):
 
     def _engine_for(self, name: str, mappings: list[Mapping]) -> _Engine:
         if name == "compare":
-            return Compare(self._pinned)
+            return Compare(self._pinned, self._owed)
         if name == "mprotect":
             for mapping in mappings:
                 if not mapping.permissions.startswith("rw-") and not self._ours(mapping):
@@ -162,45 +161,32 @@ class Tracker(Resource):
         self._check_open()
         if self._inherited:
             raise _forked()
+        # Memory that children inherit shared is written behind our back from the first fork on.
+        exposed = self._forked_since and "heirs" in self._writers and self.backend != "compare"
+        if take:
+            if exposed:
+                self._owed.owe_everything()
+            return self._owed.take(self._engine.collect, True, warn=self._warn, failure=self._failure)
         try:
-            pages = self._engine.collect(take)
+            pages = self._engine.collect(False)
         except OSError as error:
             raise self._failure(error) from error
-        # Taken from the engine: whatever goes wrong from here on, the next harvest has it (I5).
-        held = [pages] if take else []
-        try:
-            # Memory that children inherit shared is written behind our back from the first fork on.
-            if self._forked_since and "heirs" in self._writers and self.backend != "compare":
-                pages = DirtyPages._all(self.npages, self.page_size, exact=False)
-                held = [pages] if take else []
-            owed = self._owe_nothing(held) if take else list(self._owed)
-            for earlier in owed:
-                pages |= earlier
-            if not owed and not pages.exact:
-                warnings.warn(
-                    f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
-                    f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or "
-                    "mappings ran short",
-                    IncompleteLogWarning,
-                    stacklevel=3,
-                )
-        except BaseException:
-            # Warnings may be errors, and a hook that shows them may raise what it likes.
-            self._owed.extend(held)
-            raise
+        if exposed:
+            pages = DirtyPages._all(self.npages, self.page_size, exact=False)
+        if self._owed:
+            return self._owed.peek(pages)
+        if not pages.exact:
+            self._warn(pages)
         return pages
 
-    def _owe_nothing(self, held: list[DirtyPages]) -> list[DirtyPages]:
-        """Move what earlier harvests could not hand out to `held`, and return it; other threads may do the same."""
-        owed = []
-        while self._owed:
-            try:
-                earlier = self._owed.popleft()
-            except IndexError:
-                break
-            held.append(earlier)
-            owed.append(earlier)
-        return owed
+    def _warn(self, pages: DirtyPages) -> None:
+        warnings.warn(
+            f"the {self.backend} tracker of {self.npages} pages cannot say which of them were written "
+            f"and reports {pages.count}: the memory was remapped, is shared with the child of a fork, or "
+            "mappings ran short",
+            IncompleteLogWarning,
+            stacklevel=4,
+        )
 
     def _failure(self, error: OSError) -> Exception:
         if error.errno == EBADF:

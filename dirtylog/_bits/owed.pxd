@@ -1,0 +1,16 @@
+# What a source owes, for extension modules that take pages and may fail to hand them out.
+from libc.stdint cimport uint64_t
+
+from dirtylog._bits.blocks cimport Block, dl_bitmap
+from dirtylog._bits.pages cimport DirtyPages
+
+
+cdef class Owed:
+    cdef dl_bitmap bits             # the pages; all memory that owing needs is here from the start
+    cdef Block words
+    cdef Block summary
+    cdef uint64_t page_size
+    cdef uint64_t state             # what there is besides them; changed by atomic operations alone
+    cdef int check(self, DirtyPages pages) except -1
+    cdef void note(self, DirtyPages pages, uint64_t said) noexcept
+    cdef DirtyPages joined(self, DirtyPages pages)

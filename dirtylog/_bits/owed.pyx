@@ -1,0 +1,303 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
+"""What a source has taken and not handed out: kept, whatever broke, and joined to its next answer (I5)."""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint64_t
+
+from dirtylog._bits.blocks cimport block_for_result, block_new, dl_kernels, kernels
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_from_words_block
+
+from dirtylog._bits.pages import check_geometry
+
+
+cdef extern from "_bits/batch.h" nogil:
+    void dl_merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
+                         uint64_t first_page)
+    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
+                        uint64_t first_page)
+
+
+cdef extern from "dirtylog/bits.h" nogil:
+    uint64_t dl_words_for(uint64_t npages)
+
+
+cdef extern from "dirtylog/bitmap.h" nogil:
+    uint64_t dl_groups_for(uint64_t npages)
+    void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
+    uint64_t dl_harvest(const dl_bitmap *bitmap, uint64_t *out)
+
+
+cdef extern from "dirtylog/atomic.h" nogil:
+    uint64_t dl_load_relaxed(const uint64_t *word)
+    uint64_t dl_load_acquire(const uint64_t *word)
+    uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
+    uint64_t dl_exchange(uint64_t *word, uint64_t value)
+
+
+__all__ = ["Owed", "take_all"]
+
+cdef enum:
+    PAGES = 1       # some may be set
+    INEXACT = 2     # the answer that has them is not exact
+    SAID = 4        # and its warning has been shown
+
+
+@cython.final
+cdef class Owed:
+    """Pages that were taken from a source and have not reached the caller.
+
+    Between the moment at which a source forgets its pages and the return to the caller, an answer is in
+    nobody's hands: a warning may be an error, memory may be short, a signal handler may raise. A source makes
+    one of these when it is opened and hands out its answers through :meth:`take`; whatever breaks on the way,
+    the pages are in the next answer.
+
+    Parameters
+    ----------
+    npages : int
+        Pages of the source.
+    page_size : int, default 4096
+        Bytes per page, a power of two.
+
+    Raises
+    ------
+    ValueError
+        `npages` or `page_size` is out of its bounds.
+    MemoryError
+        There is no memory for one bit per page.
+
+    Notes
+    -----
+    Thread safety: every method may be called from any number of threads, and from signal handlers, at once.
+    Owing needs no memory and calls no Python code, so it cannot fail and cannot be interrupted. It costs
+    nothing while nothing is owed: one load per answer.
+
+    What no library can close: the few instructions between the end of :meth:`take` and the caller's own
+    store. An epoch of a log has the caller say when it has the pages.
+
+    Examples
+    --------
+    >>> import dirtylog as dl
+    >>> from dirtylog._bits.owed import Owed
+    >>> source = dl.DirtyBitmap(64)
+    >>> owed = Owed(64)
+    >>> source.mark(3)
+    >>> owed.owe(source.harvest())
+    >>> source.mark(5)
+    >>> owed.take(source.harvest).indices().tolist(), owed.take(source.harvest).count
+    ([3, 5], 0)
+    """
+
+    def __cinit__(self, npages, page_size=4096):
+        npages, page_size = check_geometry(npages, page_size)
+        self.words = block_new(dl_words_for(npages), True)
+        self.summary = block_new(dl_groups_for(npages), True)
+        self.bits.words = self.words.words
+        self.bits.summary = self.summary.words
+        self.bits.npages = npages
+        self.page_size = page_size
+
+    def __bool__(self):
+        return dl_load_acquire(&self.state) != 0
+
+    def owe(self, DirtyPages pages not None):
+        """Keep pages for the next answer.
+
+        Parameters
+        ----------
+        pages : DirtyPages
+            Of the source; an answer that is not exact makes the next one inexact.
+
+        Raises
+        ------
+        ValueError
+            They are of another number or size of pages.
+        """
+        self.check(pages)
+        self.note(pages, 0)
+
+    def owe_everything(self):
+        """Keep every page for the next answer, which will not be exact: nobody knows what is gone (I6)."""
+        dl_fetch_or(&self.state, INEXACT)
+        if self.bits.npages:
+            with nogil:
+                dl_mark_range(&self.bits, 0, self.bits.npages)
+        dl_fetch_or(&self.state, PAGES | INEXACT)
+
+    def forget(self):
+        """Owe nothing any more: the source's pages are somebody else's business now."""
+        cdef Block dropped = block_for_result(self.words.nwords)
+        dl_exchange(&self.state, 0)
+        with nogil:
+            dl_harvest(&self.bits, dropped.words)
+
+    def take(self, source, *arguments, warn=None, failure=None):
+        """Call `source`, and return its pages with all that is owed.
+
+        Parameters
+        ----------
+        source : callable
+            Takes pages and returns them as DirtyPages. If it raises, it has put back what it took, or said so
+            here by `owe` or `owe_everything`. One that is written in C leaves no gap at its end.
+        *arguments
+            Passed on to `source`.
+        warn : callable, optional
+            Called with the answer when that is not exact, before it is handed out. If it raises, because warnings
+            are errors, the answer is owed, and the next one is handed out without another warning.
+        failure : callable, optional
+            Makes the exception to raise of an OSError that `source` raised.
+
+        Returns
+        -------
+        DirtyPages
+            In nobody else's answer.
+
+        Raises
+        ------
+        ValueError
+            `source` answered for another number or size of pages.
+        Exception
+            What `source` or `warn` raised, MemoryError, or what a signal handler raised meanwhile: the
+            pages are owed.
+        """
+        cdef DirtyPages pages
+        try:
+            pages = source(*arguments)
+        except OSError as error:
+            if failure is None:
+                raise
+            raise failure(error) from error
+        return self.hand_out(pages, warn)
+
+    def hand_out(self, DirtyPages pages not None, warn=None):
+        """Return pages that have been taken with all that is owed; as `take` from there on."""
+        self.check(pages)
+        cdef uint64_t state = dl_load_acquire(&self.state)
+        cdef DirtyPages answer = pages
+        try:
+            if state:
+                # Flags first: pages that are owed from here on set them again.
+                state = dl_exchange(&self.state, 0)
+                answer = self.joined(pages)
+                if state & INEXACT:
+                    answer = inexact(answer)
+            if warn is not None and not answer.exact and not state & SAID:
+                state |= SAID
+                warn(answer)
+            # Python runs its handlers at the caller's next instruction, where the answer is on nobody's shelf.
+            PyErr_CheckSignals()
+        except BaseException:
+            self.note(answer, state & (INEXACT | SAID))
+            raise
+        return answer
+
+    def peek(self, DirtyPages pages not None):
+        """Return `pages`, which a source still has, with all that is owed; it stays owed."""
+        self.check(pages)
+        cdef uint64_t state = dl_load_acquire(&self.state)
+        if not state:
+            return pages
+        cdef Block words = block_new(self.words.nwords, False)
+        cdef size_t i
+        with nogil:
+            for i in range(words.nwords):
+                words.words[i] = dl_load_relaxed(self.bits.words + i)
+        cdef DirtyPages answer = pages_from_words_block(words, self.bits.npages, self.page_size, True) | pages
+        return inexact(answer) if state & INEXACT else answer
+
+    def __reduce__(self):
+        raise TypeError("what a source owes is the source's; it has no pickle")
+
+    def __repr__(self):
+        what = "something" if self else "nothing"
+        return f"<Owed: {what} of {self.bits.npages} pages>"
+
+    # ---- below Python
+
+    cdef int check(self, DirtyPages pages) except -1:
+        """Refuse pages of another source."""
+        if pages.npages != self.bits.npages or pages.page_size != self.page_size:
+            raise ValueError(
+                f"an answer for {pages.npages} pages of {pages.page_size} bytes; the source has "
+                f"{self.bits.npages} of {self.page_size}"
+            )
+        return 0
+
+    cdef void note(self, DirtyPages pages, uint64_t said) noexcept:
+        """Owe pages. Allocates nothing; calls no Python."""
+        if not pages.exact:
+            said |= INEXACT
+        # Before the pages, so that whoever takes them knows, and after, so that the flag stays with the rest.
+        if said:
+            dl_fetch_or(&self.state, said)
+        with nogil:
+            if pages.numbers is not None:
+                dl_merge_sparse(&self.bits, pages.numbers.words, pages.masks.words, pages.entries, 0)
+            else:
+                dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), 0)
+        dl_fetch_or(&self.state, said | PAGES)
+
+    cdef DirtyPages joined(self, DirtyPages pages):
+        """Take what is owed and join it; MemoryError before or after leaves it owed."""
+        # Made before anything is taken.
+        cdef Block words
+        cdef DirtyPages earlier
+        try:
+            words = block_for_result(self.words.nwords)
+            earlier = pages_from_words_block(words, self.bits.npages, self.page_size, True)
+        except MemoryError:
+            dl_fetch_or(&self.state, PAGES)
+            raise
+        cdef uint64_t count
+        with nogil:
+            count = dl_harvest(&self.bits, words.words)
+        if not count:
+            return pages
+        try:
+            return pages | earlier
+        except BaseException:
+            self.note(earlier, 0)
+            raise
+
+
+cdef DirtyPages inexact(DirtyPages pages):
+    """The same pages as an answer that nobody vouches for."""
+    if not pages.exact:
+        return pages
+    cdef DirtyPages answer = pages_bare(pages.npages, pages.page_size, False)
+    pages_fill(answer, pages.dense, pages.numbers, pages.masks, pages.entries)
+    return answer
+
+
+def take_all(requests) -> dict:
+    """Take from several sources, all or none.
+
+    Parameters
+    ----------
+    requests : sequence of (key, Owed, callable)
+        Whose pages to take, as by ``owed.take(callable)``.
+
+    Returns
+    -------
+    dict
+        By key: the pages.
+
+    Raises
+    ------
+    Exception
+        What a source, or a signal handler, raised: what the others have given is owed by them.
+    """
+    cdef list todo = list(requests)
+    # I5: room for every answer before the first is taken.
+    cdef list answers = [None] * len(todo)
+    cdef Py_ssize_t i
+    try:
+        for i in range(len(todo)):
+            answers[i] = (<Owed?>todo[i][1]).take(todo[i][2])
+        return {todo[i][0]: answers[i] for i in range(len(todo))}
+    except BaseException:
+        for i in range(len(todo)):
+            if answers[i] is not None:
+                (<Owed>todo[i][1]).note(answers[i], 0)
+        raise

@@ -1,0 +1,72 @@
+"""Interrupts that land where a test wants them: inside a C call, or before any one bytecode of the library."""
+
+import ctypes
+import functools
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import dirtylog as dl
+
+PACKAGE = str(Path(dl.__file__).parent)
+
+
+class SignalsOnIndex:
+    """The number 0, to whom `__index__` is a C call that sends this process a signal.
+
+    No bytecode runs in between, so Python's handler is still to be called when the C function that
+    converts its argument goes on: the place at which a result used to be thrown away.
+    """
+
+    __index__ = __int__ = staticmethod(functools.partial(ctypes.CDLL(None)["raise"], int(signal.SIGUSR2)))
+
+
+@pytest.fixture
+def raising_signal():
+    """The number 0, which sends a signal when it is asked for; the handler raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signal handlers run in the main thread")
+
+    def handler(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    yield SignalsOnIndex()
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.fixture
+def interrupted_at():
+    """Call something with an exception before its n-th bytecode."""
+    return _interrupted_at
+
+
+def _interrupted_at(n, call, files=("",)):
+    """Call, raising KeyboardInterrupt before the n-th bytecode of the library's files; return whether there was one."""
+    left = [n]
+
+    def trace(frame, event, argument):
+        name = frame.f_code.co_filename
+        if not (name.startswith(PACKAGE) and name.endswith(files)):
+            return None
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        if event == "opcode":
+            left[0] -= 1
+            if left[0] < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False

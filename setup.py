@@ -5,33 +5,56 @@ Environment switches, each off by default:
 DIRTYLOG_SANITIZE  comma-separated list for -fsanitize=, for example "address,undefined" or "thread"
 DIRTYLOG_DEBUG     1: no optimisation, C assertions on
 DIRTYLOG_TRACE     1: Cython line tracing, for coverage of the .pyx files (slow)
+
+What is compiled stays in build/, one directory for each set of switches, compiler and Python, and is taken from there
+as long as the bytes that it was made of are the same. pip compiles in temporary directories and unpacks a Cython of its
+own each time, so neither places nor time stamps say what is up to date.
 """
 
+import fcntl
+import hashlib
+import json
 import os
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
+import Cython
 from Cython.Build import cythonize
+from Cython.Build.Dependencies import create_dependency_tree
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
 # Hand-written C that one module links, beside its own .pyx.
 C_SOURCES = {
-    "dirtylog.sources.process._remote": ["dirtylog/sources/process/_inject.c"],
     "dirtylog._bits.blocks": ["dirtylog/_bits/simd.c"],
     "dirtylog.sources.memory._tracking": [
         f"dirtylog/sources/memory/{name}.c"
         for name in ("_spans", "_registry", "_maps", "_uffd", "_faults", "_mprotect")
     ],
+    "dirtylog.sources.process._remote": ["dirtylog/sources/process/_inject.c"],
 }
+# Modules that wait for the kernel, whose time is not spent in their own code. -O3 takes gcc three times as long.
+COLD = {
+    "dirtylog.capi",
+    "dirtylog.sources.kvm._kvm",
+    "dirtylog.sources.memory._tracking",
+    "dirtylog.sources.process._remote",
+}
+# What Cython's memoryviews need: a quarter of a megabyte of C for each module that has one, were it not shared.
+SHARED = "dirtylog._cython"
+DIRECTIVES = {"language_level": "3", "freethreading_compatible": True}
 
 
 def switch(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
 
 
-def extension(pyx: Path, headers: list[str]) -> Extension:
-    name = ".".join(pyx.with_suffix("").parts)
+def extension(name: str, sources: list[str]) -> Extension:
     compile_args = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter"]
     link_args = ["-pthread"]
     macros = []
@@ -42,7 +65,10 @@ def extension(pyx: Path, headers: list[str]) -> Extension:
         # An optimiser that does more removes what a sanitizer would have reported, and takes twice as long.
         compile_args += ["-O1"]
     else:
-        compile_args += ["-O3"]
+        compile_args += ["-O1" if name in COLD or name == SHARED else "-O3"]
+        # Python hands on the -g that it was built with, which costs a quarter of the compiler's time.
+        if "-g" not in os.environ.get("CFLAGS", ""):
+            compile_args += ["-g0"]
     if sanitizers:
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
         link_args += [f"-fsanitize={sanitizers}"]
@@ -50,22 +76,125 @@ def extension(pyx: Path, headers: list[str]) -> Extension:
         macros += [("CYTHON_TRACE_NOGIL", "1")]
     return Extension(
         name,
-        sources=[str(pyx), *C_SOURCES.get(name, [])],
+        sources=sources,
         include_dirs=["dirtylog/include", "dirtylog"],
-        depends=headers,
         define_macros=macros,
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
 
 
+class BuildExtensions(build_ext):
+    """Compile what has changed, side by side, and take the rest from where it was left."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count() or 1
+
+    def build_extensions(self) -> None:
+        everything = [
+            sysconfig.get_config_vars("EXT_SUFFIX", "CFLAGS", "LDSHARED"),
+            sys.version,
+            self.compiler.compiler_so,
+            self.debug,
+            [os.environ.get(f"DIRTYLOG_{name}") for name in ("SANITIZE", "DEBUG", "TRACE")],
+        ]
+        digest = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
+        self.store = Path("build", f"{sys.implementation.cache_tag}-{digest}")
+        (self.store / "modules").mkdir(parents=True, exist_ok=True)
+        self.build_temp = str(self.store / "objects")
+        # Whoever builds the same at the same time waits, and finds it done.
+        with open(self.store / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.prints = {extension.name: self.fingerprint(extension) for extension in self.extensions}
+            stale = [each for each in self.extensions if self.force or not self.is_built(each.name)]
+            self.translate(stale)
+            # The longest first, or it would be compiled alone at the end.
+            self.extensions.sort(key=lambda each: -sum(os.path.getsize(source) for source in each.sources))
+            self.compiled = {each.name for each in stale}
+            # Of the files that a build of the same name has left behind, none is trusted.
+            self.force = True
+            super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        kept, target = self.kept(ext.name), Path(self.get_ext_fullpath(ext.name))
+        if ext.name not in self.compiled:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            shutil.copy2(kept, target)
+            return
+        kept.with_suffix(".print").unlink(missing_ok=True)
+        super().build_extension(ext)
+        shutil.copy2(target, kept)
+        kept.with_suffix(".print").write_text(self.prints[ext.name])
+
+    def kept(self, name: str) -> Path:
+        return self.store / "modules" / f"{name}.so"
+
+    def is_built(self, name: str) -> bool:
+        recorded = self.kept(name).with_suffix(".print")
+        return self.kept(name).exists() and recorded.exists() and recorded.read_text() == self.prints[name]
+
+    def fingerprint(self, ext: Extension) -> str:
+        """Return a digest of all that a module is made of: versions, flags and the bytes of its files."""
+        files = {Path(source) for source in ext.sources}
+        if ext.name != SHARED:
+            files |= set(PACKAGE.rglob("*.h"))
+            known = create_dependency_tree(quiet=True).all_dependencies(ext.sources[0])
+            files |= {Path(os.path.relpath(file)) for file in known if HERE in Path(file).resolve().parents}
+        inputs = [
+            Cython.__version__,
+            ext.extra_compile_args,
+            ext.extra_link_args,
+            ext.define_macros,
+            DIRECTIVES,
+            SHARED,
+        ]
+        found = hashlib.sha256(json.dumps(inputs).encode())
+        for file in sorted(files):
+            found.update(f"\0{file}\0".encode() + file.read_bytes())
+        return found.hexdigest()
+
+    def translate(self, stale: list[Extension]) -> None:
+        """Turn the .pyx of these into C, side by side."""
+        place = self.store / "cython"
+        # Cython puts a copy of each header beside its C, and keeps one that is younger than the original.
+        for header in PACKAGE.rglob("*.h"):
+            copied = place / header
+            if copied.exists() and copied.read_bytes() != header.read_bytes():
+                copied.unlink()
+        shared = next((each for each in stale if each.name == SHARED), None)
+        modules = [each for each in stale if each is not shared]
+        process = None
+        for each in self.extensions:
+            if each.name == SHARED:
+                each.sources = [str(place / "_cython.c")]
+        if shared:
+            place.mkdir(parents=True, exist_ok=True)
+            directives = [f"-X{name}={value}" for name, value in DIRECTIVES.items()]
+            command = [sys.executable, "-m", "cython", *directives, "--generate-shared", shared.sources[0]]
+            process = subprocess.Popen(command)
+        translated = cythonize(
+            modules,
+            nthreads=min(os.cpu_count() or 1, len(modules)) if len(modules) > 1 else 0,
+            build_dir=str(place),
+            # An unpacked Cython is always younger than what it has written.
+            force=True,
+            compiler_directives={**DIRECTIVES, "linetrace": switch("DIRTYLOG_TRACE")},
+            shared_utility_qualified_name=SHARED,
+        )
+        for module, with_c in zip(modules, translated, strict=True):
+            module.sources = with_c.sources
+        if process and process.wait():
+            raise SystemExit(f"{' '.join(process.args)} ended with {process.returncode}")
+
+
 os.chdir(HERE)
-headers = sorted(str(path) for path in PACKAGE.rglob("*.h"))
+names = {".".join(pyx.with_suffix("").parts): str(pyx) for pyx in sorted(PACKAGE.rglob("*.pyx"))}
 setup(
-    ext_modules=cythonize(
-        [extension(pyx, headers) for pyx in sorted(PACKAGE.rglob("*.pyx"))],
-        build_dir="build/cython",
-        compiler_directives={"linetrace": switch("DIRTYLOG_TRACE"), "language_level": "3"},
-    ),
-    options={"build_ext": {"parallel": os.cpu_count() or 1}},
+    cmdclass={"build_ext": BuildExtensions},
+    ext_modules=[
+        extension(SHARED, []),
+        *(extension(name, [pyx, *C_SOURCES.get(name, [])]) for name, pyx in names.items()),
+    ],
 )

@@ -32,13 +32,12 @@ BOUNDLESS = "tests/sanitize"
 # Builds the modules that are named, and no others.
 BUILD = """
 import sys
-from setuptools.command.build_ext import build_ext
+import setuptools
 wanted = set(sys.argv[1:])
-whole = build_ext.build_extensions
-def chosen(self):
-    self.extensions = [extension for extension in self.extensions if extension.name in wanted]
-    whole(self)
-build_ext.build_extensions = chosen
+whole = setuptools.setup
+def chosen(ext_modules, **others):
+    whole(ext_modules=[extension for extension in ext_modules if extension.name in wanted], **others)
+setuptools.setup = chosen
 sys.argv = ["setup.py", "-q", "build_ext", "--inplace"]
 exec(compile(open("setup.py").read(), "setup.py", "exec"), {"__file__": "setup.py", "__name__": "__main__"})
 """

@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.copying import copy_extents
-from dirtylog._bits.flat import flat_array
+from dirtylog._bits.flat import array_of, flat_array
 
 if TYPE_CHECKING:
     from dirtylog._bits.pages import DirtyPages
 
-__all__ = ["byte_runs", "copy", "row_ranges"]
+__all__ = ["byte_runs", "check_size", "copy", "of_one_layout", "row_ranges"]
 
 
 def check_size(pages: DirtyPages, nbytes: int, what: str) -> None:
@@ -37,9 +37,7 @@ def byte_runs(pages: DirtyPages, nbytes: int) -> npt.NDArray[np.int64]:
 
 def copy(pages: DirtyPages, source: Any, target: Any) -> int:
     """Copy what is dirty from one memory to the same place in another; return the bytes copied."""
-    read, written = flat_array(source, what="source"), flat_array(target, what="target")
-    if read.nbytes != written.nbytes:
-        raise ValueError(f"source has {read.nbytes} bytes and target {written.nbytes}; both must be one size")
+    read, written = of_one_layout(source, target, "source", "target")
     check_size(pages, read.nbytes, "source")
     if not written.flags.writeable:
         raise ValueError("target is read-only; pass writable memory")
@@ -48,35 +46,53 @@ def copy(pages: DirtyPages, source: Any, target: Any) -> int:
     return copy_extents(read, written, byte_runs(pages, read.nbytes))
 
 
+def of_one_layout(
+    one: Any, other: Any, one_is: str, other_is: str
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return the bytes of two memories of one size; arrays of one shape must be in one order too."""
+    first, second = array_of(one, one_is), array_of(other, other_is)
+    flat = flat_array(first, what=one_is, empty=True), flat_array(second, what=other_is, empty=True)
+    if first.nbytes != second.nbytes:
+        raise ValueError(f"{one_is} has {first.nbytes} bytes and {other_is} {second.nbytes}; both must be one size")
+    strides = [
+        [step for step, size in zip(array.strides, array.shape, strict=True) if size > 1] for array in (first, second)
+    ]
+    if first.nbytes and (first.shape, first.itemsize) == (second.shape, second.itemsize) and strides[0] != strides[1]:
+        raise ValueError(
+            f"{one_is} and {other_is} have one shape {first.shape} and different orders (strides {first.strides} and "
+            f"{second.strides}): a page of one is not the same items of the other; make one by numpy.empty_like() of "
+            "the other"
+        )
+    return flat
+
+
 def row_ranges(pages: DirtyPages, array: Any) -> npt.NDArray[np.int64]:
     """Return first and last row plus one of each stretch of rows that has a byte in a dirty page, ascending."""
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"array is {type(array).__name__}; rows are those of a NumPy array")
+    array = array_of(array, "array")
     if array.ndim == 0:
-        raise ValueError("array has no dimensions and so no rows; use pages or byte_runs")
+        raise ValueError("array has no dimensions and so no rows; pass array.reshape(1), or use bool(pages)")
     check_size(pages, array.nbytes, "array")
-    if array.nbytes == 0:
-        return np.empty((0, 2), np.int64)
-    flat_array(array, what="array")
+    flat_array(array, what="array", empty=True)
     extents = byte_runs(pages, array.nbytes)
     nrows = len(array)
-    if array.flags.c_contiguous:
-        size = array.nbytes // nrows
-        first, end = extents[:, 0] // size, -(-extents.sum(axis=1) // size)
+    if len(extents) == 0 or nrows == 1:
+        return np.array([[0, 1]] if len(extents) else np.empty((0, 2)), np.int64)
+    # Byte b is of row b // stride; where other axes are outside the first, of that modulo the number of rows: a run
+    # of bytes may go round from the last row to the first, and round again.
+    stride = array.strides[0]
+    first = extents[:, 0] // stride
+    end = (extents.sum(axis=1) - 1) // stride + 1
+    if stride * nrows == array.nbytes:
         return _joined(first, end)
-    # Fortran order: the first index runs fastest, so that a run of bytes goes round and round through the rows.
-    first, end = extents[:, 0] // array.itemsize, -(-extents.sum(axis=1) // array.itemsize)
-    length = np.minimum(end - first, nrows)
-    first = first % nrows
-    end = first + length
-    touched = np.zeros(nrows + 1, np.int64)
-    np.add.at(touched, first, 1)
-    np.add.at(touched, np.minimum(end, nrows), -1)
-    around = end[end > nrows] - nrows
-    touched[0] += len(around)
-    np.add.at(touched, around, -1)
-    steps = np.flatnonzero(np.diff((np.cumsum(touched[:-1]) > 0).astype(np.int8), prepend=0, append=0))
-    return steps.reshape(-1, 2)
+    if (end - first >= nrows).any():
+        return np.array([[0, nrows]], np.int64)
+    end -= first // nrows * nrows
+    first %= nrows
+    around = end > nrows
+    first = np.append(first, np.zeros(int(around.sum()), np.int64))
+    end = np.append(np.minimum(end, nrows), end[around] - nrows)
+    order = np.argsort(first, kind="stable")
+    return _joined(first[order], np.maximum.accumulate(end[order]))
 
 
 def _joined(first: npt.NDArray[np.int64], end: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

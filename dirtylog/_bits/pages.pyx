@@ -625,9 +625,10 @@ cdef class DirtyPages:
 
         Parameters
         ----------
-        array : numpy.ndarray, shape (n, ...)
+        array : array of shape (n, ...)
             The array that was tracked, or one of the same shape, dtype and order:
-            any dtype, C or Fortran order. Its content is not looked at.
+            of any of them without gaps; a tensor or a table of one dtype as well.
+            Its content is not looked at.
 
         Returns
         -------
@@ -637,14 +638,14 @@ cdef class DirtyPages:
         Raises
         ------
         TypeError, ValueError
-            It is no array, has no rows, is not contiguous, or is not of the size
+            It has no memory or no rows, is not contiguous, or is not of the size
             that these pages are of.
 
         Notes
         -----
         A row that shares a page with one that was written is there as well. In
         Fortran order a page touches many rows; copy by :meth:`copy` there.
-        O(runs) and, in Fortran order, O(n).
+        O(runs log runs) and what is returned.
 
         Examples
         --------
@@ -686,7 +687,8 @@ cdef class DirtyPages:
         source, target : array or buffer
             Memory of one size, of every kind that :func:`dirtylog.track` accepts:
             page `i` is bytes ``[i * page_size, (i + 1) * page_size)`` of it (I9),
-            whatever its dtype, shape and order. They do not overlap.
+            whatever its dtype, shape and order; arrays of one shape must be in one
+            order too. They do not overlap.
 
         Returns
         -------
@@ -698,7 +700,7 @@ cdef class DirtyPages:
         TypeError
             One of them has no memory.
         ValueError
-            They differ in size, overlap, are not contiguous, `target` is
+            They differ in size or order, overlap, are not contiguous, `target` is
             read-only, or the size is not that of these pages. Nothing was copied.
 
         Notes
@@ -720,6 +722,9 @@ cdef class DirtyPages:
         True
         """
         return geometry.copy(self, source, target)
+
+    # Sets of pages combine with sets of pages; numpy would combine arrays of their numbers.
+    __array_ufunc__ = None
 
     def __array__(self, dtype=None, copy=None):
         if copy is False:

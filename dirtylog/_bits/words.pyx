@@ -22,6 +22,7 @@ from dirtylog._bits.blocks cimport (
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
 
 from dirtylog._bits.flat import flat_array
+from dirtylog._bits.geometry import of_one_layout
 from dirtylog._bits.pages import check_geometry
 
 
@@ -180,12 +181,11 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
     Raises
     ------
     ValueError
-        The lengths differ.
+        The lengths differ; or the shapes are equal, and the orders are not.
     """
-    cdef const unsigned char[::1] left = flat_array(a, what="a", empty=True)
-    cdef const unsigned char[::1] right = flat_array(b, what="b", empty=True)
-    if left.shape[0] != right.shape[0]:
-        raise ValueError(f"a has {left.shape[0]} bytes, b {right.shape[0]}; compare buffers of equal length")
+    one, other = of_one_layout(a, b, "a", "b")
+    cdef const unsigned char[::1] left = one
+    cdef const unsigned char[::1] right = other
     _, page_size = check_geometry(0, page_size)
     cdef size_t nbytes = left.shape[0]
     cdef size_t size = page_size

@@ -7,7 +7,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["bytes_text", "seconds_text", "show_json", "show_note", "show_table", "with_progress"]
+__all__ = [
+    "bytes_text",
+    "encodes",
+    "plain_table",
+    "seconds_text",
+    "show_json",
+    "show_json_line",
+    "show_note",
+    "show_table",
+    "table",
+    "with_progress",
+]
 
 Item = TypeVar("Item")
 
@@ -29,7 +40,8 @@ def bytes_text(size: float) -> str:
     return f"{size / 1024:.1f} TiB"
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Tell whether standard output can show these characters."""
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
@@ -48,7 +60,7 @@ def seconds_text(seconds: float) -> str:
     for each in ("s", "ms", "µs"):
         unit = each
         if seconds >= 0.9995:
-            if unit == "µs" and not _encodes(unit):
+            if unit == "µs" and not encodes(unit):
                 unit = "us"
             return f"{seconds:.3g} {unit}" if seconds < 999.5 else f"{seconds:,.0f} {unit}"
         seconds *= 1000
@@ -58,25 +70,37 @@ def seconds_text(seconds: float) -> str:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table: the first `left` columns flush left, the numbers after them flush right."""
     try:
-        from rich import box
         from rich.console import Console
-        from rich.table import Table
+
+        made = table(title, columns, rows, left)
     except ImportError:
         print(plain_table(title, columns, rows, left))
         return
-    table = Table(
-        title=title,
+    # A file or a pipe has no width: what fits a usual window is wide enough, and cells are not cut.
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    console.print(made)
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, one_line: bool = False
+) -> Any:
+    """Lay out a table for rich, which must be installed; with `one_line`, cells are cut rather than wrapped."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(
+        title=Text(title),
         title_justify="left",
         title_style="bold",
         header_style="bold cyan",
         box=box.ROUNDED,
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=number == 0)
+        made.add_column(column, justify="left" if number < left else "right", no_wrap=one_line or number == 0)
     for row in rows:
-        table.add_row(*row)
-    # A file or a pipe has no width: what fits a usual window is wide enough, and cells are not cut.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110).print(table)
+        made.add_row(*map(Text, row))
+    return made
 
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -100,6 +124,11 @@ def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         ).rstrip()
 
     return "\n".join([title, line(columns), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def show_json_line(value: Any) -> None:
+    """Print a result for programs that read one line at a time."""
+    print(json.dumps(value), flush=True)
 
 
 def show_json(value: Any) -> None:

@@ -85,14 +85,16 @@ def test_a_span_is_at_least_one_byte(address):
     ("permissions", "path", "writers"),
     [
         ("rw-p", "", "private"),
-        ("rw-p", "/some/file", "private"),
+        ("rw-p", "/anon_hugepage (deleted)", "private"),
+        ("rw-p", "/some/file", "lenders"),
         ("rw-s", "/dev/zero (deleted)", "heirs"),
+        ("rw-s", "/anon_hugepage (deleted)", "heirs"),
         ("rw-s", "/memfd:x (deleted)", "anyone"),
         ("r--s", "/some/file", "anyone"),
     ],
 )
 def test_a_mapping_knows_who_may_write_it_unseen(permissions, path, writers):
-    assert Mapping(0, PAGE, permissions, path).writers == writers
+    assert Mapping(0, PAGE, permissions, PAGE, path, (0, 1, 17 if path else 0)).writers == writers
 
 
 def test_the_mappings_of_a_range_cover_it():

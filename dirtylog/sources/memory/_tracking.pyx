@@ -4,7 +4,7 @@
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.errno cimport errno
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.string cimport strerror
 
 cimport cython
@@ -23,9 +23,23 @@ cdef extern from "_bits/sets.h" nogil:
     void dl_pages_of_unaligned(uint64_t *words, size_t n, uint64_t npages)
 
 
+cdef extern from "sources/memory/_maps.h" nogil:
+    struct dl_mapping:
+        uint64_t start
+        uint64_t end
+        char permissions[5]
+        uint64_t page_size
+        uint64_t inode
+        uint32_t major
+        uint32_t minor
+    ctypedef int dl_mapping_visitor(const dl_mapping *mapping, const char *name, void *context) noexcept nogil
+    int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
+    int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size)
+
+
 cdef extern from "sources/memory/_spans.h" nogil:
     struct dl_span:
-        pass
+        int huge
     enum dl_step:
         DL_STEP_NONE
         DL_STEP_USERFAULTFD
@@ -144,6 +158,78 @@ def covers(uint64_t start, uint64_t end, uint64_t page_size):
     return answer
 
 
+cdef int note_mapping(const dl_mapping *mapping, const char *name, void *context) noexcept with gil:
+    # Nothing may be raised into C: what does not fit into memory ends the walk, and the caller sees that.
+    try:
+        (<list>context).append((mapping.start, mapping.end, mapping.permissions[:4].decode(),
+                                mapping.page_size, mapping.major, mapping.minor, mapping.inode,
+                                name.decode("utf-8", "surrogateescape")))
+    except BaseException:
+        return -1
+    return 0
+
+
+def mappings(uint64_t start, uint64_t end):
+    """List this process's mappings that have bytes of a range.
+
+    Parameters
+    ----------
+    start, end : int
+        Addresses in bytes.
+
+    Returns
+    -------
+    list of tuple
+        Start and end, permissions such as ``"rw-p"``, bytes of a page (0: the
+        kernel does not say), the device's major and minor number, the inode,
+        and the name.
+
+    Raises
+    ------
+    OSError
+        The kernel does not tell.
+    """
+    cdef list found = []
+    cdef int error
+
+    error = dl_maps_walk(start, end, True, note_mapping, <void *>found)
+    if error == -1:
+        raise MemoryError(f"no memory to list the mappings from {start:#x} to {end:#x}")
+    if error < 0:
+        raise OSError(-error, strerror(-error).decode())
+    return found
+
+
+def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size):
+    """Refuse memory whose reading would end the process.
+
+    Parameters
+    ----------
+    start, nbytes : int
+        The range, in bytes.
+    page_size : int
+        Bytes: the system's own.
+
+    Raises
+    ------
+    OSError
+        ENOMEM: part of it is not mapped any more. EFAULT: the file behind it was cut.
+
+    Notes
+    -----
+    The answer is of the moment: a file that is cut between the answer and the
+    reading still raises SIGBUS.
+    """
+    cdef int error
+    cdef uint64_t first = start & ~(page_size - 1)
+    cdef uint64_t end = (start + nbytes + page_size - 1) & ~(page_size - 1)
+
+    with nogil:
+        error = dl_memory_readable(first, end, page_size)
+    if error < 0:
+        raise OSError(-error, strerror(-error).decode())
+
+
 @cython.final
 cdef class PinnedPages:
     """Hold memory in place, and show its bytes, read-only.
@@ -221,6 +307,9 @@ cdef class Span:
         How many bytes.
     page_size : int
         Bytes, a power of two: the system's own.
+    huge : bool, default False
+        The kernel's own pages here are larger: one store marks all of one, so
+        an answer that names pages is not exact (I6).
 
     Attributes
     ----------
@@ -245,7 +334,7 @@ cdef class Span:
     cdef bint unaligned     # page 0 begins inside the first of them
     cdef tuple spare
 
-    def __cinit__(self, str engine not None, uint64_t address, uint64_t nbytes, uint64_t page_size):
+    def __cinit__(self, str engine not None, uint64_t address, uint64_t nbytes, uint64_t page_size, bint huge=False):
         cdef dl_step step = DL_STEP_NONE
         cdef int error
         cdef uint64_t inside
@@ -262,6 +351,7 @@ cdef class Span:
         self.span = dl_span_new(address // page_size, self.touched)
         if self.span == NULL:
             raise OSError(errno, f"no memory for the log of {self.touched} pages")
+        self.span.huge = huge
         with nogil:
             error = self.engine.open(self.span, page_size, &step)
         if error < 0:
@@ -319,7 +409,9 @@ cdef class Span:
             if self.unaligned and answer > DL_CLEAN:
                 dl_pages_of_unaligned(into, dl_words_for(self.touched), self.npages)
         if answer == DL_CLEAN:
-            self.spare = target
+            # As above: two threads that put theirs back at once would drop one of them twice.
+            with cython.critical_section(self):
+                self.spare = target
             return clean
         if answer < 0:
             raise OSError(-answer, strerror(-answer).decode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import operator
@@ -80,7 +81,9 @@ def empty(shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike = flo
     start = np.frombuffer(memory, np.uint8, 1).ctypes.data
     offset = -start % HUGE_PAGE if huge else 0
     if huge:
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        # Advice: a kernel built without transparent huge pages answers EINVAL.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.ndarray(sizes, kind, buffer=memory, offset=offset)
 
 

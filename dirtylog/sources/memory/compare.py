@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from errno import EBADF
 from typing import Any
@@ -26,11 +27,13 @@ class Compare:
         self._copy: Any = empty(len(self._live), np.uint8)
         self._copy[:] = self._live
         self._page_size = pinned.page_size
+        self._where = pinned.address, pinned.nbytes, pinned.page_size
         self._closed = False
         # What the copy has taken over and nobody has been told, because a signal handler raised.
         self._owed = owed
-        # Two harvests at once would both report what one of them has copied. Re-entrant: a signal handler may
-        # harvest in the middle of a harvest of its own thread; then both report what the first had found.
+        # Two harvests at once would both report what one of them has copied. Re-entrant: a signal handler or a
+        # finalizer may collect, or close, in the middle of a harvest of its own thread; then both report what
+        # the first had found.
         self._lock = threading.RLock()
 
     def collect(self, take: bool) -> DirtyPages:
@@ -38,10 +41,10 @@ class Compare:
         pages: DirtyPages | None = None
         try:
             with self._lock:
-                if self._closed:
-                    raise OSError(EBADF, "closed")
+                self._check()
                 pages = compare_pages(self._live, self._copy, self._page_size)
                 if take and pages:
+                    self._check()
                     # A write that lands in between is in the copy and not in this answer, but it is
                     # in the memory too when the caller reads the page that this answer names.
                     copy_extents(self._live, self._copy, pages.byte_runs(len(self._live)))
@@ -51,8 +54,16 @@ class Compare:
             raise
         return pages
 
+    def _check(self) -> None:
+        if self._closed:
+            raise OSError(EBADF, "closed")
+        # A file that was cut behind the mapping would raise SIGBUS, unmapped memory SIGSEGV.
+        _tracking.check_readable(*self._where)
+
     def close(self) -> None:
         """Let go of the memory."""
         with self._lock:
             self._closed = True
-            self._live.release()
+            # In use by the collect that this close interrupted: it goes with the object.
+            with contextlib.suppress(BufferError):
+                self._live.release()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import signal
 import struct
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from dirtylog.sources.memory import _tracking
 
-__all__ = ["Facility", "Mapping", "mappings_of", "probe"]
+__all__ = ["Facility", "Mapping", "blocks_faults", "mappings_of", "probe"]
 
 _SOFT_DIRTY = 1 << 55
 
@@ -38,23 +40,44 @@ class Facility:
 
 @dataclass(frozen=True, slots=True)
 class Mapping:
-    """A line of ``/proc/self/maps``: addresses in bytes, permissions such as ``rw-p``, and the file's name."""
+    """A line of ``/proc/self/maps``.
+
+    Attributes
+    ----------
+    start, end : int
+        Addresses, in bytes.
+    permissions : str
+        Such as ``"rw-p"``.
+    page_size : int
+        Bytes of the kernel's own pages: more than the system's for hugetlb.
+    path : str
+        The file's name; empty for most anonymous memory.
+    file : tuple of int
+        The device's major and minor number, and the inode: 0 without a file.
+    """
 
     start: int
     end: int
     permissions: str
+    page_size: int
     path: str
+    file: tuple[int, int, int]
 
     @property
     def writers(self) -> str:
         """Who can write this memory without this process noticing.
 
-        ``"private"``: nobody. ``"heirs"``: children of a later fork.
-        ``"anyone"``: whoever maps the same file or shared memory.
+        ``"private"``: nobody. ``"lenders"``: whoever writes the file, until a
+        page is copied. ``"heirs"``: children of a later fork. ``"relatives"``:
+        whoever was forked before dirtylog was imported. ``"anyone"``: whoever
+        maps the same file or shared memory.
         """
+        anonymous = self.path in ("/dev/zero (deleted)", "/dev/zero", "/anon_hugepage (deleted)")
         if self.permissions.endswith("p"):
-            return "private"
-        return "heirs" if self.path == "/dev/zero (deleted)" else "anyone"
+            return "private" if anonymous or not self.file[2] else "lenders"
+        if not anonymous:
+            return "anyone"
+        return "relatives" if _older is None or self.file in _older else "heirs"
 
 
 def mappings_of(address: int, nbytes: int) -> list[Mapping]:
@@ -70,22 +93,74 @@ def mappings_of(address: int, nbytes: int) -> list[Mapping]:
     list of Mapping
         In order of address; empty where the system does not tell.
 
+    Notes
+    -----
+    Linux 6.11 answers for an address, so the cost does not follow what else
+    the process has mapped.
+
     References
     ----------
-    ``proc_pid_maps(5)``.
+    ``proc_pid_maps(5)``; ``PROCMAP_QUERY`` in Linux ``include/uapi/linux/fs.h``.
     """
-    found = []
     try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        found = _tracking.mappings(address, min(address + nbytes, 2**64 - 1))
     except OSError:
         return []
-    for line in lines:
-        span, _, rest = line.partition(" ")
-        start, end = (int(bound, 16) for bound in span.split("-"))
-        if start < address + nbytes and address < end:
-            permissions, _, _, _, *path = rest.split(maxsplit=4)
-            found.append(Mapping(start, end, permissions, path[0] if path else ""))
-    return found
+    return [
+        Mapping(start, end, permissions, page_size or _page_size_at(start, inode), path, (major, minor, inode))
+        for start, end, permissions, page_size, major, minor, inode, path in found
+    ]
+
+
+def _page_size_at(start: int, inode: int) -> int:
+    """Bytes of the kernel's pages of a mapping, for kernels that tell by ``smaps`` only; hugetlb has an inode."""
+    if not inode:
+        return mmap.PAGESIZE
+    here = False
+    with Path("/proc/self/smaps").open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if here and line.startswith("KernelPageSize:"):
+                return int(line.split()[1]) << 10
+            here = here or line.startswith(f"{start:x}-")
+    return mmap.PAGESIZE
+
+
+def _shared_anonymous() -> frozenset[tuple[int, int, int]] | None:
+    """The shared anonymous memory that there is: a process that was forked by now may have it too."""
+    try:
+        found = _tracking.mappings(0, 2**64 - 1)
+    except OSError:
+        return None
+    return frozenset(
+        (major, minor, inode) for _, _, permissions, _, major, minor, inode, _ in found if permissions[3] == "s"
+    )
+
+
+# Nobody can tell who was forked before this was imported, with what. Memory that is mapped later is shared with
+# later forks only, which are counted.
+_older = _shared_anonymous()
+
+
+def blocks_faults() -> int:
+    """Return a thread of this process that blocks SIGSEGV, 0 if none is found.
+
+    Notes
+    -----
+    Of now: a thread that blocks it later goes unseen, and one that blocks it
+    for a moment, as a thread that starts another does, may be found.
+
+    References
+    ----------
+    ``SigBlk`` in ``proc_pid_status(5)``.
+    """
+    bit = 1 << (signal.SIGSEGV - 1)
+    for task in Path("/proc/self/task").glob("*/status"):
+        # A thread that ends meanwhile blocks nothing any more.
+        with contextlib.suppress(OSError):
+            for line in task.read_bytes().splitlines():
+                if line.startswith(b"SigBlk:") and int(line.split()[1], 16) & bit:
+                    return int(task.parent.name)
+    return 0
 
 
 def probe() -> list[Facility]:

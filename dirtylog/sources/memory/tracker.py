@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import operator
+import signal
 import warnings
-from errno import EBADF, EBUSY, ECHILD
+from errno import EBADF, EBUSY, ECHILD, EFAULT
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
@@ -14,7 +16,7 @@ from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarn
 from dirtylog.sources._resource import Resource, has_forked
 from dirtylog.sources.memory import _tracking
 from dirtylog.sources.memory.compare import Compare
-from dirtylog.sources.memory.probe import Mapping, mappings_of
+from dirtylog.sources.memory.probe import Mapping, blocks_faults, mappings_of
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
@@ -56,6 +58,12 @@ class Tracker(Resource):
     before a harvest began is in that harvest, or in that of another thread at
     the same time; never lost. Read a page's content after the harvest that
     reported it.
+
+    No page table shows what goes through pinned pages: a direct read
+    (``O_DIRECT``), an io_uring request, RDMA, a GPU or a device that is under
+    way during a harvest. Its pages were marked when it began, if at all, and
+    what arrives later is seen by the comparing back end only. Tell the tracker
+    by :meth:`mark` when the transfer has ended.
     """
 
     def __init__(self, buffer: Trackable, backend: str = "auto") -> None:
@@ -68,7 +76,8 @@ class Tracker(Resource):
         self.npages: int = self._pinned.npages
         self.page_size: int = self._pinned.page_size
         mappings = mappings_of(self._pinned.first, self._pinned.end - self._pinned.first)
-        self._writers = {mapping.writers for mapping in mappings}
+        self._writers = {mapping.writers for mapping in mappings} or {"unknown"}
+        self._nbytes = self._pinned.nbytes
         self.refused: dict[str, str] = {}
         self._owed = Owed(self.npages, self.page_size)
         try:
@@ -93,11 +102,22 @@ class Tracker(Resource):
 
     def _unsuited(self, name: str, mappings: list[Mapping]) -> str:
         """Say why ``"auto"`` should not choose a back end that would work."""
-        if name != "compare" and "anyone" in self._writers:
-            path = next(mapping.path for mapping in mappings if mapping.writers == "anyone")
-            return f"other processes may write {path}, and write protection sees this process's own stores only"
-        if name != "compare" and "heirs" in self._writers and has_forked():
+        if name == "compare":
+            return ""
+        unseen = ", and write protection sees this process's own stores only"
+        for mapping in mappings:
+            if mapping.writers == "anyone":
+                return f"other processes may write {mapping.path}{unseen}"
+            if mapping.writers == "lenders":
+                return f"pages not yet copied show what others write to {mapping.path}{unseen}"
+            if mapping.writers == "relatives":
+                return f"it is older than the first tracker, and who was forked before may share it{unseen}"
+        if "unknown" in self._writers:
+            return f"the system does not tell who else may write this memory{unseen}"
+        if "heirs" in self._writers and has_forked():
             return "a process that was forked may write this anonymous shared memory unseen"
+        if name == "mprotect" and (thread := blocks_faults()):
+            return f"thread {thread} blocks SIGSEGV, and its first store would end the process"
         if name == "mprotect" and (self._pinned.address % self.page_size or self._pinned.nbytes % self.page_size):
             return "the buffer shares pages with other data, and system calls that write there would fail with EFAULT"
         return ""
@@ -105,12 +125,19 @@ class Tracker(Resource):
     def _engine_for(self, name: str, mappings: list[Mapping]) -> _Engine:
         if name == "compare":
             return Compare(self._pinned, self._owed)
+        huge = next((mapping.page_size for mapping in mappings if mapping.page_size > self.page_size), 0)
         if name == "mprotect":
+            if huge:
+                raise OSError(f"the memory has hugetlb pages of {huge} bytes, and parts of one cannot be protected")
+            if signal.SIGSEGV in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+                raise OSError("this thread blocks SIGSEGV, and its first store would end the process")
             for mapping in mappings:
                 if not mapping.permissions.startswith("rw-") and not self._ours(mapping):
                     raise OSError(f"the memory is mapped {mapping.permissions}, and closing would leave it rw-")
-            _tracking.allow_splits(_spare_mappings())
-        return _tracking.Span(name, self._pinned.address, self._pinned.nbytes, self.page_size)
+            # Counting mappings reads the whole list: as often as the number of trackers doubles.
+            if not (open_now := _tracking.open_spans(name)) & (open_now - 1):
+                _tracking.allow_splits(_spare_mappings())
+        return _tracking.Span(name, self._pinned.address, self._pinned.nbytes, self.page_size, bool(huge))
 
     def _ours(self, mapping: Mapping) -> bool:
         """Whether a mapping is read-only because another tracker made it so."""
@@ -145,8 +172,10 @@ class Tracker(Resource):
         -----
         userfaultfd: one PAGEMAP_SCAN for 8192 runs, O(pages) with a constant of
         about 1 ns, less where huge pages are. mprotect: O(npages / 64), and one
-        mprotect a run; and it reads the process's list of mappings, about 2
-        microseconds a mapping. compare: reads all of the memory and of its copy.
+        mprotect per run; and it asks the kernel how the memory is mapped, about 1
+        microsecond per mapping (before Linux 6.11: 2 per mapping of the process),
+        and whether each mprotect tracker's memory is still there.
+        compare: reads all of the memory and of its copy.
         """
         return self._collect(True)
 
@@ -157,12 +186,62 @@ class Tracker(Resource):
         """
         return self._collect(False)
 
+    def mark(self, first_byte: SupportsIndex, nbytes: SupportsIndex) -> None:
+        """Say that bytes were written in a way that no page table shows.
+
+        For transfers that go through pinned pages: direct reads (``O_DIRECT``),
+        io_uring, RDMA, GPUs, devices. Call it when the transfer has ended, not
+        before (I3): a harvest in between copies what was there before.
+
+        Parameters
+        ----------
+        first_byte, nbytes : int
+            Where it wrote, in bytes of the buffer.
+
+        Raises
+        ------
+        IndexError
+            The range does not lie in the buffer; nothing is marked.
+        ValueError
+            The tracker is closed.
+        DirtyLogError
+            This is the child of a fork.
+
+        Notes
+        -----
+        The next harvest reports every page that the range touches, exactly, with
+        any back end, and so does each peek until then. Any thread may call it;
+        O(pages / 64).
+
+        Examples
+        --------
+        >>> import dirtylog as dl
+        >>> buffer = dl.zeros(8 * 4096, "uint8")
+        >>> with dl.track(buffer) as tracker:
+        ...     # here a direct read into bytes 4096 to 12287 has ended
+        ...     tracker.mark(4096, 8192)
+        ...     tracker.harvest().indices().tolist()
+        [1, 2]
+        """
+        self._check_open()
+        if self._inherited:
+            raise _forked()
+        first, size, length = operator.index(first_byte), operator.index(nbytes), self._nbytes
+        if first < 0 or size < 0 or first + size > length:
+            raise IndexError(f"bytes {first} to {first + size} do not lie in the buffer of {length}; name bytes of it")
+        if not size:
+            return
+        begin = first // self.page_size
+        run = [[begin, (first + size - 1) // self.page_size - begin + 1]]
+        # Dirty and not handed out: owed, like what an answer could not deliver (I5).
+        self._owed.owe(DirtyPages.from_runs(run, self.npages, self.page_size))
+
     def _collect(self, take: bool) -> DirtyPages:
         self._check_open()
         if self._inherited:
             raise _forked()
         # Memory that children inherit shared is written behind our back from the first fork on.
-        exposed = self._forked_since and "heirs" in self._writers and self.backend != "compare"
+        exposed = self._forked_since and self._writers & {"heirs", "relatives"} and self.backend != "compare"
         if take:
             if exposed:
                 self._owed.owe_everything()
@@ -193,6 +272,11 @@ class Tracker(Resource):
             return ValueError("the Tracker is closed; open another one")
         if error.errno == ECHILD:
             return _forked()
+        if error.errno == EFAULT:
+            return DirtyLogError(
+                f"the file behind these {self.npages} pages was cut, and reading them would end the process; take "
+                "everything as written, close this tracker and track the memory that is left"
+            )
         if error.errno == EBUSY:
             return DirtyLogError(
                 "the tracker's SIGSEGV handler was replaced, by faulthandler.enable() or disable() say: its "
@@ -250,10 +334,13 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
         lends its memory. It is kept alive and in place. Arrays of Python objects
         and objects that hand out copies are refused.
     backend : {"auto", "userfaultfd", "mprotect", "compare"}
-        ``"auto"`` takes the first that works here and sees every writer:
-        memory that other processes can map (files, memfd, named shared memory)
-        is compared, since write protection sees the stores of this process,
-        through this mapping, only. Name a back end to have it all the same.
+        ``"auto"`` takes the first that works here and sees every writer. What
+        cannot be known to be this process's alone is compared, since write
+        protection sees the stores of this process, through this mapping, only:
+        files, memfd and named shared memory; private mappings of a file, which
+        show what others write to it until a page is copied; anonymous shared
+        memory that is older than the first tracker, or than a fork. Name
+        a back end to have it all the same.
 
     Returns
     -------
@@ -299,7 +386,9 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
     compare holds a copy and sees contents, not writes: a page that has its old
     content again is clean. If it went there and back while the caller copied it,
     the caller has content that no later harvest reports; let writers rest while
-    you copy, or choose another back end.
+    you copy, or choose another back end. A harvest of memory whose file was cut
+    raises `DirtyLogError`; a file that is cut while the harvest reads still ends
+    the process by SIGBUS.
 
     References
     ----------

@@ -46,14 +46,13 @@ def run(copy_early: bool) -> int:
             vm.vcpus[0].write(page * PAGE_SIZE, b"\x02")  # through the stale entry: no fault, no mark
 
         arch.before_flush = critical_moment
-        dirty = vm.get_dirty_log(0).indices()
+        dirty = vm.get_dirty_log(0)
         arch.before_flush = lambda: None
         if not copy_early:
-            replica[dirty] = memory[dirty]
+            dirty.copy(memory, replica)
 
     # The guest has stopped. One more harvest is the last chance to hear of a write.
-    dirty = vm.get_dirty_log(0).indices()
-    replica[dirty] = memory[dirty]
+    vm.get_dirty_log(0).copy(memory, replica)
     return int((replica != memory).any(axis=1).sum())
 
 

@@ -11,11 +11,11 @@ STEPS = 10
 
 
 def save(path: Path, array: np.ndarray, observer: dl.Observer) -> int:
-    """Write the rows (one row is one page) that changed since the last checkpoint; returns how many."""
+    """Write the rows that share a page with what changed since the last checkpoint; returns how many."""
     with observer.collect() as epoch:
-        pages = epoch.pages.indices()
-        np.savez(path, pages=pages, rows=array[pages])
-        return len(pages)
+        rows = epoch.pages.rows(array)
+        np.savez(path, rows=rows, values=array[rows])
+        return len(rows)
 
 
 def restore(directory: Path, like: np.ndarray) -> np.ndarray:
@@ -23,30 +23,30 @@ def restore(directory: Path, like: np.ndarray) -> np.ndarray:
     restored = np.zeros_like(like)
     for path in sorted(directory.glob("*.npz")):
         with np.load(path) as step:
-            restored[step["pages"]] = step["rows"]
+            restored[step["rows"]] = step["values"]
     return restored
 
 
 def main() -> None:
     """Change an array in steps, checkpoint each, fail once, restore."""
     generator = np.random.default_rng(0)
-    array = dl.zeros((4096, 512))  # 16 MiB, a row a page
+    array = np.zeros((4096, 500))  # 16 MB, of any shape and order
     array[:] = generator.random(array.shape)
     with tempfile.TemporaryDirectory() as name, dl.track(array) as tracker:
         directory = Path(name)
         log = dl.DirtyLog()
         log.attach(tracker)
         observer = log.observer("checkpoint", everything=True)
-        print(f"base: {save(directory / '00.npz', array, observer)} pages")
+        print(f"base: {save(directory / '00.npz', array, observer)} rows")
         for step in range(1, STEPS):
             array[generator.integers(0, len(array), 20)] += 1.0
             if step == 5:
                 try:
                     save(directory / "nowhere" / "05.npz", array, observer)
                 except FileNotFoundError:
-                    print(f"step {step}: failed; its pages are dirty again")
+                    print(f"step {step}: failed; its rows are in the next one")
                     continue
-            print(f"step {step}: {save(directory / f'{step:02}.npz', array, observer)} pages")
+            print(f"step {step}: {save(directory / f'{step:02}.npz', array, observer)} rows")
         assert (restore(directory, array) == array).all()
         print("restored: equal, byte for byte")
 

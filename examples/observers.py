@@ -28,8 +28,8 @@ def main() -> None:
 
     def catch_up(observer: dl.Observer) -> None:
         with observer.collect() as epoch:
-            pages = epoch.pages.indices()
-            replicas[observer][pages] = memory[pages]
+            words = epoch.pages.indices()  # entry i of `memory` stands for page i
+            replicas[observer][words] = memory[words]
 
     often, seldom = replicas
     writer = threading.Thread(target=write)

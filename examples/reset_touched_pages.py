@@ -18,9 +18,9 @@ def main() -> None:
     with dl.track(state) as tracker:
         for _ in range(CASES):
             state[generator.integers(0, PAGES, 20), 17] += 1
-            pages = tracker.harvest().indices()
-            state[pages] = snapshot[pages]
-            copied += len(pages)
+            touched = tracker.harvest()
+            touched.copy(snapshot, state)
+            copied += touched.count
             tracker.harvest()  # the reset's own writes
     assert (state == snapshot).all()
     print(f"{CASES} resets copied {copied} pages instead of {CASES * PAGES}")

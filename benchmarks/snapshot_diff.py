@@ -27,9 +27,8 @@ def seconds(function, rounds=5):
 
 
 def remove(path):
-    for name in (path, path + ".json"):
-        if os.path.exists(name):
-            os.unlink(name)
+    if os.path.exists(path):
+        os.unlink(path)
 
 
 def compare(directory, memory, dirty):

@@ -6,7 +6,7 @@ from pathlib import Path
 # Before pyarrow is imported: its other allocators reserve address space ahead of need, and that is what is limited.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
-from fuzz.files import Sidecar, Snapshot, TraceFile
+from fuzz.files import Footer, Snapshot, TraceFile
 from fuzz.guard import Guard
 from fuzz.sets import Pickle, Ring, SharedFile, Words
 from fuzz.streams import Migration
@@ -16,7 +16,7 @@ __all__ = ["CORPUS", "TARGETS", "Examiner", "corpus_of"]
 
 CORPUS = Path(__file__).parent / "corpus"
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (Words, Pickle, SharedFile, Ring, Sidecar, Snapshot, TraceFile, Migration)
+    target.name: target for target in (Words, Pickle, SharedFile, Ring, Footer, Snapshot, TraceFile, Migration)
 }
 
 

@@ -1,7 +1,8 @@
-"""Targets: sidecars and files of snapshots, traces."""
+"""Targets: footers and files of snapshots, traces."""
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -10,24 +11,36 @@ import pyarrow.parquet as pq
 
 import dirtylog as dl
 from dirtylog.sinks import snapshot
-from dirtylog.sinks.snapshot import sidecar as sidecars
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.chain import Layer
 from dirtylog.sinks.trace import Recorder, Trace, TraceError, layout
 from fuzz.target import Target, Wrong
 
-__all__ = ["Sidecar", "Snapshot", "TraceFile"]
+__all__ = ["Footer", "Snapshot", "TraceFile"]
 
 LIMIT = 1 << 22
 
 
-def repaired(text: bytes) -> bytes:
-    """Give a sidecar the form and the digest it should have, so that what is in it is looked at."""
+def sealed(data: bytes) -> bytes:
+    """Make a footer of a header's line and what follows it, with the form, lengths and digest that it should have."""
+    line, _, rest = data.partition(b"\n")
+    nbytes = 0
     try:
-        body = json.loads(text.decode("ascii"))
-        body.pop("digest", None)
-        digest = sidecars.hasher(body["algorithm"])(sidecars._canonical(body))
-        return sidecars._canonical({**body, "digest": digest})
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return text
+        body = json.loads(line.decode("ascii"))
+        line = json.dumps(body, separators=(",", ":")).encode("ascii")
+        nbytes = body["nbytes"] if type(body["nbytes"]) is int else 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    header = line + b" " * (-(len(line) + 1) % 16) + b"\n"
+    offset = footers.footer_offset(nbytes if 0 < nbytes <= LIMIT else 20 * 512)
+    trailer, _ = footers.trailer(offset, len(header), [header, rest])
+    return header + rest + trailer
+
+
+def footer_of(path: Path) -> bytes:
+    """Return the footer of a snapshot without its trailer."""
+    raw = path.read_bytes()
+    return raw[footers.TRAILER.unpack(raw[-footers.TRAILER.size :])[2] : -footers.TRAILER.size]
 
 
 def memory() -> np.ndarray:
@@ -37,60 +50,76 @@ def memory() -> np.ndarray:
     return memory
 
 
-class Sidecar(Target):
-    """`sidecar.decode`: the text beside a snapshot, as it is or with a digest that fits."""
+class Footer(Target):
+    """`Layer`: the footer of a snapshot, as it is or with lengths and a digest that fit."""
 
-    name = "sidecar"
-    refusals = (sidecars.SnapshotError,)
+    name = "footer"
+    refusals = (footers.SnapshotError,)
 
     def seeds(self) -> Iterator[bytes]:
-        """Yield the sidecars of a full snapshot and a diff, as they are and to be repaired."""
+        """Yield the footers of a full snapshot and a diff, as they are and to be sealed."""
         path = self.directory / "base"
         snapshot.save(path, memory(), page_size=512, digest="blake2b_128", sync=False)
         some = dl.DirtyPages.from_indices([1, 2, 19], 20, 512, exact=False)
         snapshot.save_diff(self.directory / "diff", memory(), some, parent=path, epoch=3, sync=False)
-        for name in ("base", "diff"):
-            text = (self.directory / f"{name}.json").read_bytes()
-            yield b"=" + text
-            yield b"+" + text
+        arrays = {"w": np.ones((30, 40)), "b": np.ones(5, ">i2")}
+        snapshot.save(self.directory / "named", arrays, page_size=512, state={"step": 3, "rng": b"\0\1"}, sync=False)
+        for name in ("base", "diff", "named"):
+            raw = (self.directory / name).read_bytes()
+            offset = footers.TRAILER.unpack(raw[-footers.TRAILER.size :])[2]
+            yield b"=" + raw[offset:]
+            yield b"+" + footer_of(self.directory / name)
+            (self.directory / name).unlink()
 
     def prepare(self, data: bytes) -> bytes:
-        """Repair what begins with a plus."""
-        return repaired(data[1:]) if data[:1] == b"+" else data[1:]
+        """Write a file of zeros with the footer, which is sealed if the input begins with a plus."""
+        text = sealed(data[1:]) if data[:1] == b"+" else data[1:]
+        offset = 0
+        if len(text) >= footers.TRAILER.size:
+            offset = footers.TRAILER.unpack(text[-footers.TRAILER.size :])[2]
+        with open(self.directory / "it", "wb") as file:
+            file.seek(offset if offset <= LIMIT else 0)
+            file.write(text)
+        return data
 
     def read(self, data: bytes) -> object:
-        """Decode it, and unpack its pages where the bitmap is within the fuzzer's memory."""
-        sidecar, digest = sidecars.decode(data, "it")
-        return sidecar, digest, sidecar.pages()
+        """Check it, and go through its pages, its windows and its state."""
+        with Layer(str(self.directory / "it")) as layer:
+            pages = layer.pages() if layer.footer.npages <= LIMIT else None
+            return layer.footer, pages, sum(size for size, _ in layer.windows()), layer.total, layer.state()
 
     def judge(self, data: bytes, answer: object) -> None:
-        """What was accepted is, byte for byte, what would have been written."""
-        sidecar, digest, pages = answer
-        if sidecars.encode(sidecar) != (data, digest) or pages.count != sidecar.count:
-            raise Wrong("the sidecar is not what it would be written as")
+        """What was accepted holds as many pages, in as many runs and bytes, as it says."""
+        footer, pages, windows, total, _ = answer
+        if windows != total:
+            raise Wrong("the windows are not what the pages hold")
+        if pages is not None and (pages.count, len(pages.runs())) != (footer.count, footer.rows):
+            raise Wrong("the page set is not what the header says")
 
 
 class Snapshot(Target):
-    """`restore`, `verify` and `info`: a directory with a base, and a diff whose two files are made up."""
+    """`restore`, `verify` and `info`: a directory with a base, and a diff whose footer and data are made up."""
 
     name = "snapshot"
-    refusals = (sidecars.SnapshotError, ValueError)
+    refusals = (footers.SnapshotError, ValueError)
 
     def seeds(self) -> Iterator[bytes]:
-        """Yield a diff: its sidecar, a zero byte, its data."""
+        """Yield a diff: its data, then its footer."""
         snapshot.save(self.directory / "base", memory(), page_size=512, digest="blake2b_128", sync=False)
         changed = memory()
         changed[512:1024] = 3
         pages = dl.DirtyPages.from_indices([1], 20, 512)
         path = self.directory / "diff"
         snapshot.save_diff(path, changed, pages, parent=self.directory / "base", digest="blake2b_128", sync=False)
-        yield (self.directory / "diff.json").read_bytes() + b"\0" + path.read_bytes()
+        yield path.read_bytes()[: 20 * 512] + footer_of(path)
 
     def prepare(self, data: bytes) -> bytes:
-        """Write both files; the sidecar gets a digest that fits."""
-        text, _, content = data.partition(b"\0")
-        (self.directory / "diff.json").write_bytes(repaired(text))
-        (self.directory / "diff").write_bytes(content)
+        """Write the file; the footer is sealed."""
+        text = sealed(data[20 * 512 :])
+        with open(self.directory / "diff", "wb") as file:
+            file.write(data[: 20 * 512])
+            file.seek(footers.TRAILER.unpack(text[-footers.TRAILER.size :])[2])
+            file.write(text)
         self.before = self.listing()
         return data
 
@@ -101,14 +130,19 @@ class Snapshot(Target):
 
     def judge(self, data: bytes, answer: object) -> None:
         """What was restored is the base with the file's pages over it, and nothing new lies in the directory."""
-        sidecar, _ = sidecars.read(str(self.directory / "diff"))
-        held, size = sidecar.pages(), sidecar.page_size
-        content = np.frombuffer((self.directory / "diff").read_bytes(), np.uint8)
-        expected = memory() if sidecar.kind == "diff" else np.zeros(sidecar.nbytes, np.uint8)
+        with Layer(str(self.directory / "diff")) as layer:
+            footer, held = layer.footer, layer.pages()
+        size = footer.page_size
+        content = np.frombuffer((self.directory / "diff").read_bytes(), np.uint8)[: footer.nbytes]
+        expected = memory() if footer.kind == "diff" else np.zeros(footer.nbytes, np.uint8)
         for page in held:
             expected[page * size : (page + 1) * size] = content[page * size : (page + 1) * size]
-        if not np.array_equal(answer, expected) or self.listing() != self.before:
-            raise Wrong("the memory that was restored is not what the files hold, or the directory has changed")
+        parts = list(answer.values()) if isinstance(answer, dict) else [answer]
+        for part, row in zip(parts, footer.regions, strict=True):
+            if part.tobytes("A") != expected[row[4] : row[4] + row[5]].tobytes():
+                raise Wrong("the memory that was restored is not what the files hold")
+        if self.listing() != self.before:
+            raise Wrong("the directory has changed")
 
 
 class TraceFile(Target):

@@ -7,11 +7,6 @@ pages that differ from its parent, or those that a dirty bitmap names.
 from __future__ import annotations
 
 import argparse
-import errno
-import mmap
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -31,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--no-sync", action="store_true", help="do not wait for the disk")
 
     save = action("save", "write a full snapshot of an image; zero pages become holes")
-    save.add_argument("snapshot", help="the data file to write; the sidecar is SNAPSHOT.json")
+    save.add_argument("snapshot", help="the file to write")
     save.add_argument("image", help="file that holds the memory")
     save.add_argument("--page-size", type=int, default=4096, metavar="BYTES", help="bytes of a page (4096)")
     diff = action("diff", "write what differs between an image and a snapshot")
-    diff.add_argument("snapshot", help="the data file to write, in the parent's directory")
+    diff.add_argument("snapshot", help="the file to write, in the parent's directory")
     diff.add_argument("image", help="file that holds the memory")
     diff.add_argument("--parent", required=True, help="snapshot that the diff is taken over")
     diff.add_argument(
@@ -51,86 +46,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rebase = action("rebase", "lay a diff over the snapshot it was taken over")
     rebase.add_argument("base", help="full snapshot or diff; holds the diff's memory afterwards")
     rebase.add_argument("snapshot", help="the diff")
+    rebase.add_argument(
+        "--orphan", action="store_true", help="go on although other diffs of the base can then not be restored"
+    )
     writes(rebase)
     for name, text in (("verify", "check every byte of a snapshot's chain"), ("info", "say what a snapshot is")):
         action(name, text).add_argument("snapshot")
-
-
-@contextmanager
-def _image(path: str) -> Iterator[mmap.mmap]:
-    """Map an image that is only read."""
-    with open(path, "rb") as file:
-        # Unmapped when the last view of it is gone: an exception's traceback still holds some.
-        if not os.fstat(file.fileno()).st_size:
-            raise ValueError(f"{path} is empty: an image has at least 1 byte")
-        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _diff(args: argparse.Namespace, progress: Any) -> Any:
-    from dirtylog import DirtyPages
-    from dirtylog._core import compare_pages
-    from dirtylog.sinks import snapshot
-
-    parent = snapshot.info(args.parent)
-    page_size = parent.page_size
-    with _image(args.image) as image:
-        if len(image) != parent.nbytes:
-            raise ValueError(
-                f"{args.image} has {len(image)} bytes, its parent {args.parent} {parent.nbytes}: "
-                "a diff is taken of memory of the same size; save a full snapshot instead"
-            )
-        if args.bitmap:
-            with open(args.bitmap, "rb") as file:
-                bitmap = file.read()
-            try:
-                pages = DirtyPages.from_bytes(bitmap, parent.npages, page_size)
-            except ValueError as error:
-                raise ValueError(f"{args.bitmap}: {error}") from error
-        else:
-            pages = compare_pages(image, snapshot.restore(args.parent), page_size)
-        return snapshot.save_diff(
-            args.snapshot, image, pages, parent=args.parent, epoch=args.epoch, sync=not args.no_sync,
-            replace=args.replace, progress=progress,
-        )  # fmt: skip
-
-
-def _restore(args: argparse.Namespace, progress: Any) -> Any:
-    from dirtylog.sinks import snapshot
-
-    about = snapshot.info(args.snapshot)
-    if os.path.lexists(args.image):  # said here for its message; "x" is what makes it so
-        raise FileExistsError(errno.EEXIST, "an image is not overwritten; remove it, or give another name", args.image)
-    with open(args.image, "x+b") as file:
-        try:
-            file.truncate(about.nbytes)
-            snapshot.restore(args.snapshot, out=mmap.mmap(file.fileno(), about.nbytes), progress=progress)
-        except BaseException:
-            # Half a restored image looks like a whole one.
-            os.unlink(args.image)
-            raise
-    return about
+    clean = action("clean", "remove the unfinished files of writers that are dead")
+    clean.add_argument("directory", nargs="?", default=".")
+    clean.add_argument(
+        "--elsewhere", action="store_true", help="those of writers on other machines too: none may be alive"
+    )
 
 
 def _act(args: argparse.Namespace, progress: Any) -> Any:
     from dirtylog.sinks import snapshot
+    from dirtylog.sinks.snapshot import images
 
     match args.action:
         case "save":
-            with _image(args.image) as image:
-                return snapshot.save(
-                    args.snapshot, image, page_size=args.page_size, epoch=args.epoch, sync=not args.no_sync,
-                    replace=args.replace, progress=progress,
-                )  # fmt: skip
+            return images.save_image(
+                args.snapshot, args.image, page_size=args.page_size, epoch=args.epoch, sync=not args.no_sync,
+                replace=args.replace, progress=progress,
+            )  # fmt: skip
         case "diff":
-            return _diff(args, progress)
+            return images.diff_image(
+                args.snapshot, args.image, parent=args.parent, bitmap=args.bitmap, epoch=args.epoch,
+                sync=not args.no_sync, replace=args.replace, progress=progress,
+            )  # fmt: skip
         case "restore":
-            return _restore(args, progress)
+            return images.restore_image(args.snapshot, args.image, progress=progress)
         case "rebase":
-            return snapshot.rebase(args.base, args.snapshot, sync=not args.no_sync, progress=progress)
+            return snapshot.rebase(
+                args.base, args.snapshot, orphan=args.orphan, sync=not args.no_sync, progress=progress
+            )
         case "verify":
             return snapshot.verify(args.snapshot, progress=progress)
         case _:
             return snapshot.info(args.snapshot)
+
+
+def _clean(args: argparse.Namespace) -> int:
+    """Remove what dead writers left in a directory."""
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.snapshot import staged
+
+    removed = staged.clean_directory(args.directory, elsewhere=args.elsewhere)
+    if args.json:
+        _terminal.show_json({"action": "clean", "removed": removed})
+    else:
+        _terminal.show_table("clean", ["removed"], [(path,) for path in removed] or [("nothing",)], left=1)
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
 
+    if args.action == "clean":
+        return _clean(args)
     try:
         with byte_bar(f"snapshot {args.action}") as progress:
             about = _act(args, progress)

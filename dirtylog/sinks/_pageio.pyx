@@ -17,7 +17,7 @@ from posix.types cimport off_t
 
 from dirtylog._bits.copying cimport HeldBuffer, check_packed, check_plain, extents_pointer, hold
 
-__all__ = ["data_extents", "read_extents", "write_extents"]
+__all__ = ["data_extents", "read_extents", "rename_noreplace", "write_extents"]
 
 # Extents that are neighbours in the file go into one system call, as many as this.
 cdef enum:
@@ -30,6 +30,29 @@ cdef extern from "<sys/uio.h>" nogil:
         size_t iov_len
     ssize_t pwritev(int fd, const iovec *iov, int iovcnt, off_t offset)
     ssize_t preadv(int fd, const iovec *iov, int iovcnt, off_t offset)
+
+
+# renameat2() is younger than the oldest libc this builds with; the system call is not.
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    static int dl_rename_noreplace(const char *source, const char *target)
+    {
+    #ifdef SYS_renameat2
+        return (int)syscall(SYS_renameat2, AT_FDCWD, source, AT_FDCWD, target, 1);
+    #else
+        (void)source;
+        (void)target;
+        errno = ENOSYS;
+        return -1;
+    #endif
+    }
+    """
+    int dl_rename_noreplace(const char *source, const char *target) nogil
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -149,6 +172,28 @@ def read_extents(int fd, buffer, const int64_t[:, ::1] extents, *, bint packed, 
         error = transfer_extents(fd, start, rows, n, packed, False)
     if error:
         raise_errno(error, name)
+
+
+def rename_noreplace(source, target) -> None:
+    """Rename a file to a name that no file has, in one step.
+
+    Raises
+    ------
+    FileExistsError
+        There is a file of that name; nothing has changed.
+    OSError
+        What ``renameat2`` answered; EINVAL or ENOSYS where the file system or the kernel cannot.
+    """
+    cdef bytes old = os.fsencode(source)
+    cdef bytes new = os.fsencode(target)
+    cdef const char *from_name = old
+    cdef const char *to_name = new
+    cdef int error = 0
+    with nogil:
+        if dl_rename_noreplace(from_name, to_name):
+            error = errno
+    if error:
+        raise OSError(error, os.strerror(error), target)
 
 
 cdef struct Found:

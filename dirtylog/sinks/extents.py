@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,17 @@ class PackedExtents:
 
     def __init__(self, pages: DirtyPages, nbytes: int) -> None:
         # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the memory.
-        extents = self.extents = pages.byte_runs(nbytes)
+        self._take(pages.byte_runs(nbytes))
+
+    @classmethod
+    def of_extents(cls, extents: npt.NDArray[np.int64]) -> Self:
+        """Make from ascending extents that do not overlap, without a set of pages."""
+        self = cls.__new__(cls)
+        self._take(extents)
+        return self
+
+    def _take(self, extents: npt.NDArray[np.int64]) -> None:
+        self.extents: npt.NDArray[np.int64] = extents
         self.ends: npt.NDArray[np.int64] = np.cumsum(extents[:, 1])
         self.total: int = int(self.ends[-1]) if len(extents) else 0
 

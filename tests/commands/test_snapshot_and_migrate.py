@@ -59,7 +59,7 @@ def test_what_fails_is_one_error_and_leaves_nothing(images):
     names = sorted(os.listdir(images))
     (images / "empty").touch()
     with pytest.raises(DirtyLogError, match="will not do"):
-        run(snapshot, "save", images / "x.json", images / "first")
+        run(snapshot, "save", images / ".x", images / "first")
     with pytest.raises(DirtyLogError, match="empty"):
         run(snapshot, "save", images / "x", images / "empty")
     with pytest.raises(DirtyLogError, match="no such snapshot"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("words", "pickle", "shared", "ring", "sidecar", "snapshot", "trace", "migration")
-NEEDS = {"sidecar": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
+TARGETS = ("words", "pickle", "shared", "ring", "footer", "snapshot", "trace", "migration")
+NEEDS = {"footer": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
 
 
 def python(*arguments):
@@ -104,13 +104,13 @@ def test_the_engine_finds_a_branch_behind_three_others(tmp_path):
 
 def test_a_finding_is_kept_and_fails_the_run(tmp_path):
     code = (
-        "import sys, runpy\nfrom dirtylog.sinks.snapshot import sidecar\n"
-        "real = sidecar._integer\n"
+        "import sys, runpy\nfrom dirtylog.sinks.snapshot import footer\n"
+        "real = footer._integer\n"
         "def broken(value, low, high, what):\n"
         "    if what == 'epoch' and value != 3: raise KeyError(value)\n"
         "    return real(value, low, high, what)\n"
-        "sidecar._integer = broken\n"
-        "sys.argv = ['fuzz', 'sidecar', '--engine', 'own', '--runs', '100000', '--findings', sys.argv[1]]\n"
+        "footer._integer = broken\n"
+        "sys.argv = ['fuzz', 'footer', '--engine', 'own', '--runs', '100000', '--findings', sys.argv[1]]\n"
         "runpy.run_module('fuzz', run_name='__main__')"
     )
     done = python("-c", code, str(tmp_path))

@@ -1,11 +1,12 @@
-"""The files of a snapshot, from its base to the diff asked for: opened and checked, to be read in windows."""
+"""The files of a snapshot, from its base to the diff asked for: found, checked, and read in windows one at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,40 +14,62 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
-from dirtylog.sinks.snapshot import sidecar as sidecars
-from dirtylog.sinks.snapshot.sidecar import Sidecar, SnapshotError, hasher
-from dirtylog.sinks.snapshot.staged import open_data
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.footer import DIGEST_BYTES, Footer, SnapshotError, hasher
 
-__all__ = ["Info", "Layer", "Progress", "StrPath", "checked_path", "describe", "follow"]
+__all__ = [
+    "ChainMovedError",
+    "Info",
+    "Layer",
+    "Link",
+    "Progress",
+    "StrPath",
+    "checked_path",
+    "describe",
+    "follow",
+    "settled",
+]
 
 Progress = Callable[[int, int], object]
 StrPath = str | os.PathLike[str]
+Use = Callable[[memoryview, npt.NDArray[np.int64], bool], object]
 
-# What a chain may make a reader hold in sidecars.
-MAX_CHAIN = 1024
-MAX_CHAIN_BYTES = 256 << 20
+# A forged chain may be endless only as far as there are files: a file cannot have its own digest as its parent's.
+MAX_CHAIN = 1_000_000
+# How often a reader starts again because writers replaced what it was reading.
+RETRIES = 100
+
+
+class ChainMovedError(Exception):
+    """A file of a chain was replaced between two looks at it; the reader starts again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """What a snapshot is, from its sidecar.
+    """What a snapshot is, from its footer.
 
     Parameters
     ----------
     path, kind : str
-        File name; ``"full"`` or ``"diff"``.
+        File name, absolute; ``"full"`` or ``"diff"``.
     nbytes, page_size, npages : int
         Size of the memory in bytes, page size in bytes, size in pages.
     count, exact : int, bool
         How many pages the file holds, and whether the source that reported them was sure.
     parent : str or None
-        Name of the parent, in the same directory.
+        Name of the parent.
     epoch : int or None
         Number of the epoch the pages came from.
     algorithm, digest : str
-        How the digests were made; the sidecar's own.
+        How the windows' digests were made; the snapshot's own digest.
     allocated : int
-        Bytes the data file takes on disk.
+        Bytes that the file takes on disk.
+    names : tuple of str
+        Names of the arrays; empty where the memory was given without a name.
+    state : object
+        What the caller saved beside the memory; tuples have become lists.
+    durable : bool
+        Whether it was synced, so that it survives a power cut; True of what was read back.
     """
 
     path: str
@@ -61,67 +84,135 @@ class Info:
     algorithm: str
     digest: str
     allocated: int
+    names: tuple[str, ...] = ()
+    state: Any = None
+    durable: bool = True
 
 
 def checked_path(path: StrPath) -> str:
-    """Return the path of a snapshot as a str.
+    """Return the absolute path of a snapshot.
 
     Raises
     ------
     ValueError
-        A sidecar could not name the file, or the file would be taken for a sidecar.
+        A footer could not name the file.
     """
     name = os.fspath(path)
     if not isinstance(name, str):
         raise TypeError(f"path is {type(name).__name__}; a str or a path is needed")
     plain = os.path.basename(name)
-    if not sidecars.plain_name(plain) or plain.endswith(sidecars.SUFFIX):
+    if not footers.plain_name(plain):
         raise ValueError(
-            f"the file name {plain!r} will not do for a snapshot: it must be of 1 to {sidecars.MAX_NAME} printable "
-            f"characters, begin with no dot and not end in {sidecars.SUFFIX}"
+            f"the file name {plain!r} will not do for a snapshot: it must be of 1 to {footers.MAX_NAME} printable "
+            "characters and begin with no dot"
         )
-    return name
+    # Made absolute once: a change of directory meanwhile is no matter of ours.
+    return os.path.abspath(name)
 
 
-def describe(path: str, sidecar: Sidecar, digest: str, allocated: int) -> Info:
-    """Return what a checked sidecar says."""
+def describe(
+    path: str, footer: Footer, digest: str, allocated: int, state: Any = None, *, durable: bool = True
+) -> Info:
+    """Return what a checked footer says."""
     return Info(
-        path, sidecar.kind, sidecar.nbytes, sidecar.page_size, sidecar.npages, sidecar.count, sidecar.exact,
-        sidecar.parent, sidecar.epoch, sidecar.algorithm, digest, allocated,
+        path, footer.kind, footer.nbytes, footer.page_size, footer.npages, footer.count, footer.exact,
+        footer.parent, footer.epoch, footer.algorithm, digest, allocated,
+        tuple(region[0] for region in footer.regions) if footer.named else (), state, durable,
     )  # fmt: skip
 
 
 class Layer:
-    """One file of a chain, open, with its sidecar checked and its pages unpacked."""
+    """One file of a chain, open, with its footer checked.
 
-    def __init__(self, path: str, sidecar: Sidecar) -> None:
+    Parameters
+    ----------
+    path : str
+        The file.
+    expected : str, optional
+        The digest it had when the chain was followed.
+
+    Raises
+    ------
+    SnapshotError
+        It is missing, no regular file, or its footer cannot be used.
+    ChainMovedError
+        It has another digest than `expected`.
+    """
+
+    descriptor: int = -1
+
+    def __init__(self, path: str, expected: str | None = None) -> None:
         self.path = path
-        self.sidecar = sidecar
-        self.pages: DirtyPages = sidecar.pages()
-        self.packed: PackedExtents = PackedExtents(self.pages, sidecar.nbytes)
-        if len(sidecar.chunks) != -(-self.packed.total // WINDOW):
-            raise SnapshotError(f"{path}: {len(sidecar.chunks)} digests do not cover {self.packed.total} bytes")
-        self.descriptor: int = open_data(path, sidecar)
+        try:
+            # Not blocking, and a regular file only: a name in a directory somebody else fills may be a pipe.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            if expected is not None:
+                raise ChainMovedError(path) from None
+            raise SnapshotError(f"{path}: there is no such snapshot") from None
+        try:
+            status = os.fstat(self.descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise SnapshotError(f"{path}: the footer cannot be used: it is no regular file")
+            self.allocated: int = status.st_blocks * 512
+            self.footer, self.place = footers.read(self.descriptor, path)
+            if expected is not None and self.place.digest != expected:
+                raise ChainMovedError(path)
+            self.total: int = self.place.held
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def __enter__(self) -> Self:
         """Return the open layer."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the data file."""
-        os.close(self.descriptor)
+        """Close the file."""
+        self.close()
 
-    def read(self, staging: memoryview, use: Callable[[memoryview, npt.NDArray[np.int64], bool], object]) -> None:
+    def state(self) -> Any:
+        """Read the user's state."""
+        text = os.pread(self.descriptor, self.footer.state, self.place.state)
+        return footers.decode_state(text, self.path)
+
+    def blocks(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Read the runs of held pages in blocks."""
+        return footers.page_blocks(self.descriptor, self.footer, self.place.pages, self.path)
+
+    def pages(self) -> DirtyPages:
+        """Return the set of held pages."""
+        runs = [np.empty((0, 2), np.int64), *self.blocks()]
+        footer = self.footer
+        return DirtyPages.from_runs(np.concatenate(runs), footer.npages, footer.page_size, exact=footer.exact)
+
+    def windows(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Go through the held pages in windows: how many bytes, and the extents they lie in."""
+        return windows(self.blocks(), self.footer.page_size, self.footer.nbytes)
+
+    def read(self, staging: memoryview, use: Use) -> None:
         """Read the held pages window by window into `staging` and call ``use(bytes, extents, sound)`` for each."""
-        digest = hasher(self.sidecar.algorithm)
-        for (begin, end, extents), expected in zip(self.packed.windows(), self.sidecar.chunks, strict=True):
-            part = staging[: end - begin]
+        digest = hasher(self.footer.algorithm)
+        at = self.place.digests
+        expected = b""
+        for size, extents in self.windows():
+            part = staging[:size]
             read_extents(self.descriptor, part, extents, packed=True, name=self.path)
-            use(part, extents, digest(part) == expected)
+            if not expected:
+                expected = os.pread(self.descriptor, min(footers.BLOCK, self.place.state - at), at)
+                at += len(expected)
+            use(part, extents, digest(part) == expected[:DIGEST_BYTES])
+            expected = expected[DIGEST_BYTES:]
 
     def where(self, extents: npt.NDArray[np.int64]) -> str:
         """Name the file and the pages of a window."""
-        size = self.sidecar.page_size
+        size = self.footer.page_size
         return f"{self.path}: pages {extents[0, 0] // size} to {(int(extents[-1].sum()) - 1) // size}"
 
     def require(self, extents: npt.NDArray[np.int64], sound: bool) -> None:
@@ -131,30 +222,128 @@ class Layer:
             raise SnapshotError(f"{place}: the data does not match its digest", (place,))
 
 
-def follow(path: str) -> list[tuple[str, Sidecar, str]]:
-    """Follow the parents from `path` to the full snapshot; the base comes first."""
-    chain: list[tuple[str, Sidecar, str]] = []
-    size = 0
-    while True:
+def windows(
+    blocks: Iterator[npt.NDArray[np.int64]], page_size: int, nbytes: int
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Cut blocks of runs into windows: as :meth:`PackedExtents.windows`, without holding all the runs at once."""
+    left = np.empty((0, 2), np.int64)
+    for block in blocks:
+        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
+        extents = block * np.int64(page_size)
+        extents[-1, 1] -= max(int(extents[-1].sum()) - nbytes, 0)
+        packed = PackedExtents.of_extents(np.concatenate([left, extents]) if len(left) else extents)
+        whole = packed.total // WINDOW * WINDOW
+        for begin in range(0, whole, WINDOW):
+            yield WINDOW, packed.window(begin, begin + WINDOW)
+        left = packed.window(whole, packed.total) if packed.total > whole else np.empty((0, 2), np.int64)
+    if len(left):
+        yield int(left[:, 1].sum()), left
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One file of a chain, as far as it is kept while the chain is read.
+
+    Parameters
+    ----------
+    path, digest, id : str
+        The file, its digest and its id.
+    total : int
+        Bytes of the pages it holds.
+    epoch : int or None
+        The epoch it noted.
+    """
+
+    path: str
+    digest: str
+    id: str
+    total: int
+    epoch: int | None
+
+
+def _find(name: str, digest: str, holds: set[str], directories: Sequence[str]) -> tuple[str, Layer | None, str | None]:
+    """Look for a parent: its path, open if it is the right one, and else the reason of the first that is there."""
+    reason = None
+    for directory in directories:
+        path = os.path.join(directory, name)
         try:
-            sidecar, digest = sidecars.read(path)
+            layer = Layer(path)
         except SnapshotError as error:
-            if not chain:
-                raise
-            raise SnapshotError(f"{chain[-1][0]}: its parent cannot be used: {error}", error.damage) from None
-        if chain:
-            name, below, below_digest = chain[-1]
-            if below.parent_digest != digest and sidecar.holds != below_digest:
-                raise SnapshotError(f"{name}: its parent {path} is not the one it was taken over")
-            if (below.nbytes, below.page_size) != (sidecar.nbytes, sidecar.page_size):
-                raise SnapshotError(f"{name}: its parent {path} is of another size")
-        chain.append((path, sidecar, digest))
-        size += len(sidecar.bitmap) + 32 * len(sidecar.chunks)
-        if len(chain) > MAX_CHAIN or size > MAX_CHAIN_BYTES:
-            raise SnapshotError(
-                f"{chain[0][0]}: its chain is longer than {MAX_CHAIN} files or {MAX_CHAIN_BYTES} bytes of sidecars; "
-                "rebase, or write a full snapshot now and then"
-            )
-        if sidecar.parent is None:
-            return chain[::-1]
-        path = os.path.join(os.path.dirname(path), sidecar.parent)
+            if os.path.lexists(path) or reason is None:
+                reason = f"its parent cannot be used: {error}"
+            continue
+        if layer.place.digest == digest or layer.footer.holds in holds:
+            return path, layer, None
+        layer.close()
+        reason = f"its parent {path} is not the one it was taken over"
+    return os.path.join(directories[0], name), None, reason
+
+
+def follow(path: str, search: Sequence[str] = ()) -> tuple[list[Link], Footer]:
+    """Follow the parents from `path` to the full snapshot; the base comes first. One file is open at a time.
+
+    Parameters
+    ----------
+    path : str
+        Absolute path of the snapshot.
+    search : sequence of str
+        Directories to look for parents in, after the child's own.
+
+    Returns
+    -------
+    list of Link, Footer
+        The chain, and the footer of `path`.
+
+    Raises
+    ------
+    SnapshotError
+        A file is missing, damaged, or not the one its child was taken over.
+
+    Notes
+    -----
+    After a rebase a base holds the memory of one of its former descendants. It serves as the parent if that descendant
+    is on the way: laying the same pages over it once more changes nothing.
+    """
+    chain: list[Link] = []
+    digests: set[str] = set()
+    layer: Layer | None = Layer(path)
+    tip = below = None
+    while layer is not None:
+        with layer:
+            footer, digest = layer.footer, layer.place.digest
+            if below is None:
+                tip = footer
+            elif (below.nbytes, below.page_size) != (footer.nbytes, footer.page_size):
+                raise SnapshotError(f"{chain[-1].path}: its parent {path} is of another size")
+            if digest in digests or len(chain) >= MAX_CHAIN:
+                raise SnapshotError(
+                    f"{chain[0].path}: its chain comes back to {path}, or is longer than {MAX_CHAIN} files"
+                )
+            digests.add(digest)
+            chain.append(Link(path, digest, footer.id, layer.total, footer.epoch))
+            below = footer
+        if footer.parent is None or footer.parent_digest is None:
+            break
+        child = path
+        directories = [os.path.dirname(path), *search]
+        path, layer, reason = _find(footer.parent, footer.parent_digest, digests, directories)
+        if reason is not None:
+            raise SnapshotError(f"{child}: {reason}")
+    assert tip is not None
+    return chain[::-1], tip
+
+
+def settled(work: Callable[[], Any]) -> Any:
+    """Do `work` again for as long as writers replace files of the chain in between.
+
+    Raises
+    ------
+    SnapshotError
+        They did it a hundred times.
+    """
+    for _ in range(RETRIES):
+        try:
+            return work()
+        except ChainMovedError as error:
+            moved = error
+    raise SnapshotError(f"{moved}: writers replaced it {RETRIES} times while it was read; try again")

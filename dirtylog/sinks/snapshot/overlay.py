@@ -3,22 +3,94 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
-from dirtylog.sinks.snapshot import sidecar as sidecars
-from dirtylog.sinks.snapshot.chain import Info, Layer, Progress, StrPath, checked_path, describe, follow
-from dirtylog.sinks.snapshot.sidecar import Sidecar, SnapshotError, hasher
-from dirtylog.sinks.snapshot.staged import Staged, finish
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.chain import Info, Layer, Link, Progress, StrPath, checked_path, describe, follow, settled
+from dirtylog.sinks.snapshot.footer import Footer, SnapshotError, hasher
+from dirtylog.sinks.snapshot.reader import lay
+from dirtylog.sinks.snapshot.staged import Staged
+from dirtylog.sinks.snapshot.writer import seal
 
-__all__ = ["rebase"]
+__all__ = ["join", "rebase", "siblings"]
 
 
-def rebase(base: StrPath, diff: StrPath, *, sync: bool = True, progress: Progress | None = None) -> Info:
+def siblings(links: Sequence[Link]) -> list[str]:
+    """List the diffs beside a chain that are taken over one of its files, the last excepted, and are not part of it."""
+    digests = {link.digest for link in links[:-1]}
+    ours = {link.digest for link in links}
+    found = []
+    for directory in sorted({os.path.dirname(link.path) for link in links}):
+        with os.scandir(directory) as entries:
+            names = sorted(entry.path for entry in entries if footers.plain_name(entry.name) and entry.is_file())
+        for path in names:
+            try:
+                with Layer(path) as layer:
+                    if layer.footer.parent_digest in digests and layer.place.digest not in ours:
+                        found.append(path)
+            except (SnapshotError, OSError):
+                continue
+    return found
+
+
+def join(
+    path: str, links: Sequence[Link], like: Footer, *, sync: bool, replace_it: bool, progress: Progress | None
+) -> Info:
+    """Write what the files `links` hold, one laid over the other, as one file with a footer like `like`."""
+    runs: list[npt.NDArray[np.int64]] = []
+    exact, state = True, b""
+    for link in links:
+        with Layer(link.path, link.digest) as layer:
+            runs += layer.blocks()
+            exact = exact and layer.footer.exact
+            if link is links[-1]:
+                state = footers.encode_state(layer.state())
+    held = DirtyPages.from_runs(
+        np.concatenate([np.empty((0, 2), np.int64), *runs]), like.npages, like.page_size, exact=exact
+    )
+    staging = memoryview(bytearray(WINDOW))
+    with Staged(path, like.nbytes, sync=sync, replace=replace_it, mode=None) as staged:
+
+        def put(part: memoryview, extents: npt.NDArray[np.int64]) -> None:
+            write_extents(staged.descriptor, part, extents, packed=True, name=path)
+
+        lay(links, put, progress)
+        chunks = []
+        digest = hasher(like.algorithm)
+        packed = PackedExtents(held, like.nbytes)
+        for begin, end, extents in packed.windows():
+            part = staging[: end - begin]
+            read_extents(staged.descriptor, part, extents, packed=True, name=path)
+            chunks.append(digest(part))
+        footer = replace(
+            like,
+            id=secrets.token_hex(16),
+            count=held.count,
+            rows=len(packed.extents),
+            exact=held.exact,
+            state=len(state),
+        )
+        own, allocated = seal(staged, footer, held, chunks, state)
+        return describe(path, footer, own, allocated, footers.decode_state(state, path), durable=staged.durable)
+
+
+def rebase(
+    base: StrPath,
+    diff: StrPath,
+    *,
+    orphan: bool = False,
+    sync: bool = True,
+    search: Sequence[StrPath] = (),
+    progress: Progress | None = None,
+) -> Info:
     """Lay a diff, and what lies between, over one of its ancestors: `base` then holds the memory of `diff`.
 
     Parameters
@@ -26,10 +98,14 @@ def rebase(base: StrPath, diff: StrPath, *, sync: bool = True, progress: Progres
     base : str or path
         An ancestor of the diff, full or diff itself. It is replaced.
     diff : str or path
-        The diff. It stays as it is and can still be restored if `base` was its direct parent; other diffs of the old
-        `base` cannot, and say so.
+        The diff. It stays as it is and can still be restored, and so can what was taken over it. Files between the two
+        cannot, and say so.
+    orphan : bool
+        Go on although other diffs of `base`, or of a file between the two, can then not be restored any more.
     sync : bool
         Survive a power cut (fsync).
+    search : sequence of str or path
+        Directories to look for parents in, after each file's own.
     progress : callable, optional
         Called with the bytes laid and the bytes to lay.
 
@@ -41,7 +117,8 @@ def rebase(base: StrPath, diff: StrPath, *, sync: bool = True, progress: Progres
     Raises
     ------
     SnapshotError
-        `base` is no ancestor of `diff`, or a file between them is missing or damaged.
+        `base` is not an ancestor of `diff`; a file between them is missing or damaged; or other diffs would lose their
+        parent, which are named.
     OSError
         The disk is full, ... `base` is what it was.
 
@@ -52,58 +129,33 @@ def rebase(base: StrPath, diff: StrPath, *, sync: bool = True, progress: Progres
     ``rebase(base, d1)`` then ``rebase(base, d2)`` works, with d1 deleted in between too.
     """
     base_path, diff_path = checked_path(base), checked_path(diff)
-    finish(base_path)
-    target, _ = sidecars.read(base_path)
-    tip, tip_digest = sidecars.read(diff_path)
-    if target.holds is not None and target.holds == tip.parent_digest:
-        # The base is what the diff's parent was; the parent itself may be gone.
-        chain = [(base_path, target), (diff_path, tip)]
-    else:
-        files = [(name, sidecar) for name, sidecar, _ in follow(diff_path)]
-        ours = [i for i, (_, sidecar) in enumerate(files[:-1]) if sidecar.id == target.id]
-        if not ours:
-            raise SnapshotError(f"{base_path}: {diff_path} was not taken over it, nor over a diff of it")
-        chain = files[ours[0] :]
-    if any((s.nbytes, s.page_size) != (target.nbytes, target.page_size) for _, s in chain):
-        raise SnapshotError(f"{base_path}: {diff_path} is of another size")
-    staging = memoryview(bytearray(WINDOW))
-    with ExitStack() as stack:
-        layers = [stack.enter_context(Layer(name, sidecar)) for name, sidecar in chain]
-        staged = stack.enter_context(Staged(base_path, target.nbytes, sync=sync))
-        total, done = sum(layer.packed.total for layer in layers), 0
-        held = layers[0].pages
-        for layer in layers:
+    directories = [os.path.abspath(os.fspath(each)) for each in search]
 
-            def lay(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
-                nonlocal done
-                layer.require(extents, sound)
-                write_extents(staged.descriptor, part, extents, packed=True, name=base_path)
-                done += part.nbytes
-                if progress is not None:
-                    progress(done, total)
+    def work() -> Info:
+        with Layer(base_path) as under, Layer(diff_path) as over:
+            target, target_digest = under.footer, under.place.digest
+            tip, tip_digest = over.footer, over.place.digest
+            first = Link(base_path, target_digest, target.id, under.total, target.epoch)
+            last = Link(diff_path, tip_digest, tip.id, over.total, tip.epoch)
+        if target.holds is not None and target.holds == tip.parent_digest:
+            # The base is what the diff's parent was; the parent itself may be gone.
+            links = [first, last]
+        else:
+            chain, _ = follow(diff_path, directories)
+            ours = [i for i, link in enumerate(chain[:-1]) if link.digest == target_digest]
+            if not ours:
+                raise SnapshotError(f"{base_path}: {diff_path} was not taken over it, nor over a diff of it")
+            links = chain[ours[0] :]
+        if (tip.nbytes, tip.page_size) != (target.nbytes, target.page_size):
+            raise SnapshotError(f"{base_path}: {diff_path} is of another size")
+        orphans = [] if orphan else siblings(links)
+        if orphans:
+            raise SnapshotError(
+                f"{base_path}: {', '.join(orphans[:3])}{' and more' * (len(orphans) > 3)} could not be restored any "
+                "more: their parent would be gone; restore and save them first, remove them, or pass orphan=True"
+            )
+        like = replace(target, holds=tip_digest, epoch=tip.epoch, named=tip.named, regions=tip.regions)
+        return join(base_path, links, like, sync=sync, replace_it=True, progress=progress)
 
-            layer.read(staging, lay)
-            held = held | layer.pages
-        chunks = []
-        digest = hasher(target.algorithm)
-        for begin, end, extents in PackedExtents(held, target.nbytes).windows():
-            part = staging[: end - begin]
-            read_extents(staged.descriptor, part, extents, packed=True, name=staged.part)
-            chunks.append(digest(part))
-        allocated = os.fstat(staged.descriptor).st_blocks * 512
-        sidecar = Sidecar(
-            id=staged.id,
-            kind=target.kind,
-            page_size=target.page_size,
-            nbytes=target.nbytes,
-            count=held.count,
-            exact=held.exact,
-            bitmap=sidecars.pack_pages(held),
-            parent=target.parent,
-            parent_digest=target.parent_digest,
-            holds=tip_digest,
-            epoch=tip.epoch,
-            algorithm=target.algorithm,
-            chunks=tuple(chunks),
-        )
-        return describe(base_path, sidecar, staged.commit(sidecar), allocated)
+    found: Info = settled(work)
+    return found

@@ -3,97 +3,152 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._bits.copying import scatter
-from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import data_extents, read_extents
-from dirtylog.sinks.extents import WINDOW, PackedExtents
-from dirtylog.sinks.snapshot import sidecar as sidecars
-from dirtylog.sinks.snapshot.chain import Info, Layer, Progress, StrPath, checked_path, describe, follow
-from dirtylog.sinks.snapshot.sidecar import SnapshotError
-from dirtylog.sinks.snapshot.staged import open_data
+from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.chain import (
+    Info,
+    Layer,
+    Link,
+    Progress,
+    StrPath,
+    checked_path,
+    describe,
+    follow,
+    settled,
+    windows,
+)
+from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
+from dirtylog.sinks.snapshot.space import Space, blank
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["info", "restore", "verify"]
+__all__ = ["info", "lay", "restore", "verify"]
+
+# Pages that are looked at together when the holes of a file are checked.
+SPAN = 1 << 20
 
 
-def restore(path: StrPath, *, out: Memory | None = None, limit: int = 1 << 36, progress: Progress | None = None) -> Any:
+def lay(
+    links: Sequence[Link],
+    put: Callable[[memoryview, npt.NDArray[np.int64]], object],
+    progress: Progress | None = None,
+) -> None:
+    """Read the files of a chain, base first, one open at a time, and call ``put(bytes, extents)`` for each window."""
+    staging = memoryview(bytearray(WINDOW))
+    total, done = sum(link.total for link in links), 0
+    for link in links:
+        with Layer(link.path, link.digest) as layer:
+
+            def use(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
+                nonlocal done
+                layer.require(extents, sound)
+                put(part, extents)
+                done += part.nbytes
+                if progress is not None:
+                    progress(done, total)
+
+            layer.read(staging, use)
+
+
+def _outputs(footer: Footer, out: Any) -> Space:
+    """Return the caller's memory as the snapshot's page space."""
+    space = Space(out, footer.page_size, writable=True)
+    if footer.named != space.named:
+        raise ValueError(
+            f"out must be {'a mapping of names to arrays' if footer.named else 'one buffer'}, as was saved"
+        )
+    if footer.named:
+        names = [row[0] for row in footer.regions]
+        if set(names) != set(out):
+            raise ValueError(f"out has {sorted(out)}; the snapshot has {sorted(names)}")
+        space = Space({name: out[name] for name in names}, footer.page_size, writable=True)
+    for region, row in zip(space.regions, footer.regions, strict=True):
+        if region.nbytes != row[5]:
+            what = f"out[{row[0]!r}]" if footer.named else "out"
+            raise ValueError(f"{what} has {region.nbytes} bytes; the snapshot has {row[5]}")
+    return space
+
+
+def restore(
+    path: StrPath,
+    *,
+    out: Memory | Mapping[str, Memory] | None = None,
+    limit: int = 1 << 36,
+    search: Sequence[StrPath] = (),
+    progress: Progress | None = None,
+) -> Any:
     """Read the memory of a snapshot back, laying each diff of its chain over what it was taken over.
 
     Parameters
     ----------
     path : str or path
         The snapshot.
-    out : buffer, optional
-        Writable C-contiguous memory of exactly the snapshot's size; by default a new uint8 array.
+    out : array, buffer, or mapping of str to them, optional
+        Writable contiguous memory of exactly the snapshot's size; by default new arrays.
     limit : int
         Refuse to allocate more bytes than this (64 GiB).
+    search : sequence of str or path
+        Directories to look for parents in, after each file's own.
     progress : callable, optional
         Called with the bytes read and the bytes to read.
 
     Returns
     -------
-    buffer
-        `out`, or the new array.
+    array, or dict of str to array
+        `out`, or new: the array as it was saved (uint8 for a buffer that was no array), or the arrays by their names.
 
     Raises
     ------
     SnapshotError
-        A file of the chain is missing, damaged or not the one its child was taken over. Sidecars are checked before
+        A file of the chain is missing, damaged or not the one its child was taken over. Footers are checked before
         `out` is touched; where data turns out to be damaged, `out` is left half-written.
     ValueError
         `out` has another size; the snapshot is larger than `limit`.
 
     Notes
     -----
-    O(memory + sum of the chain). Every digest is checked on the way.
+    O(memory + sum of the chain), one file open at a time. Every digest is checked on the way. Safe beside writers: what
+    is replaced meanwhile is read again.
     """
-    chain = follow(checked_path(path))
-    nbytes = chain[0][1].nbytes
-    if out is None and nbytes > limit:
-        raise ValueError(f"{path}: restoring takes {nbytes} bytes, the limit is {limit}; raise limit, or pass out")
-    with ExitStack() as stack:
-        layers = [stack.enter_context(Layer(name, sidecar)) for name, sidecar, _ in chain]
+    name = checked_path(path)
+    directories = [os.path.abspath(os.fspath(each)) for each in search]
+
+    def work() -> Any:
+        links, footer = follow(name, directories)
         if out is None:
-            result: Any = np.zeros(nbytes, np.uint8)
-            target = flat_bytes(result, writable=True)
+            if footer.nbytes > limit:
+                raise ValueError(
+                    f"{path}: restoring takes {footer.nbytes} bytes, the limit is {limit}; raise limit, or pass out"
+                )
+            result, arrays = blank(footer, name)
+            space = Space(arrays if footer.named else result, footer.page_size, writable=True)
         else:
-            result = out
-            target = flat_bytes(out, writable=True, what="out")
-            if target.nbytes != nbytes:
-                raise ValueError(f"out has {target.nbytes} bytes; the snapshot has {nbytes}")
-            np.frombuffer(target, np.uint8)[:] = 0
-        staging = memoryview(bytearray(WINDOW))
-        total, done = sum(layer.packed.total for layer in layers), 0
-        for layer in layers:
+            result, space = out, _outputs(footer, out)
+            space.clear()
+        lay(links, space.scatter, progress)
+        return result
 
-            def lay(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
-                nonlocal done
-                layer.require(extents, sound)
-                scatter(part, extents, target)
-                done += part.nbytes
-                if progress is not None:
-                    progress(done, total)
-
-            layer.read(staging, lay)
-    return result
+    return settled(work)
 
 
-def verify(path: StrPath, *, progress: Progress | None = None) -> Info:
+def verify(path: StrPath, *, search: Sequence[StrPath] = (), progress: Progress | None = None) -> Info:
     """Check every byte of every file of a snapshot's chain.
 
     Parameters
     ----------
     path : str or path
         The snapshot.
+    search : sequence of str or path
+        Directories to look for parents in, after each file's own.
     progress : callable, optional
         Called with the bytes checked and the bytes to check.
 
@@ -113,50 +168,93 @@ def verify(path: StrPath, *, progress: Progress | None = None) -> Info:
     accidents, not an attacker.
     """
     name = checked_path(path)
-    chain = follow(name)
-    damage: list[str] = []
-    staging = memoryview(bytearray(WINDOW))
-    with ExitStack() as stack:
-        layers = [stack.enter_context(Layer(each, sidecar)) for each, sidecar, _ in chain]
-        total, done = sum(layer.packed.total for layer in layers), 0
-        for layer in layers:
+    directories = [os.path.abspath(os.fspath(each)) for each in search]
 
-            def check(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
-                nonlocal done
-                if not sound:
-                    damage.append(f"{layer.where(extents)}: the data does not match its digest")
-                done += part.nbytes
-                if progress is not None:
-                    progress(done, total)
+    def work() -> Info:
+        links, _ = follow(name, directories)
+        damage: list[str] = []
+        damaged = damage.append
+        staging = memoryview(bytearray(WINDOW))
+        total, done = sum(link.total for link in links), 0
+        for link in links:
+            with Layer(link.path, link.digest) as layer:
 
-            layer.read(staging, check)
-            size = layer.sidecar.page_size
-            data = data_extents(layer.descriptor, layer.sidecar.nbytes, name=layer.path)
-            first = data[:, 0] // size
-            runs = np.stack([first, (data.sum(axis=1) + size - 1) // size - first], axis=1)
-            other = DirtyPages.from_runs(runs, layer.sidecar.npages, size) - layer.pages
-            for begin, end, extents in PackedExtents(other, layer.sidecar.nbytes).windows():
-                part = staging[: end - begin]
-                read_extents(layer.descriptor, part, extents, packed=True, name=layer.path)
-                if np.frombuffer(part, np.uint8).any():
-                    damage.append(f"{layer.where(extents)}: there is data in a page that the snapshot does not hold")
+                def check(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
+                    nonlocal done
+                    if not sound:
+                        damaged(f"{layer.where(extents)}: the data does not match its digest")
+                    done += part.nbytes
+                    if progress is not None:
+                        progress(done, total)
+
+                layer.read(staging, check)
+                damage += _not_zero(layer, staging)
+                about = describe(name, layer.footer, link.digest, layer.allocated, layer.state())
         if damage:
             raise SnapshotError(f"{name}: damaged: {'; '.join(damage[:10])}", tuple(damage))
-        return describe(name, *chain[-1][1:], os.fstat(layers[-1].descriptor).st_blocks * 512)
+        return about
+
+    found: Info = settled(work)
+    return found
+
+
+def _not_zero(layer: Layer, staging: memoryview) -> Iterator[str]:
+    """Find data in pages that a file does not hold, and between its data and its footer."""
+    footer = layer.footer
+    size = footer.page_size
+    data = data_extents(layer.descriptor, footer.nbytes, name=layer.path)
+    first = data[:, 0] // size
+    found = np.stack([first, (data.sum(axis=1) + size - 1) // size - first], axis=1)
+    for runs in _without(found, layer.blocks()):
+        for nbytes, extents in windows(iter([runs]), size, footer.nbytes):
+            part = staging[:nbytes]
+            read_extents(layer.descriptor, part, extents, packed=True, name=layer.path)
+            if np.frombuffer(part, np.uint8).any():
+                yield f"{layer.where(extents)}: there is data in a page that the snapshot does not hold"
+    behind = os.pread(layer.descriptor, footers.footer_offset(footer.nbytes) - footer.nbytes, footer.nbytes)
+    if any(behind):
+        yield f"{layer.path}: pages {footer.npages - 1} to {footer.npages - 1}: there is data behind the last page"
+
+
+def _without(found: npt.NDArray[np.int64], blocks: Iterator[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
+    """Take the runs in `blocks` away from the runs in `found`, both ascending, a block at a time."""
+    at = 0
+    end = int(found[-1].sum()) if len(found) else 0
+    for block in blocks:
+        last = int(block[-1].sum())
+        yield from _difference(found, block, at, last)
+        at = last
+    if at < end:
+        yield from _difference(found, np.empty((0, 2), np.int64), at, end)
+
+
+def _difference(
+    found: npt.NDArray[np.int64], block: npt.NDArray[np.int64], begin: int, end: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    # Both as sets over the span alone; in parts, so that a set in between is never large.
+    for low in range(begin, end, SPAN):
+        high = min(low + SPAN, end)
+        there, held = (DirtyPages.from_runs(_clipped(runs, low, high), high - low) for runs in (found, block))
+        rest = (there - held).runs()
+        if len(rest):
+            yield rest + np.array([low, 0])
+
+
+def _clipped(runs: npt.NDArray[np.int64], low: int, high: int) -> npt.NDArray[np.int64]:
+    ends = runs.sum(axis=1)
+    part = slice(int(np.searchsorted(ends, low, "right")), int(np.searchsorted(runs[:, 0], high, "left")))
+    first = np.maximum(runs[part, 0], low)
+    return np.stack([first - low, np.minimum(ends[part], high) - first], axis=1)
 
 
 def info(path: StrPath) -> Info:
-    """Say what a snapshot is, from its sidecar alone; neither its data nor its parents are read.
+    """Say what a snapshot is, from its footer alone; neither its data nor its parents are read.
 
     Raises
     ------
     SnapshotError
-        There is none, or the sidecar or the data file's size is wrong.
+        There is none, or its footer cannot be used.
     """
     name = checked_path(path)
-    sidecar, digest = sidecars.read(name)
-    descriptor = open_data(name, sidecar)
-    try:
-        return describe(name, sidecar, digest, os.fstat(descriptor).st_blocks * 512)
-    finally:
-        os.close(descriptor)
+    with Layer(name) as layer:
+        return describe(name, layer.footer, layer.place.digest, layer.allocated, layer.state())

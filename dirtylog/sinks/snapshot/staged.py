@@ -1,167 +1,301 @@
-"""A data file and its sidecar, replaced together: whatever interrupts it, the old pair or the new one is there.
+"""A file that appears under its name whole or not at all, whatever interrupts its writer.
 
-1. The data is written under the name ``.NAME.ID.part`` and synced.
-2. The sidecar, which names ID, is written under a temporary name and synced; the directory is synced.
-3. The sidecar is renamed into place and the directory synced: from here on the new pair is the snapshot. A reader that
-   finds the part file of the sidecar's ID uses that, and ``NAME`` itself only if there is none.
-4. The part file is renamed to ``NAME``.
+1. It is written under a name of its own in the same directory, ``.dirtylog.BOOT.PID.START.RANDOM.part``, and synced.
+2. It is renamed to its name, by a rename that replaces nothing unless it is asked to.
+3. The directory is synced.
 
-Renaming the data first would leave the old sidecar with the new data if the machine stopped in between; so would
-leaving out the sync between 3 and 4, because a directory's changes may reach the disk in any order.
+From step 2 on everything goes forward: the file is there, so nothing that fails afterwards may be reported as "not
+written". What a file system cannot do (a rename that replaces nothing, a sync of a directory) is tried before step 2.
+
+The name says which process is the writer: which boot and process-id namespace it is in, its id, when it started. So
+a part file whose writer is dead is known without a lock, which some file systems do not have; of a writer on another
+machine nothing is known, and its part files are left to ``snapshot clean``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import functools
+import hashlib
 import os
+import re
 import secrets
 import stat
+import threading
+import warnings
+import weakref
 from types import TracebackType
 from typing import Self
 
-from dirtylog.sinks.snapshot.sidecar import SUFFIX, Sidecar, SnapshotError, encode, read
+from dirtylog.sinks._pageio import rename_noreplace
 
-__all__ = ["Staged", "finish", "open_data"]
+__all__ = ["Staged", "clean_directory", "part_files", "tidy"]
 
+_PART = re.compile(r"\.dirtylog\.([0-9a-f]{12})\.(\d{1,10})\.(\d{1,20})\.[0-9a-f]{16}\.part")
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LINK_REFUSED = (*_UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EXDEV)
 
-def _part(path: str, identity: str) -> str:
-    directory, name = os.path.split(path)
-    return os.path.join(directory, f".{name}.{identity}.part")
-
-
-def _sync_directory(path: str) -> None:
-    descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# Which part files this process is writing. Weak, so that one whose writer was interrupted before it could tidy up is
+# known to be dead as soon as the writer is collected.
+_writing: weakref.WeakValueDictionary[str, Staged] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
+_said: set[str] = set()
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def open_data(path: str, sidecar: Sidecar) -> int:
-    """Open the data file that belongs to a sidecar and check its size; the caller closes the descriptor.
-
-    Raises
-    ------
-    SnapshotError
-        It is missing, no regular file, or of another size than the sidecar says.
-    """
-    for name in (_part(path, sidecar.id), path):
-        try:
-            descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            continue
-        status = os.fstat(descriptor)
-        if stat.S_ISREG(status.st_mode) and status.st_size == sidecar.nbytes:
-            return descriptor
-        os.close(descriptor)
-        raise SnapshotError(f"{name}: the data is no file of {sidecar.nbytes} bytes but has {status.st_size}")
-    raise SnapshotError(f"{path}: the sidecar is there and the data file is not")
-
-
-def finish(path: str) -> None:
-    """Do step 4 of a writer that was interrupted before it, and remove what dead writers left of earlier steps."""
-    directory, name = os.path.split(path)
-    try:
-        os.rename(_part(path, read(path)[0].id), path)
-    except FileNotFoundError:
-        pass
-    except SnapshotError:
-        # A damaged sidecar may still name a part file that somebody wants to rescue.
-        if os.path.lexists(path + SUFFIX):
+def _say_once(what: str, text: str) -> None:
+    """Warn of something that a file system cannot do, once in a process."""
+    with _lock:
+        if what in _said:
             return
-    with os.scandir(directory or ".") as entries:
-        left = [e.path for e in entries if e.name.startswith(f".{name}.") and e.name.endswith(".part")]
-    for part in left:
-        try:
-            descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:
-            continue
-        try:
-            # A living writer holds the lock; a dead one's is gone with it.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(part)
-            _remove(part.removesuffix(".part") + SUFFIX)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(descriptor)
+        _said.add(what)
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+@functools.cache
+def _boot() -> str:
+    """Name this boot and process-id namespace: process ids mean something within them alone."""
+    found = ""
+    with contextlib.suppress(OSError):
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            found = file.read()
+        found += os.readlink("/proc/self/ns/pid")
+    return hashlib.blake2b((found or os.uname().nodename).encode(), digest_size=6).hexdigest()
+
+
+def _started(pid: int) -> str:
+    """Return when a process started, in clock ticks since the boot; 0 if unknown, none if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except FileNotFoundError:
+        return "none" if os.path.exists("/proc/self/stat") else "0"
+    except OSError:
+        return "0"
+
+
+def _dead(name: str, path: str) -> bool | None:
+    """Say whether the writer of a part file is dead; None if it is on another machine."""
+    match = _PART.fullmatch(name)
+    if match is None or match[1] != _boot():
+        return None
+    if int(match[2]) == os.getpid():
+        # A child by fork has this id no more, and the parent's part files are not in the child's way.
+        return path not in _writing
+    started = _started(int(match[2]))
+    return started == "none" or (started != match[3] and "0" not in (started, match[3]))
+
+
+def part_files(directory: str) -> tuple[list[str], list[str], int]:
+    """List the part files in a directory whose writers are dead, those of writers elsewhere, and count all entries."""
+    dead: list[str] = []
+    unknown: list[str] = []
+    entries = 0
+    with os.scandir(directory) as found:
+        for entry in found:
+            entries += 1
+            if entry.name.startswith(".dirtylog.") and _PART.fullmatch(entry.name):
+                state = _dead(entry.name, entry.path)
+                if state is not False:
+                    (unknown if state is None else dead).append(entry.path)
+    return dead, unknown, entries
+
+
+def clean_directory(directory: str, *, elsewhere: bool = False) -> list[str]:
+    """Remove the part files of dead writers, and with `elsewhere` those of writers on other machines; list them."""
+    dead, unknown, _ = part_files(directory)
+    removed = []
+    for path in dead + unknown * elsewhere:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            removed.append(path)
+    return removed
+
+
+_seen: dict[str, int] = {}
+
+
+def tidy(directory: str) -> None:
+    """Remove what dead writers left, before a write; a large directory is looked through once in a while."""
+    left = _seen.get(directory, 0)
+    if left > 0:
+        _seen[directory] = left - 1
+        return
+    dead, _, entries = part_files(directory)
+    for path in dead:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    if len(_seen) > 1000:
+        _seen.clear()
+    # 256 entries for each write, so that a chain of any length costs in proportion to its length.
+    _seen[directory] = entries // 256
 
 
 class Staged:
-    """A data file being written; nothing of it is visible before :meth:`commit`.
+    """A file being written; nothing of it is visible before :meth:`publish`.
 
     Parameters
     ----------
     path : str
-        The name it shall have.
+        The name it shall have, absolute.
     nbytes : int
         Its size. It begins as one hole.
     sync : bool
         Make it survive a power cut (fsync), not only the end of this process.
+    replace : bool
+        Take the place of a file of that name, and its mode.
+    mode : int or None
+        Permissions; None is 0600, for memory holds secrets, or those of what is replaced.
 
     Notes
     -----
-    A context manager: left without a commit, it removes what it wrote. Not thread-safe.
+    A context manager: left without :meth:`publish`, it removes what it wrote. Not thread-safe.
     """
 
-    def __init__(self, path: str, nbytes: int, *, sync: bool) -> None:
+    descriptor: int = -1
+    # Until there is a name, there is nothing to remove.
+    closed = True
+
+    def __init__(self, path: str, nbytes: int, *, sync: bool, replace: bool, mode: int | None) -> None:
         self.path = path
         self.sync = sync
-        self.id: str = secrets.token_hex(16)
-        self.part: str = _part(path, self.id)
-        self.descriptor: int = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.replace = replace
+        self.durable = sync
+        self.published = False
+        self.owner: int = os.getpid()
+        self.directory: str = os.path.dirname(path)
+        if mode is None:
+            mode = 0o600
+            with contextlib.suppress(FileNotFoundError):
+                if replace:
+                    mode = stat.S_IMODE(os.stat(path, follow_symlinks=False).st_mode) & 0o777
+        name = f".dirtylog.{_boot()}.{os.getpid()}.{_started(os.getpid())}.{secrets.token_hex(8)}.part"
+        self.part: str = os.path.join(self.directory, name)
+        self.closed = False
+        _writing[self.part] = self
+        tidy(self.directory)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            if mode != 0o600:
+                os.fchmod(self.descriptor, mode)
             os.ftruncate(self.descriptor, nbytes)
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise OSError(error.errno or errno.EIO, os.strerror(error.errno or errno.EIO), self.part) from None
+                raise OSError(error.errno or errno.EIO, os.strerror(error.errno or errno.EIO), path) from None
             raise
 
-    def commit(self, sidecar: Sidecar) -> str:
-        """Make data and sidecar the snapshot at the path; return the sidecar's digest."""
-        text, digest = encode(sidecar)
-        temporary = self.part.removesuffix(".part") + SUFFIX
-        with open(temporary, "xb") as file:
+    def write(self, data: bytes, offset: int) -> None:
+        """Write bytes at an offset."""
+        left = memoryview(data)
+        while left:
             try:
-                file.write(text)
-                file.flush()
-                if self.sync:
-                    os.fsync(self.descriptor)
-                    os.fsync(file.fileno())
-                    _sync_directory(self.path)
-                os.rename(temporary, self.path + SUFFIX)
-            except BaseException:
-                _remove(temporary)
+                done = os.pwrite(self.descriptor, left, offset)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or errno.EIO), self.path) from None
+            left, offset = left[done:], offset + done
+
+    def _sync_directory(self, descriptor: int) -> None:
+        if descriptor < 0:
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not self.published and error.errno in _UNSUPPORTED:
+                self.durable = False
+                _say_once(
+                    "directory",
+                    f"{self.directory}: this file system cannot sync a directory (fsync answered {error.strerror}), so "
+                    "a power cut may take back the newest snapshot; the end of the process cannot",
+                )
+                return
+            raise
+
+    def _rename(self) -> None:
+        if self.replace:
+            os.rename(self.part, self.path)
+            return
+        try:
+            rename_noreplace(self.part, self.path)
+            return
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
                 raise
-        if self.sync:
-            _sync_directory(self.path)
+        try:
+            os.link(self.part, self.path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in _LINK_REFUSED:
+                raise
+        else:
+            self.published = True
+            with contextlib.suppress(OSError):
+                os.unlink(self.part)
+            return
+        _say_once(
+            "noreplace",
+            f"{self.directory}: this file system has neither a rename that replaces nothing nor links, so two writers "
+            "of one name at the same moment are not told apart",
+        )
+        if os.path.lexists(self.path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
         os.rename(self.part, self.path)
-        descriptor, self.descriptor = self.descriptor, -1
-        os.close(descriptor)
-        return digest
+
+    def publish(self) -> None:
+        """Give the file its name. If this raises an error of the file system, there is none of that name from here."""
+        directory = -1
+        try:
+            if self.sync:
+                os.fsync(self.descriptor)
+                # Opened and tried beforehand: what this file system cannot do is said while nothing has changed.
+                directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._sync_directory(directory)
+            self._rename()
+            self.published = True
+            if self.durable:
+                try:
+                    self._sync_directory(directory)
+                except OSError as error:
+                    self.durable = False
+                    # The file is there. A warning that is an error must not say otherwise.
+                    with contextlib.suppress(RuntimeWarning):
+                        warnings.warn(
+                            f"{self.path} is written, but its directory could not be synced ({error.strerror}): a "
+                            "power cut may take it back", RuntimeWarning, stacklevel=4,
+                        )  # fmt: skip
+        except OSError as error:
+            if isinstance(error, FileExistsError):
+                raise FileExistsError(
+                    errno.EEXIST,
+                    "a file of this name was written meanwhile (pass replace=True, or another name)",
+                    self.path,
+                ) from None
+            raise OSError(error.errno, os.strerror(error.errno or errno.EIO), self.path) from None
+        finally:
+            if directory >= 0:
+                os.close(directory)
 
     def close(self) -> None:
-        """Remove what was not committed; does nothing after a commit or a second time."""
-        if self.descriptor < 0:
+        """Remove what was not published; does nothing a second time."""
+        if self.closed:
             return
-        # Between the two renames of a commit the part file IS the snapshot's data.
-        try:
-            committed = read(self.path)[0].id == self.id
-        except (SnapshotError, OSError):
-            committed = False
-        if not committed:
-            _remove(self.part)
+        # A child by fork has a copy of this object, and leaves the file to its parent.
+        # After an interrupt in the middle of a rename the part file is simply not there any more.
+        if not self.published and self.owner == os.getpid():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.part)
+        self.closed = True
         descriptor, self.descriptor = self.descriptor, -1
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        """Remove what an interrupt kept :meth:`close` from removing."""
+        with contextlib.suppress(OSError):
+            self.close()
 
     def __enter__(self) -> Self:
         """Return the staged file."""
@@ -170,5 +304,5 @@ class Staged:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove what was not committed."""
+        """Remove what was not published."""
         self.close()

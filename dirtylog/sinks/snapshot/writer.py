@@ -2,93 +2,181 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from dirtylog._bits.copying import gather
-from dirtylog._bits.flat import flat_bytes
-from dirtylog._bits.pages import DirtyPages, check_geometry
-from dirtylog._core import zero_pages
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
-from dirtylog.sinks.snapshot import sidecar as sidecars
-from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, describe
-from dirtylog.sinks.snapshot.sidecar import Sidecar, SnapshotError, hasher
-from dirtylog.sinks.snapshot.staged import Staged, finish
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.chain import Info, Layer, Link, Progress, StrPath, checked_path, describe, follow, settled
+from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
+from dirtylog.sinks.snapshot.space import Space
+from dirtylog.sinks.snapshot.staged import Staged
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["save", "save_diff"]
+__all__ = ["How", "Source", "Vouched", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
+
+# Chains up to this length are looked through to the base before each diff; longer ones once in so many diffs that the
+# cost of each stays the same.
+CHECKED_LINKS = 1024
+
+
+class Source(Protocol):
+    """What a snapshot is made of: a page space that can be read by extents."""
+
+    page_size: int
+    nbytes: int
+    npages: int
+    named: bool
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return what the footer says of the regions."""
+
+    def gather(self, extents: npt.NDArray[np.int64], packed: memoryview) -> None:
+        """Copy extents one after the other into `packed`."""
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class How:
     """The options that all writers share."""
 
     epoch: int | None
     digest: str
     sync: bool
     replace: bool
+    mode: int | None
+    state: object
     progress: Progress | None
 
 
-def _check_target(path: str, how: _How) -> None:
+# Snapshots whose writer was interrupted after they had got their names: the call raised, the epoch was rolled back, and
+# the file is there. Writing that name again is the retry, and replaces it.
+_unfinished: dict[str, str] = {}
+
+
+def _interrupted(path: str) -> bool:
+    if path not in _unfinished:
+        return False
+    try:
+        with Layer(path) as layer:
+            return layer.footer.id == _unfinished[path]
+    except (SnapshotError, OSError):
+        return False
+
+
+def check_target(path: str, how: How) -> None:
+    """Refuse a target or options that will not do, before anything is written."""
     hasher(how.digest)
     if how.epoch is not None and not 0 <= how.epoch < 1 << 63:
         raise ValueError(f"epoch is {how.epoch}; it must be between 0 and 2**63 - 1")
-    if not how.replace and (os.path.lexists(path) or os.path.lexists(path + sidecars.SUFFIX)):
-        raise FileExistsError(17, "a snapshot is not overwritten, for its diffs would lose their parent "
+    if how.mode is not None and not 0o400 <= how.mode <= 0o777:
+        raise ValueError(f"mode is {how.mode:#o}; it must be permissions from 0o400 to 0o777")
+    if not how.replace and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "a snapshot is not overwritten, for its diffs would lose their parent "
                               "(pass replace=True, or another name)", path)  # fmt: skip
+    if how.replace and os.path.lexists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file; only a file can be replaced")
 
 
-def _save(path: str, view: memoryview, pages: DirtyPages, parent: tuple[str, str] | None, how: _How) -> Info:
-    if pages.npages > sidecars.MAX_PAGES:
-        raise ValueError(f"the memory has {pages.npages} pages; a snapshot has at most {sidecars.MAX_PAGES}")
-    _check_target(path, how)
-    finish(path)
-    packed = PackedExtents(pages, view.nbytes)
+def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes], state: bytes) -> tuple[str, int]:
+    """Write the footer and publish the file; return its digest and what it takes on disk.
+
+    Raises
+    ------
+    ValueError
+        It would be larger than what is read.
+    """
+    header = footers.header_text(footer)
+    if len(header) > footers.MAX_HEADER_BYTES:
+        raise ValueError(f"the arrays' names and types take {len(header)} bytes; {footers.MAX_HEADER_BYTES} are read")
+    _, held = footers.held_pages(pages)
+    sections = [header, held, b"".join(chunks), state]
+    length = sum(map(len, sections))
+    if length > footers.MAX_FOOTER_BYTES:
+        raise ValueError(
+            f"the set of {footer.count} pages and its digests take {length} bytes; {footers.MAX_FOOTER_BYTES} are read"
+        )
+    offset = footers.footer_offset(footer.nbytes)
+    trailer, digest = footers.trailer(offset, len(header), sections)
+    staged.write(b"".join([*sections, trailer]), offset)
+    allocated = os.fstat(staged.descriptor).st_blocks * 512
+    staged.publish()
+    return digest, allocated
+
+
+def write(
+    path: str,
+    source: Source,
+    pages: DirtyPages,
+    parent: tuple[str, str] | None,
+    how: How,
+    vouch: Callable[[], object] = lambda: None,
+) -> Info:
+    """Write the pages of a source as a snapshot; `vouch` is called before it gets its name, and may refuse."""
+    replace = how.replace or _interrupted(path)
+    how = How(how.epoch, how.digest, how.sync, replace, how.mode, how.state, how.progress)
+    check_target(path, how)
+    state = footers.encode_state(how.state)
+    packed = PackedExtents(pages, source.nbytes)
     digest = hasher(how.digest)
     staging = memoryview(bytearray(min(WINDOW, packed.total)))
     chunks = []
-    with Staged(path, view.nbytes, sync=how.sync) as staged:
+    identity = secrets.token_hex(16)
+    with Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode) as staged:
         for begin, end, extents in packed.windows():
             # Copied once, digested and written from the copy: the memory may change all the while.
             part = staging[: end - begin]
-            gather(view, extents, part)
+            source.gather(extents, part)
             chunks.append(digest(part))
             write_extents(staged.descriptor, part, extents, packed=True, name=path)
             if how.progress is not None:
                 how.progress(end, packed.total)
-        allocated = os.fstat(staged.descriptor).st_blocks * 512
-        sidecar = Sidecar(
-            id=staged.id,
+        footer = Footer(
+            id=identity,
             kind="full" if parent is None else "diff",
             page_size=pages.page_size,
-            nbytes=view.nbytes,
+            nbytes=source.nbytes,
             count=pages.count,
+            rows=len(packed.extents),
             exact=pages.exact,
-            bitmap=sidecars.pack_pages(pages),
             parent=parent and parent[0],
             parent_digest=parent and parent[1],
             holds=None,
             epoch=how.epoch,
             algorithm=how.digest,
-            chunks=tuple(chunks),
+            named=source.named,
+            regions=source.rows(),
+            state=len(state),
         )
-        return describe(path, sidecar, staged.commit(sidecar), allocated)
+        vouch()
+        _unfinished[path] = identity
+        own, allocated = seal(staged, footer, pages, chunks, state)
+        info = describe(path, footer, own, allocated, how.state, durable=staged.durable)
+    _unfinished.pop(path, None)
+    return info
 
 
 def save(
     path: StrPath,
-    memory: Memory,
+    memory: Memory | Mapping[str, Memory],
     *,
+    state: object = None,
     page_size: int = 4096,
     epoch: int | None = None,
     digest: str = "xxh3_128",
     sync: bool = True,
     replace: bool = False,
+    mode: int | None = None,
     progress: Progress | None = None,
 ) -> Info:
     """Write a full snapshot of memory; pages that are zero become holes.
@@ -96,19 +184,24 @@ def save(
     Parameters
     ----------
     path : str or path
-        The data file; the sidecar is ``path + ".json"``.
-    memory : buffer
-        C-contiguous memory of any size; the last page may be partial.
+        The file.
+    memory : array, buffer, or mapping of str to them
+        Contiguous memory of any size; the last page may be partial. Several arrays by name are one page space: each
+        begins at a page boundary, in the mapping's order.
+    state : object, optional
+        What else belongs to this moment: dicts, lists, text, numbers and bytes. At most 16 MiB.
     page_size : int
-        In bytes.
+        In bytes, a power of two from 512.
     epoch : int, optional
-        Number to note in the sidecar.
+        Number to note.
     digest : str
         ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``.
     sync : bool
         Survive a power cut (fsync). Without, only the end of this process.
     replace : bool
         Take the place of a snapshot of that name. Its diffs cannot be restored any more.
+    mode : int, optional
+        Permissions of the file. By default 0600, for memory may hold secrets, or those of the file it replaces.
     progress : callable, optional
         Called with the bytes written and the bytes to write, once a MiB.
 
@@ -121,7 +214,7 @@ def save(
     OSError
         FileExistsError without `replace`; or the disk is full, ... What was there before is there still.
     ValueError, TypeError
-        `memory` is no C-contiguous buffer, or the name will not do.
+        `memory` is no contiguous buffer, `state` cannot be written, or the name will not do.
 
     Notes
     -----
@@ -141,35 +234,157 @@ def save(
     ...     bool((restore(directory + "/diff") == memory).all()), base.count, diff.count
     (True, 1, 1)
     """
-    view = flat_bytes(memory)
-    _, page_size = check_geometry(0, page_size)
-    zeros = zero_pages(view, page_size)
-    held = DirtyPages._all(zeros.npages, page_size, exact=True) - zeros
-    return _save(checked_path(path), view, held, None, _How(epoch, digest, sync, replace, progress))
+    name = checked_path(path)
+    how = How(epoch, digest, sync, replace, mode, state, progress)
+    space = Space(memory, page_size)
+    return write(name, space, space.nonzero(), None, how)
+
+
+@dataclass(slots=True)
+class Vouched:
+    """Ancestors of the diff that this process wrote last, and when they were last looked through."""
+
+    digest: str
+    links: list[Link]
+    age: int
+
+
+# By the parent's digest. A chain grows at its end, so one entry for each chain that is being written is enough.
+_vouched: dict[str, Vouched] = {}
+MAX_VOUCHED = 16
+
+
+def _still_there(links: Sequence[Link]) -> bool:
+    for link in links:
+        try:
+            with open(link.path, "rb", buffering=0) as file:
+                size = file.seek(-footers.TRAILER.size, os.SEEK_END)
+                raw = file.read(footers.TRAILER.size)
+        except OSError:
+            return False
+        fields = footers.TRAILER.unpack(raw) if len(raw) == footers.TRAILER.size else None
+        if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != size:
+            return False
+    return True
+
+
+def _ancestors(path: str, search: Sequence[str]) -> tuple[list[Link], Footer]:
+    """Return the chain of a parent, after a look at every file of it that is as good as one from the start."""
+    with Layer(path) as layer:
+        footer, digest, total = layer.footer, layer.place.digest, layer.total
+    known = _vouched.get(footer.parent_digest or "")
+    if known is not None and known.links[-1].path == os.path.join(os.path.dirname(path), footer.parent or ""):
+        # The parent is new, what lies above it was followed before.
+        links = [*known.links, Link(path, digest, footer.id, total, footer.epoch)]
+        age = known.age + 1
+    else:
+        known = _vouched.get(digest)
+        if known is None or known.links[-1].path != path:
+            links, tip = settled(lambda: follow(path, search))
+            _remember(Vouched(links[-1].digest, links, 0))
+            return links, tip
+        links, age = known.links, known.age + 1
+    # Nothing of the parent itself is taken on trust; of its ancestors the trailers tell whether they are the same.
+    far = len(links) - 1 > CHECKED_LINKS and age * CHECKED_LINKS < len(links)
+    if not _still_there(links[-CHECKED_LINKS - 1 : -1] if far else links[:-1]):
+        links, tip = settled(lambda: follow(path, search))
+        _remember(Vouched(links[-1].digest, links, 0))
+        return links, tip
+    _remember(Vouched(digest, links, age if far else 0))
+    return links, footer
+
+
+def _remember(vouched: Vouched) -> None:
+    if len(vouched.links) > 1:
+        _vouched.pop(vouched.links[-2].digest, None)
+    _vouched.pop(vouched.digest, None)
+    while len(_vouched) >= MAX_VOUCHED:
+        _vouched.pop(next(iter(_vouched)))
+    _vouched[vouched.digest] = vouched
+
+
+def parent_link(
+    name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath]
+) -> tuple[tuple[str, str], Callable[[], None]]:
+    """Check that a diff of `source` over `parent` could be restored; return how it names its parent, and a last check.
+
+    Raises
+    ------
+    SnapshotError
+        A file of the parent's chain is missing or damaged, or the parent is of another geometry.
+    ValueError
+        The parent is elsewhere, is the target, or has the target among its ancestors; the epoch is not later.
+    """
+    parent_path = checked_path(parent)
+    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    if name == parent_path:
+        raise ValueError(f"{name!r} cannot be its own parent; give the diff another name")
+    around = [os.path.dirname(path) for path in (name, parent_path)]
+    if around[1] not in directories and not os.path.samefile(*around):
+        raise ValueError(
+            f"the parent is in {around[1]!r}; it must be in the diff's directory {around[0]!r}, or pass its directory "
+            "as search=, here and whenever the diff is restored"
+        )
+    links, footer = _ancestors(parent_path, directories)
+    if (footer.nbytes, footer.page_size) != (source.nbytes, source.page_size):
+        raise SnapshotError(
+            f"{parent_path}: the parent has {footer.nbytes} bytes in pages of {footer.page_size}; the memory has "
+            f"{source.nbytes} in pages of {source.page_size}"
+        )
+    theirs = [(row[0], row[4], row[5]) for row in footer.regions]
+    if theirs != [(row[0], row[4], row[5]) for row in source.rows()]:
+        raise SnapshotError(
+            f"{parent_path}: the parent has the arrays {[row[0] for row in theirs]} of {[row[2] for row in theirs]} "
+            f"bytes; the memory has {[row[0] for row in source.rows()]} of {[row[5] for row in source.rows()]}"
+        )
+    if how.replace and os.path.exists(name):
+        for link in links:
+            if os.path.exists(link.path) and os.path.samefile(link.path, name):
+                raise ValueError(
+                    f"{name!r} is an ancestor of its parent {parent_path!r}; replacing it would destroy the chain: "
+                    "give the diff another name"
+                )
+    if how.epoch is not None and footer.epoch is not None and how.epoch <= footer.epoch:
+        raise ValueError(
+            f"epoch is {how.epoch}; the parent {parent_path!r} is of epoch {footer.epoch}, and a diff must be later"
+        )
+
+    def vouch() -> None:
+        # The parent may have been replaced while the pages were copied.
+        if not _still_there(links[-1:]):
+            raise SnapshotError(f"{parent_path}: the parent was replaced or removed while its diff was written")
+
+    return (os.path.basename(parent_path), links[-1].digest), vouch
 
 
 def save_diff(
     path: StrPath,
-    memory: Memory,
-    pages: DirtyPages,
+    memory: Memory | Mapping[str, Memory],
+    pages: DirtyPages | Mapping[str, DirtyPages],
     *,
     parent: StrPath,
+    state: object = None,
     epoch: int | None = None,
     digest: str = "xxh3_128",
     sync: bool = True,
     replace: bool = False,
+    mode: int | None = None,
+    search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
     """Write the pages that changed since `parent`; the others become holes.
 
     Parameters
     ----------
-    path, memory, epoch, digest, sync, replace, progress
-        As for :func:`save`. `memory` is all of it, not only what changed.
-    pages : DirtyPages
-        What to write; more than changed is fine, less is not.
+    path, memory, state, epoch, digest, sync, replace, mode, progress
+        As for :func:`save`. `memory` is all of it, not only what changed; arrays by name are those of the parent. An
+        `epoch` is later than the parent's, where both are noted.
+    pages : DirtyPages, or mapping of str to DirtyPages
+        What to write; more than changed is fine, less is not. Pages of the whole page space, or of each array.
     parent : str or path
-        The snapshot, full or diff, that the pages are dirty against; in the same directory.
+        The snapshot, full or diff, that the pages are dirty against; in the same directory, or in one of `search`.
+    search : sequence of str or path
+        Directories to look for ancestors in, after each file's own.
 
     Returns
     -------
@@ -178,36 +393,26 @@ def save_diff(
     Raises
     ------
     SnapshotError
-        The parent is missing or damaged, or of another geometry.
+        The parent or one of its ancestors is missing or damaged, or of another geometry.
     ValueError
-        `pages` does not describe `memory`, or the parent is elsewhere.
+        `pages` does not describe `memory`; the parent is elsewhere; the target is an ancestor of its parent.
     OSError
         As for :func:`save`.
 
     Notes
     -----
-    O(dirty). Raises before the epoch is committed if called inside ``with observer.collect() as epoch``, so a failure
-    leaves the pages dirty for the next try. Clear before copy (I3) holds there because collecting has cleared.
+    O(dirty + chain): before anything is written, the chain is looked through to its base, sizes and footers, for a
+    diff that cannot be restored would be no snapshot. Raises before the epoch is committed if called inside
+    ``with observer.collect() as epoch``, so a failure leaves the pages dirty for the next try. Clear before copy (I3)
+    holds there because collecting has cleared. If an interrupt (Ctrl-C) arrives just after the file has got its name,
+    the call raises all the same; the same call again then replaces that file.
     """
-    view = flat_bytes(memory)
-    name, parent_path = checked_path(path), checked_path(parent)
-    if not isinstance(pages, DirtyPages):
-        raise TypeError(f"pages is {type(pages).__name__}; DirtyPages are needed")
-    if pages.npages != -(-view.nbytes // pages.page_size):
-        raise ValueError(
-            f"pages has {pages.npages} pages of {pages.page_size} bytes; the memory of {view.nbytes} bytes has "
-            f"{-(-view.nbytes // pages.page_size)}"
-        )
-    directories = [os.path.dirname(p) or "." for p in (name, parent_path)]
-    if not os.path.samefile(*directories):
-        raise ValueError(f"the parent is in {directories[1]!r}; it must be in the diff's directory {directories[0]!r}")
-    if os.path.basename(name) == os.path.basename(parent_path):
-        raise ValueError(f"{name!r} cannot be its own parent; give the diff another name")
-    above, parent_digest = sidecars.read(parent_path)
-    if (above.nbytes, above.page_size) != (view.nbytes, pages.page_size):
-        raise SnapshotError(
-            f"{parent_path}: the parent has {above.nbytes} bytes in pages of {above.page_size}; the memory has "
-            f"{view.nbytes} in pages of {pages.page_size}"
-        )
-    link = (os.path.basename(parent_path), parent_digest)
-    return _save(name, view, pages, link, _How(epoch, digest, sync, replace, progress))
+    name = checked_path(path)
+    how = How(epoch, digest, sync, replace, mode, state, progress)
+    first = next(iter(pages.values()), None) if isinstance(pages, Mapping) else pages
+    if not isinstance(first, DirtyPages):
+        raise TypeError(f"pages is {type(first).__name__}; DirtyPages are needed")
+    space = Space(memory, first.page_size)
+    held = space.pages(pages)
+    link, vouch = parent_link(name, parent, space, how, search)
+    return write(name, space, held, link, how, vouch)

@@ -1,0 +1,266 @@
+"""The page space of a snapshot: one array, or several by name, each beginning at a page boundary.
+
+Page ``i`` is bytes ``[i * page_size, (i + 1) * page_size)`` of the space (I9). Between the end of an array and the next
+page boundary there is nothing, which reads as zeros.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.copying import gather, scatter
+from dirtylog._bits.flat import array_of, flat_bytes
+from dirtylog._bits.pages import DirtyPages, check_geometry
+from dirtylog._core import zero_pages
+from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+__all__ = ["Space", "arrays_of", "blank"]
+
+# The name of the only region of memory that was given without one.
+NAMELESS = ""
+
+
+def _tuples(kind: Any) -> Any:
+    """Turn what JSON made of a structured type's description back into tuples."""
+    if isinstance(kind, list):
+        return [tuple(_field(part) for part in field) for field in kind]
+    return kind
+
+
+def _field(part: Any) -> Any:
+    if isinstance(part, list) and part and all(isinstance(each, list) for each in part):
+        return _tuples(part)
+    return tuple(part) if isinstance(part, list) else part
+
+
+def _order(array: npt.NDArray[Any]) -> str | tuple[int, ...]:
+    """Name the order of an array in memory, which is what pages are made of (I9): C, F, or the axes, widest first."""
+    if array.flags.c_contiguous:
+        return "C"
+    if array.flags.f_contiguous:
+        return "F"
+    return tuple(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
+
+
+def _dtype(kind: Any) -> np.dtype[Any]:
+    return np.lib.format.descr_to_dtype(_tuples(kind))
+
+
+class Region:
+    """One array of a page space.
+
+    Parameters
+    ----------
+    name : str
+        Its name; empty where memory was given without one.
+    memory : buffer
+        The array, or any contiguous buffer.
+    start : int
+        Where it begins in the page space, in bytes.
+    writable : bool
+        Whether it is to be written.
+    """
+
+    __slots__ = ("end", "kind", "name", "nbytes", "order", "shape", "start", "view")
+
+    def __init__(self, name: str, memory: Memory, start: int, *, writable: bool) -> None:
+        what = f"memory {name!r}" if name else "out" if writable else "memory"
+        self.view = flat_bytes(memory, writable=writable, what=what)
+        array = array_of(memory, what)
+        self.kind: Any = "|u1"
+        self.order: str | tuple[int, ...] = "C"
+        self.shape: tuple[int, ...] = (self.view.nbytes,)
+        # A buffer that is no array comes without a type: bytes.
+        if array.dtype.kind != "V" or array.dtype.names is not None or isinstance(memory, np.ndarray):
+            self.kind = np.lib.format.dtype_to_descr(array.dtype)
+            self.shape = array.shape
+            self.order = _order(array)
+        self.name = name
+        self.nbytes: int = self.view.nbytes
+        self.start = start
+        self.end: int = start + self.nbytes
+
+    def row(self) -> Row:
+        """Return what the footer says of it."""
+        return (self.name, self.kind, self.shape, self.order, self.start, self.nbytes)
+
+
+class Space:
+    """Several arrays, or one, as one page space.
+
+    Parameters
+    ----------
+    memory : buffer or mapping of str to buffer
+        The arrays.
+    page_size : int
+        In bytes.
+    writable : bool
+        Whether they are to be written.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One of them is no contiguous buffer, or a name will not do.
+    """
+
+    def __init__(self, memory: Memory | Mapping[str, Memory], page_size: int, *, writable: bool = False) -> None:
+        _, page_size = check_geometry(0, page_size)
+        if not footers.MIN_PAGE_SIZE <= page_size <= footers.MAX_PAGE_SIZE:
+            raise ValueError(
+                f"page_size is {page_size}; a snapshot has pages of {footers.MIN_PAGE_SIZE} to "
+                f"{footers.MAX_PAGE_SIZE} bytes"
+            )
+        self.page_size: int = page_size
+        self.named: bool = isinstance(memory, Mapping)
+        self.regions: list[Region] = []
+        at = 0
+        items: Any = memory.items() if isinstance(memory, Mapping) else [(NAMELESS, memory)]
+        for name, each in items:
+            if self.named and not (isinstance(name, str) and 0 < len(name) <= footers.MAX_NAME and name.isprintable()):
+                raise ValueError(
+                    f"the name {name!r:.80} will not do for memory: it must be a str of 1 to {footers.MAX_NAME} "
+                    "printable characters"
+                )
+            region = Region(name, each, -(-at // page_size) * page_size, writable=writable)
+            self.regions.append(region)
+            at = region.end
+        if not 0 < len(self.regions) <= footers.MAX_REGIONS:
+            raise ValueError(f"memory has {len(self.regions)} arrays; a snapshot has 1 to {footers.MAX_REGIONS}")
+        self.nbytes: int = at
+        self.npages: int = -(-at // page_size)
+        if self.npages > footers.MAX_PAGES:
+            raise ValueError(f"the memory has {self.npages} pages; a snapshot has at most {footers.MAX_PAGES}")
+        self._starts: list[int] = [region.start for region in self.regions]
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return what the footer says of the regions."""
+        return tuple(region.row() for region in self.regions)
+
+    def pages(self, pages: DirtyPages | Mapping[str, DirtyPages]) -> DirtyPages:
+        """Return pages of the space: as they are, or joined from the pages of each region.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They do not describe the memory.
+        """
+        if not isinstance(pages, Mapping):
+            if not isinstance(pages, DirtyPages):
+                raise TypeError(f"pages is {type(pages).__name__}; DirtyPages are needed")
+            if (pages.npages, pages.page_size) != (self.npages, self.page_size):
+                raise ValueError(
+                    f"pages has {pages.npages} pages of {pages.page_size} bytes; the memory of {self.nbytes} bytes has "
+                    f"{-(-self.nbytes // pages.page_size)}"
+                )
+            return pages
+        names = [region.name for region in self.regions]
+        if not self.named or set(pages) != set(names):
+            raise ValueError(f"pages has {sorted(pages)}; the memory has {names}: pages by name go with memory by name")
+        runs, exact = [], True
+        for region in self.regions:
+            part = pages[region.name]
+            own = -(-region.nbytes // self.page_size)
+            if not isinstance(part, DirtyPages):
+                raise TypeError(f"pages[{region.name!r}] is {type(part).__name__}; DirtyPages are needed")
+            if (part.npages, part.page_size) != (own, self.page_size):
+                raise ValueError(
+                    f"pages[{region.name!r}] has {part.npages} pages of {part.page_size} bytes; the array has {own} of "
+                    f"{self.page_size}"
+                )
+            runs.append(part.runs() + np.array([region.start // self.page_size, 0]))
+            exact = exact and part.exact
+        return DirtyPages.from_runs(np.concatenate(runs), self.npages, self.page_size, exact=exact)
+
+    def nonzero(self) -> DirtyPages:
+        """Return the pages that hold something."""
+        held = []
+        for region in self.regions:
+            zeros = zero_pages(region.view, self.page_size)
+            runs = (DirtyPages._all(zeros.npages, self.page_size, exact=True) - zeros).runs()
+            held.append(runs + np.array([region.start // self.page_size, 0]))
+        return DirtyPages.from_runs(np.concatenate(held), self.npages, self.page_size)
+
+    def _parts(self, extents: npt.NDArray[np.int64]) -> Iterator[tuple[Region, npt.NDArray[np.int64], int, int]]:
+        """Cut extents at the regions: region, its extents, where they lie in the packed stream, and zeros behind."""
+        begin, end = int(extents[0, 0]), int(extents[-1].sum())
+        at = 0
+        for index in range(bisect.bisect_right(self._starts, begin) - 1, bisect.bisect_left(self._starts, end)):
+            region = self.regions[index]
+            after = self._starts[index + 1] if index + 1 < len(self._starts) else region.end
+            first = int(np.searchsorted(extents.sum(axis=1), region.start, side="right"))
+            last = int(np.searchsorted(extents[:, 0], after, side="left"))
+            own = extents[first:last].copy()
+            if not len(own):
+                continue
+            stops = np.minimum(own.sum(axis=1), after)
+            own[:, 0] = np.maximum(own[:, 0], region.start)
+            padding = max(int(stops[-1]) - max(region.end, int(own[-1, 0])), 0)
+            own[:, 1] = np.minimum(stops, region.end) - own[:, 0]
+            own = own[own[:, 1] > 0]
+            own[:, 0] -= region.start
+            length = int(own[:, 1].sum())
+            yield region, own, at, padding
+            at += length + padding
+
+    def gather(self, extents: npt.NDArray[np.int64], packed: memoryview) -> None:
+        """Copy extents of the space one after the other into `packed`."""
+        if len(self.regions) == 1:
+            gather(self.regions[0].view, extents, packed)
+            return
+        for region, own, at, padding in self._parts(extents):
+            end = at + int(own[:, 1].sum())
+            gather(region.view, own, packed[at:end])
+            np.frombuffer(packed, np.uint8)[end : end + padding] = 0
+
+    def scatter(self, packed: memoryview, extents: npt.NDArray[np.int64]) -> None:
+        """Copy a packed buffer to extents of the space: the reverse of :meth:`gather`."""
+        if len(self.regions) == 1:
+            scatter(packed, extents, self.regions[0].view)
+            return
+        for region, own, at, _ in self._parts(extents):
+            scatter(packed[at : at + int(own[:, 1].sum())], own, region.view)
+
+    def clear(self) -> None:
+        """Fill with zeros."""
+        for region in self.regions:
+            np.frombuffer(region.view, np.uint8)[:] = 0
+
+
+def arrays_of(footer: Footer, memory: npt.NDArray[np.uint8], name: str) -> dict[str, Any]:
+    """Return the arrays of a snapshot, by name, as views of the bytes of its page space.
+
+    Raises
+    ------
+    SnapshotError
+        A type or a shape is none, or does not fit the bytes.
+    """
+    found: dict[str, Any] = {}
+    for region, kind, shape, order, start, length in footer.regions:
+        try:
+            dtype = _dtype(kind)
+            if dtype.hasobject or dtype.itemsize * math.prod(shape) != length:
+                raise ValueError(f"{dtype} of shape {shape} does not have {length} bytes")
+            if isinstance(order, str):
+                found[region] = np.ndarray(shape, dtype, memory, start, order="F" if order == "F" else "C")
+            else:
+                dense: Any = np.ndarray([shape[axis] for axis in order], dtype, memory, start)
+                found[region] = dense.transpose(np.argsort(order))
+        except (ValueError, TypeError, SyntaxError, RecursionError, KeyError, IndexError) as error:
+            raise SnapshotError(f"{name}: the array {region!r} cannot be used: {error}") from None
+    return found
+
+
+def blank(footer: Footer, name: str) -> tuple[Any, dict[str, Any]]:
+    """Return zeroed memory for a snapshot: what :func:`~dirtylog.sinks.snapshot.restore` answers, and it by names."""
+    arrays = arrays_of(footer, np.zeros(footer.nbytes, np.uint8), name)
+    return (arrays if footer.named else arrays[NAMELESS]), arrays

@@ -25,7 +25,7 @@ from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarn
 
 if TYPE_CHECKING:
     from dirtylog.log import DirtyLog, Epoch, Observer
-    from dirtylog.sources.memory import Tracker, empty, track, zeros
+    from dirtylog.sources.memory import Arena, Tracker, arena, empty, track, zeros
     from dirtylog.sources.process import Process, attach
     from dirtylog.sources.shared import SharedLog
     from dirtylog.vm.arch import Arch
@@ -40,6 +40,8 @@ _LAZY = {
     "Arch": "dirtylog.vm.arch",
     "track": "dirtylog.sources.memory",
     "Tracker": "dirtylog.sources.memory",
+    "Arena": "dirtylog.sources.memory",
+    "arena": "dirtylog.sources.memory",
     "empty": "dirtylog.sources.memory",
     "zeros": "dirtylog.sources.memory",
     "SharedLog": "dirtylog.sources.shared",
@@ -54,6 +56,7 @@ _LAZY = {
 __all__ = [
     "VM",
     "Arch",
+    "Arena",
     "BackendUnavailable",
     "DirtyBitmap",
     "DirtyLog",
@@ -65,6 +68,7 @@ __all__ = [
     "Process",
     "SharedLog",
     "Tracker",
+    "arena",
     "attach",
     "empty",
     "ffs",

@@ -326,7 +326,7 @@ PUBLIC = {
         "Vcpu",
         "probe",
     ],
-    "dirtylog.sources.memory": ["BACKENDS", "Tracker", "empty", "track", "zeros"],
+    "dirtylog.sources.memory": ["BACKENDS", "Arena", "Tracker", "arena", "empty", "track", "zeros"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.shared": ["SharedLog"],

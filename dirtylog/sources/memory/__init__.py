@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dirtylog._public import publish
+from dirtylog.sources.memory.arenas import Arena, arena
 from dirtylog.sources.memory.arrays import empty, zeros
 from dirtylog.sources.memory.tracker import BACKENDS, Tracker, track
 
-__all__ = ["BACKENDS", "Tracker", "empty", "track", "zeros"]
+__all__ = ["BACKENDS", "Arena", "Tracker", "arena", "empty", "track", "zeros"]
 
-publish("dirtylog", globals(), ["Tracker", "empty", "track", "zeros"])
+publish("dirtylog", globals(), ["Arena", "Tracker", "arena", "empty", "track", "zeros"])

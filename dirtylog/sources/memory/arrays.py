@@ -27,6 +27,17 @@ def _shape(shape: SupportsIndex | Sequence[SupportsIndex]) -> tuple[int, ...]:
     return sizes
 
 
+def shape_and_dtype(
+    shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike
+) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Return the shape, the dtype and the bytes of an array of ours; ValueError where there can be none."""
+    sizes = _shape(shape)
+    kind = np.dtype(dtype)
+    if kind.hasobject:
+        raise ValueError(f"dtype {kind} holds Python objects, which mean nothing as bytes; use numpy.empty for them")
+    return sizes, kind, math.prod(sizes) * kind.itemsize
+
+
 def empty(shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike = float) -> np.ndarray[Any, Any]:
     """Make an array whose memory starts on a page of its own.
 
@@ -64,11 +75,7 @@ def empty(shape: SupportsIndex | Sequence[SupportsIndex], dtype: DTypeLike = flo
     >>> a.ctypes.data % 4096, a.flags.c_contiguous
     (0, True)
     """
-    sizes = _shape(shape)
-    kind = np.dtype(dtype)
-    if kind.hasobject:
-        raise ValueError(f"dtype {kind} holds Python objects, which mean nothing as bytes; use numpy.empty for them")
-    nbytes = math.prod(sizes) * kind.itemsize
+    sizes, kind, nbytes = shape_and_dtype(shape, dtype)
     if nbytes == 0:
         return np.empty(sizes, kind)
     huge = nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
+from dirtylog._log.account import Account, Leaving
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 
 if TYPE_CHECKING:
@@ -38,19 +37,13 @@ class Observer:
     def __init__(self, log: DirtyLog, name: str, pending: DirtyBitmap) -> None:
         self.name = name
         self._log = log
-        # All that follows is guarded by the log's lock.
-        self._pending = pending
-        self._exact = True
-        self._committed = 0
-        self._held: DirtyPages | None = None
-        self._holder: weakref.ref[Epoch] | None = None
-        # The twin of Attachment._in_doubt: set while bits are in no safe place.
-        self._in_doubt = False
+        # Changed under the log's lock, in steps that nothing divides.
+        self._account = Account(pending)
         self._closed = False
 
     def __repr__(self) -> str:
         """Name it, and say how far it is."""
-        return f"<Observer {self.name!r}: {'closed' if self._closed else f'{self._committed} epochs'}>"
+        return f"<Observer {self.name!r}: {'closed' if self._closed else f'{self._account.committed} epochs'}>"
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -79,6 +72,12 @@ class Observer:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The epoch that it holds: entered, and neither committed nor rolled back. None where there is none."""
+        held: Epoch | None = self._account.holder
+        return held
 
     def collect(self) -> Epoch:
         """Return an epoch to enter: ``with observer.collect() as epoch:``.
@@ -127,7 +126,7 @@ class Observer:
                 raise IndexError(f"pages speaks of {pages.npages} pages and the log has {self._log.npages}")
             if pages.page_size != self._log.page_size:
                 raise ValueError(f"pages are of {pages.page_size} bytes and the log has {self._log.page_size}")
-            self._add(pages, 0)
+            self._fitting().add(pages)
 
     def close(self) -> None:
         """Leave the log: nothing is kept for this observer any more.
@@ -138,73 +137,55 @@ class Observer:
             self._closed = True
             if self in self._log._observers:
                 self._log._observers.remove(self)
-            self._pending = DirtyBitmap(0, self._log.page_size)
-            self._held = self._holder = None
+            self._account = Account(DirtyBitmap(0, self._log.page_size))
 
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError(f"observer {self.name!r} is closed; make another with DirtyLog.observer")
 
-    def _add(self, pages: DirtyPages, first_page: int) -> None:
-        """Make `pages` pending, under the log's lock."""
-        # The flag first: pages that are too many are noticed as such, whatever breaks.
-        self._exact = self._exact and pages.exact
-        if pages:
-            self._pending.merge(pages, first_page)
+    def _fitting(self) -> Account:
+        """Return the account, as large as the log; under the log's lock."""
+        npages, page_size = self._log.npages, self._log.page_size
+        if not self._closed and (self._account.npages, self._account.page_size) != (npages, page_size):
+            self._account.adopt(DirtyBitmap(npages, page_size))
+        return self._account
 
     def _begin(self, epoch: Epoch) -> list[str]:
         """Harvest everything and take what is this observer's; return what there is to warn of."""
         log = self._log
         with log._lock:
             self._check_open()
-            if self._holder is not None and self._holder() is not None:
-                raise DirtyLogError(
-                    f"observer {self.name!r} holds epoch {self._committed + 1} already; "
-                    "leave its block first, or make another observer"
-                )
-            self._restore()
-            self._holder = weakref.ref(epoch)
+            self._check_free()
             log._gather()
-            if self._in_doubt:
-                self._exact = False
-                self._pending.fill()
-                log._unsaid.append(f"a collect of observer {self.name!r} was interrupted: all pages are reported")
-            self._in_doubt = True
-            pages = self._pending.harvest()
-            if not self._exact:
-                pages |= DirtyPages.from_runs([], pages.npages, pages.page_size, exact=False)
-            self._held = epoch._pages = pages
-            epoch._number = self._committed + 1
-            self._exact = True
-            self._in_doubt = False
+            # What a signal handler has done meanwhile counts.
+            self._check_open()
+            number = self._account.committed + 1
+            pages = self._fitting().open(epoch)
+            if pages is None:
+                self._check_free()
+                raise DirtyLogError(f"observer {self.name!r} was used by a signal handler meanwhile; collect again")
+            epoch._number, epoch._pages = number, pages
             unsaid, log._unsaid = log._unsaid, []
             return unsaid
 
-    def _end(self, epoch: Epoch, delivered: bool) -> None:
-        """Commit or roll back; an epoch that is not (or no longer) the held one changes nothing."""
-        with self._log._lock:
-            if self._holder is None or self._holder() is not epoch:
-                return
-            if delivered:
-                self._committed = epoch.number
-                self._held = self._holder = None
-            else:
-                self._restore()
-
-    def _restore(self) -> None:
-        """Make what is held pending again: of an epoch that failed, or of one that was dropped in mid-air."""
-        if self._held is not None:
-            self._add(self._held, 0)
-        self._held = self._holder = None
+    def _check_free(self) -> None:
+        if self._account.holder is not None:
+            raise DirtyLogError(
+                f"observer {self.name!r} holds epoch {self._account.committed + 1} already; leave its block first, "
+                "or end it by commit() or rollback() (it is the observer's `epoch`), or make another observer"
+            )
 
 
-class Epoch:
+class Epoch(Leaving):
     """What one observer collected at one moment; a context manager, entered once.
 
     Notes
     -----
     Rolled back, too, where the object is dropped without leaving its block: the
     next collect of the observer finds that and reports the pages again.
+
+    If you cannot hold a ``with`` block, call `commit` or `rollback` yourself after
+    `__enter__`.
     """
 
     __module__ = "dirtylog"
@@ -274,12 +255,43 @@ class Epoch:
             for message in self._observer._begin(self):
                 warnings.warn(message, IncompleteLogWarning, stacklevel=2)
         except BaseException:
-            self._observer._end(self, delivered=False)
+            self._leave(False)
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Commit where the block ended normally, roll back where it ended by an exception."""
-        self._observer._end(self, delivered=kind is None)
+    def commit(self) -> None:
+        """End the epoch: its pages are delivered, and no later one has them unless they are written again.
+
+        Raises
+        ------
+        DirtyLogError
+            It is not entered, or not held any more: committed, rolled back, or its
+            observer closed.
+
+        Notes
+        -----
+        For whoever cannot hold a ``with`` block, and from within one: the end of the
+        block then changes nothing. Thread-safe.
+        """
+        self._check_held()
+        self._leave(True)
+
+    def rollback(self) -> None:
+        """End the epoch: its pages are pending again, and the next one has them.
+
+        Raises
+        ------
+        DirtyLogError
+            As for :meth:`commit`.
+
+        Notes
+        -----
+        The way out where an interrupt left an epoch open: ``observer.epoch.rollback()``.
+        Thread-safe.
+        """
+        self._check_held()
+        self._leave(False)
+
+    def _check_held(self) -> None:
+        if self._observer._account.holder is not self:
+            raise DirtyLogError(f"{self} is not open; it is committed or rolled back once, after it was entered")

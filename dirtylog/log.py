@@ -12,8 +12,9 @@ from typing import Protocol, SupportsIndex
 
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
+from dirtylog._log.account import Share
 from dirtylog.epochs import Epoch, Observer
-from dirtylog.errors import DirtyLogError, IncompleteLogWarning
+from dirtylog.errors import IncompleteLogWarning
 
 __all__ = ["Attachment", "DirtyLog", "Epoch", "Observer", "Source"]
 
@@ -24,7 +25,9 @@ _logs: weakref.WeakSet[DirtyLog] = weakref.WeakSet()
 def _after_fork_in_child() -> None:
     # A thread that held the lock is in the other process. What it left half-done says so: it is in doubt.
     for log in list(_logs):
-        log._lock = threading.Lock()
+        log._lock = threading.RLock()
+        for attachment in log._sources:
+            attachment._share.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
@@ -61,17 +64,14 @@ class Attachment:
         Its length, in pages.
     """
 
-    __slots__ = ("_in_doubt", "first_page", "name", "npages", "source")
+    __slots__ = ("_share", "first_page", "name", "npages", "source")
 
     def __init__(self, source: Source, name: str, first_page: int, npages: int) -> None:
         self.source: Source = source
         self.name: str = name
         self.first_page: int = first_page
         self.npages: int = npages
-        # True from before a harvest until every observer has its pages. Whatever
-        # breaks in between, an asynchronous KeyboardInterrupt too, leaves it set,
-        # and nobody knows which bits are gone: then every page counts as dirty (I6).
-        self._in_doubt = False
+        self._share = Share()
 
     def __repr__(self) -> str:
         """Name the source and its range."""
@@ -79,34 +79,21 @@ class Attachment:
 
     def _harvest(self, observers: list[Observer]) -> str:
         """Give every observer what the source reports, under the log's lock; return what there is to warn of."""
-        warning = ""
-        if self._in_doubt:
-            self._report_everything(observers)
-            warning = f"a harvest of {self.name!r} failed earlier: all its {self.npages} pages are reported"
-        self._in_doubt = True
+        accounts = [observer._fitting() for observer in observers]
         try:
-            pages = self.source.harvest()
-            if pages.npages != self.npages:
-                raise DirtyLogError(
-                    f"it answered for {pages.npages} pages and was attached with {self.npages}; "
-                    "detach a source before it changes its size"
-                )
-            for observer in observers:
-                observer._add(pages, self.first_page)
+            everything = self._share.gather(self.source.harvest, accounts, self.first_page, self.npages)
         except BaseException as error:
             error.add_note(
                 f"source {self.name!r} failed in a collect: what other sources reported is kept, and all its "
                 f"{self.npages} pages will be reported by the next collect that succeeds; detach it to go on without"
             )
             raise
-        self._in_doubt = False
-        return warning
+        why = ("", "failed earlier", "is under way in the code that a signal handler interrupted")[everything]
+        return f"a harvest of {self.name!r} {why}: all its {self.npages} pages are reported" if everything else ""
 
     def _report_everything(self, observers: list[Observer]) -> None:
-        for observer in observers:
-            observer._exact = False
-            observer._pending.mark_range(self.first_page, self.npages)
-        self._in_doubt = False
+        accounts = [observer._fitting() for observer in observers]
+        self._share.report_everything(accounts, self.first_page, self.npages)
 
 
 class DirtyLog:
@@ -121,18 +108,24 @@ class DirtyLog:
     Thread-safe, while writers run. One lock guards the log: it is held while the
     sources are harvested and while the result is distributed, so a `collect`,
     `attach`, `detach` or `observer` waits until the harvests of another one are
-    done, and never for the body of another observer's ``with`` block. A source's
-    `harvest` must not call the log. A write that happened before a collect began
+    done, and never for the body of another observer's ``with`` block. A write that happened before a collect began
     is in that collect's epoch.
 
     A collect costs the harvests, plus O(dirty words) for each observer. Each
     observer keeps one bit a page.
 
+    A signal handler may collect, whatever it has interrupted: the last checkpoint
+    on SIGTERM. It does so with an observer of its own; one whose epoch was
+    interrupted holds it still, and says so. If the handler came in the middle of
+    a harvest, all pages of that source are reported, with ``exact=False``: what
+    the harvest had found was not in a safe place yet. The same holds for a
+    finalizer that closes an observer during a collect.
+
     The log does not own its sources: it closes none.
 
     The child of a fork has a log of its own, with what its sources are there. A
     source that was being harvested at the fork reports every page, not exact. An
-    epoch that another thread held stays held: make another observer.
+    epoch that another thread held stays held: end it by its `rollback`.
 
     Examples
     --------
@@ -151,27 +144,29 @@ class DirtyLog:
     __module__ = "dirtylog"
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: a signal handler, or a finalizer, may use the log in the middle of a collect of its own thread.
+        # It finds every step done or not begun (dirtylog/_log/account.pyx).
+        self._lock = threading.RLock()
         self._sources: list[Attachment] = []
         self._observers: list[Observer] = []
-        self._npages = 0
-        self._page_size = 0
+        # Pages, and bytes per page (0: no source has said): one attribute, so that it changes in one step.
+        self._geometry = (0, 0)
         self._unsaid: list[str] = []
         _logs.add(self)
 
     def __repr__(self) -> str:
         """Say how much there is."""
-        return f"<DirtyLog: {len(self._sources)} sources, {len(self._observers)} observers, {self._npages} pages>"
+        return f"<DirtyLog: {len(self._sources)} sources, {len(self._observers)} observers, {self.npages} pages>"
 
     @property
     def npages(self) -> int:
         """Pages of the page space: the end of the source that reached furthest, attached still or not."""
-        return self._npages
+        return self._geometry[0]
 
     @property
     def page_size(self) -> int:
         """Bytes of a page, which the first source decides; 4096 before there is one."""
-        return self._page_size or 4096
+        return self._geometry[1] or 4096
 
     @property
     def sources(self) -> tuple[Attachment, ...]:
@@ -230,9 +225,9 @@ class DirtyLog:
         check_geometry(start + length, page_size)
         with self._lock:
             attachment = Attachment(source, name or self._free_name(source, start), start, length)
-            if self._page_size and page_size != self._page_size:
+            if self._geometry[1] and page_size != self._geometry[1]:
                 raise ValueError(
-                    f"{attachment.name!r} has pages of {page_size} bytes and the log has {self._page_size}; "
+                    f"{attachment.name!r} has pages of {page_size} bytes and the log has {self.page_size}; "
                     "use another log for it"
                 )
             for other in self._sources:
@@ -240,10 +235,10 @@ class DirtyLog:
                     raise ValueError(f"the source is attached already, as {other.name!r}; detach it first")
                 if other.name == attachment.name:
                     raise ValueError(f"there is a source {other.name!r} already; give this one a name of its own")
-            self._grow(max(self._npages, start + length), page_size)
+            self._grow(max(self.npages, start + length), page_size)
             if everything:
-                for observer in self._observers:
-                    observer._pending.mark_range(start, length)
+                for observer in list(self._observers):
+                    observer._fitting().add_range(start, length, True)
             self._sources.append(attachment)
         return attachment
 
@@ -321,11 +316,14 @@ class DirtyLog:
             raise TypeError(f"name is {name!r}; it must be a string")
         with self._lock:
             if any(other.name == name for other in self._observers):
-                raise ValueError(f"there is an observer {name!r} already; close it, or choose another name")
-            observer = Observer(self, name, DirtyBitmap(self._npages, self.page_size))
+                raise ValueError(
+                    f"there is an observer {name!r} already; close it (it is in the log's `observers`), "
+                    "or choose another name"
+                )
+            observer = Observer(self, name, DirtyBitmap(self.npages, self.page_size))
             if everything:
                 for source in self._sources:
-                    observer._pending.mark_range(source.first_page, source.npages)
+                    observer._account.add_range(source.first_page, source.npages, True)
             self._observers.append(observer)
         return observer
 
@@ -336,19 +334,18 @@ class DirtyLog:
 
     def _grow(self, npages: int, page_size: int) -> None:
         """Make room in every observer, or raise before anything has changed."""
-        if npages > self._npages or page_size != self._page_size:
-            grown = [(observer, DirtyBitmap(npages, page_size)) for observer in self._observers]
-            for observer, pending in grown:
-                if self._npages:
-                    pending.merge(observer._pending.peek())
-            # From here on nothing fails.
-            for observer, pending in grown:
-                observer._pending = pending
-        self._npages, self._page_size = npages, page_size
+        if (npages, page_size) == self._geometry:
+            return
+        observers = list(self._observers)
+        grown = [DirtyBitmap(npages, page_size) for _ in observers]
+        # From here on an observer that is still smaller, because a signal handler raised, grows when it is used.
+        self._geometry = (npages, page_size)
+        for observer, pending in zip(observers, grown, strict=True):
+            observer._account.adopt(pending)
 
     def _gather(self) -> None:
         """Harvest every source once into every observer, under the lock."""
-        for source in self._sources:
-            warning = source._harvest(self._observers)
+        for source in list(self._sources):
+            warning = source._harvest(list(self._observers))
             if warning:
                 self._unsaid.append(warning)

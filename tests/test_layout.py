@@ -33,6 +33,7 @@ FLOORS = {
     "sinks": "sinks",
     "log": "log",
     "epochs": "log",
+    "_log": "log",
     "sources": "sources",
     "vm": "vm",
     "reference": "reference",

@@ -225,27 +225,6 @@ def test_nobody_waits_for_the_block_of_another(log, source, observer):
     assert collected(observer) == [8]
 
 
-def test_an_interrupt_after_the_pages_were_taken_reports_everything(log, source, observer, monkeypatch):
-    """The one moment at which the bits are in no variable: fail closed (I6)."""
-
-    class Interrupted:
-        def harvest(self):
-            observer._pending = pending
-            pending.harvest()
-            raise KeyboardInterrupt
-
-        def __getattr__(self, name):
-            return getattr(pending, name)
-
-    source.mark(3)
-    pending, observer._pending = observer._pending, Interrupted()
-    with pytest.raises(KeyboardInterrupt), observer.collect():
-        pytest.fail("entered")
-    with pytest.warns(dl.IncompleteLogWarning, match="was interrupted"), observer.collect() as epoch:
-        assert (epoch.pages.count, epoch.pages.exact) == (1000, False)
-    assert collected(observer) == []
-
-
 def test_pages_of_another_size_are_refused_and_the_next_epoch_stays_exact(observer):
     with pytest.raises(ValueError, match="pages are of 8192 bytes and the log has 4096"):
         observer.put_back(dl.DirtyPages.from_indices([1], 1000, 8192, exact=False))

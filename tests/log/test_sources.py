@@ -235,20 +235,20 @@ def test_a_source_that_fails_as_it_leaves_is_all_dirty():
         assert not epoch.pages.exact
 
 
-def test_an_attach_without_memory_for_the_second_observer_leaves_the_first_as_it_was():
-    class NoMemory:
-        def peek(self):
-            raise MemoryError
+def _no_memory():
+    raise MemoryError
 
+
+def test_an_attach_without_memory_for_the_second_observer_leaves_the_first_as_it_was(monkeypatch):
     log, source = dl.DirtyLog(), dl.DirtyBitmap(100)
     log.attach(source)
     first, second = log.observer("first"), log.observer("second")
     source.mark(5)
     collected(second)
-    pending, second._pending = second._pending, NoMemory()
+    room = [dl.DirtyBitmap(200)]
+    monkeypatch.setattr("dirtylog.log.DirtyBitmap", lambda *_: room.pop() if room else _no_memory())
     with pytest.raises(MemoryError):
         log.attach(dl.DirtyBitmap(100), first_page=100)
-    second._pending = pending
     assert (log.npages, len(log.sources)) == (100, 1)
     with first.collect() as epoch:
         assert (epoch.pages.npages, epoch.pages.indices().tolist()) == (100, [5])

@@ -1,14 +1,23 @@
 """How the documentation is built: ``python -m sphinx -W -b html docs docs/_build/html`` after an in-place build."""
 
+import contextlib
+import io
+import os
 import re
 import sys
+import unittest.mock
 from importlib.util import find_spec
 from pathlib import Path
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from sphinx.application import Sphinx
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import dirtylog  # noqa: E402 - found in the checkout
+from dirtylog import cli  # noqa: E402
 
 project = "dirtylog"
 author = "The dirtylog developers"
@@ -61,3 +70,30 @@ exclude_patterns = [
         if "_build" not in page.parts and any(find_spec(module) is None for module in needed(page))
     ),
 ]
+
+
+class CommandHelp(Directive):
+    """``{command-help} snapshot save``: what that command prints with ``--help``, so that no page lags behind."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """Let the parser itself print, at a fixed width."""
+        printed = io.StringIO()
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.suppress(SystemExit),
+            unittest.mock.patch.dict(os.environ, {"COLUMNS": "90"}),
+        ):
+            cli.main([*self.arguments[0].split(), "--help"])
+        if not printed.getvalue().startswith("usage: "):
+            raise self.error(f"dirtylog {self.arguments[0]} --help printed no usage")
+        block = nodes.literal_block(text=printed.getvalue().partition("\nexit codes:")[0].rstrip())
+        block["language"] = "text"
+        return [block]
+
+
+def setup(app: Sphinx) -> None:
+    """Add the directive of this project."""
+    app.add_directive("command-help", CommandHelp)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,7 +267,146 @@ def harvest() -> None:
     save(figure, "harvest.svg", "Bar chart of the time to mark and harvest, as a multiple of dirtylog's")
 
 
-PICTURES: dict[str, Callable[[], None]] = {"heat-map": heat_map, "info": info, "harvest": harvest}
+# ---- what writers pay, who saves, and another process -----------------------------------------------------
+
+
+def price_of_writers() -> None:
+    """Fill 32 MiB after a harvest, by each back end, as a multiple of the same store untracked in the same round."""
+    array = dl.empty(32 << 20, np.uint8)
+    array[:] = 1
+
+    def seconds(value: int) -> float:
+        before = time.perf_counter()
+        array[:] = value
+        return time.perf_counter() - before
+
+    ratios: dict[str, list[float]] = {"compare": [], "userfaultfd": [], "mprotect": []}
+    for _ in range(7):
+        for backend, found in ratios.items():
+            untracked = min(seconds(value) for value in (1, 2, 3))
+            with dl.track(array, backend) as tracker:
+                tracker.harvest()
+                found.append(seconds(4) / untracked)
+    figure, ax = plt.subplots(figsize=(8.4, 2.4))
+    for row, found in enumerate(ratios.values()):
+        ax.plot(found, [row] * len(found), "o", color=OTHERS, ms=6)
+        ax.plot(np.median(found), row, "|", color=OURS, ms=26, mew=4)
+        ax.text(max(found) * 1.12, row, f"median {np.median(found):.1f}", va="center")
+    ax.axvline(1, color=FAINT, lw=1)
+    ax.set_yticks(range(len(ratios)), list(ratios))
+    ax.set_ylim(-0.6, len(ratios) - 0.4)
+    ax.set_xscale("log")
+    ax.set_xlim(0.8, max(map(max, ratios.values())) * 2.2)
+    ax.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+    ax.minorticks_off()
+    ax.set_title("Time to fill whole pages after a harvest, over the same store untracked")
+    save(figure, "price-of-writers.svg", "What a dense writer pays, by back end, seven rounds each")
+
+
+def child_saves() -> None:
+    """Save 100 MiB in turn by the program itself and by a forked child; measure how long the program stands still."""
+    array = dl.empty(100 << 20, np.uint8)
+    stalls: dict[str, list[float]] = {"saves itself": [], "lets a child save": []}
+
+    def write_pages(path: Path, runs: Any) -> None:
+        with path.open("wb") as file:
+            for first, count in runs:
+                file.write(memoryview(array)[first * 4096 : (first + count) * 4096])
+            file.flush()
+            os.fsync(file.fileno())
+
+    with tempfile.TemporaryDirectory() as directory, dl.track(array) as tracker:
+        path = Path(directory) / "saved"
+        for value in range(5):
+            for way, found in stalls.items():
+                array[:] = value
+                before = time.perf_counter()
+                runs = tracker.harvest().runs()
+                if way == "saves itself":
+                    write_pages(path, runs)
+                    found.append(time.perf_counter() - before)
+                    continue
+                child = os.fork()
+                if child == 0:
+                    try:
+                        write_pages(path, runs)
+                        os._exit(0)
+                    finally:
+                        os._exit(1)
+                found.append(time.perf_counter() - before)
+                if os.waitpid(child, 0)[1]:
+                    raise RuntimeError("the child could not save")
+    figure, ax = plt.subplots(figsize=(8.4, 2.2))
+    for row, found in enumerate(stalls.values()):
+        ax.barh(row, np.median(found) * 1e3, height=0.5, color=OURS if row else OTHERS)
+        ax.plot(np.array(found) * 1e3, [row] * len(found), "o", color=INK, ms=4)
+        ax.text(max(found) * 1e3 + 15, row, f"{np.median(found) * 1e3:,.0f} ms", va="center")
+    ax.set_yticks(range(2), list(stalls))
+    ax.set_xlim(0, max(map(max, stalls.values())) * 1.2e3)
+    ax.set_xlabel("milliseconds that the program stands still")
+    ax.set_title("100 MiB, all dirty: five rounds each, in turn (bar: median)")
+    save(figure, "child-saves.svg", "How long a program stands still: it saves itself, or lets a child save")
+
+
+def qemu() -> None:
+    """Start a QEMU guest without a disk, its memory in a shared file, and harvest while its firmware starts."""
+    pages, harvests = 8192, 40
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:  # a file whose pages are memory
+        ram, qmp = Path(directory) / "guest.ram", Path(directory) / "qmp"
+        backend = f"memory-backend-file,id=ram,size={pages * 4096},mem-path={ram},share=on"
+        command = ["qemu-system-x86_64", "-accel", "tcg", "-m", "32M", "-display", "none", "-nodefaults", "-S"]
+        command += ["-machine", "pc,memory-backend=ram", "-object", backend]
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(qmp))
+            server.listen()
+            guest = subprocess.Popen([*command, "-qmp", f"unix:{qmp}"])
+            monitor, _ = server.accept()
+            with guest, monitor, monitor.makefile("rw") as lines:
+
+                def order(name: str) -> None:
+                    lines.write(json.dumps({"execute": name}) + "\n")
+                    lines.flush()
+                    while "return" not in json.loads(lines.readline()):
+                        pass
+
+                lines.readline()
+                order("qmp_capabilities")
+                memory = np.memmap(ram, dtype="u1", mode="r+")
+                seen = np.zeros((harvests, pages), bool)
+                with dl.track(memory) as tracker:
+                    name = tracker.backend
+                    for column in range(harvests):
+                        order("cont")
+                        time.sleep(0.1)
+                        order("stop")
+                        seen[column, tracker.harvest().indices()] = True
+                order("quit")
+    rows = seen.reshape(harvests, 128, -1).mean(axis=2).T
+    figure, ax = plt.subplots(figsize=(8.4, 3.4))
+    ax.imshow(
+        np.ma.masked_equal(rows, 0) ** 0.3,
+        aspect="auto",
+        origin="lower",
+        cmap=HEAT,
+        extent=(0, harvests / 10, 0, 32),
+        interpolation="nearest",
+        vmin=0,
+        vmax=1,
+    )
+    ax.set_xlabel("seconds of the guest's time")
+    ax.set_ylabel("guest memory, MiB")
+    ax.set_title(f"A QEMU guest starts: {seen.any(axis=0).sum():,} of {pages:,} pages written, seen by {name}")
+    save(figure, "qemu.svg", "Pages that the firmware of a QEMU guest writes while it starts, over time")
+
+
+PICTURES: dict[str, Callable[[], None]] = {
+    "heat-map": heat_map,
+    "info": info,
+    "harvest": harvest,
+    "price-of-writers": price_of_writers,
+    "child-saves": child_saves,
+    "qemu": qemu,
+}
 
 
 def main() -> None:

@@ -14,6 +14,15 @@ from libc.string cimport memcpy, memset
 __all__ = ["copy_extents", "gather", "scatter", "zero_extents"]
 
 
+# What `zero_extents` looks at before it writes: no memory is committed for a whole page of so many bytes.
+cdef enum:
+    LOOKED_AT = 4096
+
+
+cdef extern from "_bits/content.h" nogil:
+    int dl_is_zero(const unsigned char *data, size_t nbytes)
+
+
 cdef extern from "_bits/stream.h" nogil:
     int64_t DL_STREAM_BYTES
     void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes) noexcept
@@ -184,8 +193,21 @@ def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
         move(to, origin, rows, n, False, True)
 
 
+cdef void clear(char *start, size_t nbytes) noexcept nogil:
+    cdef size_t done = 0
+    cdef size_t part
+    while done < nbytes:
+        part = min(nbytes - done, <size_t>LOOKED_AT)
+        if not dl_is_zero(<const unsigned char *>start + done, part):
+            memset(start + done, 0, part)
+        done += part
+
+
 def zero_extents(target, const int64_t[:, ::1] extents) -> None:
-    """Set extents of a plain buffer to zero."""
+    """Set extents of a plain buffer to zero; memory that is zero already is read, not written.
+
+    Zero pages that nobody has touched then stay what they are: no memory is committed for them.
+    """
     cdef HeldBuffer written = hold(target, True, "target")
     cdef const int64_t *rows = extents_pointer(extents)
     cdef Py_ssize_t n = extents.shape[0]
@@ -194,4 +216,4 @@ def zero_extents(target, const int64_t[:, ::1] extents) -> None:
     cdef Py_ssize_t i
     with nogil:
         for i in range(n):
-            memset(start + rows[2 * i], 0, <size_t>rows[2 * i + 1])
+            clear(start + rows[2 * i], <size_t>rows[2 * i + 1])

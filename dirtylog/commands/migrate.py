@@ -9,13 +9,15 @@ Loopback addresses only: the protocol knows no passwords.
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Self
 
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 
 if TYPE_CHECKING:
+    import mmap
     import socket
 
 __all__ = ["add_arguments", "run"]
@@ -61,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     receive.add_argument(
         "--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT", help="port 0: any (127.0.0.1:0)"
     )
-    receive.add_argument("--out", metavar="FILE", help="write the memory to a file as well")
+    receive.add_argument(
+        "--out", metavar="FILE", help="take the memory in in a file, which appears when it is complete and on the disk"
+    )
     receive.add_argument(
         "--limit", type=at_least(1, int), default=4096, metavar="MIB", help="largest memory to take in (4096)"
     )
@@ -71,7 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=more_than(0, float, LONGEST),
             default=30.0,
             metavar="SECONDS",
-            help="for a peer that hangs (30)",
+            help="for a peer that hangs: bounds each frame (30)",
+        )
+        end.add_argument(
+            "--deadline", type=more_than(0, float, LONGEST), metavar="SECONDS", help="for all of it (none)"
         )
         end.add_argument("--json", action="store_true", help="print the figures for a program")
 
@@ -128,18 +135,88 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
         observer = log.observer("migration")
         with Writers(write, args.writers, len(memory), args.batch, 0.001) as writers:
             try:
-                result = send(sock, memory, observer, policy=policy, pause=writers.stop, compress=args.compress)
+                result = send(
+                    sock,
+                    memory,
+                    observer,
+                    policy=policy,
+                    pause=writers.stop,
+                    compress=args.compress,
+                    deadline=args.deadline,
+                )
             except MigrationError as error:
                 show_rounds(error.rounds)
                 raise
         return {"backend": tracker.backend, "digest": _digest(memory), **asdict(result)}
 
 
-def _receive(args: argparse.Namespace) -> dict[str, Any]:
+class _OutFile:
+    """A file that memory arrives in, under a name of its own until all of it is there and on the disk.
+
+    A context manager: what has not been kept is removed.
+    """
+
+    def __init__(self, path: str) -> None:
+        import os
+        import secrets
+
+        self.path = path
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "there is a file of that name; remove it or choose another", path)
+        directory, name = os.path.split(path)
+        self.part = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.part")
+        self.directory = directory or "."
+        self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self.map: mmap.mmap | None = None
+
+    def reserve(self, nbytes: int) -> mmap.mmap:
+        """Map so many bytes whose place on the disk is certain: a full disk is an error now, not SIGBUS later."""
+        import mmap
+        import os
+
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)
+        except OSError as error:
+            raise OSError(error.errno, f"{nbytes} bytes cannot be reserved: {error.strerror}", self.path) from None
+        self.map = mmap.mmap(self.descriptor, nbytes)
+        return self.map
+
+    def keep(self, memory: mmap.mmap) -> None:
+        """Make it durable, then give it its name; a file that has come to be there meanwhile is not replaced."""
+        import os
+
+        memory.flush()
+        os.fsync(self.descriptor)
+        try:
+            os.link(self.part, self.path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                raise
+            # A file system without hard links.
+            os.rename(self.part, self.path)
+        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import os
+
+        with suppress(FileNotFoundError):
+            os.unlink(self.part)
+        os.close(self.descriptor)
+
+
+@contextmanager
+def _accepted(args: argparse.Namespace) -> Iterator[socket.socket]:
+    """Listen, say where, and yield the connection of who comes first."""
     import socket
 
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.migrate import receive
 
     with socket.create_server(args.listen) as server:
         host, port = server.getsockname()[:2]
@@ -149,14 +226,28 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
             f"nobody came to {host}:{port} within {args.timeout:g} s", "raise --timeout, or start the sender sooner"
         ):
             sock, _ = server.accept()
-    seen = [0, 0]
     with sock:
         sock.settimeout(args.timeout)
-        memory = receive(sock, limit=args.limit << 20, progress=lambda *at: seen.__setitem__(slice(None), at))
-    if args.out:
-        with open(args.out, "xb") as file:
-            file.write(memory)
-    return {"digest": _digest(memory), "memory_bytes": memory.nbytes, "rounds": seen[0], "page_bytes": seen[1]}
+        yield sock
+
+
+def _receive(args: argparse.Namespace) -> dict[str, Any]:
+    from dirtylog._bits.flat import flat_bytes
+    from dirtylog.sinks.migrate import receive
+
+    seen = [0, 0]
+    # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.
+    with _OutFile(args.out) if args.out else nullcontext() as out, _accepted(args) as sock:
+        memory = receive(
+            sock,
+            out=out.reserve if out else None,
+            arrived=out.keep if out else None,
+            limit=args.limit << 20,
+            deadline=args.deadline,
+            progress=lambda *at: seen.__setitem__(slice(None), at),
+        )
+        nbytes = flat_bytes(memory).nbytes
+        return {"digest": _digest(memory), "memory_bytes": nbytes, "rounds": seen[0], "page_bytes": seen[1]}
 
 
 def show_rounds(rounds: Any) -> None:

@@ -1,6 +1,8 @@
 """Interrupts that land where a test wants them: inside a C call, or before any one bytecode of the library."""
 
+import contextlib
 import ctypes
+import dis
 import functools
 import signal
 import sys
@@ -70,3 +72,45 @@ def _interrupted_at(n, call, files=("",)):
     finally:
         sys.settrace(before)
     return False
+
+
+# CPython looks for signals at the entry of a function, after a call, and when a loop goes back.
+LOOKS_AFTER = ("CALL", "RESUME", "JUMP_BACKWARD")
+
+
+class Interrupt:
+    """A trace function that raises KeyboardInterrupt at the `at`-th place inside some files; 0 counts the places."""
+
+    def __init__(self, at, *files):
+        self.at, self.files = at, files
+        self.places, self.where, self.last = 0, "", None
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.endswith(self.files):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before, self.last = self.last, (frame, dis.opname[frame.f_code.co_code[frame.f_lasti]])
+            if before is None or before[0] is not frame or not before[1].startswith(LOOKS_AFTER):
+                return self
+            self.places += 1
+            if self.places == self.at:
+                self.where = f"{frame.f_code.co_filename.rsplit('/', 1)[1]}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+        return self
+
+    @contextlib.contextmanager
+    def active(self):
+        """Trace the block, and nothing after it."""
+        sys.settrace(self)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            self.last = None
+
+
+@pytest.fixture(name="interrupt_class")
+def _interrupt_class():
+    """The class: fixtures are what a conftest shares."""
+    return Interrupt

@@ -102,6 +102,9 @@ class Result:
         All of it; from before `pause` to the receiver's answer.
     nbytes, wire_bytes : int
         Bytes of pages sent, over all rounds; bytes that went over the socket.
+    problems : tuple of Exception
+        What `throttle` or `progress` raised after the receiver had said that it has everything. The migration is
+        complete all the same, so nothing of that is an error of it.
     """
 
     rounds: tuple[Round, ...]
@@ -109,6 +112,7 @@ class Result:
     downtime: float
     nbytes: int
     wire_bytes: int
+    problems: tuple[Exception, ...] = ()
 
 
 class MigrationError(DirtyLogError):

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -121,6 +122,111 @@ class _Sender:
         return self.rounds[-1]
 
 
+class _Stage(IntEnum):
+    """How far a migration has come, as far as it decides who may run."""
+
+    LIVE = 0
+    """The source runs."""
+    PAUSED = 1
+    """The source may be paused; the copy is certainly not complete."""
+    SENT = 2
+    """The end may be out: the receiver may hold a complete copy. Only its own word says that it does not."""
+    DONE = 3
+    """The receiver has said that it has everything."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """What a migration owes, however it ends: pages to the observer, a running source, no throttle, a word to the peer.
+
+    Each of these is crossed off when it is done, so that `give_up` can be interrupted and called again.
+    """
+
+    sender: _Sender
+    observer: Observer
+    taken: DirtyPages
+    resume: Callable[[], object] | None
+    throttle: Callable[[float], object] | None
+    stage: _Stage = _Stage.LIVE
+    level: float = 0.0
+    certain: bool = False
+    resumed: bool = False
+    told: bool = False
+
+    def take(self, pages: DirtyPages) -> DirtyPages:
+        """Remember what has to go back if this fails."""
+        self.taken = self.taken | pages
+        return pages
+
+    @property
+    def uncertain(self) -> bool:
+        return self.stage == _Stage.SENT and not self.certain
+
+    def epilogue(self, progress: Callable[[Round], object] | None) -> tuple[Exception, ...]:
+        """Call what is called after the end; what that raises is not a failure of the migration."""
+        problems: list[Exception] = []
+        try:
+            self.unthrottle()
+        except Exception as problem:
+            problems.append(problem)
+        try:
+            if progress is not None:
+                progress(self.sender.rounds[-1])
+        except Exception as problem:
+            problems.append(problem)
+        return tuple(problems)
+
+    def unthrottle(self) -> None:
+        level, self.level = self.level, 0.0
+        if level and self.throttle is not None:
+            self.throttle(0.0)
+
+    def give_up(self, error: BaseException) -> None:
+        """Put everything back as it was, the source first: it must go on even if nobody takes the pages back."""
+        if isinstance(error, Refusal):
+            self.certain = True
+        # After the end as well: whoever is not handed a result has to be able to send everything again.
+        self.put_back(error)
+        try:
+            if self.stage in (_Stage.PAUSED, _Stage.SENT) and not self.uncertain and not self.resumed:
+                self.resumed = True
+                if self.resume is not None:
+                    self.resume()
+        finally:
+            try:
+                self.unthrottle()
+            except Exception as problem:
+                error.add_note(f"throttle(0.0) failed as well ({type(problem).__name__}: {problem})")
+            finally:
+                self.tell()
+        if self.uncertain and not isinstance(error, (OSError, WireError)):
+            error.add_note("the destination may hold a complete copy and run: the source was left paused")
+        if self.stage == _Stage.DONE:
+            error.add_note("the migration is complete: the destination has everything and may run; do not resume")
+
+    def put_back(self, error: BaseException) -> None:
+        try:
+            # Twice does no harm: a page is dirty or not.
+            self.observer.put_back(self.taken)
+        except Exception as problem:
+            error.add_note(f"what it had taken could not be put back ({problem}): the next one must send everything")
+
+    def tell(self) -> None:
+        told, self.told = self.told, True
+        if not told and self.stage < _Stage.DONE:
+            self.sender.channel.refuse("the source gave up")
+
+    def raise_from(self, error: BaseException) -> None:
+        """Raise what the caller is told, where it is not `error` itself."""
+        rounds = tuple(self.sender.rounds)
+        if isinstance(error, NotConverging):
+            error.rounds = rounds
+        elif isinstance(error, (OSError, WireError)) and self.stage < _Stage.DONE:
+            raise MigrationError(
+                f"migration failed in round {len(rounds) + 1}: {error}", rounds, self.uncertain
+            ) from error
+
+
 def send(
     sock: socket.socket,
     memory: Memory,
@@ -132,6 +238,7 @@ def send(
     throttle: Callable[[float], object] | None = None,
     progress: Callable[[Round], object] | None = None,
     compress: bool = False,
+    deadline: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Result:
     """Send memory to :func:`receive` at the other end while it is written.
@@ -139,7 +246,8 @@ def send(
     Parameters
     ----------
     sock : socket.socket
-        Connected stream socket; give it a timeout if the peer may hang. It stays open and yours.
+        Connected stream socket; give it a timeout if the peer may hang: it bounds each frame as a whole. It stays
+        open and yours.
     memory : buffer
         C-contiguous; read, never written.
     observer : Observer
@@ -154,11 +262,15 @@ def send(
         (``MigrationError.uncertain``) the source stays paused, and the caller decides.
     throttle : callable, optional
         Called with the fraction of its time the source should stand still, when rounds do not shrink; with 0 at the
-        end, however it ends.
+        end, however it ends. What it raises after the receiver has said that it has everything goes to
+        ``Result.problems``.
     progress : callable, optional
-        Called with each :class:`Round`.
+        Called with each :class:`Round`. What it raises ends the migration, except after the last round: the receiver
+        has everything by then, and it goes to ``Result.problems``.
     compress : bool
         zstd (needs zstandard) where it makes a window smaller.
+    deadline : float, optional
+        Give up when the whole migration takes more seconds than this.
     clock : callable
         Seconds, monotonic.
 
@@ -180,7 +292,8 @@ def send(
     Notes
     -----
     On any failure every page this migration has taken from the observer or sent is put back to it: the next try, or
-    the next consumer, sees it dirty. Allocates a few MiB. The GIL is released during copies and system calls.
+    the next consumer, sees it dirty. A KeyboardInterrupt after the receiver's last word carries a note that says so:
+    the copy may run, so the source must not. Allocates a few MiB. The GIL is released during copies and system calls.
 
     References
     ----------
@@ -194,18 +307,11 @@ def send(
         raise ValueError(f"the observer's page_size is {page_size}; a migration takes {MIN_PAGE_SIZE} or more")
     if observer.npages != npages:
         raise ValueError(f"the observer has {observer.npages} pages of {page_size} bytes; the memory has {npages}")
-    sender = _Sender(Channel(sock), view, page_size, compressor() if compress else None, clock)
-    taken = DirtyPages._empty(npages, page_size)
-    stage = "live"
+    sender = _Sender(Channel(sock, deadline), view, page_size, compressor() if compress else None, clock)
+    attempt = _Attempt(sender, observer, DirtyPages._empty(npages, page_size), resume, throttle)
     begin = clock()
-    level = 0.0
     slow = 0
-
-    def take(pages: DirtyPages) -> DirtyPages:
-        nonlocal taken
-        taken = taken | pages
-        return pages
-
+    take = attempt.take
     try:
         sender.hello()
         with observer.collect() as epoch:
@@ -218,10 +324,13 @@ def send(
             last = sender.rounds[-1]
             slow = slow + 1 if rest.nbytes > last.nbytes / 2 else 0
             if throttle is not None and slow >= policy.throttle_after:
+                level = attempt.level
                 level = min(level + policy.throttle_step if level else policy.throttle_first, policy.throttle_most)
+                # Before it is asked for: what may have begun is taken back, however this ends.
+                attempt.level = level
                 throttle(level)
                 slow = 0
-            last = sender.dirtied(rest, level)
+            last = sender.dirtied(rest, attempt.level)
             if progress is not None:
                 progress(last)
             if last.expected_downtime <= policy.downtime:
@@ -236,7 +345,7 @@ def send(
                     "or force=True)"
                 )
         paused = clock()
-        stage = "paused"
+        attempt.stage = _Stage.PAUSED
         if pause is not None:
             pause()
         with observer.collect() as epoch:
@@ -244,42 +353,25 @@ def send(
             sender.round(rest | take(epoch.pages), final=True)
             digest = sender.channel.digest()
             # Before it is sent: an interrupt may come between the last byte and the next line.
-            stage = "sent"
+            attempt.stage = _Stage.SENT
             sender.channel.send(Kind.END, digest)
             _, answer = sender.channel.receive(Kind.DONE, counted=False)
             if answer != digest:
                 raise WireError("the receiver's digest differs: it has not seen what was sent")
-        stage = "done"
+            # From here on nothing turns this into a migration that failed.
+            attempt.stage = _Stage.DONE
         finished = clock()
+        problems = attempt.epilogue(progress)
+        rounds = tuple(sender.rounds)
+        total = sum(r.nbytes for r in rounds)
+        result = Result(rounds, finished - begin, finished - paused, total, sender.channel.bytes_sent, problems)
+        return result  # noqa: RET504  an interrupt just after the call above must find this try
     except BaseException as error:
-        # Once END may be out, the receiver may hold a complete copy; only its own word says that it does not.
-        uncertain = stage == "sent" and not isinstance(error, Refusal)
-        # The source first: it must go on even if nobody takes the pages back, or reads what this end has to say.
         try:
-            observer.put_back(taken)
-        except Exception as problem:
-            error.add_note(f"what it had taken could not be put back ({problem}): the next one must send everything")
-        finally:
-            try:
-                if stage in ("paused", "sent") and not uncertain and resume is not None:
-                    resume()
-            finally:
-                sender.channel.refuse("the source gave up")
-        if isinstance(error, NotConverging):
-            error.rounds = tuple(sender.rounds)
+            attempt.give_up(error)
+        except BaseException as late:
+            # Interrupted in the middle of it: whatever is not done yet is done now.
+            attempt.give_up(late)
             raise
-        if isinstance(error, (OSError, WireError)):
-            raise MigrationError(
-                f"migration failed in round {len(sender.rounds) + 1}: {error}", tuple(sender.rounds), uncertain
-            ) from error
-        if uncertain:
-            error.add_note("the destination may hold a complete copy and run: the source was left paused")
+        attempt.raise_from(error)
         raise
-    finally:
-        if throttle is not None and level:
-            throttle(0.0)
-    if progress is not None:
-        progress(sender.rounds[-1])
-    rounds = tuple(sender.rounds)
-    total = sum(r.nbytes for r in rounds)
-    return Result(rounds, finished - begin, finished - paused, total, sender.channel.bytes_sent)

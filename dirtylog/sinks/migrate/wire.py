@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import socket
 import struct
+import time
 import zlib
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,7 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 
 # A frame of pages: at most one window of data, its extents, their number and the codec.
 MAX_EXTENTS = 4096
+_PIECE = 1 << 18
 MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
 
 
@@ -81,19 +84,30 @@ class Channel:
     Parameters
     ----------
     sock : socket.socket
-        Blocking, or with a timeout; a timeout ends the exchange.
+        Blocking, or with a timeout; a timeout ends the exchange. It bounds each frame as a whole, however
+        many pieces the frame comes in: a peer that sends a byte now and then holds nobody.
+    deadline : float, optional
+        Seconds from now on after which no frame is sent or received any more.
+    clock : callable, optional
+        Seconds, monotonic.
 
     Notes
     -----
     Not thread-safe. Allocates one frame's buffer for receiving (1.1 MiB), whatever the peer announces.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(
+        self, sock: socket.socket, deadline: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"deadline is {deadline}; it must be a positive number of seconds, or None")
         if not isinstance(sock, socket.socket) or sock.type != socket.SOCK_STREAM:
             raise TypeError("sock must be a connected stream socket")
         if sock.gettimeout() == 0:
             raise ValueError("sock is non-blocking; give it a timeout, or none: sock.settimeout(30)")
         self._sock = sock
+        self._clock = clock
+        self._deadline = None if deadline is None else clock() + deadline
         self._sent = 0
         self._received = 0
         self._digest = hashlib.blake2b(digest_size=32)
@@ -124,7 +138,12 @@ class Channel:
         self._sent += 1
         if counted:
             self._digest.update(header)
-        self._sock.sendall(b"".join((header, *parts)))
+        with self._patience() as left:
+            data = memoryview(b"".join((header, *parts)))
+            # In pieces: an SSLSocket's sendall() gives each of its writes the whole timeout.
+            for start in range(0, len(data), _PIECE):
+                left("sending a frame")
+                self._sock.sendall(data[start : start + _PIECE])
         self.bytes_sent += HEADER_BYTES + length
 
     def receive(self, *expected: Kind, counted: bool = True) -> tuple[Kind, memoryview]:
@@ -145,8 +164,14 @@ class Channel:
         OSError
             The connection is gone, or a timeout.
         """
+        with self._patience() as left:
+            return self._receive(expected, counted, left)
+
+    def _receive(
+        self, expected: tuple[Kind, ...], counted: bool, left: Callable[[str], None]
+    ) -> tuple[Kind, memoryview]:
         raw = memoryview(bytearray(HEADER_BYTES))
-        self._fill(raw)
+        self._fill(raw, left)
         magic, version, number, zero, sequence, length = _HEADER.unpack_from(raw)
         if magic != MAGIC:
             raise WireError(f"the peer speaks another protocol: its frame begins with {magic!r}")
@@ -162,7 +187,7 @@ class Channel:
         if len(self._payload) < length:
             self._payload = bytearray(_MAX[kind])
         payload = memoryview(self._payload)[:length]
-        self._fill(payload)
+        self._fill(payload, left)
         if zlib.crc32(payload, zlib.crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
             raise WireError(f"{kind.name} frame {sequence} does not match its checksum")
         self._received += 1
@@ -176,9 +201,37 @@ class Channel:
             self._digest.update(raw)
         return kind, payload
 
-    def _fill(self, buffer: memoryview) -> None:
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[Callable[[str], None]]:
+        """Bound one frame by the socket's timeout and the deadline; yields what sets the time that is left."""
+        patience = self._sock.gettimeout()
+        end = self._deadline
+        if patience is not None:
+            frame = self._clock() + patience
+            end = frame if end is None else min(end, frame)
+
+        def left(doing: str) -> None:
+            if end is None:
+                return
+            seconds = end - self._clock()
+            if seconds <= 0:
+                late = end == self._deadline
+                raise TimeoutError(
+                    f"timed out {doing}: " + ("the deadline" if late else f"{patience:g} s") + " is over"
+                )
+            self._sock.settimeout(seconds)
+
+        try:
+            yield left
+        finally:
+            # A socket that somebody has closed meanwhile has no timeout to put back.
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(patience)
+
+    def _fill(self, buffer: memoryview, left: Callable[[str], None]) -> None:
         done = 0
         while done < buffer.nbytes:
+            left("waiting for a frame")
             count = self._sock.recv_into(buffer[done:])
             if count == 0:
                 raise WireError("the connection ended in the middle")
@@ -190,6 +243,7 @@ class Channel:
         # It may be gone, or not read; the caller raises what went wrong in the first place.
         with contextlib.suppress(OSError):
             self._sock.settimeout(1 if patience is None else min(patience, 1))
+            self._deadline = None
             self.send(Kind.REFUSED, reason.encode("utf-8")[:1000], counted=False)
         with contextlib.suppress(OSError):
             self._sock.settimeout(patience)

@@ -245,6 +245,8 @@ class Trace:
         """
         time, number, exact = 0.0, 0, True
         parts: list[npt.NDArray[np.int64]] = []
+        # Where the epoch's runs have come to: they ascend, so an epoch costs no more than its page space.
+        reach = 0
         for times, numbers, runs, flags in self._batches():
             # An epoch begins where the number steps; it may go on into the next batch.
             steps = np.flatnonzero(np.diff(numbers, prepend=number))
@@ -257,11 +259,19 @@ class Trace:
                             f"epoch {numbers[start]} at {times[start]} s comes after epoch {number} at {time} s"
                         )
                     number, time, exact, parts = number + 1, float(times[start]), bool(flags[start]), []
+                    reach = 0
                 if not number:
                     raise self._error("it has rows of epoch 0; the first is 1")
                 if not ((times[start:end] == time).all() and (flags[start:end] == exact).all()):
                     raise self._error(f"the rows of epoch {number} are not of one time")
-                parts.append(runs[start:end])
+                rows = runs[start:end]
+                ends = rows[:, 0] + rows[:, 1]
+                if rows[0, 0] < reach or (rows[1:, 0] < ends[:-1]).any():
+                    raise self._error(f"the runs of epoch {number} overlap or do not ascend")
+                if (parts or len(rows) > 1) and (not rows[:, 1].all() or (parts and not parts[0][0, 1])):
+                    raise self._error(f"epoch {number} has a run of no pages beside others")
+                reach = int(ends[-1])
+                parts.append(rows)
         if number:
             yield self._epoch(number, time, parts, exact)
         if number != self.length:

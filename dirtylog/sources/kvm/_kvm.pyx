@@ -15,7 +15,8 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.unistd cimport close
 
 from dirtylog._bits.blocks cimport Block, block_new
-from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
+from dirtylog._bits.owed cimport Owed
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_from_words_block
 
 import os
 
@@ -229,7 +230,8 @@ cdef class Handle:
         close(self.fd)
         self.fd = -1
 
-    def ioctl(self, unsigned long request, argument, str what, Pinned ending=None) -> int:
+    def ioctl(self, unsigned long request, argument, str what, Pinned ending=None, dict forget=None, key=None,
+              list record=None) -> int:
         """Call ioctl without the GIL.
 
         Parameters
@@ -242,6 +244,11 @@ cdef class Handle:
             Names the call in the error: ``"KVM_CREATE_VCPU"``.
         ending : Pinned, optional
             The memory of a slot that this call deletes: `get_dirty_log` refuses it from then on.
+        forget, key : dict and its key, optional
+            Removed once the kernel has done it, before any signal handler runs: what the kernel has
+            deleted is known to nobody any more.
+        record : list of int, optional
+            Its first item becomes the kernel's answer, before any signal handler runs.
 
         Returns
         -------
@@ -273,25 +280,44 @@ cdef class Handle:
                     pthread_mutex_unlock(&self.layout)
                 dl_gate_leave(&self.gate)
             if result >= 0:
+                if record is not None:
+                    record[0] = result
+                if forget is not None:
+                    forget.pop(key, None)
                 return result
             if result != -EINTR:
                 fail(result, what)
             PyErr_CheckSignals()
 
-    def get_dirty_log(self, uint32_t slot, Pinned memory not None, uint64_t npages, uint64_t page_size) -> DirtyPages:
-        """KVM_GET_DIRTY_LOG of a slot of `npages` on `memory`; OSError with the kernel's errno and the slot."""
-        # I5: the words exist before the kernel clears the first bit.
+    def get_dirty_log(self, uint32_t slot, Pinned memory not None, uint64_t npages, uint64_t page_size,
+                      Owed owed=None, bint keep=False) -> DirtyPages:
+        """KVM_GET_DIRTY_LOG of a slot of `npages` on `memory`; OSError with the kernel's errno and the slot.
+
+        With `owed` the answer has what is owed, and is owed if it cannot be handed out; `keep` it owed in any case.
+        """
+        # I5: the words, and the answer, exist before the kernel clears the first bit.
         cdef Block block = block_new(dl_words_for(npages), False)
+        cdef DirtyPages pages = pages_bare(npages, page_size, True)
         cdef int result
+        if owed is not None:
+            owed.check(pages)
         self.enter()
         with nogil:
             pthread_mutex_lock(&self.layout)
             result = -ENOENT if memory.gone else dl_kvm_get_dirty_log(self.fd, slot, block.words)
-            pthread_mutex_unlock(&self.layout)
-            dl_gate_leave(&self.gate)
+        # Nothing from here to the mutex's release fails or calls Python. It is held until a peek has owed what
+        # it took: whoever asks the kernel next finds it there.
+        if result >= 0:
+            pages_fill(pages, block, None, None, 0)
+            if keep and owed is not None:
+                owed.note(pages, 0)
+        pthread_mutex_unlock(&self.layout)
+        dl_gate_leave(&self.gate)
         if result < 0:
             fail(result, f"KVM_GET_DIRTY_LOG of slot {slot}")
-        return pages_from_words_block(block, npages, page_size, True)
+        if owed is None:
+            return pages
+        return owed.peek(pages) if keep else owed.hand_out(pages)
 
     def clear_dirty_log(
         self, uint32_t slot, uint64_t first_page, uint32_t num_pages, const uint64_t[::1] words
@@ -316,12 +342,17 @@ cdef class Handle:
         cdef uint64_t reset = 0
         cdef int result
         self.enter()
-        with nogil:
-            result = dl_kvm_reset_rings(self.fd, expected, &reset)
-            dl_gate_leave(&self.gate)
+        result = self.reset(expected, &reset)
+        dl_gate_leave(&self.gate)
         if result < 0:
             fail(result, "KVM_RESET_DIRTY_RINGS")
         return reset
+
+    cdef int reset(self, uint64_t expected, uint64_t *reset) noexcept:
+        cdef int result
+        with nogil:
+            result = dl_kvm_reset_rings(self.fd, expected, reset)
+        return result
 
 
 @cython.final
@@ -498,9 +529,17 @@ cdef class RingLog:
     cdef dl_ring_slot *slots
     cdef size_t nslots
     cdef list blocks
+    # Entries that we marked for reset and KVM has not taken back.
+    cdef uint64_t outstanding
+    # What `drain_and_reset` has found wrong; nothing but `RingLog` itself forgets it.
+    cdef readonly int overflowed
+    cdef readonly uint64_t expected, taken_back
+    cdef dl_ring_result foreign_entry
+    cdef int foreign_ring
 
     def __cinit__(self):
         self.blocks = []
+        self.overflowed = self.foreign_ring = -1
 
     def __dealloc__(self):
         free(self.slots)
@@ -571,6 +610,72 @@ cdef class RingLog:
             result = dl_ring_drain(&ring.ring, self.slots, self.nslots)
         return result.drained, bool(result.overflow), (result.foreign, result.bad_slot, result.bad_offset)
 
+    def drain_and_reset(self, handle, list rings not None) -> None:
+        """Empty all rings into the slots' bitmaps, let KVM take the entries back, and record both.
+
+        Raises
+        ------
+        OSError
+            The reset failed with the kernel's errno; what was read stays here, and what is left to be
+            taken back is asked for the next time (I5).
+
+        Notes
+        -----
+        One call: a signal handler runs before it or after it, and finds what was marked for reset
+        accounted for. What was found wrong stays in `overflowed`, `expected` and `taken_back`, and in
+        `foreign` until `forget_foreign`.
+        """
+        cdef dl_ring_result result
+        cdef Ring ring
+        # What only behaves like a handle is asked by the name of the method.
+        cdef Handle real = handle if isinstance(handle, Handle) else None
+        cdef uint64_t reset = 0
+        cdef int answer = 0
+        cdef Py_ssize_t i
+        if real is not None:
+            real.enter()
+        try:
+            for i in range(len(rings)):
+                ring = rings[i]
+                if ring.ring.entries == NULL:
+                    raise ValueError("the ring is closed, and with it its VM")
+                with nogil:
+                    result = dl_ring_drain(&ring.ring, self.slots, self.nslots)
+                self.outstanding += result.drained
+                if result.overflow:
+                    self.overflowed = <int>i
+                if result.foreign:
+                    self.foreign_entry = result
+                    self.foreign_ring = <int>i
+            if self.outstanding:
+                if real is None:
+                    reset = handle.reset_rings(self.outstanding)
+                else:
+                    answer = real.reset(self.outstanding, &reset)
+                if answer < 0:
+                    self.outstanding -= min(reset, self.outstanding)
+                else:
+                    # The kernel stops at an entry that it has overwritten since we read it.
+                    if reset != self.outstanding:
+                        self.expected, self.taken_back = self.outstanding, reset
+                    self.outstanding = 0
+        finally:
+            if real is not None:
+                dl_gate_leave(&real.gate)
+        if answer < 0:
+            fail(answer, "KVM_RESET_DIRTY_RINGS")
+
+    @property
+    def foreign(self) -> tuple[int, int, int] | None:
+        """Ring, slot and offset of an entry that names no page of ours; None when there was none."""
+        if self.foreign_ring < 0:
+            return None
+        return self.foreign_ring, self.foreign_entry.bad_slot, self.foreign_entry.bad_offset
+
+    def forget_foreign(self) -> None:
+        """Note that every slot knows of the foreign entry by now."""
+        self.foreign_ring = -1
+
     def take(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
         """Hand out what was collected for a slot and start anew; KeyError when unknown."""
         cdef size_t place = <size_t>self.find(slot)
@@ -581,10 +686,12 @@ cdef class RingLog:
         # I5: the replacement exists before anything is taken.
         fresh = block_new(dl_words_for(entry.npages), True)
         taken = self.blocks[place]
+        # So does the answer: nothing below fails.
+        cdef DirtyPages pages = pages_from_words_block(taken, entry.npages, page_size, True)
         self.blocks[place] = fresh
         entry.words = fresh.words
         entry.touched = 0
-        return pages_from_words_block(taken, entry.npages, page_size, True)
+        return pages
 
     def copy(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
         """Return what was collected for a slot and keep it; KeyError when unknown."""

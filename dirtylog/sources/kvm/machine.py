@@ -77,6 +77,8 @@ class VM(Resource):
         self._regions: dict[int, Region] = {}
         self._manual = False
         self._vcpus: list[Vcpu] = []
+        # The descriptor of a vCPU that the kernel has made and we have not wrapped yet, or -1.
+        self._unwrapped = [-1]
         self._rings: Rings | None = None
         _machines.add(self)
         self._closed = False
@@ -139,14 +141,13 @@ class VM(Resource):
             if npages == 0:
                 if old is None:
                     refuse(errno.EINVAL, f"slot {slot} does not exist, so it cannot be deleted")
-                self._kernel_region(slot, 0, old.base_gfn, 0, 0, ending=old.pinned)
-                # The kernel has let go of it: whatever fails below, the slot is gone.
+                # The slot is gone from `_regions` as soon as the kernel has let go of it, whatever fails below.
+                self._kernel_region(slot, 0, old.base_gfn, 0, 0, ending=old.pinned, forget=self._regions)
                 try:
                     if old.log_dirty:
                         self._forget_log(old)
                 finally:
                     old.pinned.release()
-                    del self._regions[slot]
                 return
             if old is not None:
                 if npages != old.npages:
@@ -159,12 +160,19 @@ class VM(Resource):
             self._install(Region(slot, base_gfn, npages, log_dirty, memory, pinned), old)
 
     def _kernel_region(
-        self, slot: int, flags: int, base_gfn: int, npages: int, address: int, ending: _kvm.Pinned | None = None
+        self,
+        slot: int,
+        flags: int,
+        base_gfn: int,
+        npages: int,
+        address: int,
+        ending: _kvm.Pinned | None = None,
+        forget: dict[int, Region] | None = None,
     ) -> None:
         size = npages * self.page_size
         argument = bytearray(_REGION.pack(slot, flags, base_gfn * self.page_size, size, address))
         what = f"KVM_SET_USER_MEMORY_REGION of slot {slot}, {npages} pages from gfn {base_gfn}"
-        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what, ending)
+        self._handle.ioctl(_kvm.SET_USER_MEMORY_REGION, argument, what, ending, forget, slot)
 
     def _install(self, new: Region, old: Region | None) -> None:
         # A ring may name the slot as soon as the kernel knows it: it has a place in the log before.
@@ -172,8 +180,12 @@ class VM(Resource):
         logs_anew = rings is not None and new.log_dirty and not (old and old.log_dirty)
         if old is not None and old.log_dirty and new.log_dirty:
             # Moving a slot keeps KVM's bitmap, so it keeps what we hold of it.
-            new.pending = old.pending
+            new.owed = old.owed
         if rings and logs_anew:
+            if rings.knows(new.slot):
+                # An interrupt came between the end of the slot that had this number and our record of it.
+                rings.drain(self._handle)
+                rings.remove_slot(new.slot)
             rings.add_slot(new.slot, new.npages)
         # Known before the kernel has its memory: an interrupt must not free what a guest writes to.
         self._regions[new.slot] = new
@@ -183,7 +195,7 @@ class VM(Resource):
         except BaseException as error:
             if old is not None and old.log_dirty and not new.log_dirty and not isinstance(error, OSError):
                 # The kernel may have dropped the log that the slot keeps after all (I6).
-                old.pending = DirtyPages._all(old.npages, self.page_size, exact=False)
+                old.owed.owe_everything()
             # Refused, or interrupted before or after it was done: as it was, in either case.
             with suppress(OSError, ValueError):
                 self._restore(new, old)
@@ -276,22 +288,15 @@ class VM(Resource):
         # lock costs as much as the rest of this method.
         region = self._regions.get(slot) or self._region(slot)
         words = None if out is None else check_out(slot, out, region.npages)
-        pages = self._handle.get_dirty_log(slot, region.pinned, region.npages, PAGE_SIZE)
-        # In this order: a peek under way has bits that this call cannot get from the kernel any more.
-        if region.peeking or region.pending is not None:
-            pages = self._with_pending(region, pages)
+        pages = region.look(self._handle) if self._manual else region.report(self._handle, keep=False)
         if words is not None:
-            words[:] = pages.words
+            try:
+                words[:] = pages.words
+            except BaseException:
+                # No memory for the words, or an interrupt (I5).
+                region.owed.owe(pages)
+                raise
         return pages
-
-    def _with_pending(self, region: Region, pages: DirtyPages) -> DirtyPages:
-        with self._lock:
-            pending = region.pending
-            if pending is None:
-                return pages
-            if not self._manual:
-                region.pending = None
-            return pages | pending
 
     def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
         """Clear reported bits and write-protect their pages again (KVM_CLEAR_DIRTY_LOG).
@@ -330,11 +335,9 @@ class VM(Resource):
             if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
                 refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
             self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
-            if region.pending is not None:
-                end = first_page + num_pages
-                cleared = dirty & DirtyPages.from_runs([(first_page, num_pages)], region.npages, self.page_size)
-                rest = region.pending - cleared if end > first_page else region.pending
-                region.pending = rest if rest else None
+            if region.owed and num_pages:
+                runs = [(first_page, num_pages)]
+                region.forget(dirty & DirtyPages.from_runs(runs, region.npages, self.page_size))
 
     def enable_manual_protect(self, initially_set: bool = False) -> None:
         """Let `get_dirty_log` report without clearing, and `clear_dirty_log` clear.
@@ -469,9 +472,7 @@ class VM(Resource):
                 return self._rings.take(region.slot, region.npages)
             if self._manual:
                 return region.harvest_manual(self._handle)
-            pages = region.report(self._handle, keep=False)
-            region.pending = None
-            return pages
+            return region.report(self._handle, keep=False)
 
     def peek_slot(self, region: Region) -> DirtyPages:
         """Report and keep, in whatever way the log is kept; for `Slot`."""
@@ -481,7 +482,7 @@ class VM(Resource):
                 self._rings.drain(self._handle)
                 return self._rings.peek(region.slot, region.npages)
             # Manual protection keeps the bits itself.
-            return region.report(self._handle, keep=not self._manual)
+            return region.look(self._handle) if self._manual else region.report(self._handle, keep=True)
 
     def _still(self, region: Region) -> Region:
         now = self._region(region.slot)
@@ -510,20 +511,27 @@ class VM(Resource):
             raise BackendUnavailable("running a vCPU", "KVM_CAP_IMMEDIATE_EXIT is 0")
         with self._lock:
             index = len(self._vcpus)
-            descriptor = self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}")
-            handle = _kvm.VcpuHandle(descriptor, f"vCPU {index}", self._run_size)
+            # KVM makes each number once: what fails or is interrupted below finds it here the next time.
+            if self._unwrapped[0] < 0:
+                self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}", record=self._unwrapped)
+            handle = _kvm.VcpuHandle(os.dup(self._unwrapped[0]), f"vCPU {index}", self._run_size)
             try:
                 ring = self._rings.add_vcpu(handle) if self._rings else None
             except BaseException:
                 handle.close()
                 raise
             vcpu = Vcpu(handle, index, self._rings, ring)
+            descriptor, self._unwrapped[0] = self._unwrapped[0], -1
             self._vcpus.append(vcpu)
+            os.close(descriptor)
             return vcpu
 
     def _release(self) -> None:
         """Close the VM and its vCPUs, then let go of the slots' memory; the second time does nothing."""
         self._handle.close()
+        descriptor, self._unwrapped[0] = self._unwrapped[0], -1
+        if descriptor >= 0:
+            os.close(descriptor)
         # Not under the lock: a run under way may end in `Rings.note_full`, which takes it.
         for vcpu in list(self._vcpus):
             vcpu.close()

@@ -6,6 +6,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, NoReturn
 
+from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sources.kvm import _kvm
 
@@ -26,7 +27,7 @@ def refuse(number: int, why: str) -> NoReturn:
 class Region:
     """What the kernel knows of a slot, and what we owe its user."""
 
-    __slots__ = ("base_gfn", "log_dirty", "memory", "npages", "peeking", "pending", "pinned", "slot")
+    __slots__ = ("base_gfn", "log_dirty", "memory", "npages", "owed", "pinned", "slot")
 
     def __init__(
         self, slot: int, base_gfn: int, npages: int, log_dirty: bool, memory: Memory, pinned: _kvm.Pinned
@@ -38,33 +39,34 @@ class Region:
         self.memory: Memory = memory
         self.pinned: _kvm.Pinned = pinned
         # I5: taken from the kernel, not handed out yet.
-        self.pending: DirtyPages | None = None
-        # A peek is between the kernel and `pending`: read without the VM's lock, which the peek holds.
-        self.peeking: bool = False
+        self.owed: Owed = Owed(npages, PAGE_SIZE)
 
     def report(self, handle: _kvm.Handle, keep: bool) -> DirtyPages:
-        """Ask the kernel, and add what is pending; `keep` it pending."""
-        self.peeking = keep
-        try:
-            pages = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
-            if self.pending is not None:
-                pages |= self.pending
-            if keep:
-                self.pending = pages
-            return pages
-        finally:
-            self.peeking = False
+        """Ask the kernel, and add what is owed; `keep` it owed."""
+        return handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE, self.owed, keep)
+
+    def look(self, handle: _kvm.Handle) -> DirtyPages:
+        """Ask a kernel that keeps its bits (manual protection), and add what is owed, which stays owed."""
+        return self.owed.peek(handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE))
 
     def harvest_manual(self, handle: _kvm.Handle) -> DirtyPages:
         """Ask the kernel, and clear what it said."""
         fresh = handle.get_dirty_log(self.slot, self.pinned, self.npages, PAGE_SIZE)
-        pages = fresh if self.pending is None else fresh | self.pending
         if fresh:
+            words = fresh.words
             # I5: a clear that fails half way has taken some bits: they are kept here.
-            self.pending = pages
-            handle.clear_dirty_log(self.slot, 0, self.npages, fresh.words)
-        self.pending = None
-        return pages
+            self.owed.owe(fresh)
+            handle.clear_dirty_log(self.slot, 0, self.npages, words)
+        return self.owed.hand_out(DirtyPages._empty(self.npages, PAGE_SIZE))
+
+    def forget(self, cleared: DirtyPages) -> None:
+        """Owe these pages no longer: the caller, who knows them, has cleared them."""
+        if self.owed:
+            rest = held = self.owed.hand_out(DirtyPages._empty(self.npages, PAGE_SIZE))
+            try:
+                rest = held - cleared
+            finally:
+                self.owed.owe(rest)
 
 
 def lend(slot: int, npages: int, memory: Memory | None) -> tuple[Memory, _kvm.Pinned]:

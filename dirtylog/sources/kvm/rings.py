@@ -37,8 +37,6 @@ class Rings:
         "_incomplete",
         "_lock",
         "_log",
-        "_lost",
-        "_outstanding",
         "_owed",
         "_page_size",
         "_told",
@@ -54,9 +52,6 @@ class Rings:
         self._lock = lock
         self._page_size = page_size
         self._log = _kvm.RingLog()
-        # Entries that we marked for reset and KVM has not taken back.
-        self._outstanding = 0
-        self._lost = ""
         # By slot: why its next harvest reports everything. None: nothing is wrong.
         self._incomplete: dict[int, str] = {}
         # Slots whose warning raised: they are taken without another one.
@@ -78,7 +73,7 @@ class Rings:
     def remove_slot(self, slot: int) -> None:
         """Drop what was collected for a slot."""
         self._log.remove(slot)
-        del self._incomplete[slot]
+        self._incomplete.pop(slot, None)
         self._told.discard(slot)
         self._owed.pop(slot, None)
 
@@ -91,20 +86,34 @@ class Rings:
             The reset failed with the kernel's errno; what was read stays for the next time (I5).
         """
         self.harvests += 1
-        for index, ring in enumerate(self.rings):
-            drained, overflow, (foreign, slot, offset) = self._log.drain(ring)
-            self._outstanding += drained
-            if overflow:
-                self._lost = f"the dirty ring of vCPU {index} ({ring.entries} entries) overflowed"
-            if foreign:
-                why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
-                self._incomplete = dict.fromkeys(self._incomplete, why)
-        if self._outstanding:
-            reset = handle.reset_rings(self._outstanding)
-            # The kernel stops at an entry that it has overwritten since we read it.
-            if reset != self._outstanding:
-                self._lost = f"KVM took back {reset} of {self._outstanding} ring entries: a dirty ring overflowed"
-            self._outstanding = 0
+        try:
+            # What is marked for reset and what is known of it change in this one call, whatever interrupts us.
+            self._log.drain_and_reset(handle, self.rings)
+        finally:
+            self._note_foreign()
+
+    def _note_foreign(self) -> None:
+        if self._log.foreign is not None:
+            index, slot, offset = self._log.foreign
+            why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
+            self._incomplete = dict.fromkeys(self._incomplete, why)
+            self._log.forget_foreign()
+
+    @property
+    def _lost(self) -> str:
+        """Why nothing of these rings can be believed any more, or an empty string."""
+        log = self._log
+        if log.expected:
+            return f"KVM took back {log.taken_back} of {log.expected} ring entries: a dirty ring overflowed"
+        if log.overflowed >= 0:
+            # The rings are gone when the machine is closed.
+            entries = next((ring.entries for ring in self.rings[log.overflowed :]), self.entries)
+            return f"the dirty ring of vCPU {log.overflowed} ({entries} entries) overflowed"
+        return ""
+
+    def knows(self, slot: int) -> bool:
+        """Whether anything is kept for a slot."""
+        return slot in self._log
 
     def warn_if_incomplete(self, slots: list[int], stacklevel: int) -> None:
         """Warn of slots whose next harvest reports everything; one whose warning raised is taken without another.

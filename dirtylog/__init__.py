@@ -3,7 +3,7 @@
 From the roof to the ground; imports run downwards only::
 
     commands/      the command line
-    sinks/         what dirty pages are for: snapshot, migrate, trace, profile, rate
+    sinks/         what dirty pages are for: snapshot, checkpoint, migrate, trace, profile, rate
     log  epochs    the neck: merges sources, serves observers in epochs that commit or roll back
     sources/       where pages get dirty: memory of this process or another, KVM, a shared log
     vm/            the model of KVM's dirty log; one file of vm/arch/ for each architecture
@@ -25,6 +25,7 @@ from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarn
 
 if TYPE_CHECKING:
     from dirtylog.log import DirtyLog, Epoch, Observer
+    from dirtylog.sinks.checkpoint import Checkpoint
     from dirtylog.sources.memory import Arena, Tracker, arena, empty, track, zeros
     from dirtylog.sources.process import Process, attach
     from dirtylog.sources.shared import SharedLog
@@ -47,6 +48,7 @@ _LAZY = {
     "SharedLog": "dirtylog.sources.shared",
     "Process": "dirtylog.sources.process",
     "attach": "dirtylog.sources.process",
+    "Checkpoint": "dirtylog.sinks.checkpoint",
     "DirtyLog": "dirtylog.log",
     "_C_API": "dirtylog.capi",  # PyCapsule_Import asks the package for it
     "Epoch": "dirtylog.log",
@@ -58,6 +60,7 @@ __all__ = [
     "Arch",
     "Arena",
     "BackendUnavailable",
+    "Checkpoint",
     "DirtyBitmap",
     "DirtyLog",
     "DirtyLogError",

@@ -272,7 +272,7 @@ def _find(name: str, digest: str, holds: set[str], directories: Sequence[str]) -
             if os.path.lexists(path) or reason is None:
                 reason = f"its parent cannot be used: {error}"
             continue
-        if layer.place.digest == digest or layer.footer.holds in holds:
+        if digest in (layer.place.digest, layer.footer.holds) or layer.footer.holds in holds:
             return path, layer, None
         layer.close()
         reason = f"its parent {path} is not the one it was taken over"
@@ -302,7 +302,7 @@ def follow(path: str, search: Sequence[str] = ()) -> tuple[list[Link], Footer]:
     Notes
     -----
     After a rebase a base holds the memory of one of its former descendants. It serves as the parent if that descendant
-    is on the way: laying the same pages over it once more changes nothing.
+    is on the way, or is the very parent that is looked for: laying the same pages over it once more changes nothing.
     """
     chain: list[Link] = []
     digests: set[str] = set()

@@ -20,7 +20,7 @@ from dirtylog.sinks.snapshot.reader import lay
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import seal
 
-__all__ = ["join", "rebase", "siblings"]
+__all__ = ["flatten", "join", "rebase", "siblings"]
 
 
 def siblings(links: Sequence[Link]) -> list[str]:
@@ -156,6 +156,38 @@ def rebase(
             )
         like = replace(target, holds=tip_digest, epoch=tip.epoch, named=tip.named, regions=tip.regions)
         return join(base_path, links, like, sync=sync, replace_it=True, progress=progress)
+
+    found: Info = settled(work)
+    return found
+
+
+def flatten(
+    path: StrPath, *, sync: bool = True, search: Sequence[StrPath] = (), progress: Progress | None = None
+) -> Info:
+    """Make a diff a full snapshot in place: it holds what it restored to, and its own diffs restore as before.
+
+    Parameters
+    ----------
+    path, sync, search, progress
+        As for :func:`rebase`.
+
+    Returns
+    -------
+    Info
+        Of the full snapshot.
+
+    Raises
+    ------
+    SnapshotError, OSError
+        A file of its chain is missing or damaged, or the disk is full; the diff is what it was.
+    """
+    name = checked_path(path)
+    directories = [os.path.abspath(os.fspath(each)) for each in search]
+
+    def work() -> Info:
+        links, tip = follow(name, directories)
+        like = replace(tip, kind="full", parent=None, parent_digest=None, holds=links[-1].digest)
+        return join(name, links, like, sync=sync, replace_it=True, progress=progress)
 
     found: Info = settled(work)
     return found

@@ -123,4 +123,29 @@ CHECKS: tuple[Check, ...] = (
         "ONLY_THE_COLLECTOR",
         "FORGET_AT_COMMIT",
     ),
+    # I1 without a kernel's help: the handler and the harvest of the mprotect engine.
+    *_holds("protect", LOSS, GOLDEN),
+    *_refuted(
+        "protect",
+        LOSS,
+        "MARK_BEFORE_LOCK",
+        "MARK_ONE_TRACKER",
+        "CLEAR_AFTER_UNLOCK",
+        "PROTECT_LEFT_OUT",
+        "COPY_BEFORE_PROTECT",
+        "CLEAR_UNPROTECTED",
+    ),
+    *_refuted("protect", GOLDEN, "MARK_AFTER_UNLOCK"),
+    # I5 between trackers: who scans takes for all.
+    *_holds("deposits", LOSS),
+    *_refuted(
+        "deposits",
+        LOSS,
+        "DEPOSIT_LEFT_OUT",
+        "DEPOSIT_AFTER_UNLOCK",
+        "SCAN_BEFORE_LOCK",
+        "OPENING_DROPS",
+        "FAILED_OPENING_FORGETS",
+        "DEPOSIT_REPLACED",
+    ),
 )

@@ -33,6 +33,13 @@ exit codes:
 """
 
 
+def _complain(text: str) -> None:
+    """Print an error; the names in it may be anybody's."""
+    from dirtylog.commands._terminal import printable
+
+    print(f"dirtylog: {printable(text, keep=chr(10))}", file=sys.stderr)
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the parser: one sub-command for each module in `COMMANDS`."""
     top = argparse.ArgumentParser(
@@ -87,9 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except dirtylog.BackendUnavailable as error:
-        print(f"dirtylog: {error}", file=sys.stderr)
+        _complain(str(error))
         return UNAVAILABLE
     except (dirtylog.DirtyLogError, OSError, MemoryError) as error:
-        print(f"dirtylog: {error or type(error).__name__}", file=sys.stderr)
+        _complain(str(error) or type(error).__name__)
         return FAILED
     return code

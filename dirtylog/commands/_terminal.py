@@ -67,8 +67,20 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.0f} ns"
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""Replace what a terminal might obey: names come from files, and an escape in one may do anything.
+
+    Examples
+    --------
+    >>> printable("heap\x1b[31m")
+    'heap?[31m'
+    """
+    return "".join(each if each.isprintable() or each in keep else "?" for each in text)
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table: the first `left` columns flush left, the numbers after them flush right."""
+    title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     try:
         from rich.console import Console
 

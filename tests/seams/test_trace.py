@@ -34,3 +34,20 @@ def test_runs_that_repeat_are_refused_before_they_cost_anything(tmp_path, runs, 
         writer.add_key_value_metadata({METADATA_KEY.decode(): json.dumps(header)})
     with pytest.raises(TraceError, match=message), Trace(path) as trace:
         list(trace.epochs())
+
+
+def test_a_name_from_a_file_gives_the_terminal_no_orders(tmp_path, capsys):
+    from dirtylog import DirtyPages
+    from dirtylog.cli import main
+    from dirtylog.sinks.trace import Recorder
+
+    path = tmp_path / "trace\x1b]0;title\x07.parquet"
+    with Recorder(path, 64) as recorder:
+        for at in (1, 2):
+            recorder.write(at, DirtyPages.from_indices([at], 64))
+        recorder.regions["heap\x1b[31m"] = (0, 64)
+    assert main(["rate", str(path)]) == 0
+    assert main(["rate", str(tmp_path / "\x1b]0;x\x07none")]) == 1
+    printed = capsys.readouterr()
+    assert "heap?[31m" in printed.out
+    assert "\x1b" not in printed.out + printed.err

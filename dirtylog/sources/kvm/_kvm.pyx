@@ -516,6 +516,17 @@ cdef class Ring:
         return self.ring.size
 
 
+def take_slots(log, list slots not None, page_size, dict taken not None) -> None:
+    """Take what a log has for some slots into `taken`, by slot: no signal handler runs between a taking and its record.
+
+    A slot that could not be taken is None there.
+    """
+    for slot in slots:
+        # I5: its place is there before anything is taken.
+        taken[slot] = None
+        taken[slot] = log.take(slot, page_size)
+
+
 @cython.final
 cdef class RingLog:
     """What the rings of one VM reported and nobody has taken yet, slot by slot.
@@ -675,6 +686,17 @@ cdef class RingLog:
     def forget_foreign(self) -> None:
         """Note that every slot knows of the foreign entry by now."""
         self.foreign_ring = -1
+
+    def put_back(self, uint32_t slot, DirtyPages pages not None) -> None:
+        """Collect pages again that were taken and not handed out (I5); for a slot that is gone, do nothing."""
+        if slot not in self:
+            return
+        cdef dl_ring_slot *entry = &self.slots[self.find(slot)]
+        cdef size_t i
+        if pages.dense is not None and pages.npages == entry.npages:
+            for i in range(pages.dense.nwords):
+                entry.words[i] |= pages.dense.words[i]
+            entry.touched = 1
 
     def take(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
         """Hand out what was collected for a slot and start anew; KeyError when unknown."""

@@ -445,16 +445,27 @@ class VM(Resource):
         ----------
         ``kvm_vm_ioctl_reset_dirty_pages`` in Linux ``virt/kvm/kvm_main.c``.
         """
+        self._handle.fileno()
+        rings = self._rings
+        if rings is None:
+            refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
+        taken: dict[int, DirtyPages] = {}
+        try:
+            with self._lock:
+                rings.drain(self._handle)
+                logging = [region for region in self._regions.values() if region.log_dirty]
+                # A warning made an error leaves by here, before anything was taken; the next call warns no more.
+                rings.warn_if_incomplete([region.slot for region in logging], stacklevel=3)
+                rings.take({region.slot: region.npages for region in logging}, taken)
+            # Not inside: a signal handler may run when the lock has been released.
+            return taken
+        except BaseException:
+            self._put_back(rings, taken)
+            raise
+
+    def _put_back(self, rings: Rings, taken: dict[int, DirtyPages]) -> None:
         with self._lock:
-            self._handle.fileno()
-            rings = self._rings
-            if rings is None:
-                refuse(errno.EINVAL, "the dirty ring is not enabled; call enable_dirty_ring before create_vcpu")
-            rings.drain(self._handle)
-            logging = [region for region in self._regions.values() if region.log_dirty]
-            # A warning turned into an error leaves by here, before anything was taken; the next call warns no more.
-            rings.warn_if_incomplete([region.slot for region in logging], stacklevel=3)
-            return rings.take_all({region.slot: region.npages for region in logging})
+            rings.put_back(taken)
 
     # ---- sources and vCPUs -----------------------------------------------------
 
@@ -464,12 +475,21 @@ class VM(Resource):
 
     def harvest_slot(self, region: Region) -> DirtyPages:
         """Get and clear, in whatever way the log is kept; for `Slot`."""
+        rings = self._rings
+        if rings:
+            taken: dict[int, DirtyPages] = {}
+            try:
+                with self._lock:
+                    region = self._still(region)
+                    rings.drain(self._handle)
+                    rings.warn_if_incomplete([region.slot], stacklevel=4)
+                    rings.take({region.slot: region.npages}, taken)
+                return taken[region.slot]
+            except BaseException:
+                self._put_back(rings, taken)
+                raise
         with self._lock:
             region = self._still(region)
-            if self._rings:
-                self._rings.drain(self._handle)
-                self._rings.warn_if_incomplete([region.slot], stacklevel=4)
-                return self._rings.take(region.slot, region.npages)
             if self._manual:
                 return region.harvest_manual(self._handle)
             return region.report(self._handle, keep=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from typing import Any
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
@@ -37,7 +38,6 @@ class Rings:
         "_incomplete",
         "_lock",
         "_log",
-        "_owed",
         "_page_size",
         "_told",
         "entries",
@@ -56,8 +56,6 @@ class Rings:
         self._incomplete: dict[int, str] = {}
         # Slots whose warning raised: they are taken without another one.
         self._told: set[int] = set()
-        # By slot: taken and not handed out, because another slot could not be taken.
-        self._owed: dict[int, list[DirtyPages]] = {}
 
     def add_vcpu(self, handle: _kvm.VcpuHandle) -> _kvm.Ring:
         """Map the ring of a new vCPU; OSError when it cannot be mapped."""
@@ -75,7 +73,6 @@ class Rings:
         self._log.remove(slot)
         self._incomplete.pop(slot, None)
         self._told.discard(slot)
-        self._owed.pop(slot, None)
 
     def drain(self, handle: _kvm.Handle) -> None:
         """Read the entries and mark them for reset, then let KVM write-protect their pages again.
@@ -141,33 +138,38 @@ class Rings:
         message = f"slot {slot}: {self._why(slot)}; every page is reported"
         warnings.warn(IncompleteLogWarning(message), stacklevel=stacklevel)
 
-    def take_all(self, sizes: dict[int, int]) -> dict[int, DirtyPages]:
-        """Hand out what some slots have, given their sizes in pages: all or nothing (I5)."""
-        taken: dict[int, DirtyPages] = {}
-        try:
-            for slot, npages in sizes.items():
-                taken[slot] = self.take(slot, npages)
-        except BaseException:
-            for slot, pages in taken.items():
-                self._owed.setdefault(slot, []).append(pages)
-            raise
+    def take(self, sizes: dict[int, int], taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
+        """Hand out what some slots have, given their sizes in pages; after `warn_if_incomplete`.
+
+        Parameters
+        ----------
+        sizes : dict of int to int
+            The slots, and their sizes in pages.
+        taken : dict of int to DirtyPages
+            Empty; gets every answer at the moment at which it is taken. Whatever breaks until the caller has
+            returned it, `put_back` takes it (I5).
+        """
+        # I5: these exist before anything is taken.
+        everything = {
+            slot: DirtyPages._all(npages, self._page_size, exact=False)
+            for slot, npages in sizes.items()
+            if self._why(slot)
+        }
+        _kvm.take_slots(self._log, list(sizes), self._page_size, taken)
+        for slot, pages in everything.items():
+            taken[slot] = pages
+            self._incomplete[slot] = ""
+        self._told.difference_update(sizes)
         return taken
 
-    def take(self, slot: int, npages: int) -> DirtyPages:
-        """Hand out what a slot has; after `warn_if_incomplete`, so that a warning made an error takes nothing."""
-        # I5: the answer exists before anything is forgotten.
-        everything = DirtyPages._all(npages, self._page_size, exact=False) if self._why(slot) else None
-        pages = self._log.take(slot, self._page_size)
-        owed = self._owed.pop(slot, [])
-        self._told.discard(slot)
-        if everything is not None:
-            self._incomplete[slot] = ""
-            return everything
-        try:
-            return self._joined(pages, owed)
-        except BaseException:
-            self._owed[slot] = [pages, *owed]
-            raise
+    def put_back(self, taken: dict[int, Any]) -> None:
+        """Keep for the next harvest what was taken and not handed out."""
+        for slot, pages in taken.items():
+            if pages is None:
+                continue
+            if slot in self._incomplete and not pages.exact:
+                self._incomplete[slot] = "a harvest of everything was not handed out"
+            self._log.put_back(slot, pages)
 
     def peek(self, slot: int, npages: int) -> DirtyPages:
         """Report what a slot has, and keep it."""
@@ -175,13 +177,7 @@ class Rings:
             if slot not in self._told:
                 self._warn(slot, 5)
             return DirtyPages._all(npages, self._page_size, exact=False)
-        return self._joined(self._log.copy(slot, self._page_size), self._owed.get(slot, []))
-
-    @staticmethod
-    def _joined(pages: DirtyPages, owed: list[DirtyPages]) -> DirtyPages:
-        for earlier in owed:
-            pages |= earlier
-        return pages
+        return self._log.copy(slot, self._page_size)
 
     def note_full(self, ring: _kvm.Ring, harvests: int) -> None:
         """Note that KVM_RUN called a ring full.

@@ -107,21 +107,21 @@ cdef enum:
 
 @cython.final
 cdef class DirtyBitmap:
-    """One bit a page, marked by many threads at once while others harvest.
+    """One bit per page, marked by many threads at once while others harvest.
 
     Parameters
     ----------
     npages : int
         Pages to keep track of.
     page_size : int, default 4096
-        Bytes a page, a power of two.
+        Bytes per page, a power of two.
 
     Attributes
     ----------
     npages : int
         Pages in all.
     page_size : int
-        Bytes a page.
+        Bytes per page.
 
     Raises
     ------
@@ -140,7 +140,7 @@ cdef class DirtyBitmap:
 
     Marking is a full memory barrier (I3): mark after the store to the page.
     A summary bitmap, one bit for each 512 pages, makes a harvest cost what is
-    dirty (I4); memory is 1.002 bits a page.
+    dirty (I4); memory is 1.002 bits per page.
 
     References
     ----------
@@ -189,12 +189,12 @@ cdef class DirtyBitmap:
         npages : int, optional
             Pages in all; by default as many as the words hold.
         page_size : int, default 4096
-            Bytes a page, a power of two.
+            Bytes per page, a power of two.
 
         Raises
         ------
         TypeError
-            `buffer` is no buffer of bytes or of unsigned 64-bit words.
+            `buffer` is not a buffer of bytes or of unsigned 64-bit words.
         ValueError
             It is read-only, not aligned to 8 bytes (I8), not ``8 * ceil(npages / 64)``
             bytes long, or has bits past `npages` (I7).
@@ -439,7 +439,7 @@ cdef class DirtyBitmap:
         IndexError
             The range reaches out of ``[0, npages)``.
         TypeError, ValueError
-            `out` is no writable buffer of that many words; nothing has been cleared (I5).
+            `out` is not a writable buffer of that many words; nothing has been cleared (I5).
         MemoryError
             There is no memory for the result; nothing has been cleared (I5).
         BaseException

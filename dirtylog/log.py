@@ -112,7 +112,7 @@ class DirtyLog:
     is in that collect's epoch.
 
     A collect costs the harvests, plus O(dirty words) for each observer. Each
-    observer keeps one bit a page.
+    observer keeps one bit per page.
 
     A signal handler may collect, whatever it has interrupted: the last checkpoint
     on SIGTERM. It does so with an observer of its own; one whose epoch was

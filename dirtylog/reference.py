@@ -306,7 +306,7 @@ class DirtyPages:
     npages : int
         Pages that the source has, dirty or not.
     page_size : int, optional
-        Bytes a page.
+        Bytes per page.
     exact : bool, optional
         False when the source lost track and reported everything.
 
@@ -354,7 +354,7 @@ class DirtyPages:
     def from_bytes(cls, data: bytes, npages: int, page_size: int = 4096) -> DirtyPages:
         """Read little-endian words: the memory of KVM's and vhost's bitmaps."""
         if len(data) % 8:
-            raise ValueError(f"{len(data)} bytes are no whole number of 8-byte words")
+            raise ValueError(f"{len(data)} bytes are not a whole number of 8-byte words")
         words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8)]
         return cls(words, npages, page_size)
 
@@ -431,7 +431,7 @@ class DirtyPages:
         return iter(self.indices())
 
     def __contains__(self, page: object) -> bool:
-        """Say whether a page is dirty; what is no page of the source is not."""
+        """Say whether a page is dirty; what is not a page of the source is not."""
         if not isinstance(page, int) or not 0 <= page < self.npages:
             return False
         word, bit = divmod(page, WORD_PAGES)
@@ -439,14 +439,14 @@ class DirtyPages:
 
 
 class DirtyBitmap:
-    """A bit a page: set by whoever writes, taken by whoever asks.
+    """One bit per page: set by whoever writes, taken by whoever asks.
 
     Parameters
     ----------
     npages : int
         Number of pages.
     page_size : int, optional
-        Bytes a page.
+        Bytes per page.
 
     Examples
     --------

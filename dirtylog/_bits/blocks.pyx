@@ -163,7 +163,7 @@ cdef Block block_of_buffer(object buffer, bint writable, str what):
     Raises
     ------
     TypeError
-        It is no buffer, or one of other items than bytes or unsigned 64-bit words.
+        It is not a buffer, or one of other items than bytes or unsigned 64-bit words.
     ValueError
         It is read-only where it is to be written, not contiguous, not whole words, not aligned.
     """

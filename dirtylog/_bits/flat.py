@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["array_of", "flat_array", "flat_bytes"]
 
-# The names of items in a buffer's format, in which an O is no object.
+# The names of items in a buffer's format, in which an O is not an object.
 _NAME = re.compile(":[^:]*:")
 _WAYS = "pass a NumPy array, a buffer (mmap, memoryview, SharedMemory, bytearray), or an object that exports one"
 

@@ -197,7 +197,7 @@ cdef class DirtyPages:
     npages : int
         Pages that the source has; every page number is below it.
     page_size : int
-        Bytes a page.
+        Bytes per page.
     exact : bool
         False when the source lost track and reported every page (I6).
     count : int
@@ -209,7 +209,7 @@ cdef class DirtyPages:
 
     Notes
     -----
-    Set algebra (``|``, ``&``, ``-``, ``^``) wants operands of equal `npages` and
+    Set algebra (``|``, ``&``, ``-``, ``^``) requires operands of equal `npages` and
     `page_size`; the result is exact if both are. Equality and hash look at the
     pages, not at `exact`. Immutable, so any number of threads may share one.
 
@@ -242,7 +242,7 @@ cdef class DirtyPages:
         npages : int
             Pages in all.
         page_size : int, default 4096
-            Bytes a page, a power of two.
+            Bytes per page, a power of two.
         exact : bool, default True
             False marks an answer of a source that lost track.
 
@@ -775,7 +775,7 @@ cdef class DirtyPages:
 
 
 def iterate(indices):
-    """Yield page numbers as ints, some thousand at a time, so that no list of all of them is made."""
+    """Yield page numbers as ints, a few thousand at a time, so that no list of all of them is made."""
     for start in range(0, indices.size, 4096):
         yield from indices[start : start + 4096].tolist()
 

@@ -176,7 +176,7 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
         Memory of any kind that :func:`dirtylog.track` accepts, equally long in bytes; the last page may be a part of
         one.
     page_size : int, default 4096
-        Bytes a page, a power of two.
+        Bytes per page, a power of two.
 
     Raises
     ------

@@ -22,7 +22,7 @@ def raw_keys() -> Iterator[bool]:
         import tty
 
         if not sys.stdin.isatty():
-            raise OSError("standard input is no terminal")
+            raise OSError("standard input is not a terminal")
         before = termios.tcgetattr(sys.stdin)
     except (ImportError, OSError, ValueError, AttributeError):
         yield False

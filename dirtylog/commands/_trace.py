@@ -18,7 +18,7 @@ def add_migration_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1.25e8, 1.25e9],
         metavar="BYTES",
-        help="bytes a second to reckon a migration for (1.25e8 1.25e9); the trace comes before it",
+        help="bytes per second to forecast a migration for (1.25e8 1.25e9); the trace comes before it",
     )
     parser.add_argument(
         "--downtime", type=at_least(0, float), default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)"

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def page_count(text: str) -> int:
     """Read a number of pages that fits into memory several times."""
     if not text.isdecimal() or not 1 <= int(text) <= 1 << 28:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of pages from 1 to {1 << 28}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pages from 1 to {1 << 28}")
     return int(text)
 
 

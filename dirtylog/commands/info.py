@@ -1,4 +1,4 @@
-"""Say what this machine offers for tracking dirty pages, and why not where not.
+"""Say what this machine offers for tracking dirty pages and, if something is missing, why.
 
 Each facility is probed by using it, not by asking for a version: a kernel can
 have a call compiled out, forbidden or broken.
@@ -61,10 +61,10 @@ def capability_text(name: str, value: int) -> str:
     >>> capability_text("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 3)
     '3: enable, initially-all-set'
     >>> capability_text("KVM_CAP_DIRTY_LOG_RING", 1048576)
-    'at most 65,536 pages a ring'
+    'at most 65,536 pages per ring'
     """
     if value > 1 and "RING" in name:
-        return f"at most {value // RING_ENTRY_BYTES:,} pages a ring"
+        return f"at most {value // RING_ENTRY_BYTES:,} pages per ring"
     if value > 0 and name == "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2":
         return f"{value}: {', '.join(text for flag, text in MANUAL_PROTECT_FLAGS.items() if value & flag)}"
     return f"KVM_CHECK_EXTENSION answered {value}"

@@ -31,11 +31,11 @@ def _address(text: str) -> tuple[str, int]:
     try:
         if not ip_address(host).is_loopback:
             raise argparse.ArgumentTypeError(
-                f"{host} is no loopback address: anybody could connect; tunnel it (ssh -L)"
+                f"{host} is not a loopback address: anybody could connect; tunnel it (ssh -L)"
             )
         number = int(port)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no HOST:PORT such as 127.0.0.1:4000") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT such as 127.0.0.1:4000") from None
     if not 0 <= number < 1 << 16:
         raise argparse.ArgumentTypeError(f"port {number} is not between 0 and 65535")
     return host, number
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     send.add_argument(
         "--max-rounds", type=at_least(1, int), default=30, metavar="N", help="live rounds before giving up (30)"
     )
-    send.add_argument("--force", action="store_true", help="then pause and send the rest whatever it takes")
+    send.add_argument("--force", action="store_true", help="then pause and send the rest, however long it takes")
     send.add_argument("--compress", action="store_true", help="with zstd")
     receive = ends.add_parser("receive", help="wait for one migration and take it in")
     receive.add_argument(

@@ -60,7 +60,7 @@ def report_text(profile: Profile) -> str:
     bound = "" if profile.exact else "at most "
     overhead = profile.overhead
     lines = [
-        f"dirtylog: {bound}{bytes_text(profile.bytes_per_second)} dirtied a second "
+        f"dirtylog: {bound}{bytes_text(profile.bytes_per_second)} dirtied per second "
         f"(peak {bytes_text(profile.peak_bytes_per_second)}), {bytes_text(profile.dirtied_bytes)} "
         f"in {profile.seconds:.2f} s and {profile.samples} samples",
         f"overhead: about {overhead['share']:.1%} ({overhead['sampling_seconds']:.3f} s of sampling, "

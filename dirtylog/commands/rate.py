@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Meter the trace, and reckon a migration for each bandwidth."""
+    """Meter the trace, and forecast a migration for each bandwidth."""
     from collections import Counter
 
     import dirtylog
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         f"{args.trace}: {text(nbytes)} dirtied in {seconds:.2f} s",
         ["figure", "value"],
         [
-            ["mean a second", text(mean)],
-            ["peak a second", text(peak)],
+            ["mean per second", text(mean)],
+            ["peak per second", text(peak)],
             *([f"working set of the last {window:g} s", text(size)] for window, size in sets.items()),
             *([name, text(size)] for name, size in regions.most_common(10) if size),
         ],

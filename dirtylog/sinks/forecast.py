@@ -52,7 +52,7 @@ class Forecast:
     seconds : float
         All rounds and the downtime together.
     bandwidth : float
-        Bytes a second it was reckoned for.
+        Bytes per second it was made for.
     """
 
     verdict: Verdict
@@ -72,7 +72,7 @@ def forecast(
     downtime: float,
     max_rounds: int = 30,
 ) -> Forecast:
-    """Reckon a pre-copy migration round by round.
+    """Forecast a pre-copy migration round by round.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def forecast(
         `seconds` after `start` (seconds since the migration began), or None
         where that is not known. Called for one round after the other.
     bandwidth : float
-        Bytes a second.
+        Bytes per second.
     downtime : float
         Seconds that the program may be paused for.
     max_rounds : int, default 30
@@ -100,7 +100,7 @@ def forecast(
         `bandwidth` is not positive and finite, `downtime` is negative, or `max_rounds` is less than 1.
     """
     if not (bandwidth > 0 and math.isfinite(bandwidth)):
-        raise ValueError(f"bandwidth is {bandwidth}; it must be a positive number of bytes a second")
+        raise ValueError(f"bandwidth is {bandwidth}; it must be a positive number of bytes per second")
     if not downtime >= 0:
         raise ValueError(f"downtime is {downtime}; it must be 0 seconds or more")
     if max_rounds < 1:

@@ -81,7 +81,7 @@ def heat_map(trace: Trace, ax: Axes | None = None, *, rows: int = 256, **kwargs:
 
 
 def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
-    """Draw how many bytes a second got dirty.
+    """Draw how many bytes per second got dirty.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
     Returns
     -------
     Axes
-        Seconds to the right, MiB a second upwards.
+        Seconds to the right, MiB per second upwards.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
             # A second epoch of the same moment is of the same stretch of time.
             rates[-1] += waiting / (times[-1] - times[-2]) / 2**20
             waiting = 0
-    ax.set(xlabel="seconds", ylabel="MiB dirtied a second", title="Dirty rate")
+    ax.set(xlabel="seconds", ylabel="MiB dirtied per second", title="Dirty rate")
     if rates:
         ax.stairs(rates, times, **{"fill": True, "color": "#c2410c", "alpha": 0.8, **kwargs})
         ax.set_ylim(bottom=0)

@@ -228,7 +228,7 @@ class RateMeter:
         Parameters
         ----------
         bandwidth, downtime, max_rounds : float, float, int
-            In bytes a second and seconds, as :func:`dirtylog.sinks.forecast.forecast` takes them.
+            In bytes per second and seconds, as :func:`dirtylog.sinks.forecast.forecast` takes them.
 
         Returns
         -------

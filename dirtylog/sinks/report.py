@@ -46,7 +46,7 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
     trace : Trace
         Read from its beginning; its harvests are not disturbed.
     bandwidths : sequence of float, optional
-        Bytes a second, to reckon a migration for each.
+        Bytes per second, to forecast a migration for each.
     downtime : float, default 0.3
         Seconds of pause that a migration may end with.
 
@@ -67,10 +67,10 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
     body = [
         _summary(trace),
         _picture("Which pages were written when", lambda ax: plot.heat_map(trace, ax)),
-        _picture("How much was written a second", lambda ax: plot.dirty_rate(trace, ax)),
+        _picture("How much was written per second", lambda ax: plot.dirty_rate(trace, ax)),
         f"<h2>Migration</h2><p>With at most {downtime:g} s of pause.</p>",
         _table(["bandwidth", "verdict", "rounds", "seconds", "why"], map(_forecast_row, forecasts)),
-        *(_picture(f"Migration at {f.bandwidth:g} bytes a second", _migration(f)) for f in forecasts if f.rounds),
+        *(_picture(f"Migration at {f.bandwidth:g} bytes per second", _migration(f)) for f in forecasts if f.rounds),
     ]
     return PAGE.format(title=escape(f"dirtylog: {trace.path.name}"), body="\n".join(body))
 
@@ -87,7 +87,7 @@ def _summary(trace: Trace) -> str:
     rows = [
         ["memory", f"{trace.npages} pages of {trace.page_size} bytes, {_mib(trace.npages * trace.page_size)}"],
         ["recorded", f"{trace.length} epochs in {seconds:.3f} s"],
-        ["dirtied", f"{_mib(nbytes)}, {_mib(nbytes / seconds if seconds else 0.0)} a second"],
+        ["dirtied", f"{_mib(nbytes)}, {_mib(nbytes / seconds if seconds else 0.0)} per second"],
         ["inexact epochs", str(inexact)],
     ]
     hot = sorted(regions.items(), key=lambda item: -item[1])[:20]

@@ -199,7 +199,7 @@ class SharedLog(Resource):
         Raises
         ------
         ValueError
-            The log is smaller than the guest, is no whole number of 64-bit words,
+            The log is smaller than the guest, is not a whole number of 64-bit words,
             or has bits past the guest's last page.
         TypeError
             `source` is none of the three.
@@ -223,7 +223,7 @@ class SharedLog(Resource):
         elif isinstance(source, str | os.PathLike):
             descriptor = os.open(source, os.O_RDWR | os.O_CLOEXEC)
         else:
-            raise TypeError(f"a {type(source).__name__} is no log: pass a path, a file descriptor or a SharedMemory")
+            raise TypeError(f"a {type(source).__name__} is not a log: pass a path, a file descriptor or a SharedMemory")
         try:
             size = _checked(os.fstat(descriptor).st_size - offset, pages)
             return cls(mmap.mmap(descriptor, size, offset=offset), pages or size * 8, descriptor, offset + size)

@@ -381,7 +381,7 @@ cdef class Mmu:
         """Clear those of `words` that were reported and protect their pages; True if anything was cleared.
 
         What was cleared goes to `cleared`, as long as `words`, also when it
-        fails: it is what `unclear` wants. ``protect(numbers, masks)`` takes the
+        fails: it is what `unclear` requires. ``protect(numbers, masks)`` takes the
         place of the C hook, under ``mmu_lock``.
         """
         cdef dl_memslot *found = self.logging_slot(slot)

@@ -41,7 +41,7 @@ class VM:
     manual_protect : bool
         `get_dirty_log` clears nothing; `clear_dirty_log` clears and protects.
     initially_set : bool
-        A log starts with every page set and nothing protected; wants
+        A log starts with every page set and nothing protected; requires
         `manual_protect`.
     dirty_ring : int
         Entries of a dirty ring for each vCPU, a power of two, in place of
@@ -113,11 +113,11 @@ class VM:
         if not 1 <= vcpus <= MAX_VCPUS:
             raise ValueError(f"vcpus {vcpus} is out of range: 1 to {MAX_VCPUS}")
         if not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or page_size & (page_size - 1):
-            raise ValueError(f"page_size {page_size} is no power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
+            raise ValueError(f"page_size {page_size} is not a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}")
         if huge_pages not in HUGE_PAGES:
             raise ValueError(f"huge_pages {huge_pages!r} is not known; choose None, 'eager' or 'on-write'")
         if initially_set and not manual_protect:
-            raise ValueError("initially_set wants manual_protect=True: only clear_dirty_log() protects its pages")
+            raise ValueError("initially_set requires manual_protect=True: only clear_dirty_log() protects its pages")
         if dirty_ring and (manual_protect or pml):
             raise ValueError("a dirty ring excludes manual_protect and pml; choose one")
         if (dirty_ring or huge_pages) and arch.dirtying != "fault":
@@ -205,12 +205,12 @@ class VM:
 
     def _change(self, old: Region, new: Region, memory: WriteableBuffer | None) -> None:
         if new.npages != old.npages:
-            raise invalid(f"slot {old.slot} has {old.npages} pages, not {new.npages}; delete it and create it anew")
+            raise invalid(f"slot {old.slot} has {old.npages} pages, not {new.npages}; delete it and create it again")
         if (
             memory is not None
             and guest_memory(memory, old.npages * self.page_size).ctypes.data != self.mmu.memory(old.slot).ctypes.data
         ):
-            raise invalid(f"slot {old.slot} has other memory; delete it and create it anew")
+            raise invalid(f"slot {old.slot} has other memory; delete it and create it again")
         if new.base_gfn != old.base_gfn:
             self.mmu.move(old.slot, new.base_gfn)
         if new.log_dirty and not old.log_dirty:
@@ -338,7 +338,7 @@ class VM:
             EINVAL: unaligned or out of range, or no manual protection; ENOENT: the
             slot keeps no log; ENXIO: the machine has dirty rings.
         TypeError
-            `dirty` is no DirtyPages, or a number no integer.
+            `dirty` is not a DirtyPages, or a number is not an integer.
         ValueError
             `dirty` is about another number of pages, or pages of another size.
 

@@ -45,7 +45,7 @@ class DirtyRingFull(DirtyLogError):
 def check_entries(entries: int) -> int:
     """Return a ring size that can be had, else ValueError."""
     if not MIN_ENTRIES <= entries <= MAX_ENTRIES or entries & (entries - 1):
-        raise ValueError(f"dirty_ring {entries} is no power of two from {MIN_ENTRIES} to {MAX_ENTRIES}")
+        raise ValueError(f"dirty_ring {entries} is not a power of two from {MIN_ENTRIES} to {MAX_ENTRIES}")
     return entries
 
 

@@ -21,7 +21,7 @@ GPA_BITS = 63
 
 
 def guest_frames(gfns: npt.ArrayLike) -> npt.NDArray[np.uint64]:
-    """Return gfns as a flat uint64 array; refuse what is no integer (TypeError) or negative (IndexError)."""
+    """Return gfns as a flat uint64 array; refuse what is not an integer (TypeError) or negative (IndexError)."""
     array = np.asarray(gfns).reshape(-1)
     if array.size == 0:
         return np.empty(0, np.uint64)

@@ -269,7 +269,7 @@ def test_a_profile_of_a_numpy_program_names_its_array_and_what_it_wrote(launch):
 
 def test_the_report_for_people_says_the_same(launch):
     result = launch(WRITER, "3", options=["--interval", "1000"])
-    assert "dirtied a second" in result.stderr
+    assert "dirtied per second" in result.stderr
     assert "overhead: about" in result.stderr
     assert "array (anonymous)" in result.stderr
 

@@ -208,7 +208,7 @@ def test_wrong_arguments_are_refused_before_anything_is_made(tmp_path):
     with pytest.raises(TypeError):
         SharedLog.create(1.5, path)
     assert not path.exists()
-    with pytest.raises(TypeError, match="a bytes is no log"):
+    with pytest.raises(TypeError, match="a bytes is not a log"):
         SharedLog.open(b"/tmp/x")
     with pytest.raises(FileNotFoundError):
         SharedLog.open(path)

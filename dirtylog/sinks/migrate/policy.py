@@ -20,7 +20,7 @@ class Policy:
     max_rounds : int
         Live rounds, the first included, before the migration ends as not converging.
     force : bool
-        After `max_rounds` pause and send the rest whatever it takes, rather than fail.
+        After `max_rounds` pause and send the rest, however long it takes, rather than fail.
     throttle_after : int
         Ask for throttling once in so many rounds each dirtied more than half of what was sent.
     throttle_first, throttle_step, throttle_most : float
@@ -65,11 +65,11 @@ class Round:
     nbytes, wire_bytes : int
         Bytes of the pages; bytes that went over the socket for them.
     seconds, bandwidth : float
-        How long it took; page bytes a second.
+        How long it took; page bytes per second.
     dirtied : int
         Pages that were dirtied during it (0 for the final round).
     dirty_rate : float
-        Pages a second.
+        Pages per second.
     expected_downtime : float
         Seconds it would take to send what was dirtied at this bandwidth.
     throttle : float

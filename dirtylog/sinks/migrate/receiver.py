@@ -28,7 +28,7 @@ __all__ = ["receive"]
 def _table(raw: memoryview, nbytes: int, granule: int) -> npt.NDArray[np.int64]:
     """Check a table of extents: ascending, apart, whole granules, inside the memory."""
     if raw.nbytes == 0 or raw.nbytes % 16 or raw.nbytes > 16 * MAX_EXTENTS:
-        raise WireError(f"a table of {raw.nbytes} bytes is no table of extents")
+        raise WireError(f"a table of {raw.nbytes} bytes is not a table of extents")
     extents = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, 2)
     offsets, lengths = extents[:, 0], extents[:, 1]
     # In this order: once both are within the memory, their sum cannot overflow.

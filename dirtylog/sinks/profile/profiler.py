@@ -71,7 +71,7 @@ class Profile:
         False where a tracker lost track, which makes the figures upper bounds.
     overhead : dict of str to float
         Seconds of CPU time that sampling took; seconds that the program's first
-        writes to its pages took (reckoned from a measured price); both
+        writes to its pages took (estimated from a measured price); both
         together as a share of the time watched.
     """
 

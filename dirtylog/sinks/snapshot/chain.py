@@ -153,7 +153,7 @@ class Layer:
         try:
             status = os.fstat(self.descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise SnapshotError(f"{path}: the footer cannot be used: it is no regular file")
+                raise SnapshotError(f"{path}: the footer cannot be used: it is not a regular file")
             self.allocated: int = status.st_blocks * 512
             self.footer, self.place = footers.read(self.descriptor, path)
             if expected is not None and self.place.digest != expected:

@@ -2,12 +2,12 @@
 
 Behind the data, at a page boundary, stand four sections and a trailer of 64 bytes that finds them: the header (JSON
 text), the set of pages that the file holds, one digest for each window of their bytes, and the user's state. The
-format is described in ``docs/reference/snapshot-format.md``. A file without a footer is no snapshot, so the trailer,
+format is described in ``docs/reference/snapshot-format.md``. A file without a footer is not a snapshot, so the trailer,
 written last, is the point at which there is one.
 
 Everything is checked before it is believed. The header is bounded before it is parsed and refused unless it is, byte
 for byte, what :func:`header_text` writes; page set and digests are read in blocks, so a file may be of any size
-and a reader stays small. The digests find accidents. They are no signature: whoever can write a file can write
+and a reader stays small. The digests find accidents. They are not a signature: whoever can write a file can write
 matching digests too.
 """
 
@@ -259,7 +259,7 @@ def _from_json(value: dict[str, Any]) -> Any:
 
 
 def encode_state(state: object) -> bytes:
-    """Return the state as the text that :func:`decode_state` reads; None is no text.
+    """Return the state as the text that :func:`decode_state` reads; None is not text.
 
     Raises
     ------
@@ -296,7 +296,7 @@ def _check(condition: object, what: str) -> None:
 
 
 def _integer(value: object, low: int, high: int, what: str) -> int:
-    # bool is an int to isinstance, and a JSON true is no number.
+    # bool is an int to isinstance, and a JSON true is not a number.
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{what} is {value!r:.40}; it must be a number from {low} to {high}")
     return value
@@ -311,16 +311,16 @@ def _regions(rows: object, nbytes: int, page_size: int, named: object) -> tuple[
     for row in rows:
         _check(isinstance(row, list) and len(row) == 6, "a region has other fields than a region has")
         name, kind, shape, order, start, length = row
-        _check(isinstance(name, str) and name not in names and len(name) <= MAX_NAME, "a region's name is no name")
+        _check(isinstance(name, str) and name not in names and len(name) <= MAX_NAME, "a region's name is not a name")
         names.add(name)
-        _check(isinstance(kind, str | list), "a region's type is no type")
-        _check(isinstance(shape, list) and len(shape) <= 64, "a region's shape is no shape")
+        _check(isinstance(kind, str | list), "a region's type is not a type")
+        _check(isinstance(shape, list) and len(shape) <= 64, "a region's shape is not a shape")
         axes = (
             isinstance(order, list)
             and all(type(axis) is int for axis in order)
             and sorted(order) == [*range(len(shape))]
         )
-        _check(axes or (isinstance(order, str) and order in ("C", "F")), "a region's order is no order")
+        _check(axes or (isinstance(order, str) and order in ("C", "F")), "a region's order is not an order")
         for length_of_axis in shape:
             _integer(length_of_axis, 0, nbytes, "an axis")
         _integer(start, 0, nbytes, "a region's start")
@@ -333,7 +333,7 @@ def _regions(rows: object, nbytes: int, page_size: int, named: object) -> tuple[
 
 
 def _validated(body: dict[str, Any]) -> Footer:
-    _check(body.pop("format", None) == FORMAT, "it is no snapshot's header")
+    _check(body.pop("format", None) == FORMAT, "it is not a snapshot's header")
     _check(set(body) == set(Footer.__dataclass_fields__), "it has other fields than a header has")
     page_size = _integer(body["page_size"], MIN_PAGE_SIZE, MAX_PAGE_SIZE, "page_size")
     _check(page_size & (page_size - 1) == 0, f"page_size is {page_size}; it must be a power of two")
@@ -416,7 +416,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     """
     size = os.fstat(descriptor).st_size
     if size < TRAILER.size + ALIGNMENT:
-        raise SnapshotError(f"{name}: the footer cannot be used: {size} bytes are no snapshot, or one that was cut")
+        raise SnapshotError(f"{name}: the footer cannot be used: {size} bytes are not a snapshot, or one was cut short")
     raw = _read(descriptor, size - TRAILER.size, TRAILER.size, name)
     magic, version, offset, header, length, expected, end = TRAILER.unpack(raw)
     try:
@@ -431,7 +431,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         _check(digest.digest() == expected, "its digest does not match")
         text = _read(descriptor, offset, header, name)
         body = json.loads(text.decode("ascii"))
-        _check(isinstance(body, dict), "it is no JSON object")
+        _check(isinstance(body, dict), "it is not a JSON object")
         footer = _validated(body)
         _check(header_text(footer) == text, "it is not in the form it was written in")
         _check(footer_offset(footer.nbytes) == offset, f"the data is not the {footer.nbytes} bytes it should be")

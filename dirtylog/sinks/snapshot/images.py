@@ -41,7 +41,7 @@ class Image:
         self.descriptor = descriptor
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is no regular file")
+            raise ValueError(f"{path} is not a regular file")
         self.nbytes: int = status.st_size
         if not self.nbytes:
             raise ValueError(f"{path} is empty: an image has at least 1 byte")

@@ -104,7 +104,7 @@ def restore(
     Returns
     -------
     array, or dict of str to array
-        `out`, or new: the array as it was saved (uint8 for a buffer that was no array), or the arrays by their names.
+        `out`, or new: the array as it was saved (uint8 if it was not an array), or the arrays by their names.
 
     Raises
     ------

@@ -80,7 +80,7 @@ class Region:
         self.kind: Any = "|u1"
         self.order: str | tuple[int, ...] = "C"
         self.shape: tuple[int, ...] = (self.view.nbytes,)
-        # A buffer that is no array comes without a type: bytes.
+        # A buffer that is not an array comes without a type: bytes.
         if array.dtype.kind != "V" or array.dtype.names is not None or isinstance(memory, np.ndarray):
             self.kind = np.lib.format.dtype_to_descr(array.dtype)
             self.shape = array.shape
@@ -110,7 +110,7 @@ class Space:
     Raises
     ------
     TypeError, ValueError
-        One of them is no contiguous buffer, or a name will not do.
+        One of them is not a contiguous buffer, or a name will not do.
     """
 
     def __init__(self, memory: Memory | Mapping[str, Memory], page_size: int, *, writable: bool = False) -> None:

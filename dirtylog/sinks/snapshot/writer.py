@@ -85,7 +85,7 @@ def check_target(path: str, how: How) -> None:
         raise FileExistsError(errno.EEXIST, "a snapshot is not overwritten, for its diffs would lose their parent "
                               "(pass replace=True, or another name)", path)  # fmt: skip
     if how.replace and os.path.lexists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is no regular file; only a file can be replaced")
+        raise ValueError(f"{path} is not a regular file; only a file can be replaced")
 
 
 def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes], state: bytes) -> tuple[str, int]:
@@ -214,7 +214,7 @@ def save(
     OSError
         FileExistsError without `replace`; or the disk is full, ... What was there before is there still.
     ValueError, TypeError
-        `memory` is no contiguous buffer, `state` cannot be written, or the name will not do.
+        `memory` is not a contiguous buffer, `state` cannot be written, or the name will not do.
 
     Notes
     -----

@@ -53,14 +53,14 @@ def replay(trace: Trace, sink: Callable[[Epoch], object]) -> int:
 
 
 def what_if(trace: Trace, bandwidth: float, downtime: float, *, start: float = 0.0, max_rounds: int = 30) -> Forecast:
-    """Reckon how a migration would have gone that began at a moment of a trace.
+    """Estimate how a migration would have gone that began at a moment of a trace.
 
     Parameters
     ----------
     trace : Trace
         Read from its beginning; its harvests are not disturbed.
     bandwidth : float
-        Bytes a second.
+        Bytes per second.
     downtime : float
         Seconds that the program may be paused for.
     start : float, default 0.0

@@ -66,7 +66,7 @@ class Trace:
     OSError
         The file cannot be read.
     TraceError
-        It is no trace, or of another version.
+        It is not a trace, or one of another version.
 
     Notes
     -----
@@ -132,14 +132,14 @@ class Trace:
             raise self._error(f"npages is {self.npages}; a trace has up to {layout.MAX_TRACE_PAGES}")
         for name, (first, count) in regions.items():
             if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= self.npages:
-                raise self._error(f"region {name!r} is {(first, count)}, which is no range of its {self.npages} pages")
+                raise self._error(f"region {name!r} is {(first, count)}, not a range of its {self.npages} pages")
         self.regions = regions
         metadata = self._file.metadata
         if not 0 <= self.length <= metadata.num_rows:
             raise self._error(f"it claims {self.length} epochs in {metadata.num_rows} rows")
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
-            # 33 bytes a row, and as much again for dictionaries and levels.
+            # 33 bytes per row, and as much again for dictionaries and levels.
             if not (
                 0 <= group.num_rows <= layout.ROWS_AT_ONCE and 0 <= group.total_byte_size <= 66 * layout.ROWS_AT_ONCE
             ):

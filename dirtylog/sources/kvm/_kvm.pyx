@@ -699,7 +699,7 @@ cdef class RingLog:
             entry.touched = 1
 
     def take(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
-        """Hand out what was collected for a slot and start anew; KeyError when unknown."""
+        """Hand out what was collected for a slot and start again; KeyError when unknown."""
         cdef size_t place = <size_t>self.find(slot)
         cdef dl_ring_slot *entry = &self.slots[place]
         cdef Block taken, fresh

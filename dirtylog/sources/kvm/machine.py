@@ -153,7 +153,7 @@ class VM(Resource):
                 if npages != old.npages:
                     refuse(
                         errno.EINVAL,
-                        f"slot {slot} has {old.npages} pages, not {npages}; delete it and create it anew",
+                        f"slot {slot} has {old.npages} pages, not {npages}; delete it and create it again",
                     )
                 memory = old.memory if memory is None else memory
             memory, pinned = lend(slot, npages, memory)
@@ -314,7 +314,7 @@ class VM(Resource):
         Raises
         ------
         TypeError
-            `dirty` is no DirtyPages, or a number no integer.
+            `dirty` is not a DirtyPages, or a number is not an integer.
         ValueError
             `dirty` is not about `npages` pages of the slot.
         OSError
@@ -407,7 +407,7 @@ class VM(Resource):
                 refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
             if self._rings:
                 refuse(errno.EINVAL, f"dirty rings of {self._rings.entries} entries are enabled already")
-            self._enable(f"{name}, {entries} entries a ring", number, entries * _RING_ENTRY_BYTES)
+            self._enable(f"{name}, {entries} entries per ring", number, entries * _RING_ENTRY_BYTES)
             rings = Rings(entries, self.page_size, self._lock)
             for region in self._regions.values():
                 if region.log_dirty:

@@ -92,7 +92,7 @@ class Rings:
     def _note_foreign(self) -> None:
         if self._log.foreign is not None:
             index, slot, offset = self._log.foreign
-            why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is no page of ours"
+            why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is not a page of ours"
             self._incomplete = dict.fromkeys(self._incomplete, why)
             self._log.forget_foreign()
 

@@ -319,7 +319,7 @@ class Vcpu(Resource):
         Raises
         ------
         ValueError
-            The last exit was no read, or wanted another number of bytes.
+            The last exit was not a read, or it expects another number of bytes.
         """
         if self._answer_at is None:
             raise ValueError("the guest waits for no data: the last exit was not an IO or MMIO read")

@@ -379,7 +379,7 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
     ends the process. A harvest that finds the handler gone opens the memory and
     raises `DirtyLogError`. When mappings run short (``vm.max_map_count``) it
     opens memory in blocks, and says so (I6). A harvest reads the process's list
-    of mappings: memory that was mapped anew, or made writable by the program's
+    of mappings: memory that was mapped again, or made writable by the program's
     own ``mprotect``, is reported whole with ``exact=False``, unless it was made
     read-only again before the harvest.
 

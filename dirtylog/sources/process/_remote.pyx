@@ -349,7 +349,7 @@ def read_memory(int pid, const int64_t[:, ::1] extents not None, unsigned char[:
     Raises
     ------
     OSError
-        EPERM or ESRCH. Memory that is gone is no error.
+        EPERM or ESRCH. Memory that is gone is not an error.
     IndexError
         An extent ends past `out`.
 

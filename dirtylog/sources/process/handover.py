@@ -54,7 +54,7 @@ def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int
     try:
         if len(data) != GREETING.size or data[:8] != MAGIC or len(descriptors) != 2:
             raise DirtyLogError(
-                f"who answers at {connection.getpeername() or 'the socket'!r} is no dirtylog agent: it sent "
+                f"who answers at {connection.getpeername() or 'the socket'!r} is not a dirtylog agent: it sent "
                 f"{len(data)} bytes and {len(descriptors)} descriptors; start the process with python -m dirtylog.agent"
             )
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))

@@ -113,7 +113,7 @@ class Unsupported(Arch):
         raise OSError(self.error, f"{self.name} keeps no dirty log: {os.strerror(self.error)}")
 
     def sync_dirty_log(self, vm: VM, slot: int) -> None:
-        """Refuse as well: a peek is no way round."""
+        """Refuse as well: a peek is not a way round."""
         self.get_dirty_log(vm, slot)
 
 
@@ -137,7 +137,7 @@ def register(arch: type[Arch]) -> type[Arch]:
     Raises
     ------
     TypeError
-        It is no subclass of `Arch`.
+        It is not a subclass of `Arch`.
     ValueError
         It has no name, or the name is taken.
     """

@@ -92,6 +92,7 @@ cdef extern from "dirtylog/bitmap.h" nogil:
         DL_LINE_WORDS, DL_GROUP_LINES, DL_GROUP_WORDS
     uint64_t dl_lines_for(uint64_t npages)
     uint64_t dl_groups_for(uint64_t npages)
+    void dl_harvest_end()
     void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
 
 
@@ -580,6 +581,7 @@ cdef class DirtyBitmap:
                 dl_take_foreign(&basket, self.bits.words, reached, stop)
         with nogil:
             dl_take_part(&basket, self.bits.words, tail_first, end)
+            dl_harvest_end()
         if dense is not None:
             pages_fill(pages, dense, None, None, 0)
         else:

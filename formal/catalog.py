@@ -148,4 +148,18 @@ CHECKS: tuple[Check, ...] = (
         "FAILED_OPENING_FORGETS",
         "DEPOSIT_REPLACED",
     ),
+    # I3 where an exchange is two instructions.
+    *_holds("exclusive", LOSS),
+    *_refuted("exclusive", LOSS, "FENCE_LEFT_OUT"),
+    # I5: what was taken and not handed out.
+    *_holds("owed", LOSS),
+    *_refuted(
+        "owed",
+        LOSS,
+        "ANSWER_IS_DROPPED",
+        "OWED_IS_REPLACED",
+        "OWED_IS_COPIED_THEN_ZEROED",
+        "FLAG_BEFORE_PAGES_ALONE",
+        "PAGES_BEFORE_FLAG_IS_TAKEN",
+    ),
 )

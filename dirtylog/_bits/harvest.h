@@ -63,6 +63,7 @@ static inline void dl_take_range(struct dl_basket *basket, const struct dl_bitma
     dl_take_part(basket, b->words, first, head_end);
     dl_take_lines(basket, b->words, taken, ntaken);
     dl_take_part(basket, b->words, tail_first, end);
+    dl_harvest_end();
 }
 
 /* Scan words [start, end), which no summary describes; returns where the basket was full. */

@@ -114,12 +114,14 @@ def check_geometry(npages, page_size) -> tuple[int, int]:
 
 
 def integer_array(values, what) -> np.ndarray:
-    """Return an integer array-like as a C-contiguous int64 array, unchanged where it is one.
+    """Return an integer array-like as a C-contiguous, aligned (I8) int64 array, unchanged where it is one.
 
     Numbers past int64 become negative or raise IndexError: no page has them.
     """
-    if type(values) is ndarray and values.dtype is INT64 and values.flags.c_contiguous:
-        return values
+    if type(values) is ndarray and values.dtype is INT64:
+        flags = values.flags
+        if flags.c_contiguous and flags.aligned:
+            return values
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):
         return np.empty(array.shape, np.int64)
@@ -130,7 +132,7 @@ def integer_array(values, what) -> np.ndarray:
     if array.dtype.kind == "u" and array.dtype.itemsize == 8:
         if array.size and int(array.max()) >= 1 << 63:
             raise IndexError(f"{what} hold {int(array.max())}; page numbers are below npages")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.require(array, np.int64, ["C", "A"])
 
 
 cdef object words_array(words, uint64_t npages):

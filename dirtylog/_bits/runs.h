@@ -26,12 +26,12 @@ static inline uint64_t dl_change_word(uint64_t word, uint64_t *carry)
     return changes;
 }
 
+/* Of words that nobody writes, since each is read more than once; words that others write go through live.h. */
 static inline void dl_changes_dense(struct dl_changes *state, const uint64_t *words, size_t n, uint64_t *changes)
 {
     if (n == 0)
         return;
-    uint64_t previous = dl_load_relaxed(&words[0]);
-    changes[0] = dl_change_word(previous, &state->carry);
+    changes[0] = dl_change_word(words[0], &state->carry);
     for (size_t i = 1; i < n; i++)
         changes[i] = words[i] ^ (words[i] << 1 | words[i - 1] >> 63);
     state->carry = words[n - 1] >> 63;

@@ -6,8 +6,8 @@ import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_Index
-from libc.stdint cimport uint64_t
-from libc.string cimport memset
+from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memcpy, memset
 
 from dirtylog._bits.blocks cimport (
     Block,
@@ -15,9 +15,8 @@ from dirtylog._bits.blocks cimport (
     block_of_buffer,
     dl_bitmap,
     dl_kernels,
-    expand_words,
     kernels,
-    runs_of_words,
+    new_numbers,
 )
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
 
@@ -35,6 +34,19 @@ cdef extern from "dirtylog/bits.h" nogil:
 cdef extern from "_bits/batch.h" nogil:
     void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
                         uint64_t first_page)
+
+
+cdef extern from "dirtylog/bitmap.h" nogil:
+    void dl_harvest_end()
+
+
+cdef extern from "_bits/live.h" nogil:
+    cdef struct dl_live:
+        size_t done
+        size_t written
+    size_t dl_live_indices(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out,
+                           size_t room)
+    size_t dl_live_runs(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out, size_t room)
 
 
 cdef extern from "_bits/content.h" nogil:
@@ -101,6 +113,7 @@ def harvest_words(words, out=None) -> np.ndarray:
     with nogil:
         memset(target.words, 0, target.nwords * 8)
         kernels.take_dense(source.words, source.nwords, target.words, True)
+        dl_harvest_end()
     try:
         PyErr_CheckSignals()
     except BaseException:
@@ -113,8 +126,46 @@ def harvest_words(words, out=None) -> np.ndarray:
     return result
 
 
+cdef object expand_live(Block block, bint as_runs):
+    """Return the page numbers, or the runs one after the other, of words that others may be writing.
+
+    Each word is read once, into a copy of its block, which is counted and expanded. How much room the
+    answer needs is an estimate: whoever marks meanwhile makes it larger.
+    """
+    cdef dl_live live
+    cdef int64_t *out
+    cdef int64_t *more
+    cdef size_t room, needed
+    memset(&live, 0, sizeof(live))
+    with nogil:
+        room = kernels.popcount(block.words, block.nwords)
+        if as_runs:
+            room = min(2 * room, 32 * block.nwords) + 2
+    result = new_numbers(room, &out)
+    while True:
+        with nogil:
+            if as_runs:
+                needed = dl_live_runs(&live, kernels, block.words, block.nwords, out, room)
+            else:
+                needed = dl_live_indices(&live, kernels, block.words, block.nwords, out, room)
+        if not needed:
+            break
+        room = needed + room // 2
+        larger = new_numbers(room, &more)
+        memcpy(more, out, live.written * 8)
+        result, out = larger, more
+    if live.written == room:
+        return result
+    result = result[: live.written]
+    return result if 2 * live.written >= room else result.copy()
+
+
 def indices(words) -> np.ndarray:
     """Return the numbers of the set bits of a buffer of uint64, ascending, as int64.
+
+    Notes
+    -----
+    Others may write the words meanwhile: each word is read once.
 
     Examples
     --------
@@ -123,11 +174,15 @@ def indices(words) -> np.ndarray:
     [0, 2, 64]
     """
     cdef Block block = block_of_buffer(words, False, "words")
-    return expand_words(block.words, block.nwords)
+    return expand_live(block, False)
 
 
 def runs(words) -> np.ndarray:
     """Return the runs of set bits of a buffer of uint64 as an int64 array of shape (n, 2): first, count.
+
+    Notes
+    -----
+    As for `indices`: each word is read once, so the runs are those of some moment of each word.
 
     Examples
     --------
@@ -136,7 +191,7 @@ def runs(words) -> np.ndarray:
     [[63, 3]]
     """
     cdef Block block = block_of_buffer(words, False, "words")
-    return runs_of_words(block.words, block.nwords)
+    return expand_live(block, True).reshape(-1, 2)
 
 
 def popcount(words) -> int:

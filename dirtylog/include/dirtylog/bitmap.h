@@ -150,7 +150,12 @@ static inline void dl_summary_untake(const struct dl_bitmap *b, const struct dl_
         dl_fetch_or(&b->summary[taken[i].group], taken[i].lines);
 }
 
-/* Get and clear one word. The load spares clean words the locked exchange, as
+/* I3: the last step of every harvest: no page is read before its bit is seen to be taken. A batch tests before
+ * it sets, so if the caller's load of a page came before the store half of the exchange, a writer could find
+ * the bit still set, leave it, and be missing from both. */
+static inline void dl_harvest_end(void) { dl_fence_after_rmw(); }
+
+/* Get and clear one word; `dl_harvest_end` follows the last one. The load spares clean words the locked exchange, as
  * in KVM; a mark that comes after it is for the next harvest. */
 static inline uint64_t dl_harvest_word(uint64_t *word)
 {
@@ -189,6 +194,7 @@ static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out)
             out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
             pages += (uint64_t)__builtin_popcountll(out[whole]);
         }
+        dl_harvest_end();
         return pages;
     }
     memset(out, 0, nwords * sizeof *out);
@@ -203,6 +209,7 @@ static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out)
             pages += dl_harvest_words(b, first, end < nwords ? end : nwords, out);
         }
     }
+    dl_harvest_end();
     return pages;
 }
 

@@ -280,6 +280,14 @@ def test_a_diff_over_a_chain_that_cannot_be_restored_is_refused(tmp_path, break_
     assert not os.path.exists(tmp_path / "d")
 
 
+def test_a_chain_that_is_too_long_to_be_read_is_not_written(tmp_path, monkeypatch):
+    memory = small_chain(tmp_path, 3)
+    monkeypatch.setattr(writer, "MAX_CHAIN", 3)
+    with pytest.raises(SnapshotError, match="its chain has 3 files, and no more than 3 are read"):
+        save_diff(tmp_path / "d", memory, DirtyPages.from_indices([2], 8), parent=tmp_path / "s2")
+    assert not os.path.exists(tmp_path / "d")
+
+
 def test_a_diff_does_not_replace_its_own_ancestor(tmp_path):
     memory = small_chain(tmp_path, 3)
     for name in ("s0", "s1"):

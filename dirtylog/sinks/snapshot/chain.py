@@ -18,6 +18,7 @@ from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.footer import DIGEST_BYTES, Footer, SnapshotError, hasher
 
 __all__ = [
+    "MAX_CHAIN",
     "ChainMovedError",
     "Info",
     "Layer",

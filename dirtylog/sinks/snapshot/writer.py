@@ -16,7 +16,18 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot.chain import Info, Layer, Link, Progress, StrPath, checked_path, describe, follow, settled
+from dirtylog.sinks.snapshot.chain import (
+    MAX_CHAIN,
+    Info,
+    Layer,
+    Link,
+    Progress,
+    StrPath,
+    checked_path,
+    describe,
+    follow,
+    settled,
+)
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
@@ -326,6 +337,11 @@ def parent_link(
             "as search=, here and whenever the diff is restored"
         )
     links, footer = _ancestors(parent_path, directories)
+    if len(links) >= MAX_CHAIN:
+        raise SnapshotError(
+            f"{parent_path}: its chain has {len(links)} files, and no more than {MAX_CHAIN} are read: write a full "
+            "snapshot, or rebase"
+        )
     if (footer.nbytes, footer.page_size) != (source.nbytes, source.page_size):
         raise SnapshotError(
             f"{parent_path}: the parent has {footer.nbytes} bytes in pages of {footer.page_size}; the memory has "

@@ -146,6 +146,19 @@ def test_rows_are_those_that_a_look_at_every_byte_finds(layout, chosen):
     assert pages.rows(array).tolist() == rows_by_brute_force(pages, array)
 
 
+def test_a_page_that_goes_round_from_the_last_row_to_the_first_has_both():
+    """512 items a page, 700 rows in Fortran order; and three axes of which the first is in the middle."""
+    columns = np.zeros((700, 5), order="F")
+    middle = np.zeros((2, 700, 3)).transpose(1, 0, 2)
+    for array in (columns, middle):
+        npages = -(-array.nbytes // PAGE)
+        for page in range(npages):
+            pages = dl.DirtyPages.from_indices([page], npages)
+            assert pages.rows(array).tolist() == rows_by_brute_force(pages, array)
+        pages = dl.DirtyPages.from_indices([0, 2, 4], npages)
+        assert pages.rows(array).tolist() == rows_by_brute_force(pages, array)
+
+
 # ---- what has memory ------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,16 @@ def test_many_pages_of_an_unaligned_buffer_agree_with_arithmetic(backend, start)
         assert np.array_equal(answer, expected)
 
 
+@pytest.mark.parametrize("page", [511, 512, 513, 1023, 1024])
+def test_pages_at_the_edge_of_a_line_of_words_are_reported(backend, page):
+    """I9: the line before may be clean, and its last page is dirty all the same."""
+    whole = pages(1500)
+    array = whole[16 : 1400 * PAGE]
+    with dl.track(array, backend) as tracker:
+        whole[page * PAGE] += 1
+        assert dirty(tracker) == ([page - 1] if backend == "compare" else [page - 1, page])
+
+
 def test_a_neighbour_on_the_same_page_is_reported_too(backend):
     array = pages(1)
     with dl.track(array[:10], backend) as tracker:

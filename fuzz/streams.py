@@ -49,7 +49,7 @@ class Migration(Target):
     refusals = (MigrationError,)
 
     def seeds(self) -> Iterator[bytes]:
-        """Yield migrations of three pages: raw, compressed, zeros."""
+        """Yield migrations of three pages in two rounds: raw, compressed, zeros."""
         import zstandard
 
         nbytes = 3 * 512 - 7
@@ -61,6 +61,7 @@ class Migration(Target):
                 (Kind.HELLO, HELLO.pack(nbytes, 512, codec)),
                 (Kind.ROUND, ROUND.pack(1)),
                 (Kind.PAGES, PAGES.pack(2, codec) + table + content),
+                (Kind.ROUND, ROUND.pack(2)),  # a page comes once per round
                 (Kind.ZEROS, zeros),
                 (Kind.END, b"digest"),
             ]

@@ -15,7 +15,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot.footer import DIGEST_BYTES, Footer, SnapshotError, hasher
+from dirtylog.sinks.snapshot.footer import DIGEST_BYTES, Footer, Place, SnapshotError, hasher
 
 __all__ = [
     "MAX_CHAIN",
@@ -156,6 +156,8 @@ class Layer:
             if not stat.S_ISREG(status.st_mode):
                 raise SnapshotError(f"{path}: the footer cannot be used: it is not a regular file")
             self.allocated: int = status.st_blocks * 512
+            self.footer: Footer
+            self.place: Place
             self.footer, self.place = footers.read(self.descriptor, path)
             if expected is not None and self.place.digest != expected:
                 raise ChainMovedError(path)

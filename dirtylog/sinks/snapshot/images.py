@@ -36,7 +36,7 @@ class Image:
     named = False
 
     def __init__(self, path: str, descriptor: int, page_size: int) -> None:
-        _, self.page_size = check_geometry(0, page_size)
+        self.page_size: int = check_geometry(0, page_size)[1]
         self.path = path
         self.descriptor = descriptor
         status = os.fstat(descriptor)

@@ -75,7 +75,7 @@ class Region:
 
     def __init__(self, name: str, memory: Memory, start: int, *, writable: bool) -> None:
         what = f"memory {name!r}" if name else "out" if writable else "memory"
-        self.view = flat_bytes(memory, writable=writable, what=what)
+        self.view: memoryview = flat_bytes(memory, writable=writable, what=what)
         array = array_of(memory, what)
         self.kind: Any = "|u1"
         self.order: str | tuple[int, ...] = "C"
@@ -85,9 +85,9 @@ class Region:
             self.kind = np.lib.format.dtype_to_descr(array.dtype)
             self.shape = array.shape
             self.order = _order(array)
-        self.name = name
+        self.name: str = name
         self.nbytes: int = self.view.nbytes
-        self.start = start
+        self.start: int = start
         self.end: int = start + self.nbytes
 
     def row(self) -> Row:

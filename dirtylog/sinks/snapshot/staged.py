@@ -154,14 +154,14 @@ class Staged:
 
     descriptor: int = -1
     # Until there is a name, there is nothing to remove.
-    closed = True
+    closed: bool = True
 
     def __init__(self, path: str, nbytes: int, *, sync: bool, replace: bool, mode: int | None) -> None:
         self.path = path
         self.sync = sync
         self.replace = replace
-        self.durable = sync
-        self.published = False
+        self.durable: bool = sync
+        self.published: bool = False
         self.owner: int = os.getpid()
         self.directory: str = os.path.dirname(path)
         if mode is None:

@@ -193,7 +193,7 @@ def test_a_footer_that_is_too_large_is_not_read(base):
 def test_a_pipe_in_place_of_a_file_does_not_hang(base):
     os.unlink(base)
     os.mkfifo(base)
-    with pytest.raises(SnapshotError, match="no regular file"):
+    with pytest.raises(SnapshotError, match="not a regular file"):
         restore(base)
 
 

@@ -552,5 +552,5 @@ def test_whoever_is_no_agent_is_refused(tmp_path, puppet):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(b"HTTP/1.1 200 OK\r\n")
-        with pytest.raises(dl.DirtyLogError, match="no dirtylog agent"):
+        with pytest.raises(dl.DirtyLogError, match="not a dirtylog agent"):
             dl.attach(puppet.pid, handover=ours)

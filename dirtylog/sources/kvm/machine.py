@@ -441,9 +441,15 @@ class VM(Resource):
         first and the second step goes unlogged and is harmless: its page is in
         this harvest, and its content is read later (I2).
 
+        Intel's page-modification logging keeps the latest entries of a vCPU in
+        hardware until it leaves guest mode; they are in the ring, and so in a
+        harvest, after that. Before the harvest that has to be complete, a
+        migration's last for example, `kick` every vCPU and let its `run` return.
+
         References
         ----------
-        ``kvm_vm_ioctl_reset_dirty_pages`` in Linux ``virt/kvm/kvm_main.c``.
+        ``kvm_vm_ioctl_reset_dirty_pages`` in Linux ``virt/kvm/kvm_main.c``;
+        ``KVM_CAP_DIRTY_LOG_RING`` in Linux ``Documentation/virt/kvm/api.rst``.
         """
         self._handle.fileno()
         rings = self._rings

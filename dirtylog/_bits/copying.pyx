@@ -2,7 +2,7 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """Copies extents of pages from memory to memory without the GIL.
 
-An extent is a row ``(offset, length)`` in bytes. A *plain* buffer holds each extent at its own offset; a *packed* buffer
+An extent is a row ``(offset, length)`` in bytes. A *plain* buffer holds each extent at its own offset; a *packed* one
 holds them one after the other.
 """
 

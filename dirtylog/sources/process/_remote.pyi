@@ -1,3 +1,5 @@
+from typing import final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ def inject(
 ) -> tuple[int, float, int]: ...
 def read_memory(pid: int, extents: npt.NDArray[np.int64], out: Memory) -> int: ...
 
+@final
 class Watch:
     pid: int
     def __new__(cls, pid: int, uffd: int, pagemap: int = -1) -> Watch: ...

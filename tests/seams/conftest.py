@@ -40,9 +40,16 @@ def raising_signal():
     signal.signal(signal.SIGUSR2, before)
 
 
+def only_on_311():
+    """Skip where single bytecodes are traced in another way than these tests know."""
+    if sys.version_info[:2] != (3, 11):
+        pytest.skip("an interrupt is placed at a single bytecode by the way in which CPython 3.11 traces them")
+
+
 @pytest.fixture
 def interrupted_at():
     """Call something with an exception before its n-th bytecode."""
+    only_on_311()
     return _interrupted_at
 
 
@@ -113,4 +120,5 @@ class Interrupt:
 @pytest.fixture(name="interrupt_class")
 def _interrupt_class():
     """The class: fixtures are what a conftest shares."""
+    only_on_311()
     return Interrupt

@@ -32,7 +32,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
 # Programs that Python only starts, in which there is no extension module of ours.
-# The two others attach to processes, by a tracer that shares our memory on a stack of its own, which ASan does not know.
+# The last two attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
 NOT_HERE = ("tests/formal", "tests/sanitize", "tests/sources/test_process.py", "tests/commands/test_top.py")
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks.snapshot import SnapshotError, info, rebase, restore, save, save_diff, staged, verify, writer
+from dirtylog.sinks.snapshot import SnapshotError, chain, info, rebase, restore, save, save_diff, staged, verify, writer
 from dirtylog.sinks.snapshot.images import restore_image, save_image
+from dirtylog.sinks.snapshot.overlay import flatten
 
 PAIR = np.dtype([("x", "<f4", (2,)), ("y", [("z", ">i8"), ("n", "S3")])])
 
@@ -413,3 +414,49 @@ def test_half_a_restored_image_is_never_there(tmp_path):
     assert os.listdir(tmp_path) == ["s"]
     restore_image(tmp_path / "s", tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == b"\1" * (3 << 20)
+
+
+def test_a_file_that_is_flattened_again_and_again_stays_the_parent_of_all_its_children(tmp_path):
+    memory = np.zeros(8 * 4096, np.uint8)
+    save(tmp_path / "base", memory, sync=False)
+    moments = []
+    for i in range(3):
+        memory[i * 4096] = i + 1
+        pages = DirtyPages.from_indices([i], 8)
+        if i == 0:
+            save_diff(tmp_path / "parent", memory, pages, parent=tmp_path / "base", sync=False)
+            then = memory.copy()
+        else:
+            child = then.copy()
+            child[i * 4096] = i + 1
+            save_diff(tmp_path / f"child{i}", child, pages, parent=tmp_path / "parent", sync=False)
+            moments.append(child)
+        flatten(tmp_path / "parent", sync=False)
+    for i, moment in enumerate(moments, 1):
+        assert (restore(tmp_path / f"child{i}") == moment).all()
+    assert info(tmp_path / "parent").time <= info(tmp_path / "child1").time
+
+
+def test_a_diff_over_a_parent_that_is_flattened_meanwhile_is_written(tmp_path):
+    memory = small_chain(tmp_path, 3)
+    pages = DirtyPages.from_indices([0], 8)
+    save_diff(
+        tmp_path / "next", memory, pages, parent=tmp_path / "s2", sync=False,
+        progress=lambda *_: flatten(tmp_path / "s2", sync=False),
+    )  # fmt: skip
+    assert (restore(tmp_path / "next") == memory).all()
+
+
+def test_a_reader_that_met_a_child_just_before_it_was_merged_looks_again(tmp_path, monkeypatch):
+    memory = small_chain(tmp_path, 4)
+    find = chain._find
+
+    def merged_meanwhile(name, *rest):
+        monkeypatch.setattr(chain, "_find", find)
+        flatten(tmp_path / "s3", sync=False)
+        for each in ("s2", "s1", "s0"):
+            os.unlink(tmp_path / each)
+        return find(name, *rest)
+
+    monkeypatch.setattr(chain, "_find", merged_meanwhile)
+    assert (restore(tmp_path / "s3") == memory).all()

@@ -95,6 +95,9 @@ REGION = ["", "|u1", [DATA], "C", 0, DATA]
         {"holds": "x"},
         {"algorithm": "md5"},
         {"algorithm": ["xxh3_128"]},
+        {"time": -1},
+        {"time": 1.5},
+        {"time": 1 << 63},
         {"rows": 31},
         {"rows": 33},
         {"rows": 1 << 40},
@@ -228,7 +231,7 @@ path = sys.argv[1]
 npages, size = 1 << 24, 512
 footer = footers.Footer(
     id="0" * 32, kind="full", page_size=size, nbytes=npages * size, count=npages // 2, rows=npages // 2, exact=True,
-    parent=None, parent_digest=None, holds=None, epoch=None, algorithm="blake2b_128", named=False,
+    parent=None, parent_digest=None, holds=None, time=0, epoch=None, algorithm="blake2b_128", named=False,
     regions=(("", "|u1", (npages * size,), "C", 0, npages * size),), state=0,
 )
 assert footer.packed

@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "follow",
     "settled",
+    "still_there",
 ]
 
 Progress = Callable[[int, int], object]
@@ -71,6 +72,8 @@ class Info:
         What the caller saved beside the memory; tuples have become lists.
     durable : bool
         Whether it was synced, so that it survives a power cut; True of what was read back.
+    time : float
+        When the memory was as it is, in seconds since 1970.
     """
 
     path: str
@@ -88,6 +91,7 @@ class Info:
     names: tuple[str, ...] = ()
     state: Any = None
     durable: bool = True
+    time: float = 0.0
 
 
 def checked_path(path: StrPath) -> str:
@@ -119,6 +123,7 @@ def describe(
         path, footer.kind, footer.nbytes, footer.page_size, footer.npages, footer.count, footer.exact,
         footer.parent, footer.epoch, footer.algorithm, digest, allocated,
         tuple(region[0] for region in footer.regions) if footer.named else (), state, durable,
+        footer.time / 1e9,
     )  # fmt: skip
 
 
@@ -165,6 +170,15 @@ class Layer:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def identity(self) -> str:
+        """What a child notes of its parent: the digest, or that of the snapshot whose memory the file now holds.
+
+        So a file can be merged, flattened or laid over any number of times: as long as it holds the memory that a
+        child was taken over, it serves as that child's parent.
+        """
+        return self.footer.holds or self.place.digest
 
     def close(self) -> None:
         """Close the file."""
@@ -249,8 +263,8 @@ class Link:
 
     Parameters
     ----------
-    path, digest, id : str
-        The file, its digest and its id.
+    path, digest, identity : str
+        The file, its digest, and what its children note of it.
     total : int
         Bytes of the pages it holds.
     epoch : int or None
@@ -259,7 +273,7 @@ class Link:
 
     path: str
     digest: str
-    id: str
+    identity: str
     total: int
     epoch: int | None
 
@@ -309,6 +323,7 @@ def follow(path: str, search: Sequence[str] = ()) -> tuple[list[Link], Footer]:
     """
     chain: list[Link] = []
     digests: set[str] = set()
+    identities: set[str] = set()
     layer: Layer | None = Layer(path)
     tip = below = None
     while layer is not None:
@@ -323,17 +338,36 @@ def follow(path: str, search: Sequence[str] = ()) -> tuple[list[Link], Footer]:
                     f"{chain[0].path}: its chain comes back to {path}, or is longer than {MAX_CHAIN} files"
                 )
             digests.add(digest)
-            chain.append(Link(path, digest, footer.id, layer.total, footer.epoch))
+            identities.update((digest, layer.identity))
+            chain.append(Link(path, digest, layer.identity, layer.total, footer.epoch))
             below = footer
         if footer.parent is None or footer.parent_digest is None:
             break
         child = path
         directories = [os.path.dirname(path), *search]
-        path, layer, reason = _find(footer.parent, footer.parent_digest, digests, directories)
+        path, layer, reason = _find(footer.parent, footer.parent_digest, identities, directories)
         if reason is not None:
+            # Upkeep replaces a child, then removes its old parents: a reader that has the old child looks again.
+            if not still_there(chain):
+                raise ChainMovedError(child)
             raise SnapshotError(f"{child}: {reason}")
     assert tip is not None
     return chain[::-1], tip
+
+
+def still_there(links: Sequence[Link]) -> bool:
+    """Say whether files are what they were when they were followed, by a look at their trailers."""
+    for link in links:
+        try:
+            with open(link.path, "rb", buffering=0) as file:
+                size = file.seek(-footers.TRAILER.size, os.SEEK_END)
+                raw = file.read(footers.TRAILER.size)
+        except OSError:
+            return False
+        fields = footers.TRAILER.unpack(raw) if len(raw) == footers.TRAILER.size else None
+        if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != size:
+            return False
+    return True
 
 
 def settled(work: Callable[[], Any]) -> Any:

@@ -158,7 +158,9 @@ class Footer:
     parent, parent_digest : str or None
         Name of the parent and its digest.
     holds : str or None
-        After a rebase: digest of the diff whose memory this file now holds.
+        After a rebase, flatten or merge: the :attr:`identity` of the snapshot whose memory this file now holds.
+    time : int
+        When its memory was as it is, in nanoseconds since 1970; a merge keeps that of the newest.
     epoch : int or None
         The observer's epoch number.
     algorithm : str
@@ -181,6 +183,7 @@ class Footer:
     parent: str | None
     parent_digest: str | None
     holds: str | None
+    time: int
     epoch: int | None
     algorithm: str
     named: bool
@@ -343,6 +346,7 @@ def _validated(body: dict[str, Any]) -> Footer:
     # No two runs touch, so a set has at most as many runs as pages, and as clean pages and one more.
     _integer(body["rows"], 1 if count else 0, min(count, npages - count + 1), "rows")
     _integer(body["state"], 0, MAX_STATE_BYTES, "state")
+    _integer(body["time"], 0, (1 << 63) - 1, "time")
     if body["epoch"] is not None:
         _integer(body["epoch"], 0, (1 << 63) - 1, "epoch")
     _check(isinstance(body["exact"], bool), "exact is not true or false")

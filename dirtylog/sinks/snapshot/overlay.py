@@ -25,7 +25,8 @@ __all__ = ["flatten", "join", "rebase", "siblings"]
 
 def siblings(links: Sequence[Link]) -> list[str]:
     """List the diffs beside a chain that are taken over one of its files, the last excepted, and are not part of it."""
-    digests = {link.digest for link in links[:-1]}
+    # What is taken over the memory of the last one restores as before: the result holds that memory.
+    digests = {digest for link in links[:-1] for digest in (link.digest, link.identity)} - {links[-1].identity}
     ours = {link.digest for link in links}
     found = []
     for directory in sorted({os.path.dirname(link.path) for link in links}):
@@ -135,8 +136,8 @@ def rebase(
         with Layer(base_path) as under, Layer(diff_path) as over:
             target, target_digest = under.footer, under.place.digest
             tip, tip_digest = over.footer, over.place.digest
-            first = Link(base_path, target_digest, target.id, under.total, target.epoch)
-            last = Link(diff_path, tip_digest, tip.id, over.total, tip.epoch)
+            first = Link(base_path, target_digest, under.identity, under.total, target.epoch)
+            last = Link(diff_path, tip_digest, over.identity, over.total, tip.epoch)
         if target.holds is not None and target.holds == tip.parent_digest:
             # The base is what the diff's parent was; the parent itself may be gone.
             links = [first, last]
@@ -154,7 +155,9 @@ def rebase(
                 f"{base_path}: {', '.join(orphans[:3])}{' and more' * (len(orphans) > 3)} could not be restored any "
                 "more: their parent would be gone; restore and save them first, remove them, or pass orphan=True"
             )
-        like = replace(target, holds=tip_digest, epoch=tip.epoch, named=tip.named, regions=tip.regions)
+        like = replace(
+            target, holds=last.identity, time=tip.time, epoch=tip.epoch, named=tip.named, regions=tip.regions
+        )
         return join(base_path, links, like, sync=sync, replace_it=True, progress=progress)
 
     found: Info = settled(work)
@@ -186,7 +189,7 @@ def flatten(
 
     def work() -> Info:
         links, tip = follow(name, directories)
-        like = replace(tip, kind="full", parent=None, parent_digest=None, holds=links[-1].digest)
+        like = replace(tip, kind="full", parent=None, parent_digest=None, holds=links[-1].identity)
         return join(name, links, like, sync=sync, replace_it=True, progress=progress)
 
     found: Info = settled(work)

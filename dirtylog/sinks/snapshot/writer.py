@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -27,6 +28,7 @@ from dirtylog.sinks.snapshot.chain import (
     describe,
     follow,
     settled,
+    still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
 from dirtylog.sinks.snapshot.space import Space
@@ -143,6 +145,8 @@ def write(
     staging = memoryview(bytearray(min(WINDOW, packed.total)))
     chunks = []
     identity = secrets.token_hex(16)
+    # Before the pages are copied: the memory of a moment that is no later than that.
+    moment = time.time_ns()
     with Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode) as staged:
         for begin, end, extents in packed.windows():
             # Copied once, digested and written from the copy: the memory may change all the while.
@@ -163,6 +167,7 @@ def write(
             parent=parent and parent[0],
             parent_digest=parent and parent[1],
             holds=None,
+            time=moment,
             epoch=how.epoch,
             algorithm=how.digest,
             named=source.named,
@@ -255,63 +260,50 @@ def save(
 class Vouched:
     """Ancestors of the diff that this process wrote last, and when they were last looked through."""
 
-    digest: str
+    identity: str
     links: list[Link]
     age: int
 
 
-# By the parent's digest. A chain grows at its end, so one entry for each chain that is being written is enough.
+# By what the parent's children note of it. A chain grows at its end, so one entry for each chain that is being written
+# is enough.
 _vouched: dict[str, Vouched] = {}
 MAX_VOUCHED = 16
-
-
-def _still_there(links: Sequence[Link]) -> bool:
-    for link in links:
-        try:
-            with open(link.path, "rb", buffering=0) as file:
-                size = file.seek(-footers.TRAILER.size, os.SEEK_END)
-                raw = file.read(footers.TRAILER.size)
-        except OSError:
-            return False
-        fields = footers.TRAILER.unpack(raw) if len(raw) == footers.TRAILER.size else None
-        if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != size:
-            return False
-    return True
 
 
 def _ancestors(path: str, search: Sequence[str]) -> tuple[list[Link], Footer]:
     """Return the chain of a parent, after a look at every file of it that is as good as one from the start."""
     with Layer(path) as layer:
-        footer, digest, total = layer.footer, layer.place.digest, layer.total
+        footer, digest, identity, total = layer.footer, layer.place.digest, layer.identity, layer.total
     known = _vouched.get(footer.parent_digest or "")
     if known is not None and known.links[-1].path == os.path.join(os.path.dirname(path), footer.parent or ""):
         # The parent is new, what lies above it was followed before.
-        links = [*known.links, Link(path, digest, footer.id, total, footer.epoch)]
+        links = [*known.links, Link(path, digest, identity, total, footer.epoch)]
         age = known.age + 1
     else:
-        known = _vouched.get(digest)
-        if known is None or known.links[-1].path != path:
+        known = _vouched.get(identity)
+        if known is None or known.links[-1].path != path or known.links[-1].digest != digest:
             links, tip = settled(lambda: follow(path, search))
-            _remember(Vouched(links[-1].digest, links, 0))
+            _remember(Vouched(links[-1].identity, links, 0))
             return links, tip
         links, age = known.links, known.age + 1
     # Nothing of the parent itself is taken on trust; of its ancestors the trailers tell whether they are the same.
     far = len(links) - 1 > CHECKED_LINKS and age * CHECKED_LINKS < len(links)
-    if not _still_there(links[-CHECKED_LINKS - 1 : -1] if far else links[:-1]):
+    if not still_there(links[-CHECKED_LINKS - 1 : -1] if far else links[:-1]):
         links, tip = settled(lambda: follow(path, search))
-        _remember(Vouched(links[-1].digest, links, 0))
+        _remember(Vouched(links[-1].identity, links, 0))
         return links, tip
-    _remember(Vouched(digest, links, age if far else 0))
+    _remember(Vouched(identity, links, age if far else 0))
     return links, footer
 
 
 def _remember(vouched: Vouched) -> None:
     if len(vouched.links) > 1:
-        _vouched.pop(vouched.links[-2].digest, None)
-    _vouched.pop(vouched.digest, None)
+        _vouched.pop(vouched.links[-2].identity, None)
+    _vouched.pop(vouched.identity, None)
     while len(_vouched) >= MAX_VOUCHED:
         _vouched.pop(next(iter(_vouched)))
-    _vouched[vouched.digest] = vouched
+    _vouched[vouched.identity] = vouched
 
 
 def parent_link(
@@ -366,11 +358,18 @@ def parent_link(
         )
 
     def vouch() -> None:
-        # The parent may have been replaced while the pages were copied.
-        if not _still_there(links[-1:]):
+        # The parent may have been replaced while the pages were copied; by a file of the same memory is no harm.
+        if still_there(links[-1:]):
+            return
+        try:
+            with Layer(parent_path) as layer:
+                same = layer.identity == links[-1].identity
+        except SnapshotError:
+            same = False
+        if not same:
             raise SnapshotError(f"{parent_path}: the parent was replaced or removed while its diff was written")
 
-    return (os.path.basename(parent_path), links[-1].digest), vouch
+    return (os.path.basename(parent_path), links[-1].identity), vouch
 
 
 def save_diff(

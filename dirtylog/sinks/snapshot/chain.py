@@ -27,7 +27,9 @@ __all__ = [
     "StrPath",
     "checked_path",
     "describe",
+    "directories_of",
     "follow",
+    "lay",
     "settled",
     "still_there",
 ]
@@ -113,6 +115,11 @@ def checked_path(path: StrPath) -> str:
         )
     # Made absolute once: a change of directory meanwhile is no matter of ours.
     return os.path.abspath(name)
+
+
+def directories_of(search: Sequence[StrPath]) -> list[str]:
+    """Return the absolute paths of directories to look for parents in, after each file's own."""
+    return [os.path.abspath(os.fspath(each)) for each in search]
 
 
 def describe(
@@ -368,6 +375,28 @@ def still_there(links: Sequence[Link]) -> bool:
         if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != size:
             return False
     return True
+
+
+def lay(
+    links: Sequence[Link],
+    put: Callable[[memoryview, npt.NDArray[np.int64]], object],
+    progress: Progress | None = None,
+) -> None:
+    """Read the files of a chain, base first, one open at a time, and call ``put(bytes, extents)`` for each window."""
+    staging = memoryview(bytearray(WINDOW))
+    total, done = sum(link.total for link in links), 0
+    for link in links:
+        with Layer(link.path, link.digest) as layer:
+
+            def use(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
+                nonlocal done
+                layer.require(extents, sound)
+                put(part, extents)
+                done += part.nbytes
+                if progress is not None:
+                    progress(done, total)
+
+            layer.read(staging, use)
 
 
 def settled(work: Callable[[], Any]) -> Any:

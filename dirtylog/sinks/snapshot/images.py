@@ -19,9 +19,9 @@ from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import compare_pages, zero_pages
 from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, follow, settled
+from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, directories_of, follow, lay, settled
 from dirtylog.sinks.snapshot.footer import Row
-from dirtylog.sinks.snapshot.reader import info, lay, restore
+from dirtylog.sinks.snapshot.reader import info, restore
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import How, parent_link, write
 
@@ -171,7 +171,7 @@ def restore_image(
     target = os.path.abspath(os.fspath(image))
     if os.path.lexists(target):  # said here for its message, and before the work; the rename makes it so
         raise FileExistsError(errno.EEXIST, "an image is not overwritten; remove it, or give another name", target)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
 
     def work() -> Info:
         links, footer = follow(name, directories)

@@ -14,9 +14,20 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot.chain import Info, Layer, Link, Progress, StrPath, checked_path, describe, follow, settled
+from dirtylog.sinks.snapshot.chain import (
+    Info,
+    Layer,
+    Link,
+    Progress,
+    StrPath,
+    checked_path,
+    describe,
+    directories_of,
+    follow,
+    lay,
+    settled,
+)
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError, hasher
-from dirtylog.sinks.snapshot.reader import lay
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import seal
 
@@ -130,7 +141,7 @@ def rebase(
     ``rebase(base, d1)`` then ``rebase(base, d2)`` works, with d1 deleted in between too.
     """
     base_path, diff_path = checked_path(base), checked_path(diff)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
 
     def work() -> Info:
         with Layer(base_path) as under, Layer(diff_path) as over:
@@ -185,7 +196,7 @@ def flatten(
         A file of its chain is missing or damaged, or the disk is full; the diff is what it was.
     """
     name = checked_path(path)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
 
     def work() -> Info:
         links, tip = follow(name, directories)

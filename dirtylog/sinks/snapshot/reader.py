@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     Info,
     Layer,
-    Link,
     Progress,
     StrPath,
     checked_path,
     describe,
+    directories_of,
     follow,
+    lay,
     settled,
     windows,
 )
@@ -31,32 +32,10 @@ from dirtylog.sinks.snapshot.space import Space, blank
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["info", "lay", "restore", "verify"]
+__all__ = ["info", "restore", "verify"]
 
 # Pages that are looked at together when the holes of a file are checked.
 SPAN = 1 << 20
-
-
-def lay(
-    links: Sequence[Link],
-    put: Callable[[memoryview, npt.NDArray[np.int64]], object],
-    progress: Progress | None = None,
-) -> None:
-    """Read the files of a chain, base first, one open at a time, and call ``put(bytes, extents)`` for each window."""
-    staging = memoryview(bytearray(WINDOW))
-    total, done = sum(link.total for link in links), 0
-    for link in links:
-        with Layer(link.path, link.digest) as layer:
-
-            def use(part: memoryview, extents: npt.NDArray[np.int64], sound: bool, layer: Layer = layer) -> None:
-                nonlocal done
-                layer.require(extents, sound)
-                put(part, extents)
-                done += part.nbytes
-                if progress is not None:
-                    progress(done, total)
-
-            layer.read(staging, use)
 
 
 def _outputs(footer: Footer, out: Any) -> Space:
@@ -120,7 +99,7 @@ def restore(
     is replaced meanwhile is read again.
     """
     name = checked_path(path)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
 
     def work() -> Any:
         links, footer = follow(name, directories)
@@ -168,7 +147,7 @@ def verify(path: StrPath, *, search: Sequence[StrPath] = (), progress: Progress 
     accidents, not an attacker.
     """
     name = checked_path(path)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
 
     def work() -> Info:
         links, _ = follow(name, directories)

@@ -26,6 +26,7 @@ from dirtylog.sinks.snapshot.chain import (
     StrPath,
     checked_path,
     describe,
+    directories_of,
     follow,
     settled,
     still_there,
@@ -319,7 +320,7 @@ def parent_link(
         The parent is elsewhere, is the target, or has the target among its ancestors; the epoch is not later.
     """
     parent_path = checked_path(parent)
-    directories = [os.path.abspath(os.fspath(each)) for each in search]
+    directories = directories_of(search)
     if name == parent_path:
         raise ValueError(f"{name!r} cannot be its own parent; give the diff another name")
     around = [os.path.dirname(path) for path in (name, parent_path)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
+from dirtylog.sinks.profile.own_memory import large_areas
 from dirtylog.sources.memory import _tracking
 
 PAGE = mmap.PAGESIZE
@@ -235,6 +236,14 @@ def test_auto_takes_the_first_back_end_that_works(monkeypatch):
         assert tracker.backend == "compare"
     with pytest.raises(dl.BackendUnavailable, match=r"userfaultfd is not available here: no userfaultfd today; try"):
         dl.track(array, "userfaultfd")
+
+
+def test_what_would_fill_the_memory_with_page_tables_is_refused_before_it_is_armed():
+    # 0x4000: MAP_NORESERVE. AddressSanitizer's shadow is such a mapping: 16 TiB would need 32 GiB.
+    with mmap.mmap(-1, 64 << 40, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000) as memory:
+        assert not any(area.end - area.start >= 64 << 40 for area in large_areas())
+        with pytest.raises(dl.BackendUnavailable, match=r"would need 137438953472 bytes of page tables"):
+            dl.track(memory, "userfaultfd")
 
 
 def test_the_buffer_is_kept_alive_and_in_place_until_close(backend_of_any_memory):

@@ -554,3 +554,14 @@ def test_whoever_is_no_agent_is_refused(tmp_path, puppet):
         theirs.sendall(b"HTTP/1.1 200 OK\r\n")
         with pytest.raises(dl.DirtyLogError, match="not a dirtylog agent"):
             dl.attach(puppet.pid, handover=ours)
+
+
+def test_address_space_reserved_by_the_terabyte_is_left_out_and_said(puppet):
+    tib = 1 << 40
+    # 0x4000: MAP_NORESERVE.
+    reserved = puppet.do(f"new({64 * tib // PAGE}, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)")
+    assert reserved, "the kernel reserves no such range here"
+    with attach(puppet.pid) as process:
+        assert not any(region.start <= reserved < region.end for region in process.regions)
+        assert process.npages < tib // PAGE
+        assert ["of page tables" in why for area, why in process.skipped.items() if area.start <= reserved < area.end]

@@ -36,10 +36,14 @@ class Area:
 def large_areas(min_bytes: int = MIN_BYTES) -> list[Area]:
     """List the writable, private, anonymous mappings of this process that are at least so large.
 
+    What is too large to be write-protected is left out: address space that was
+    reserved by the terabyte, of which little is ever touched.
+
     References
     ----------
     ``proc_pid_maps(5)``.
     """
+    from dirtylog.sources._page_tables import cannot_hold
     from dirtylog.sources.memory.probe import mappings_of
 
     return [
@@ -48,6 +52,7 @@ def large_areas(min_bytes: int = MIN_BYTES) -> list[Area]:
         if mapping.permissions == "rw-p"
         and (mapping.path in ("", "[heap]") or mapping.path.startswith("[anon:"))
         and mapping.end - mapping.start >= min_bytes
+        and not cannot_hold(mapping.end - mapping.start)
     ]
 
 

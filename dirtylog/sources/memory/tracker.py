@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, SupportsIndex
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources._resource import Resource, has_forked
 from dirtylog.sources.memory import _tracking
 from dirtylog.sources.memory.compare import Compare
@@ -137,6 +138,8 @@ class Tracker(Resource):
             # Counting mappings reads the whole list: as often as the number of trackers doubles.
             if not (open_now := _tracking.open_spans(name)) & (open_now - 1):
                 _tracking.allow_splits(_spare_mappings())
+        elif why := cannot_hold(self._pinned.end - self._pinned.first):
+            raise OSError(why)
         return _tracking.Span(name, self._pinned.address, self._pinned.nbytes, self.page_size, bool(huge))
 
     def _ours(self, mapping: Mapping) -> bool:

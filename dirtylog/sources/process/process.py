@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources._resource import Resource
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch, inject, read_memory
 from dirtylog.sources.process.handover import receive
@@ -76,7 +77,7 @@ class Process(Resource):
         Seconds for which one thread of the process stood still while attaching.
     skipped : dict of Area to str
         What could not be watched, and why: ranges that the process's own
-        userfaultfd holds, for example.
+        userfaultfd holds, or that it reserved by the terabyte, for example.
 
     Notes
     -----
@@ -108,7 +109,7 @@ class Process(Resource):
     ) -> None:
         super().__init__()
         self._watch = watch
-        self._pick = pick
+        self._select = pick
         self._trust_shared = trust_shared
         self._lock = threading.RLock()
         self._busy = False
@@ -119,7 +120,7 @@ class Process(Resource):
         self._pieces: list[_Piece] = []
         self._free: list[tuple[int, int]] = []
         self._fresh = 0  # pages from here on were never anybody's: a sink has zeros for them
-        chosen = pick(mappings(self.pid))
+        chosen = self._pick(mappings(self.pid))
         pages = sum(area.end - area.start for area in chosen) // PAGE_SIZE
         room = max(pages, _LEAST_SPARE) if spare is None else spare
         if room < 0:
@@ -131,6 +132,16 @@ class Process(Resource):
         self._said_shared = False
         self._follow_mappings(at_start=True)
         self._closed = False
+
+    def _pick(self, areas: list[Area]) -> list[Area]:
+        """Pick the areas to watch; note why those that are too large to be armed are not among them."""
+        picked = []
+        for area in self._select(areas):
+            if why := cannot_hold(area.end - area.start):
+                self.skipped[area] = why
+            else:
+                picked.append(area)
+        return picked
 
     # ---- the page space ---------------------------------------------------------------------------
 

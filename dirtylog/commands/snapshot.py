@@ -1,4 +1,4 @@
-"""Keep memory images as chains of sparse snapshots: save, diff, restore, rebase, verify, info.
+"""Keep memory images as chains of sparse snapshots: save, diff, restore, verify, list, prune, merge.
 
 An image is a file that holds memory, every page at its own offset. A diff holds the
 pages that differ from its parent, or those that a dirty bitmap names.
@@ -7,6 +7,7 @@ pages that differ from its parent, or those that a dirty bitmap names.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -52,11 +53,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     writes(rebase)
     for name, text in (("verify", "check every byte of a snapshot's chain"), ("info", "say what a snapshot is")):
         action(name, text).add_argument("snapshot")
-    clean = action("clean", "remove the unfinished files of writers that are dead")
-    clean.add_argument("directory", nargs="?", default=".")
-    clean.add_argument(
-        "--elsewhere", action="store_true", help="those of writers on other machines too: none may be alive"
-    )
+    flatten = action("flatten", "make a diff a full snapshot in place; the diffs over it restore as before")
+    flatten.add_argument("snapshot", help="the diff")
+    writes(flatten)
+    merge = action("merge", "make one diff of a piece of a chain; the newest of each page wins")
+    merge.add_argument("first", help="the oldest of the piece; if it is full, the result is")
+    merge.add_argument("snapshot", metavar="last", help="the newest of the piece, which takes in the others")
+    merge.add_argument("--keep", action="store_true", help="leave the others where they are")
+    writes(merge)
+    directories: dict[str, str] = {
+        "list": "say which snapshots a directory has, oldest first",
+        "tree": "show which snapshot hangs on which",
+        "prune": "remove all snapshots but those to keep, and merge what these need",
+        "clean": "remove the unfinished files of writers that are dead",
+    }
+    for name, text in directories.items():
+        command = action(name, text)
+        command.add_argument("directory", nargs="?", default=".")
+        if name in ("prune", "clean"):
+            command.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        if name == "prune":
+            command.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N")
+            command.add_argument(
+                "--keep-daily", type=int, metavar="N", help="keep the newest of each of the last N days"
+            )
+            command.add_argument(
+                "--patience", type=float, default=10.0, metavar="SECONDS", help="how long to wait for writers (10)"
+            )
+            writes(command)
+        if name == "clean":
+            command.add_argument(
+                "--elsewhere", action="store_true", help="those of writers on other machines too: none may be alive"
+            )
 
 
 def _act(args: argparse.Namespace, progress: Any) -> Any:
@@ -80,6 +108,10 @@ def _act(args: argparse.Namespace, progress: Any) -> Any:
             return snapshot.rebase(
                 args.base, args.snapshot, orphan=args.orphan, sync=not args.no_sync, progress=progress
             )
+        case "flatten":
+            return snapshot.flatten(args.snapshot, sync=not args.no_sync, progress=progress)
+        case "merge":
+            return snapshot.merge(args.first, args.snapshot, keep=args.keep, sync=not args.no_sync, progress=progress)
         case "verify":
             return snapshot.verify(args.snapshot, progress=progress)
         case _:
@@ -89,13 +121,93 @@ def _act(args: argparse.Namespace, progress: Any) -> Any:
 def _clean(args: argparse.Namespace) -> int:
     """Remove what dead writers left in a directory."""
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.snapshot import staged
+    from dirtylog.sinks import snapshot
 
-    removed = staged.clean_directory(args.directory, elsewhere=args.elsewhere)
+    removed = snapshot.clean(args.directory, elsewhere=args.elsewhere, dry_run=args.dry_run)
     if args.json:
-        _terminal.show_json({"action": "clean", "removed": removed})
+        _terminal.show_json({"action": "clean", "dry_run": args.dry_run, "removed": removed})
     else:
-        _terminal.show_table("clean", ["removed"], [(path,) for path in removed] or [("nothing",)], left=1)
+        rows = [(path,) for path in removed] or [("nothing",)]
+        _terminal.show_table("clean", ["would be removed" if args.dry_run else "removed"], rows, left=1)
+    return 0
+
+
+def _when(seconds: float) -> str:
+    from datetime import datetime
+
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+def _list(args: argparse.Namespace) -> int:
+    """Show what a directory has, as a list or as a tree."""
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks import snapshot
+
+    entries = snapshot.catalog(args.directory)
+    if args.json:
+        _terminal.show_json({"action": args.action, "snapshots": [asdict(entry) for entry in entries]})
+        return 0
+    if args.action == "tree":
+        by_path = {entry.path: entry for entry in entries}
+        rows = []
+        # Parents before their children, without a frame for each: a chain may be long.
+        waiting = [(entry, "") for entry in reversed(entries) if entry.parent not in by_path]
+        while waiting:
+            entry, above = waiting.pop()
+            rows.append((above + os.path.basename(entry.path), entry))
+            # A line of diffs is no deeper than its first: only where it divides does it move to the right.
+            below = above if len(entry.children) == 1 else above + "  "
+            waiting += [(by_path[path], below) for path in reversed(entry.children) if path in by_path]
+    else:
+        rows = [(os.path.basename(entry.path), entry) for entry in entries]
+    _terminal.show_table(
+        os.path.abspath(args.directory),
+        ["snapshot", "kind", "over", "time", "pages", "on disk", "state"],
+        [
+            (
+                name,
+                entry.info.kind if entry.info else "?",
+                (entry.info and entry.info.parent) or "-",
+                _when(entry.info.time) if entry.info else "-",
+                str(entry.info.count) if entry.info else "-",
+                _terminal.bytes_text(entry.info.allocated) if entry.info else "-",
+                "restorable" if entry.problem is None else f"damaged: {entry.problem.partition(': ')[2]}",
+            )
+            for name, entry in rows
+        ],
+        left=4,
+    )
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    """Remove what is not to be kept."""
+    from dirtylog import DirtyLogError
+    from dirtylog.commands import _terminal
+    from dirtylog.commands._bar import byte_bar
+    from dirtylog.sinks import snapshot
+
+    try:
+        with byte_bar("snapshot prune") as progress:
+            done = snapshot.prune(
+                args.directory, keep_last=args.keep_last, keep_daily=args.keep_daily, dry_run=args.dry_run,
+                sync=not args.no_sync, patience=args.patience, progress=progress,
+            )  # fmt: skip
+    except ValueError as error:
+        hint = " (--keep-last N, --keep-daily N)" if args.keep_last is None and args.keep_daily is None else ""
+        raise DirtyLogError(f"{error}{hint}") from error
+    if args.json:
+        _terminal.show_json({"action": "prune", "dry_run": args.dry_run, **asdict(done)})
+        return 0
+    rows = [
+        *(
+            (os.path.basename(path), "kept, took in what it needs" if path in done.merged else "kept")
+            for path in done.kept
+        ),
+        *((os.path.basename(path), "needed by several that are kept") for path in done.needed),
+        *((os.path.basename(path), "would be removed" if args.dry_run else "removed") for path in done.removed),
+    ]
+    _terminal.show_table(os.path.abspath(args.directory), ["snapshot", "prune"], rows or [("none", "")], left=2)
     return 0
 
 
@@ -105,8 +217,9 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
 
-    if args.action == "clean":
-        return _clean(args)
+    others = {"clean": _clean, "list": _list, "tree": _list, "prune": _prune}
+    if args.action in others:
+        return others[args.action](args)
     try:
         with byte_bar(f"snapshot {args.action}") as progress:
             about = _act(args, progress)

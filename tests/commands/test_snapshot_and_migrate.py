@@ -147,3 +147,31 @@ def test_a_writing_process_migrates_into_another_one(tmp_path):
     assert json.loads(sent)["digest"] == json.loads(received)["digest"]
     assert json.loads(sent)["rounds"][-1]["final"]
     assert (tmp_path / "memory").stat().st_size == 8 << 20
+
+
+def test_a_directory_is_listed_pruned_merged_and_cleaned(images, capsys):
+    def answer(*words):
+        assert run(snapshot, *words, "--json") == 0
+        return json.loads(capsys.readouterr().out)
+
+    answer("save", images / "a", images / "first", "--no-sync")
+    for parent, name, image in (("a", "b", "second"), ("b", "c", "first"), ("c", "d", "second"), ("b", "x", "first")):
+        answer("diff", images / name, images / image, "--parent", images / parent, "--no-sync")
+    listed = answer("list", images)["snapshots"]
+    assert [os.path.basename(each["path"]) for each in listed] == ["a", "b", "c", "d", "x"]
+    assert [each["depth"] for each in listed] == [0, 1, 2, 3, 2]
+    (images / "e").write_bytes((images / "d").read_bytes()[:-5])
+    assert run(snapshot, "tree", images) == 0
+    tree = capsys.readouterr().out
+    assert "  x" in tree
+    assert "restorable" in tree
+    os.unlink(images / "e")
+    assert answer("merge", images / "c", images / "d", "--no-sync")["parent"] == "b"
+    assert answer("flatten", images / "x", "--no-sync")["kind"] == "full"
+    assert len(answer("prune", images, "--keep-last", 1, "--dry-run")["removed"]) == 3
+    assert run(snapshot, "prune", images, "--keep-last", 1, "--no-sync") == 0
+    assert capsys.readouterr().out.count("removed") == 3
+    assert [os.path.basename(each["path"]) for each in answer("list", images)["snapshots"]] == ["x"]
+    assert answer("clean", images, "--dry-run")["removed"] == []
+    with pytest.raises(DirtyLogError, match=r"nothing would be kept: .* \(--keep-last N, --keep-daily N\)"):
+        run(snapshot, "prune", images)

@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks.snapshot import SnapshotError, chain, info, rebase, restore, save, save_diff, staged, verify, writer
+from dirtylog.sinks.snapshot import (
+    SnapshotError,
+    chain,
+    flatten,
+    info,
+    rebase,
+    restore,
+    save,
+    save_diff,
+    staged,
+    verify,
+    writer,
+)  # fmt: skip
 from dirtylog.sinks.snapshot.images import restore_image, save_image
-from dirtylog.sinks.snapshot.overlay import flatten
 
 PAIR = np.dtype([("x", "<f4", (2,)), ("y", [("z", ">i8"), ("n", "S3")])])
 

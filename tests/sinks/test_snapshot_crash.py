@@ -14,7 +14,7 @@ import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
 from dirtylog.sinks._pageio import rename_noreplace
-from dirtylog.sinks.snapshot import rebase, restore, save, save_diff, staged, verify
+from dirtylog.sinks.snapshot import clean, rebase, restore, save, save_diff, staged, verify
 
 NPAGES = 64
 
@@ -279,7 +279,7 @@ def test_a_kill_at_a_random_moment_leaves_a_chain_that_restores(tmp_path, seed):
 
 def test_a_writer_that_lives_is_not_cleared_away(tmp_path):
     with staged.Staged(str(tmp_path / "s"), 4096, sync=False, replace=False, mode=None) as writer:
-        assert staged.clean_directory(str(tmp_path), elsewhere=True) == []
+        assert clean(tmp_path, elsewhere=True) == []
         assert os.path.exists(writer.part)
     assert os.listdir(tmp_path) == []
 
@@ -296,7 +296,7 @@ def test_a_writer_that_lives_in_another_process_is_not_cleared_away(tmp_path):
     )  # fmt: skip
     with process:
         part = process.stdout.readline().strip()
-        assert staged.clean_directory(str(tmp_path)) == []
+        assert clean(tmp_path) == []
         assert os.path.exists(part)
         process.stdin.close()
         process.wait()
@@ -309,6 +309,6 @@ def test_the_part_file_of_a_writer_on_another_machine_is_removed_only_when_asked
     part = tmp_path / ".dirtylog.0123456789ab.1.5.0123456789abcdef.part"
     part.touch()
     (tmp_path / ".dirtylog.notes").touch()
-    assert staged.clean_directory(str(tmp_path)) == []
-    assert staged.clean_directory(str(tmp_path), elsewhere=True) == [str(part)]
+    assert clean(tmp_path) == []
+    assert clean(tmp_path, elsewhere=True) == [str(part)]
     assert os.listdir(tmp_path) == [".dirtylog.notes"]

@@ -16,10 +16,27 @@ from __future__ import annotations
 from dirtylog._public import publish
 from dirtylog.sinks.snapshot.chain import Info
 from dirtylog.sinks.snapshot.footer import SnapshotError
-from dirtylog.sinks.snapshot.overlay import rebase
+from dirtylog.sinks.snapshot.overlay import flatten, rebase
 from dirtylog.sinks.snapshot.reader import info, restore, verify
+from dirtylog.sinks.snapshot.upkeep import Entry, Pruned, catalog, clean, merge, prune
 from dirtylog.sinks.snapshot.writer import save, save_diff
 
-__all__ = ["Info", "SnapshotError", "info", "rebase", "restore", "save", "save_diff", "verify"]
+__all__ = [
+    "Entry",
+    "Info",
+    "Pruned",
+    "SnapshotError",
+    "catalog",
+    "clean",
+    "flatten",
+    "info",
+    "merge",
+    "prune",
+    "rebase",
+    "restore",
+    "save",
+    "save_diff",
+    "verify",
+]
 
 publish(__name__, globals(), __all__)

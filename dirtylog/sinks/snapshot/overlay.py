@@ -15,6 +15,7 @@ from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
+    ChainMovedError,
     Info,
     Layer,
     Link,
@@ -26,8 +27,10 @@ from dirtylog.sinks.snapshot.chain import (
     follow,
     lay,
     settled,
+    still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError, hasher
+from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import seal
 
@@ -54,22 +57,30 @@ def siblings(links: Sequence[Link]) -> list[str]:
 
 
 def join(
-    path: str, links: Sequence[Link], like: Footer, *, sync: bool, replace_it: bool, progress: Progress | None
+    path: str, links: Sequence[Link], like: Footer, *, sync: bool, progress: Progress | None, under: Link | None = None
 ) -> Info:
-    """Write what the files `links` hold, one laid over the other, as one file with a footer like `like`."""
-    runs: list[npt.NDArray[np.int64]] = []
-    exact, state = True, b""
-    for link in links:
-        with Layer(link.path, link.digest) as layer:
-            runs += layer.blocks()
-            exact = exact and layer.footer.exact
-            if link is links[-1]:
-                state = footers.encode_state(layer.state())
-    held = DirtyPages.from_runs(
-        np.concatenate([np.empty((0, 2), np.int64), *runs]), like.npages, like.page_size, exact=exact
-    )
+    """Write what the files `links` hold, one laid over the other, in place of one of them, with a footer like `like`.
+
+    Parameters
+    ----------
+    path : str
+        The file to replace, which is one of `links`.
+    links : sequence of Link
+        The older come first: of a page that several hold, the newest wins.
+    like : Footer
+        What does not follow from the pages.
+    sync, progress
+        As for :func:`rebase`.
+    under : Link, optional
+        The parent, which must not go away meanwhile.
+
+    Notes
+    -----
+    Takes the space of the result beside that of `links`, and memory for the result's page set and a window.
+    """
+    held, exact, state = _union(links, like)
     staging = memoryview(bytearray(WINDOW))
-    with Staged(path, like.nbytes, sync=sync, replace=replace_it, mode=None) as staged:
+    with Staged(path, like.nbytes, sync=sync, replace=True, mode=None) as staged:
 
         def put(part: memoryview, extents: npt.NDArray[np.int64]) -> None:
             write_extents(staged.descriptor, part, extents, packed=True, name=path)
@@ -87,11 +98,39 @@ def join(
             id=secrets.token_hex(16),
             count=held.count,
             rows=len(packed.extents),
-            exact=held.exact,
+            exact=exact,
             state=len(state),
         )
+        # What was written over one of these files meanwhile is not lost: it is read, and all of this done again.
+        ours = [link for link in links if link.path == path]
+        if under is not None and announced(under.path):
+            raise SnapshotError(f"{under.path}: another process is about to remove it; try again when it has")
+        if not still_there([*ours, *([] if under is None else [under])]):
+            raise ChainMovedError(path)
         own, allocated = seal(staged, footer, held, chunks, state)
         return describe(path, footer, own, allocated, footers.decode_state(state, path), durable=staged.durable)
+
+
+def _union(links: Sequence[Link], like: Footer) -> tuple[DirtyPages, bool, bytes]:
+    """Return the pages that any of `links` holds, whether all were sure of them, and the state of the newest."""
+    held = DirtyPages.from_runs(np.empty((0, 2), np.int64), like.npages, like.page_size)
+    runs: list[npt.NDArray[np.int64]] = []
+    exact, state, waiting, least = True, b"", 0, 1 << 16
+    for link in links:
+        with Layer(link.path, link.digest) as layer:
+            exact = exact and layer.footer.exact
+            if link is links[-1]:
+                state = footers.encode_state(layer.state())
+            for block in layer.blocks():
+                runs.append(block)
+                waiting += len(block)
+                if waiting > least:
+                    # In batches as large as the set itself: as much memory, and no more than a logarithm of the work.
+                    held |= DirtyPages.from_runs(np.concatenate(runs), like.npages, like.page_size)
+                    runs, waiting, least = [], 0, max(1 << 16, len(held.runs()))
+    if runs:
+        held |= DirtyPages.from_runs(np.concatenate(runs), like.npages, like.page_size)
+    return held, exact, state
 
 
 def rebase(
@@ -169,7 +208,7 @@ def rebase(
         like = replace(
             target, holds=last.identity, time=tip.time, epoch=tip.epoch, named=tip.named, regions=tip.regions
         )
-        return join(base_path, links, like, sync=sync, replace_it=True, progress=progress)
+        return join(base_path, links, like, sync=sync, progress=progress)
 
     found: Info = settled(work)
     return found
@@ -201,7 +240,7 @@ def flatten(
     def work() -> Info:
         links, tip = follow(name, directories)
         like = replace(tip, kind="full", parent=None, parent_digest=None, holds=links[-1].identity)
-        return join(name, links, like, sync=sync, replace_it=True, progress=progress)
+        return join(name, links, like, sync=sync, progress=progress)
 
     found: Info = settled(work)
     return found

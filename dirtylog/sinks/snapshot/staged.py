@@ -30,11 +30,12 @@ from typing import Self
 
 from dirtylog.sinks._pageio import rename_noreplace
 
-__all__ = ["Staged", "clean_directory", "part_files", "tidy"]
+__all__ = ["UNSUPPORTED", "Staged", "own_name", "part_files", "sync_directory", "tidy", "writer_died"]
 
 _PART = re.compile(r"\.dirtylog\.([0-9a-f]{12})\.(\d{1,10})\.(\d{1,20})\.[0-9a-f]{16}\.part")
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_LINK_REFUSED = (*_UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EXDEV)
+# What a file system answers to what it cannot do at all.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LINK_REFUSED = (*UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EXDEV)
 
 # Which part files this process is writing. Weak, so that one whose writer was interrupted before it could tidy up is
 # known to be dead as soon as the writer is collected.
@@ -74,42 +75,54 @@ def _started(pid: int) -> str:
         return "0"
 
 
-def _dead(name: str, path: str) -> bool | None:
-    """Say whether the writer of a part file is dead; None if it is on another machine."""
+def own_name() -> str:
+    """Return a new name for a part file of this process."""
+    return f".dirtylog.{_boot()}.{os.getpid()}.{_started(os.getpid())}.{secrets.token_hex(8)}.part"
+
+
+def writer_died(name: str, ours: bool) -> bool | None:
+    """Say whether the process that a part file names is dead; None if it is on another machine.
+
+    Parameters
+    ----------
+    name : str
+        File name, without the directory.
+    ours : bool
+        What this process itself knows: whether it still writes that file.
+    """
     match = _PART.fullmatch(name)
     if match is None or match[1] != _boot():
         return None
     if int(match[2]) == os.getpid():
         # A child by fork has this id no more, and the parent's part files are not in the child's way.
-        return path not in _writing
+        return not ours
     started = _started(int(match[2]))
     return started == "none" or (started != match[3] and "0" not in (started, match[3]))
 
 
-def part_files(directory: str) -> tuple[list[str], list[str], int]:
-    """List the part files in a directory whose writers are dead, those of writers elsewhere, and count all entries."""
-    dead: list[str] = []
-    unknown: list[str] = []
+def part_files(directory: str) -> tuple[dict[bool | None, list[str]], int]:
+    """List the part files in a directory, by whether their writers are dead (None: elsewhere); count all entries."""
+    parts: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     entries = 0
     with os.scandir(directory) as found:
         for entry in found:
             entries += 1
             if entry.name.startswith(".dirtylog.") and _PART.fullmatch(entry.name):
-                state = _dead(entry.name, entry.path)
-                if state is not False:
-                    (unknown if state is None else dead).append(entry.path)
-    return dead, unknown, entries
+                parts[writer_died(entry.name, entry.path in _writing)].append(entry.path)
+    return parts, entries
 
 
-def clean_directory(directory: str, *, elsewhere: bool = False) -> list[str]:
-    """Remove the part files of dead writers, and with `elsewhere` those of writers on other machines; list them."""
-    dead, unknown, _ = part_files(directory)
-    removed = []
-    for path in dead + unknown * elsewhere:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-            removed.append(path)
-    return removed
+def sync_directory(directory: str) -> None:
+    """Make what was renamed and removed in a directory survive a power cut; where it cannot be synced, sync all."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        os.sync()
+    finally:
+        os.close(descriptor)
 
 
 _seen: dict[str, int] = {}
@@ -121,8 +134,8 @@ def tidy(directory: str) -> None:
     if left > 0:
         _seen[directory] = left - 1
         return
-    dead, _, entries = part_files(directory)
-    for path in dead:
+    parts, entries = part_files(directory)
+    for path in parts[True]:
         with contextlib.suppress(OSError):
             os.unlink(path)
     if len(_seen) > 1000:
@@ -169,8 +182,7 @@ class Staged:
             with contextlib.suppress(FileNotFoundError):
                 if replace:
                     mode = stat.S_IMODE(os.stat(path, follow_symlinks=False).st_mode) & 0o777
-        name = f".dirtylog.{_boot()}.{os.getpid()}.{_started(os.getpid())}.{secrets.token_hex(8)}.part"
-        self.part: str = os.path.join(self.directory, name)
+        self.part: str = os.path.join(self.directory, own_name())
         self.closed = False
         _writing[self.part] = self
         tidy(self.directory)
@@ -201,7 +213,7 @@ class Staged:
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if not self.published and error.errno in _UNSUPPORTED:
+            if not self.published and error.errno in UNSUPPORTED:
                 self.durable = False
                 _say_once(
                     "directory",
@@ -221,7 +233,7 @@ class Staged:
         except FileExistsError:
             raise
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in UNSUPPORTED:
                 raise
         try:
             os.link(self.part, self.path)

@@ -32,6 +32,7 @@ from dirtylog.sinks.snapshot.chain import (
     still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
+from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
 
@@ -176,6 +177,8 @@ def write(
             state=len(state),
         )
         vouch()
+        if how.replace and announced(path):
+            raise SnapshotError(f"{path}: another process is about to remove it; try again when it has")
         _unfinished[path] = identity
         own, allocated = seal(staged, footer, pages, chunks, state)
         info = describe(path, footer, own, allocated, how.state, durable=staged.durable)
@@ -359,6 +362,10 @@ def parent_link(
         )
 
     def vouch() -> None:
+        if announced(parent_path):
+            raise SnapshotError(
+                f"{parent_path}: another process is about to remove it; take the diff over a snapshot that is kept"
+            )
         # The parent may have been replaced while the pages were copied; by a file of the same memory is no harm.
         if still_there(links[-1:]):
             return

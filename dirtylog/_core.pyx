@@ -4,7 +4,6 @@
 
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
-from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -53,6 +52,11 @@ cdef extern from "dirtylog/bits.h" nogil:
     uint64_t dl_bit(uint64_t page)
     uint64_t dl_words_for(uint64_t npages)
     uint64_t dl_tail_mask(uint64_t npages)
+
+
+cdef extern from "_bits/signals.h":
+    bint dl_signals_raise() noexcept
+    int dl_raised() except -1
 
 
 cdef extern from "_bits/batch.h" nogil:
@@ -470,12 +474,10 @@ cdef class DirtyBitmap:
         if target is not None:
             with nogil:
                 pages_write(pages, target.words, target.nwords)
-        try:
-            # I5: Python would run its signal handlers after this call, and throw the answer away if one raises.
-            PyErr_CheckSignals()
-        except BaseException:
+        # I5: Python would run its signal handlers after this call, and throw the answer away if one raises.
+        if dl_signals_raise():
             self.put(pages)
-            raise
+            dl_raised()
         return pages
 
     def peek(self, first=0, count=None) -> DirtyPages:

@@ -13,4 +13,5 @@ cdef class Owed:
     cdef uint64_t state             # what there is besides them; changed by atomic operations alone
     cdef int check(self, DirtyPages pages) except -1
     cdef void note(self, DirtyPages pages, uint64_t said) noexcept
+    cdef DirtyPages settled(self, DirtyPages pages, uint64_t state, warn)
     cdef DirtyPages joined(self, DirtyPages pages)

@@ -3,13 +3,17 @@
 """What a source has taken and not handed out: kept, whatever broke, and joined to its next answer (I5)."""
 
 cimport cython
-from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint64_t
 
 from dirtylog._bits.blocks cimport block_for_result, block_new, dl_kernels, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_from_words_block
 
 from dirtylog._bits.pages import check_geometry
+
+
+cdef extern from "_bits/signals.h":
+    bint dl_signals_raise() noexcept
+    int dl_raised() except -1
 
 
 cdef extern from "_bits/batch.h" nogil:
@@ -174,23 +178,13 @@ cdef class Owed:
         """Return pages that have been taken with all that is owed; as `take` from there on."""
         self.check(pages)
         cdef uint64_t state = dl_load_acquire(&self.state)
-        cdef DirtyPages answer = pages
-        try:
-            if state:
-                # Flags first: pages that are owed from here on set them again.
-                state = dl_exchange(&self.state, 0)
-                answer = self.joined(pages)
-                if state & INEXACT:
-                    answer = inexact(answer)
-            if warn is not None and not answer.exact and not state & SAID:
-                state |= SAID
-                warn(answer)
-            # Python runs its handlers at the caller's next instruction, where the answer is on nobody's shelf.
-            PyErr_CheckSignals()
-        except BaseException:
-            self.note(answer, state & (INEXACT | SAID))
-            raise
-        return answer
+        if state or not (pages.exact or warn is None):
+            return self.settled(pages, state, warn)
+        # Python runs its handlers at the caller's next instruction, where the answer is on nobody's shelf.
+        if dl_signals_raise():
+            self.note(pages, 0)
+            dl_raised()
+        return pages
 
     def peek(self, DirtyPages pages not None):
         """Return `pages`, which a source still has, with all that is owed; it stays owed."""
@@ -237,6 +231,26 @@ cdef class Owed:
             else:
                 dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), 0)
         dl_fetch_or(&self.state, said | PAGES)
+
+    cdef DirtyPages settled(self, DirtyPages pages, uint64_t state, warn):
+        """Join what is owed, or has come to be owed, and warn of what is not exact; the rest of `hand_out`."""
+        cdef DirtyPages answer = pages
+        try:
+            if state:
+                # Flags first: pages that are owed from here on set them again.
+                state = dl_exchange(&self.state, 0)
+                answer = self.joined(pages)
+                if state & INEXACT:
+                    answer = inexact(answer)
+            if warn is not None and not answer.exact and not state & SAID:
+                state |= SAID
+                warn(answer)
+            if dl_signals_raise():
+                dl_raised()
+        except BaseException:
+            self.note(answer, state & (INEXACT | SAID))
+            raise
+        return answer
 
     cdef DirtyPages joined(self, DirtyPages pages):
         """Take what is owed and join it; MemoryError before or after leaves it owed."""

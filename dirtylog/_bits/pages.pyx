@@ -394,7 +394,8 @@ cdef class DirtyPages:
     @staticmethod
     def _empty(npages, page_size=4096) -> DirtyPages:
         """No page."""
-        return DirtyPages.from_runs((), npages, page_size)
+        npages, page_size = check_geometry(npages, page_size)
+        return pages_from_sparse_blocks(no_words, no_words, 0, npages, page_size, True)
 
     @staticmethod
     def _all(npages, page_size=4096, bint exact=False) -> DirtyPages:

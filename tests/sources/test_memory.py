@@ -431,28 +431,6 @@ def test_what_a_tracker_owes_is_in_its_next_answer(backend):
         assert dirty(tracker) == []
 
 
-def test_without_memory_for_the_answer_nothing_is_taken(backend, monkeypatch):
-    """I5."""
-    if backend == "compare":
-        pytest.skip("compare answers before it takes")
-    array = pages(3)
-    with dl.track(array, backend) as tracker:
-        array[PAGE] += 1
-        with monkeypatch.context() as patch:
-            patch.setattr(_tracking, "DirtyPages", _NoMemory())
-            with pytest.raises(MemoryError):
-                tracker.harvest()
-        assert dirty(tracker) == [1]
-        assert dirty(tracker) == []
-
-
-class _NoMemory:
-    """In place of the class: none can be made."""
-
-    def __getattr__(self, name):
-        raise MemoryError
-
-
 class _Vague:
     def __init__(self, engine):
         self.engine = engine

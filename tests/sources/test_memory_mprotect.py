@@ -28,7 +28,7 @@ libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 def run(code, returncode=0):
     """In a process of its own, which a wrong handler may kill or hang."""
     prelude = """
-import ctypes, faulthandler, mmap, os, signal, sys, threading, warnings
+import ctypes, errno, faulthandler, mmap, os, signal, sys, threading, warnings
 import numpy as np
 import dirtylog as dl
 from dirtylog.sources.memory import _tracking
@@ -379,29 +379,36 @@ tracker.close()
 def test_a_close_between_two_chunks_of_a_harvest_leaves_no_page_protected():
     """The harvest's first store to its answer faults, outside the lock, and the handler closes the tracker there."""
     code = """
-from types import SimpleNamespace
 from dirtylog.sources.memory.probe import mappings_of
 array = dl.zeros((32768, PAGE), np.uint8)
-answer = mmap.mmap(-1, PAGE)
-words = np.frombuffer(answer, np.uint64)
-_tracking.np = SimpleNamespace(zeros=lambda *_, **__: words, uint64=np.uint64)
+# The engine itself, so that the words of the answer lie where this test wants them.
+class Engine(ctypes.Structure):
+    span = ctypes.c_void_p
+    _fields_ = [
+        ("open", ctypes.CFUNCTYPE(ctypes.c_int, span, ctypes.c_uint64, ctypes.POINTER(ctypes.c_int))),
+        ("close", ctypes.CFUNCTYPE(None, span)),
+        ("collect", ctypes.CFUNCTYPE(ctypes.c_int, span, ctypes.c_void_p, ctypes.c_int)),
+    ]
+engines = ctypes.CDLL(_tracking.__file__)
+engine = Engine.in_dll(engines, "dl_mprotect_engine")
+engines.dl_span_new.restype = ctypes.c_void_p
+engines.dl_span_new.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+span = engines.dl_span_new(array.ctypes.data // PAGE, 32768)
+words = np.frombuffer(mmap.mmap(-1, PAGE), np.uint64)
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def close(number):
     libc.mprotect(words.ctypes.data, PAGE, mmap.PROT_READ | mmap.PROT_WRITE)
-    tracker.close()
+    engine.close(span)
 libc.signal(signal.SIGSEGV, close)
-tracker = dl.track(array, "mprotect")
+assert engine.open(span, PAGE, ctypes.byref(ctypes.c_int())) == 0
 array[[5, 32767]] = 1
 libc.mprotect(words.ctypes.data, PAGE, mmap.PROT_READ)
-try:
-    tracker.harvest()
-except ValueError as error:
-    print(error)
+print(engine.collect(span, words.ctypes.data, True) == -errno.EBADF)
 print([mapping for mapping in mappings_of(array.ctypes.data, array.nbytes) if "w" not in mapping.permissions])
 libc.signal(signal.SIGSEGV, 0)
 array[[5, 32767]] = 2
 """
-    assert run(code) == "the Tracker is closed; open another one\n[]\n"
+    assert run(code) == "True\n[]\n"
 
 
 @pytest.mark.parametrize("call", ["peek", "harvest"])

@@ -9,10 +9,10 @@ from libc.string cimport strerror
 
 cimport cython
 
-import numpy as np
+from dirtylog._bits.blocks cimport Block, block_new, no_words
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 
 from dirtylog._bits.flat import flat_array
-from dirtylog._bits.pages import DirtyPages
 
 
 cdef extern from "dirtylog/bits.h" nogil:
@@ -332,7 +332,7 @@ cdef class Span:
     cdef readonly uint64_t npages, page_size
     cdef uint64_t touched   # pages of the address space, which the engine numbers
     cdef bint unaligned     # page 0 begins inside the first of them
-    cdef tuple spare
+    cdef Block spare        # words that a collect found nothing for, all zero
 
     def __cinit__(self, str engine not None, uint64_t address, uint64_t nbytes, uint64_t page_size, bint huge=False):
         cdef dl_step step = DL_STEP_NONE
@@ -384,38 +384,37 @@ cdef class Span:
 
         Notes
         -----
-        The answer, exact and not, exists before anything is taken (I5), and is
-        kept for the next call when nothing was dirty.
+        The answer and its memory exist before anything is taken (I5); the words
+        are kept for the next call when nothing was dirty.
         """
-        cdef uint64_t[::1] words
-        cdef uint64_t *into
+        cdef Block words
+        cdef DirtyPages pages
         cdef int answer
-        cdef tuple target
 
         with cython.critical_section(self):
-            target = self.spare
+            words = self.spare
             self.spare = None
-        if target is None:
-            zeros = np.zeros(dl_words_for(self.touched), dtype=np.uint64)
-            ours = zeros[: dl_words_for(self.npages)]
-            # Neither looks at the words before it is asked for them.
-            target = (zeros, DirtyPages._adopt_words(ours, self.npages, self.page_size),
-                      DirtyPages._adopt_words(ours, self.npages, self.page_size, exact=False))
-        words = target[0]
-        clean = DirtyPages._empty(self.npages, self.page_size)
-        into = &words[0]
+        if words is None:
+            words = block_new(dl_words_for(self.touched), True)
+        pages = pages_bare(self.npages, self.page_size, True)
         with nogil:
-            answer = self.engine.collect(self.span, into, take)
+            answer = self.engine.collect(self.span, words.words, take)
             if self.unaligned and answer > DL_CLEAN:
-                dl_pages_of_unaligned(into, dl_words_for(self.touched), self.npages)
+                dl_pages_of_unaligned(words.words, words.nwords, self.npages)
         if answer == DL_CLEAN:
             # As above: two threads that put theirs back at once would drop one of them twice.
             with cython.critical_section(self):
-                self.spare = target
-            return clean
+                self.spare = words
+            pages_fill(pages, None, no_words, no_words, 0)
+            return pages
         if answer < 0:
             raise OSError(-answer, strerror(-answer).decode())
-        return target[2] if answer == DL_LOST else target[1]
+        # The last page of the address space may begin a word that no page of the buffer has.
+        words.nwords = dl_words_for(self.npages)
+        words.shape[0] = <Py_ssize_t>words.nwords
+        pages.exact = answer != DL_LOST
+        pages_fill(pages, words, None, None, 0)
+        return pages
 
     def close(self):
         """Stop watching; a second call does nothing. The pages stay as they are."""

@@ -91,10 +91,10 @@ static int same_file(int descriptor, const struct stat *is)
 
 static int uffd_is_ours(void) { return same_file(ours.uffd, &ours.uffd_is); }
 
-static int pagemap_is_ours(void)
-{
-    return same_file(ours.pagemap, &ours.pagemap_is) && lseek(ours.pagemap, 0, SEEK_CUR) == ours.mark;
-}
+/* Cheap, for each scan: the wrong pagemap would answer "clean". */
+static int pagemap_is_marked(void) { return lseek(ours.pagemap, 0, SEEK_CUR) == ours.mark; }
+
+static int pagemap_is_ours(void) { return same_file(ours.pagemap, &ours.pagemap_is) && pagemap_is_marked(); }
 
 /* The lock is held across the fork, so the child never inherits a half-done step. Both descriptors
  * stand for the parent's memory: the child must let go of them, and of the parent's trackers. */
@@ -290,7 +290,7 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
         answer = -span->dead;
         goto out;
     }
-    if (!uffd_is_ours() || !pagemap_is_ours()) {
+    if (!uffd_is_ours() || !pagemap_is_marked()) {
         /* A peek changes nothing: the next harvest opens them again. */
         answer = DL_LOST;
         dl_words_set(words, 0, npages);

@@ -20,7 +20,7 @@ cdef class DirtyBitmap:
     cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page,
                   bint open_end) except -1
     cdef DirtyPages pages_argument(self, object pages)
-    cdef void put(self, DirtyPages pages) noexcept
+    cdef void put(self, DirtyPages pages, uint64_t start) noexcept
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
     cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
                               DirtyPages pages)

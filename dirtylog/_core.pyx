@@ -362,11 +362,7 @@ cdef class DirtyBitmap:
         cdef DirtyPages other = self.pages_argument(pages)
         cdef uint64_t start, end
         self.span(first_page, other.npages, &start, &end, False)
-        with nogil:
-            if other.numbers is not None:
-                dl_merge_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries, start)
-            else:
-                dl_merge_dense(kernels, &self.bits, other.dense.words, dl_words_for(other.npages), start)
+        self.put(other, start)
 
     def fill(self) -> None:
         """Set every page's bit: KVM's initially-all-set."""
@@ -476,7 +472,7 @@ cdef class DirtyBitmap:
                 pages_write(pages, target.words, target.nwords)
         # I5: Python would run its signal handlers after this call, and throw the answer away if one raises.
         if dl_signals_raise():
-            self.put(pages)
+            self.put(pages, 0)
             dl_raised()
         return pages
 
@@ -486,13 +482,13 @@ cdef class DirtyBitmap:
         self.span(first, count, &start, &end, True)
         return self.take(start, end, False)
 
-    cdef void put(self, DirtyPages pages) noexcept:
-        """I5: mark again what was taken and cannot be handed out. Needs no memory and calls no Python."""
+    cdef void put(self, DirtyPages pages, uint64_t start) noexcept:
+        """Mark pages that lie in the bitmap, their page 0 at `start`. Needs no memory and calls no Python."""
         with nogil:
             if pages.numbers is not None:
-                dl_merge_sparse(&self.bits, pages.numbers.words, pages.masks.words, pages.entries, 0)
+                dl_merge_sparse(&self.bits, pages.numbers.words, pages.masks.words, pages.entries, start)
             else:
-                dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), 0)
+                dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), start)
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
         cdef uint64_t nwords = dl_words_for(self.bits.npages)

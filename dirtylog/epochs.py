@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
-from dirtylog._log.account import Account, Leaving
+from dirtylog._log.account import Account, Leaving, Observing
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Epoch", "Observer"]
 
 
-class Observer:
+class Observer(Observing):
     """One consumer of a log: what it has not been given yet, and the epoch it holds.
 
     Made by :meth:`DirtyLog.observer`. A context manager that closes it at the end.
@@ -37,7 +37,6 @@ class Observer:
     def __init__(self, log: DirtyLog, name: str, pending: DirtyBitmap) -> None:
         self.name = name
         self._log = log
-        # Changed under the log's lock, in steps that nothing divides.
         self._account = Account(pending)
         self._closed = False
 
@@ -139,42 +138,6 @@ class Observer:
                 self._log._observers.remove(self)
             self._account = Account(DirtyBitmap(0, self._log.page_size))
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError(f"observer {self.name!r} is closed; make another with DirtyLog.observer")
-
-    def _fitting(self) -> Account:
-        """Return the account, as large as the log; under the log's lock."""
-        npages, page_size = self._log.npages, self._log.page_size
-        if not self._closed and (self._account.npages, self._account.page_size) != (npages, page_size):
-            self._account.adopt(DirtyBitmap(npages, page_size))
-        return self._account
-
-    def _begin(self, epoch: Epoch) -> list[str]:
-        """Harvest everything and take what is this observer's; return what there is to warn of."""
-        log = self._log
-        with log._lock:
-            self._check_open()
-            self._check_free()
-            log._gather()
-            # What a signal handler has done meanwhile counts.
-            self._check_open()
-            number = self._account.committed + 1
-            pages = self._fitting().open(epoch)
-            if pages is None:
-                self._check_free()
-                raise DirtyLogError(f"observer {self.name!r} was used by a signal handler meanwhile; collect again")
-            epoch._number, epoch._pages = number, pages
-            unsaid, log._unsaid = log._unsaid, []
-            return unsaid
-
-    def _check_free(self) -> None:
-        if self._account.holder is not None:
-            raise DirtyLogError(
-                f"observer {self.name!r} holds epoch {self._account.committed + 1} already; leave its block first, "
-                "or end it by commit() or rollback() (it is the observer's `epoch`), or make another observer"
-            )
-
 
 class Epoch(Leaving):
     """What one observer collected at one moment; a context manager, entered once.
@@ -189,11 +152,6 @@ class Epoch(Leaving):
     """
 
     __module__ = "dirtylog"
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._pages: DirtyPages | None = None
-        self._number = 0
 
     def __repr__(self) -> str:
         """Say whose it is and what is in it."""

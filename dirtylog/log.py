@@ -12,7 +12,7 @@ from typing import Protocol, SupportsIndex
 
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
-from dirtylog._log.account import Share
+from dirtylog._log.account import Gathering, Share
 from dirtylog.epochs import Epoch, Observer
 from dirtylog.errors import IncompleteLogWarning
 
@@ -27,7 +27,7 @@ def _after_fork_in_child() -> None:
     for log in list(_logs):
         log._lock = threading.RLock()
         for attachment in log._sources:
-            attachment._share.after_fork()
+            attachment._after_fork()
 
 
 if hasattr(os, "register_at_fork"):
@@ -49,7 +49,7 @@ class Source(Protocol):
         """Get and clear what was written since the last harvest."""
 
 
-class Attachment:
+class Attachment(Share):
     """Where a source lies in the page space of a log.
 
     Attributes
@@ -64,39 +64,20 @@ class Attachment:
         Its length, in pages.
     """
 
-    __slots__ = ("_share", "first_page", "name", "npages", "source")
+    __slots__ = ()
 
     def __init__(self, source: Source, name: str, first_page: int, npages: int) -> None:
-        self.source: Source = source
-        self.name: str = name
-        self.first_page: int = first_page
-        self.npages: int = npages
-        self._share = Share()
+        self.source = source
+        self.name = name
+        self.first_page = first_page
+        self.npages = npages
 
     def __repr__(self) -> str:
         """Name the source and its range."""
         return f"<Attachment {self.name!r}: {self.npages} pages from page {self.first_page} on>"
 
-    def _harvest(self, observers: list[Observer]) -> str:
-        """Give every observer what the source reports, under the log's lock; return what there is to warn of."""
-        accounts = [observer._fitting() for observer in observers]
-        try:
-            everything = self._share.gather(self.source.harvest, accounts, self.first_page, self.npages)
-        except BaseException as error:
-            error.add_note(
-                f"source {self.name!r} failed in a collect: what other sources reported is kept, and all its "
-                f"{self.npages} pages will be reported by the next collect that succeeds; detach it to go on without"
-            )
-            raise
-        why = ("", "failed earlier", "is under way in the code that a signal handler interrupted")[everything]
-        return f"a harvest of {self.name!r} {why}: all its {self.npages} pages are reported" if everything else ""
 
-    def _report_everything(self, observers: list[Observer]) -> None:
-        accounts = [observer._fitting() for observer in observers]
-        self._share.report_everything(accounts, self.first_page, self.npages)
-
-
-class DirtyLog:
+class DirtyLog(Gathering):
     """Merge any number of sources into one page space and serve any number of observers.
 
     Every collect harvests every source once and gives the pages to all
@@ -147,11 +128,10 @@ class DirtyLog:
         # Re-entrant: a signal handler, or a finalizer, may use the log in the middle of a collect of its own thread.
         # It finds every step done or not begun (dirtylog/_log/account.pyx).
         self._lock = threading.RLock()
-        self._sources: list[Attachment] = []
-        self._observers: list[Observer] = []
-        # Pages, and bytes per page (0: no source has said): one attribute, so that it changes in one step.
+        self._sources = []
+        self._observers = []
         self._geometry = (0, 0)
-        self._unsaid: list[str] = []
+        self._unsaid = []
         _logs.add(self)
 
     def __repr__(self) -> str:
@@ -342,10 +322,3 @@ class DirtyLog:
         self._geometry = (npages, page_size)
         for observer, pending in zip(observers, grown, strict=True):
             observer._account.adopt(pending)
-
-    def _gather(self) -> None:
-        """Harvest every source once into every observer, under the lock."""
-        for source in list(self._sources):
-            warning = source._harvest(list(self._observers))
-            if warning:
-                self._unsaid.append(warning)

@@ -5,18 +5,22 @@
 Python calls signal handlers between bytecodes. A method here calls no Python but a source's own harvest and
 ends with pages in exactly one safe place: pending, or held by an epoch. All are called under the log's lock,
 which a handler of the same thread may take again: it finds the state before a step, or the state after it.
+
+The log, its observers, its attachments and their epochs are Python classes on what is here: a base class in C
+has the attributes that a collect looks at, so that a collect costs little more than its harvests.
 """
 
 cimport cython
 from cpython.weakref cimport PyWeakref_NewRef
+from libc.stdint cimport uint64_t
 
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.pages cimport DirtyPages
 from dirtylog._core cimport DirtyBitmap
 
 from dirtylog.errors import DirtyLogError
 
 
-__all__ = ["Account", "Leaving", "Share"]
+__all__ = ["Account", "Gathering", "Leaving", "Observing", "Share"]
 
 
 @cython.final
@@ -50,13 +54,24 @@ cdef class Account:
     @property
     def holder(self):
         """The epoch that holds pages; None where there is none, or it was dropped."""
+        return self.holding()
+
+    cdef object holding(self):
         return None if self.reference is None else self.reference()
 
     def add(self, DirtyPages pages not None, first_page=0):
         """Make pages pending."""
+        self.keep(pages, first_page)
+
+    cdef int keep(self, DirtyPages pages, uint64_t first_page) except -1:
+        cdef uint64_t npages = self.pending.bits.npages
         # The flag first: pages that are too many are noticed as such.
         self.exact = self.exact and pages.exact
-        self.pending.merge(pages, first_page)
+        if pages.page_size != self.pending.page_size or first_page > npages or pages.npages > npages - first_page:
+            self.pending.merge(pages, first_page)  # which says what is wrong
+        elif pages.numbers is None or pages.entries:
+            self.pending.put(pages, first_page)
+        return 0
 
     def add_range(self, first, count, bint exact):
         """Make `count` pages from `first` on pending."""
@@ -70,81 +85,211 @@ cdef class Account:
                 larger.merge(self.pending.peek())
             self.pending = larger
 
-    def open(self, epoch):
+    cdef DirtyPages open(self, epoch):
         """Move what is pending into `epoch`; None, and nothing, if another one that is alive holds pages."""
-        if self.holder is not None:
+        if self.holding() is not None:
             return None
         reference = PyWeakref_NewRef(epoch, None)
         self.settle()
-        # I5: the one that is not exact has its memory before anything is taken.
-        cdef DirtyPages vague = pages_bare(self.pending.npages, self.pending.page_size, False)
-        cdef DirtyPages pages = self.pending.take(0, self.pending.npages, True)
-        if not self.exact:
-            pages_fill(vague, pages.dense, pages.numbers, pages.masks, pages.entries)
-            pages = vague
+        # I5: from here on nothing can fail.
+        cdef DirtyPages pages = self.pending.take(0, self.pending.bits.npages, True)
+        pages.exact = self.exact
         self.held = pages
         self.reference = reference
         self.exact = True
         return pages
 
-    def end(self, epoch, bint delivered):
+    cdef int end(self, epoch, bint delivered) except -1:
         """Commit or roll back; an epoch that does not hold pages, or not any longer, changes nothing."""
-        if self.holder is not epoch:
-            return
+        if self.holding() is not epoch:
+            return 0
         if delivered:
             self.committed += 1
             self.held = None
-        self.settle()
+        return self.settle()
 
-    def settle(self):
+    cdef int settle(self) except -1:
         """Make what is held pending again: of an epoch that failed, or of one that was dropped."""
         if self.held is not None:
-            self.add(self.held)
+            self.keep(self.held, 0)
         self.held = None
         self.reference = None
+        return 0
 
 
-@cython.final
+cdef class Gathering:
+    """A log: its lock, its sources and its observers.
+
+    Attributes
+    ----------
+    _lock : RLock
+        Guards all of it.
+    _sources, _observers : list
+        Of `Share` and `Observing`.
+    _geometry : tuple of int
+        Pages, and bytes per page (0: no source has said): one attribute, so that it changes in one step.
+    _unsaid : list of str
+        What there is to warn of.
+    """
+
+    cdef public object _lock
+    cdef public list _sources, _observers, _unsaid
+    cdef public tuple _geometry
+
+
+cdef class Observing:
+    """An observer.
+
+    Attributes
+    ----------
+    _log : Gathering
+        The log it observes.
+    _account : Account
+        Changed under the log's lock, in steps that nothing divides.
+    _closed : bool
+        Whether it has left the log.
+    """
+
+    cdef public Gathering _log
+    cdef public Account _account
+    cdef public bint _closed
+
+    def _fitting(self):
+        """Return the account, as large as the log; under the log's lock."""
+        return fitting(self)
+
+    def _begin(self, Leaving epoch not None):
+        """Harvest everything and take what is this observer's; return what there is to warn of."""
+        cdef Gathering log = self._log
+        cdef DirtyPages pages
+        cdef list unsaid
+        lock = log._lock
+        lock.acquire()
+        try:
+            self._check_open()
+            self._check_free()
+            for share in list(log._sources):
+                warning = (<Share?>share).collected(list(log._observers))
+                if warning is not None:
+                    log._unsaid.append(warning)
+            # What a signal handler has done meanwhile counts.
+            self._check_open()
+            number = self._account.committed + 1
+            pages = fitting(self).open(epoch)
+            if pages is None:
+                self._check_free()
+                raise DirtyLogError(f"observer {self.name!r} was used by a signal handler meanwhile; collect again")
+            epoch._number = number
+            epoch._pages = pages
+            if not log._unsaid:
+                return ()
+            unsaid, log._unsaid = log._unsaid, []
+            return unsaid
+        finally:
+            lock.release()
+
+    def _check_open(self):
+        if self._closed:
+            raise ValueError(f"observer {self.name!r} is closed; make another with DirtyLog.observer")
+
+    def _check_free(self):
+        if self._account.holding() is not None:
+            raise DirtyLogError(
+                f"observer {self.name!r} holds epoch {self._account.committed + 1} already; leave its block first, "
+                "or end it by commit() or rollback() (it is the observer's `epoch`), or make another observer"
+            )
+
+
+cdef Account fitting(Observing observer):
+    cdef tuple geometry = observer._log._geometry
+    cdef Account account = observer._account
+    cdef uint64_t npages = geometry[0]
+    cdef uint64_t page_size = geometry[1] or 4096
+    if not observer._closed and (account.pending.bits.npages != npages or account.pending.page_size != page_size):
+        account.adopt(DirtyBitmap(npages, page_size))
+    return observer._account
+
+
+cdef list accounts_of(list observers):
+    # No list comprehension: where memory ends in one, Cython 3.3 drops a reference too many.
+    cdef list accounts = [None] * len(observers)
+    cdef Py_ssize_t i
+    for i in range(len(accounts)):
+        accounts[i] = fitting(<Observing?>observers[i])
+    return accounts
+
+
 cdef class Share:
     """How the pages of one source reach every observer.
 
     From before a harvest until every observer has its pages, nobody knows which bits are gone. A harvest that
     fails leaves doubt, and one that is under way further down the stack is doubtful to a signal handler that
     collects: all pages of the source are then reported, not exact (I6).
+
+    Attributes
+    ----------
+    source : Source
+        Whose pages.
+    name : str
+        What errors and reports call it.
+    first_page, npages : int
+        The page of the log at which page 0 of the source lies, and its length in pages.
     """
 
+    cdef public object source, name
+    cdef public uint64_t first_page, npages
     cdef int active
     cdef bint doubt
 
     @property
-    def doubtful(self):
+    def _doubtful(self):
         """Whether the next harvest reports everything."""
         return self.doubt or self.active > 0
 
-    def gather(self, harvest, accounts, first_page, npages):
-        """Call `harvest` and give its pages to every account.
+    def _harvest(self, observers):
+        """Give every observer what the source reports, under the log's lock; return what there is to warn of."""
+        return self.collected(list(observers))
+
+    cdef object collected(self, list observers):
+        """Harvest for `observers`; None, or what there is to warn of."""
+        cdef int doubtful
+        try:
+            doubtful = self.gather(observers)
+        except BaseException as error:
+            error.add_note(
+                f"source {self.name!r} failed in a collect: what other sources reported is kept, and all its "
+                f"{self.npages} pages will be reported by the next collect that succeeds; detach it to go on without"
+            )
+            raise
+        if not doubtful:
+            return None
+        why = "failed earlier" if doubtful == 1 else "is under way in the code that a signal handler interrupted"
+        return f"a harvest of {self.name!r} {why}: all its {self.npages} pages are reported"
+
+    cdef int gather(self, list observers) except -1:
+        """Harvest, and give the pages to every account.
 
         Returns 0; 1 where everything was reported first, because a harvest had failed; 2 where everything was
         reported and nothing harvested, because a harvest is under way further down the stack. What is marked
         in the source meanwhile stays for the next one.
         """
-        cdef list everybody = list(accounts)
+        cdef list everybody = accounts_of(observers)
         cdef int doubtful = 2 if self.active > 0 else self.doubt
         cdef DirtyPages pages
         if doubtful:
-            self.report_everything(everybody, first_page, npages)
+            self.report(everybody)
         if doubtful == 2:
             return 2
         self.active += 1
         try:
-            pages = harvest()
-            if pages.npages != npages:
+            pages = self.source.harvest()
+            if pages.npages != self.npages:
                 raise DirtyLogError(
-                    f"it answered for {pages.npages} pages and was attached with {npages}; "
+                    f"it answered for {pages.npages} pages and was attached with {self.npages}; "
                     "detach a source before it changes its size"
                 )
             for account in everybody:
-                (<Account?>account).add(pages, first_page)
+                (<Account>account).keep(pages, self.first_page)
         except BaseException:
             self.doubt = True
             raise
@@ -153,13 +298,17 @@ cdef class Share:
                 self.active -= 1
         return doubtful
 
-    def report_everything(self, accounts, first_page, npages):
+    def _report_everything(self, observers):
         """Make all pages of the source pending everywhere, not exact, and doubt no more."""
-        for account in list(accounts):
-            (<Account?>account).add_range(first_page, npages, False)
-        self.doubt = False
+        self.report(accounts_of(list(observers)))
 
-    def after_fork(self):
+    cdef int report(self, list accounts) except -1:
+        for account in accounts:
+            (<Account>account).add_range(self.first_page, self.npages, False)
+        self.doubt = False
+        return 0
+
+    def _after_fork(self):
         """In the child of a fork: who was harvesting is in the other process."""
         if self.active:
             self.active = 0
@@ -170,15 +319,30 @@ cdef class Leaving:
     """The end of an epoch's block, in C: it has happened before a signal handler can raise.
 
     An `__exit__` in Python can be interrupted before its first instruction, and the epoch would stay open.
+
+    Attributes
+    ----------
+    _observer : Observing
+        Whose epoch it is.
+    _pages : DirtyPages
+        None before it is entered.
+    _number : int
+        0 before it is entered.
     """
+
+    cdef public Observing _observer
+    cdef public DirtyPages _pages
+    cdef public Py_ssize_t _number
+
+    def __cinit__(self, Observing observer not None):
+        self._observer = observer
 
     def __exit__(self, kind, error, traceback):
         """Commit where the block ended normally, roll back where it ended by an exception."""
         self._leave(kind is None)
 
-    def _leave(self, bint delivered):
-        observer = self._observer
-        account = (<Account?>observer._account)
+    cpdef _leave(self, bint delivered):
+        cdef Observing observer = self._observer
         lock = observer._log._lock
         interrupt = None
         while True:
@@ -189,7 +353,7 @@ cdef class Leaving:
                 # A handler raised while another thread had the lock. The block has ended all the same.
                 interrupt = error
         try:
-            account.end(self, delivered)
+            observer._account.end(self, delivered)
         finally:
             lock.release()
         if interrupt is not None:

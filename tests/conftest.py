@@ -18,6 +18,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("thorough", parent=settings.get_profile("repeatable"), derandomize=False, max_examples=2000)
+# For another interpreter or a sanitizer: what the examples try is the same code, which the full number has tested.
+settings.register_profile("few", parent=settings.get_profile("repeatable"), max_examples=15)
 settings.load_profile(os.environ.get("DIRTYLOG_HYPOTHESIS", "repeatable"))
 
 

@@ -51,7 +51,7 @@ def downstream(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(package_parent)},
+        env={**os.environ, "PYTHONPATH": str(package_parent), "CFLAGS": "-O0"},
         capture_output=True,
         text=True,
         check=False,

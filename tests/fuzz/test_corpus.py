@@ -26,12 +26,12 @@ def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_few_thousand_new_inputs_are_read_rightly_or_refused(target, tmp_path):
+def test_hundreds_of_new_inputs_are_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")
-    done = python("-m", "fuzz", target, "--engine", "own", "--runs", "1500", "--findings", str(tmp_path))
+    done = python("-m", "fuzz", target, "--engine", "own", "--runs", "400", "--findings", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert f"{target}: 1500 inputs" in done.stdout
+    assert f"{target}: 400 inputs" in done.stdout
 
 
 PRELUDE = """
@@ -107,10 +107,10 @@ def test_a_finding_is_kept_and_fails_the_run(tmp_path):
         "import sys, runpy\nfrom dirtylog.sinks.snapshot import footer\n"
         "real = footer._integer\n"
         "def broken(value, low, high, what):\n"
-        "    if what == 'epoch' and value != 3: raise KeyError(value)\n"
+        "    if what.endswith('length') and value == 0: raise KeyError(value)\n"
         "    return real(value, low, high, what)\n"
         "footer._integer = broken\n"
-        "sys.argv = ['fuzz', 'footer', '--engine', 'own', '--runs', '100000', '--findings', sys.argv[1]]\n"
+        "sys.argv = ['fuzz', 'footer', '--engine', 'own', '--runs', '10000', '--findings', sys.argv[1]]\n"
         "runpy.run_module('fuzz', run_name='__main__')"
     )
     done = python("-c", code, str(tmp_path))

@@ -17,16 +17,21 @@ from dirtylog.sinks.report import report_html  # noqa: E402
 from dirtylog.sinks.trace import Recorder, Trace  # noqa: E402
 
 
-@pytest.fixture
-def page(tmp_path):
-    path = tmp_path / "a<b>&.parquet"
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "a<b>&.parquet"
     random = np.random.default_rng(1)
     with Recorder(path, 4096) as recorder:
         for i in range(1, 100):
             numbers = np.concatenate([random.integers(0, 4096, 50), np.arange(100) + 30 * i])
             recorder.write(i / 10, dl.DirtyPages.from_indices(numbers, 4096, exact=i != 7))
         recorder.regions["<script>alert(1)</script>"] = (0, 2000)
-    with Trace(path) as trace:
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(recording):
+    with Trace(recording) as trace:
         return report_html(trace, bandwidths=[4e6, 1e8], downtime=0.01)
 
 
@@ -51,8 +56,8 @@ def test_names_from_the_trace_are_text(page):
     assert "&lt;script&gt;alert(1)" in page
 
 
-def test_the_same_trace_makes_the_same_page(page, tmp_path):
-    with Trace(tmp_path / "a<b>&.parquet") as trace:
+def test_the_same_trace_makes_the_same_page(page, recording):
+    with Trace(recording) as trace:
         assert report_html(trace, bandwidths=[4e6, 1e8], downtime=0.01) == page
 
 

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import resource
 import stat
+import sys
 import threading
 
 import numpy as np
@@ -274,12 +276,27 @@ def small_chain(directory, length, npages=8):
     return memory
 
 
-def test_a_chain_longer_than_all_descriptors_and_frames_restores(tmp_path):
-    memory = small_chain(tmp_path, 1300)
-    assert (restore(tmp_path / "s1299") == memory).all()
-    rebase(tmp_path / "s0", tmp_path / "s1299", sync=False)
+@pytest.fixture
+def few_descriptors_and_frames():
+    """Room for 60 more open files, and for 60 more calls inside each other."""
+    depth, frame = 0, sys._getframe()
+    while frame := frame.f_back:
+        depth += 1
+    recursion = sys.getrecursionlimit()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 60, hard))
+    sys.setrecursionlimit(depth + 60)
+    yield
+    sys.setrecursionlimit(recursion)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_chain_longer_than_all_descriptors_and_frames_restores(tmp_path, few_descriptors_and_frames):
+    memory = small_chain(tmp_path, 150)
+    assert (restore(tmp_path / "s149") == memory).all()
+    rebase(tmp_path / "s0", tmp_path / "s149", sync=False)
     assert (restore(tmp_path / "s0") == memory).all()
-    assert (restore(tmp_path / "s1299") == memory).all()
+    assert (restore(tmp_path / "s149") == memory).all()
 
 
 @pytest.mark.parametrize("break_it", [os.unlink, lambda path: os.truncate(path, 100)])

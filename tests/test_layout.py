@@ -335,7 +335,7 @@ PUBLIC = {
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sinks.migrate": ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"],
     "dirtylog.sinks.plot": [],
-    "dirtylog.sinks.checkpoint": ["Checkpoint"],
+    "dirtylog.sinks.checkpoint": ["Change", "Checkpoint", "Record", "export"],
     "dirtylog.sinks.profile": ["Hot", "Profile", "Profiler", "Snapshots"],
     "dirtylog.sinks.rate": ["RateMeter"],
     "dirtylog.sinks.forecast": ["Forecast", "forecast"],

@@ -12,6 +12,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks import snapshot
+from dirtylog.sinks.checkpoint import export
 from dirtylog.sinks.snapshot import SnapshotError, staged
 
 
@@ -193,3 +194,208 @@ def test_a_foreign_snapshot_among_the_checkpoints_is_refused_by_name(tmp_path):
     snapshot.save(tmp_path / "0000000001.ckpt", b"x")
     with pytest.raises(SnapshotError, match=r"0000000001.ckpt: this snapshot was not written by a Checkpoint"):
         dl.Checkpoint.load(tmp_path)
+
+
+# ---- what a program does to its arrays -------------------------------------------------------------------------------
+
+
+def test_an_interrupt_before_the_epoch_is_committed_loses_nothing_and_is_in_nobodys_way(tmp_path, monkeypatch):
+    these, moments = arrays(), {}
+    real = snapshot.save_diff
+
+    def interrupted(*args, **kwargs):
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with open_checkpoint(tmp_path, these, keep=3) as checkpoint:
+        for step in range(20):
+            write(these, step)
+            if step % 4 == 2:
+                monkeypatch.setattr(snapshot, "save_diff", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    checkpoint.save(step=step)
+                monkeypatch.setattr(snapshot, "save_diff", real)
+            checkpoint.save(step=step)
+            moments[step] = these["w"].copy()
+            for each in dl.Checkpoint.steps(tmp_path):
+                assert (dl.Checkpoint.load(tmp_path, each)["w"] == moments[each]).all()
+    assert [entry.problem for entry in snapshot.catalog(tmp_path)] == [None] * len(os.listdir(tmp_path))
+
+
+def test_a_base_of_which_little_changed_stays_below_what_is_kept(tmp_path):
+    w = dl.zeros((1 << 20,), np.uint8)
+    w[:] = 1
+    with open_checkpoint(tmp_path, {"w": w}, keep=2) as checkpoint:
+        for step in range(9):
+            w[step * 4096] = step
+            checkpoint.save(step=step)
+    kinds = [entry.info.kind for entry in snapshot.catalog(tmp_path)]
+    assert kinds[0] == "full"
+    assert set(kinds[1:]) == {"diff"}
+    assert dl.Checkpoint.steps(tmp_path) == [7, 8]
+    w[:] = 3
+    with open_checkpoint(tmp_path, {"w": w}, keep=2) as checkpoint:
+        for step in range(9, 16):
+            w += 1
+            checkpoint.save(step=step)
+            assert (dl.Checkpoint.load(tmp_path)["w"] == w).all()
+    assert len(os.listdir(tmp_path)) <= 4
+
+
+def test_after_so_many_diffs_all_is_written_again(tmp_path):
+    w = np.zeros(10000)
+    with open_checkpoint(tmp_path, {"w": w}, full_every=3) as checkpoint:
+        kinds = [checkpoint.save().kind for _ in range(9)]
+    assert kinds == ["full", "diff", "diff", "diff"] * 2 + ["full"]
+    with pytest.raises(ValueError, match="full_every is 0"):
+        open_checkpoint(tmp_path, {"w": w}, full_every=0)
+
+
+@pytest.mark.parametrize("size", [1000, 5000])
+def test_another_array_of_a_name_is_saved_whole_and_then_by_what_changes(tmp_path, size):
+    w, b = dl.zeros((1000, 64)), dl.zeros((4096,), np.uint8)
+    w[:] = 1
+    with open_checkpoint(tmp_path, {"w": w, "b": b}) as checkpoint:
+        checkpoint.save()
+        new = dl.zeros((size, 64))
+        new[:] = 2
+        checkpoint.update({"w": new})
+        w[:] = 9
+        written = checkpoint.save()
+        assert written.kind == ("diff" if size == 1000 else "full")
+        assert written.count == -(-size * 64 * 8 // 4096) + (size != 1000) * 0
+        new[0] = 3
+        assert checkpoint.save().count == 1
+        with pytest.raises(ValueError, match="not contiguous"):
+            checkpoint.update({"w": np.zeros((10, 10))[::2, ::2], "x": b})
+        x = np.arange(5)
+        checkpoint.update({"x": x})
+        assert checkpoint.save().kind == "full"
+    assert (dl.Checkpoint.load(tmp_path, 0)["w"] == 1).all()
+    assert (dl.Checkpoint.load(tmp_path, 1)["w"] == 2).all()
+    assert dl.Checkpoint.load(tmp_path, 2)["w"].shape == (size, 64)
+    assert list(dl.Checkpoint.load(tmp_path)) == ["w", "b", "x"]
+    with pytest.raises(ValueError, match="closed"):
+        checkpoint.update({"w": w})
+
+
+@pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="no GIL: references are not counted in one place"
+)
+@pytest.mark.parametrize("make", [lambda: np.zeros(1000), lambda: dl.zeros((1000,)), lambda: np.zeros(2000)[500:]])
+def test_an_array_that_nobody_else_refers_to_is_said_once(tmp_path, make):
+    w, kept = make(), np.zeros(10)
+    with open_checkpoint(tmp_path, {"w": w, "kept": kept, "view": kept[2:]}) as checkpoint:
+        checkpoint.save()
+        alias = w[3:]
+        w = w + 1
+        checkpoint.save()
+        del alias
+        with pytest.warns(RuntimeWarning, match=r"the array 'w' has no other reference .*update\(\{'w': w\}\)"):
+            checkpoint.save()
+        checkpoint.save()
+        checkpoint.update({"w": w})
+        w += 1
+        checkpoint.save()
+    assert (dl.Checkpoint.load(tmp_path)["w"] == 2).all()
+
+
+def test_what_the_thread_meets_again_and_again_is_said_once_and_hides_nothing(tmp_path, monkeypatch):
+    these = arrays()
+    checkpoint = open_checkpoint(tmp_path, these)
+    for _ in range(3):
+        checkpoint._note(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save()
+    checkpoint._note(OSError(28, "No space left on device"))
+    checkpoint.save()
+    checkpoint._note(SnapshotError("made up"))
+    with pytest.raises(ZeroDivisionError) as caught, checkpoint:
+        _ = 1 / 0
+    assert "in the checkpoint's thread: SnapshotError: made up" in caught.value.__notes__[0]
+    assert checkpoint.closed
+
+
+# ---- what a directory says -------------------------------------------------------------------------------------------
+
+
+def test_a_history_and_what_changed_from_one_to_another(tmp_path):
+    w, b = dl.zeros((100, 512)), dl.zeros((4096,), np.uint8)
+    for run in range(2):
+        with open_checkpoint(tmp_path, {"w": w, "b": b}) as checkpoint:
+            for step in range(3):
+                w[10 * run + step] = step + 1
+                if step == 2:
+                    b[7] = run + 1
+                checkpoint.save(step=10 * run + step)
+    records = dl.Checkpoint.history(tmp_path)
+    assert [record.step for record in records] == [0, 1, 2, 10, 11, 12]
+    assert [record.info.kind for record in records] == ["full", "diff", "diff"] * 2
+    assert [record.time for record in records] == sorted(record.time for record in records)
+    assert [*dl.Checkpoint.diff(tmp_path, 0, 1)] == ["w"]
+    changed = dl.Checkpoint.diff(tmp_path, 2, 0)
+    assert changed["w"].rows.tolist() == [1, 2]
+    assert (changed["b"].rows.tolist(), changed["b"].pages.count) == (list(range(4096)), 1)
+    across = dl.Checkpoint.diff(tmp_path, 1)
+    assert across["w"].rows.tolist() == [2, 10, 11, 12]
+    assert dl.Checkpoint.diff(tmp_path, 1, 1) == {}
+    with pytest.raises(KeyError, match="no checkpoint of step 7"):
+        dl.Checkpoint.diff(tmp_path, 7)
+
+
+def test_arrays_that_are_not_alike_differ_whole(tmp_path):
+    w, s, larger = np.zeros(1000), np.zeros((), np.int64), np.zeros(2000)
+    with open_checkpoint(tmp_path, {"w": w, "s": s}) as checkpoint:
+        checkpoint.save()
+        checkpoint.update({"w": larger})
+        checkpoint.save()
+    changed = dl.Checkpoint.diff(tmp_path, 0, 1)
+    assert list(changed) == ["w"]
+    assert changed["w"].rows.tolist() == list(range(2000))
+
+
+@pytest.mark.parametrize("ending", [".npy", ".npz", ".zarr"])
+def test_an_export_holds_the_arrays(tmp_path, ending):
+    these = arrays()
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        write(these, 3)
+        checkpoint.save()
+    target = tmp_path / f"out{ending}"
+    if ending == ".npy":
+        with pytest.raises(ValueError, match=r"holds one array, and there are 3: b, f, w; name one"):
+            export(tmp_path / "c", target)
+        assert export(tmp_path / "c", target, names=["f"]) == ["f"]
+        found = {"f": np.load(target)}
+    else:
+        if ending == ".zarr":
+            zarr = pytest.importorskip("zarr")
+        assert export(tmp_path / "c", target) == ["w", "b", "f"]
+        found = np.load(target) if ending == ".npz" else zarr.open_group(target, mode="r")
+    for name in found:
+        assert (np.asarray(found[name]) == these[name]).all()
+        assert found[name].dtype == these[name].dtype
+    assert sorted(os.listdir(tmp_path)) == ["c", target.name]
+    if ending == ".npz":
+        found.close()
+    with pytest.raises(FileExistsError, match="overwrites nothing"):
+        export(tmp_path / "c", target)
+
+
+def test_an_export_that_will_not_do_leaves_nothing(tmp_path, monkeypatch):
+    w = np.zeros(3)
+    with open_checkpoint(tmp_path / "c", {"../w": w}) as checkpoint:
+        checkpoint.save()
+    with pytest.raises(ValueError, match=r"ends in '.txt'; it must end in one of .npy, .npz, .zarr"):
+        export(tmp_path / "c", tmp_path / "out.txt")
+    with pytest.raises(ValueError, match="a path out of the file"):
+        export(tmp_path / "c", tmp_path / "out.npz")
+    with pytest.raises(KeyError, match=r"no array 'x'; it has \.\./w"):
+        export(tmp_path / "c", tmp_path / "out.npz", names=["x"])
+    with pytest.raises(KeyError, match="no checkpoint of step 5"):
+        export(tmp_path / "c", tmp_path / "out.npz", 5)
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with open_checkpoint(tmp_path / "d", {"w": w}) as checkpoint:
+        checkpoint.save()
+    with pytest.raises(dl.BackendUnavailable, match=r"pip install zarr, or write \.npz"):
+        export(tmp_path / "d", tmp_path / "out.zarr")
+    assert sorted(os.listdir(tmp_path)) == ["c", "d"]

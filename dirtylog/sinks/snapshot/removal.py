@@ -32,6 +32,8 @@ UNFINISHED = ".new"
 MAX_BYTES = 64 << 20
 # How often the part files are looked at while they are waited for, in seconds.
 INTERVAL = 0.005
+# After how many seconds without a write a part file of a writer elsewhere, or before the last boot, is not waited for.
+REST = 3600
 
 # The announcements of this process that have not been withdrawn.
 _ours: set[str] = set()
@@ -136,12 +138,19 @@ class Removal:
                 continue  # another remover has just ended and taken the directory along
             return
 
+    def _recent(self, path: str) -> bool:
+        """Say whether a writer elsewhere may be at work; not on what has rested for an hour by the disk's clock."""
+        try:
+            return os.stat(path).st_mtime > os.stat(self.path).st_mtime - REST
+        except FileNotFoundError:
+            return False
+
     def _wait(self) -> None:
         end = time.monotonic() + self._patience
         waiting: set[str] | None = None
         while True:
             parts, _ = part_files(self.directory)
-            there = {*parts[False], *parts[None]}
+            there = {*parts[False], *(path for path in parts[None] if self._recent(path))}
             waiting = there if waiting is None else waiting & there
             if not waiting:
                 return

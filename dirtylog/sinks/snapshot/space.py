@@ -24,7 +24,7 @@ from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["Space", "arrays_of", "blank"]
+__all__ = ["Space", "arrays_of", "blank", "dtype_of"]
 
 # The name of the only region of memory that was given without one.
 NAMELESS = ""
@@ -54,6 +54,20 @@ def _order(array: npt.NDArray[Any]) -> str | tuple[int, ...]:
 
 def _dtype(kind: Any) -> np.dtype[Any]:
     return np.lib.format.descr_to_dtype(_tuples(kind))
+
+
+def dtype_of(kind: Any, name: str) -> np.dtype[Any]:
+    """Return the type that a region's row describes.
+
+    Raises
+    ------
+    SnapshotError
+        It describes none.
+    """
+    try:
+        return _dtype(kind)
+    except (ValueError, TypeError, SyntaxError, RecursionError, KeyError, IndexError) as error:
+        raise SnapshotError(f"{name}: a region's type cannot be used: {error}") from None
 
 
 class Region:

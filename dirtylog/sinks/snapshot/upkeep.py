@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from dirtylog.sinks.snapshot import footer as footers
@@ -31,7 +31,7 @@ from dirtylog.sinks.snapshot.overlay import join, siblings
 from dirtylog.sinks.snapshot.removal import Removal
 from dirtylog.sinks.snapshot.staged import part_files
 
-__all__ = ["Entry", "Pruned", "catalog", "clean", "merge", "prune"]
+__all__ = ["Entry", "Pruned", "catalog", "clean", "merge", "prune", "thin"]
 
 PATIENCE = 10.0
 
@@ -62,6 +62,9 @@ class Entry:
     children: tuple[str, ...]
     depth: int
     problem: str | None
+
+
+Choice = Callable[[list[Entry]], set[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,17 @@ def _judge(nodes: list[_Node]) -> None:
             node.problem = f"{node.path}: its chain comes back to it"
 
 
+def _entry(node: _Node) -> Entry:
+    return Entry(
+        path=node.path,
+        info=node.info,
+        parent=None if node.parent is None else node.parent.path,
+        children=tuple(child.path for child in node.children),
+        depth=node.depth,
+        problem=node.problem,
+    )
+
+
 def catalog(directory: StrPath = ".", *, search: Sequence[StrPath] = ()) -> list[Entry]:
     """List the snapshots of a directory, oldest first, and what hangs on what; only footers are read.
 
@@ -223,27 +237,17 @@ def catalog(directory: StrPath = ".", *, search: Sequence[StrPath] = ()) -> list
     [('full', 0, None)]
     """
     nodes = [node for node in _forest(os.path.abspath(os.fspath(directory)), directories_of(search)) if not node.beyond]
-    return [
-        Entry(
-            path=node.path,
-            info=node.info,
-            parent=None if node.parent is None else node.parent.path,
-            children=tuple(child.path for child in node.children),
-            depth=node.depth,
-            problem=node.problem,
-        )
-        for node in sorted(nodes, key=_Node.order)
-    ]
+    return [_entry(node) for node in sorted(nodes, key=_Node.order)]
 
 
-def _wanted(nodes: Sequence[_Node], last: int | None, daily: int | None) -> set[str]:
-    """Choose what is kept, from nodes that are sound, oldest first."""
-    kept = {node.path for node in nodes[len(nodes) - min(last or 0, len(nodes)) :]}
+def _wanted(entries: Sequence[Entry], last: int | None, daily: int | None) -> set[str]:
+    """Choose what is kept, from snapshots that can be restored, oldest first."""
+    kept = {entry.path for entry in entries[len(entries) - min(last or 0, len(entries)) :]}
     days: dict[datetime.date, str] = {}
-    for node in nodes:
-        if node.info is not None:
-            # Later ones of a day take its place; insertion order is that of the days.
-            days[datetime.datetime.fromtimestamp(node.time).date()] = node.path
+    for entry in entries:
+        if entry.info is not None:
+            # Later ones of a day take its place.
+            days[datetime.datetime.fromtimestamp(entry.info.time).date()] = entry.path
     newest = sorted(days, reverse=True)[: daily or 0]
     return kept | {days[day] for day in newest}
 
@@ -257,9 +261,9 @@ class _Plan:
     removed: list[_Node]
 
 
-def _planned(nodes: list[_Node], last: int | None, daily: int | None) -> _Plan:
+def _planned(nodes: list[_Node], choose: Choice) -> _Plan:
     sound = sorted((n for n in nodes if n.problem is None and not n.beyond), key=_Node.order)
-    kept = _wanted(sound, last, daily)
+    kept = choose([_entry(node) for node in sound])
     alive: dict[int, list[_Node]] = {}
     absorbed: dict[int, _Node] = {}
     plan = _Plan([node for node in sound if node.path in kept], [], [], [])
@@ -348,6 +352,28 @@ def prune(
             raise ValueError(f"{name} is {number!r}; it must be a number from 1, or None")
     if keep_last is None and keep_daily is None:
         raise ValueError("nothing would be kept: pass keep_last, keep_daily, or both")
+    return thin(
+        directory,
+        lambda entries: _wanted(entries, keep_last, keep_daily),
+        dry_run=dry_run,
+        sync=sync,
+        patience=patience,
+        search=search,
+        progress=progress,
+    )
+
+
+def thin(
+    directory: StrPath,
+    choose: Choice,
+    *,
+    dry_run: bool = False,
+    sync: bool = True,
+    patience: float = PATIENCE,
+    search: Sequence[StrPath] = (),
+    progress: Progress | None = None,
+) -> Pruned:
+    """Remove all snapshots but those whose paths `choose` returns of all that can be restored; as :func:`prune`."""
     place = os.path.abspath(os.fspath(directory))
     directories = directories_of(search)
 
@@ -360,13 +386,13 @@ def prune(
             )
         )
 
-    first = _planned(_forest(place, directories), keep_last, keep_daily)
+    first = _planned(_forest(place, directories), choose)
     if dry_run or not first.removed:
         return said(first, first.removed)
     names = {os.path.basename(node.path) for node in first.removed}
     with Removal(place, names, patience=patience, sync=sync) as announced:
         # Again, now that nothing new can appear over what was announced. What was written meanwhile may want more.
-        plan = _planned(_forest(place, directories), keep_last, keep_daily)
+        plan = _planned(_forest(place, directories), choose)
         removable = {id(node) for node in plan.removed if os.path.basename(node.path) in names}
         plan.merges = [(node, taken) for node, taken in plan.merges if all(id(below) in removable for below in taken)]
         for node, taken in plan.merges:

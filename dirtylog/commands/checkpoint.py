@@ -1,0 +1,133 @@
+"""Look into a directory of checkpoints: list them, show one, export its arrays.
+
+The directory is what dirtylog.Checkpoint wrote. Arrays are exported to .npy, .npz or
+.zarr, by the ending of the file that you name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import asdict
+from typing import Any
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sub-commands and their options."""
+    commands = parser.add_subparsers(dest="action", metavar="action", required=True)
+    actions = {
+        "list": "list the checkpoints that can be loaded, oldest first",
+        "show": "say which arrays and which state a checkpoint holds",
+        "export": "write the arrays of a checkpoint to .npy, .npz or .zarr",
+    }
+    for name, text in actions.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("directory", help="where the checkpoints are")
+        if name == "export":
+            command.add_argument("target", help="what to write, with its ending; it must not exist")
+            command.add_argument("--array", action="append", metavar="NAME", help="only this one; may be repeated")
+        if name != "list":
+            command.add_argument("--step", type=int, metavar="N", help="which one (the latest)")
+        command.add_argument("--json", action="store_true", help="print the answer for a program")
+
+
+def _when(seconds: float) -> str:
+    from datetime import datetime
+
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
+
+
+def _plain(value: Any) -> Any:
+    """Make a state fit for JSON: bytes become their length and first digits."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes {value[:8].hex()}{'...' if len(value) > 8 else ''}>"
+    return value
+
+
+def _list(args: argparse.Namespace) -> None:
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.checkpoint import Checkpoint
+
+    records = Checkpoint.history(args.directory)
+    if args.json:
+        kept = [{"step": r.step, "time": r.time, **asdict(r.info), "state": None} for r in records]
+        _terminal.show_json({"action": "list", "checkpoints": kept})
+        return
+    _terminal.show_table(
+        os.path.abspath(args.directory),
+        ["step", "time", "kind", "pages", "on disk", "file"],
+        [
+            (
+                "-" if record.step is None else str(record.step),
+                _when(record.time),
+                record.info.kind,
+                str(record.info.count),
+                _terminal.bytes_text(record.info.allocated),
+                os.path.basename(record.info.path),
+            )
+            for record in records
+        ],
+        left=3,
+    )
+
+
+def _show(args: argparse.Namespace) -> None:
+    import json
+
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.checkpoint import directory
+    from dirtylog.sinks.snapshot.chain import Layer
+    from dirtylog.sinks.snapshot.space import dtype_of
+
+    path = directory.find(args.directory, args.step)
+    noted = directory.about(path)
+    with Layer(path) as layer:
+        regions = layer.footer.regions
+    arrays = [(name, str(dtype_of(kind, path)), list(shape), length) for name, kind, shape, _, _, length in regions]
+    state = _plain(noted["user"])
+    if args.json:
+        names = ("name", "dtype", "shape", "nbytes")
+        rows = [dict(zip(names, each, strict=True)) for each in arrays]
+        _terminal.show_json({"action": "show", "path": path, "step": noted["step"], "arrays": rows, "state": state})
+        return
+    _terminal.show_table(
+        f"step {noted['step']}" if noted["step"] is not None else "saved by the thread",
+        ["array", "dtype", "shape", "size"],
+        [
+            (name, kind, "x".join(map(str, shape)) or "-", _terminal.bytes_text(size))
+            for name, kind, shape, size in arrays
+        ],
+        left=2,
+    )
+    if state is not None:
+        print(_terminal.printable(f"state: {json.dumps(state)}"))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.checkpoint import export
+
+    written = export(args.directory, args.target, args.step, names=args.array)
+    if args.json:
+        _terminal.show_json({"action": "export", "target": os.path.abspath(args.target), "arrays": written})
+    else:
+        _terminal.show_table(os.path.abspath(args.target), ["array"], [(name,) for name in written])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do one action."""
+    from dirtylog import DirtyLogError
+
+    try:
+        {"list": _list, "show": _show, "export": _export}[args.action](args)
+    except KeyError as error:
+        raise DirtyLogError(error.args[0]) from error
+    except ValueError as error:
+        raise DirtyLogError(str(error)) from error
+    return 0

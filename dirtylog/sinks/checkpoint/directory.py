@@ -1,0 +1,200 @@
+"""A directory of checkpoints: its files, which of them are kept, and what changed from one to another.
+
+Each file is one snapshot of all arrays, named by a number that goes up. Its state is what :class:`Checkpoint` notes:
+the step, how many are kept, and the user's own. A full snapshot may lie below those that are kept, because they are
+diffs over it; it is not listed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._core import compare_pages
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import Entry, Info, SnapshotError
+from dirtylog.sinks.snapshot.chain import Layer, StrPath, follow, settled
+from dirtylog.sinks.snapshot.footer import Footer
+from dirtylog.sinks.snapshot.space import arrays_of
+
+__all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "to_keep"]
+
+_NAME = re.compile(r"(\d{10})\.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One checkpoint that is kept.
+
+    Parameters
+    ----------
+    step : int or None
+        What it is loaded by; None of what the background thread saved.
+    time : float
+        When, in seconds since 1970.
+    info : Info
+        Of its file: path, kind, pages, names, bytes on disk. The user's state is not read.
+    """
+
+    step: int | None
+    time: float
+    info: Info
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What changed in one array from one checkpoint to another.
+
+    Parameters
+    ----------
+    pages : DirtyPages
+        Pages of the array: page `i` is bytes ``[i * page_size, (i + 1) * page_size)`` of it.
+    rows : int64 array
+        Indices along its first axis that have a byte in one of these pages.
+    """
+
+    pages: DirtyPages
+    rows: npt.NDArray[np.int64]
+
+
+def name_of(number: int) -> str:
+    """Return the name of the file of a number."""
+    return f"{number:010d}.ckpt"
+
+
+def files(directory: str) -> list[str]:
+    """List the checkpoint files, oldest first."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if _NAME.fullmatch(name))
+    except FileNotFoundError:
+        return []
+    return [os.path.join(directory, name) for name in names]
+
+
+def about(path: str) -> dict[str, Any]:
+    """Return what was noted with a checkpoint."""
+    state = snapshot.info(path).state
+    if not isinstance(state, dict) or set(state) != {"step", "keep", "user"}:
+        raise SnapshotError(f"{path}: this snapshot was not written by a Checkpoint; move it to another directory")
+    return state
+
+
+def kept(directory: str) -> list[tuple[int | None, str]]:
+    """List the steps that are kept and their files, oldest first; what the thread saved has none."""
+    there = files(directory)
+    if not there:
+        return []
+    keep = about(there[-1])["keep"]
+    return [(about(path)["step"], path) for path in there[-keep if keep else 0 :]]
+
+
+def find(directory: StrPath, step: int | None) -> str:
+    """Return the file of a step, or the latest.
+
+    Raises
+    ------
+    KeyError
+        There is none.
+    """
+    there = kept(os.path.abspath(os.fspath(directory)))
+    for number, path in reversed(there):
+        if step is None or number == step:
+            return path
+    raise KeyError(
+        f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}") +
+        f"; it has those of {[number for number, _ in there if number is not None][-10:]}"
+    )  # fmt: skip
+
+
+def history(directory: StrPath) -> list[Record]:
+    """List the checkpoints that are kept, oldest first."""
+    found = []
+    for step, path in kept(os.path.abspath(os.fspath(directory))):
+        info = snapshot.info(path)
+        found.append(Record(step, info.time, info))
+    return found
+
+
+def to_keep(entries: Sequence[Entry], keep: int) -> set[str]:
+    """Choose what is kept of a directory: the newest, what is not ours, and a base that is cheaper kept than written.
+
+    The oldest that is kept takes in the diffs below it. Down to the full snapshot, that would write all memory again;
+    while what changed since is less than half of it, the full one stays below.
+    """
+    ours = sorted(entry.path for entry in entries if _NAME.fullmatch(os.path.basename(entry.path)))
+    chosen = {entry.path for entry in entries} - set(ours[:-keep])
+    by_path = {entry.path: entry for entry in entries}
+    entry, count = by_path[ours[-keep:][0]], 0
+    while entry.info is not None and entry.info.kind == "diff" and entry.parent in by_path:
+        count += entry.info.count
+        entry = by_path[entry.parent]
+        if entry.path in chosen:
+            return chosen
+    if entry.info is not None and 2 * count < entry.info.npages:
+        chosen.add(entry.path)
+    return chosen
+
+
+# ---- what changed ----------------------------------------------------------------------------------------------------
+
+
+def _written(older: str, newer: str) -> tuple[Footer, DirtyPages] | None:
+    """Return the pages that the files above `older` hold, up to `newer`; None if it is not below it."""
+    links, tip = follow(newer)
+    ours = [i for i, link in enumerate(links) if link.path == older]
+    if not ours:
+        return None
+    pages = DirtyPages.from_indices([], tip.npages, tip.page_size)
+    for link in links[ours[0] + 1 :]:
+        with Layer(link.path, link.digest) as layer:
+            pages |= layer.pages()
+    return tip, pages
+
+
+def _footer(path: str) -> Footer:
+    with Layer(path) as layer:
+        return layer.footer
+
+
+def _differing(older: Any, newer: npt.NDArray[Any], page_size: int) -> DirtyPages:
+    """Compare an array with an older one; where they are not alike, all of it differs."""
+    if older is None or (older.dtype, older.shape, older.strides) != (newer.dtype, newer.shape, newer.strides):
+        return DirtyPages._all(-(-newer.nbytes // page_size), page_size, exact=True)
+    return compare_pages(np.ravel(newer, "K").view(np.uint8), np.ravel(older, "K").view(np.uint8), page_size)
+
+
+def changed(older: str, newer: str) -> dict[str, Change]:
+    """Say which pages and rows of which arrays differ between two files of a directory.
+
+    Where the one is below the other in a chain, the pages that were written in between; else both are read.
+    """
+    found: tuple[Footer, DirtyPages] | None = settled(lambda: _written(older, newer))
+    before: Mapping[str, Any] = {}
+    after: Mapping[str, Any] = {}
+    footer = _footer(newer)
+    if found is not None:
+        footer = found[0]
+        # Address space alone: the shapes and strides matter, and no byte of it is touched.
+        after = arrays_of(footer, np.empty(footer.nbytes, np.uint8), newer)
+    else:
+        before, after = snapshot.restore(older), snapshot.restore(newer)
+    answer = {}
+    for name, _, _, _, start, length in footer.regions:
+        first, count = start // footer.page_size, -(-length // footer.page_size)
+        if found is not None:
+            runs = found[1].runs()
+            low, high = np.maximum(runs[:, 0], first), np.minimum(runs.sum(axis=1), first + count)
+            own = np.stack([low - first, high - low], axis=1)[high > low]
+            pages = DirtyPages.from_runs(own, count, footer.page_size)
+        else:
+            pages = _differing(before.get(name), after[name], footer.page_size)
+        if pages:
+            answer[name] = Change(pages, pages.rows(np.atleast_1d(after[name])))
+    return answer

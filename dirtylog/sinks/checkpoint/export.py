@@ -1,0 +1,124 @@
+"""Writes the arrays of a checkpoint as files that other programs read: ``.npy``, ``.npz`` and Zarr."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from dirtylog.errors import BackendUnavailable
+from dirtylog.sinks._pageio import rename_noreplace
+from dirtylog.sinks.checkpoint.directory import find
+from dirtylog.sinks.snapshot import restore
+from dirtylog.sinks.snapshot.chain import StrPath
+from dirtylog.sinks.snapshot.staged import UNSUPPORTED
+
+__all__ = ["KINDS", "export"]
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+def _npy(path: str, arrays: Arrays) -> None:
+    if len(arrays) != 1:
+        raise ValueError(
+            f"a .npy file holds one array, and there are {len(arrays)}: {', '.join(sorted(arrays)[:10])}; name one of "
+            "them, or write .npz"
+        )
+    with open(path, "xb") as file:
+        np.lib.format.write_array(file, next(iter(arrays.values())), allow_pickle=False)
+
+
+def _npz(path: str, arrays: Arrays) -> None:
+    # As numpy.savez, which cannot take every name.
+    with zipfile.ZipFile(path, "x", allowZip64=True) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _zarr(path: str, arrays: Arrays) -> None:
+    try:
+        import zarr
+    except ImportError as error:
+        raise BackendUnavailable("zarr", f"import zarr: {error}", "pip install zarr, or write .npz") from None
+    group = zarr.open_group(path, mode="w")
+    for name, array in arrays.items():
+        group[name] = np.ascontiguousarray(array).reshape(array.shape)
+
+
+KINDS: dict[str, Callable[[str, Arrays], None]] = {".npy": _npy, ".npz": _npz, ".zarr": _zarr}
+
+
+def export(
+    directory: StrPath, target: StrPath, step: int | None = None, *, names: Iterable[str] | None = None
+) -> list[str]:
+    """Write the arrays of a checkpoint as ``.npy``, ``.npz`` or ``.zarr``, which appears whole or not at all.
+
+    Parameters
+    ----------
+    directory : str or path
+        Where the checkpoints are.
+    target : str or path
+        What to write; its ending says how. It must not exist.
+    step : int, optional
+        Which checkpoint; the latest by default.
+    names : iterable of str, optional
+        Which arrays; all by default. ``.npy`` holds one.
+
+    Returns
+    -------
+    list of str
+        Names of the arrays that were written.
+
+    Raises
+    ------
+    KeyError
+        There is no checkpoint of that step, or no array of that name.
+    ValueError
+        The ending is unknown, or an array's name or type will not do for it.
+    FileExistsError
+        There is something of that name.
+    BackendUnavailable
+        ``.zarr`` needs the package zarr.
+    SnapshotError
+        The checkpoint is damaged.
+
+    Notes
+    -----
+    Takes the memory of the arrays that are written.
+    """
+    path = os.path.abspath(os.fspath(target))
+    ending = os.path.splitext(path)[1]
+    if ending not in KINDS:
+        raise ValueError(f"{path} ends in {ending!r}; it must end in one of {', '.join(KINDS)}")
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "an export overwrites nothing; remove it, or give another name", path)
+    arrays: dict[str, Any] = restore(find(directory, step))
+    chosen = list(arrays) if names is None else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in arrays:
+            raise KeyError(f"the checkpoint has no array {name!r}; it has {', '.join(sorted(arrays)[:20])}")
+        # The name becomes a path inside the file.
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            raise ValueError(f"the array {name!r} cannot be written by that name: it is a path out of the file")
+    staging = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}{ending}")
+    try:
+        KINDS[ending](staging, {name: arrays[name] for name in chosen})
+        try:
+            rename_noreplace(staging, path)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            os.rename(staging, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(staging) if os.path.isdir(staging) else os.unlink(staging)
+        raise
+    return chosen

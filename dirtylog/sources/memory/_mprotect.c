@@ -305,19 +305,19 @@ static void check_mappings(uint64_t first, uint64_t end)
 }
 
 /* Lock held. One look at the pages from `first` on; the regions found, and in `walked` where it ended. */
-static int find_empty(int pagemap, struct dl_page_region *regions, uint64_t zero, uint64_t first, uint64_t end,
-                      uint64_t *walked)
+static int find_empty(int pagemap, struct dl_page_region *regions, uint64_t first, uint64_t end, uint64_t *walked)
 {
-    /* Inverted: neither here nor swapped out. Or the system's page of zeros, put there by a read. */
+    /* Neither swapped out, nor present: or present as the system's page of zeros, put there by a read. */
     struct dl_page_scan arg = {
         .size = sizeof arg,
         .start = first * page_bytes,
         .end = end * page_bytes,
         .vec = (uint64_t)(uintptr_t)regions,
         .vec_len = EMPTIES,
-        .category_inverted = zero ? 0 : DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
-        .category_mask = zero ? DL_PAGE_IS_PFNZERO : DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
-        .return_mask = DL_PAGE_IS_PFNZERO,
+        .category_inverted = DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
+        .category_mask = DL_PAGE_IS_SWAPPED,
+        .category_anyof_mask = DL_PAGE_IS_PRESENT | DL_PAGE_IS_PFNZERO,
+        .return_mask = DL_PAGE_IS_SWAPPED,
     };
     int found = ioctl(pagemap, DL_PAGEMAP_SCAN, &arg);
 
@@ -333,24 +333,22 @@ static void check_contents(struct dl_span *self, int pagemap, uint64_t first, ui
 {
     struct dl_page_region regions[EMPTIES];
 
-    for (uint64_t zero = 0; zero < 2; zero++) {
-        for (uint64_t at = first, walked; at < end; at = walked) {
-            int found = find_empty(pagemap, regions, zero, at, end, &walked);
+    for (uint64_t at = first, walked; at < end; at = walked) {
+        int found = find_empty(pagemap, regions, at, end, &walked);
 
-            if (found < 0)
-                return;
-            for (int i = 0; i < found; i++) {
-                uint64_t from = regions[i].start / page_bytes, to = regions[i].end / page_bytes;
-                struct dl_span *span;
+        if (found < 0)
+            return;
+        for (int i = 0; i < found; i++) {
+            uint64_t from = regions[i].start / page_bytes, to = regions[i].end / page_bytes;
+            struct dl_span *span;
 
-                DL_EACH_SPAN (span, &registry, from, to) {
-                    uint64_t a = from, b = to;
+            DL_EACH_SPAN (span, &registry, from, to) {
+                uint64_t a = from, b = to;
 
-                    (void)dl_span_clip(span, &a, &b);
-                    if (!(learn && span == self))
-                        dl_span_mark_emptied(span, a, b);
-                    dl_words_set(span->empty, a - span->first, b - span->first);
-                }
+                (void)dl_span_clip(span, &a, &b);
+                if (!(learn && span == self))
+                    dl_span_mark_emptied(span, a, b);
+                dl_words_set(span->empty, a - span->first, b - span->first);
             }
         }
     }
@@ -377,28 +375,39 @@ static void look_for_emptied(struct dl_span *span)
         close(pagemap);
 }
 
-static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
+/* Lock held. 0, or why nothing can be said of the span any more. */
+static int check_span(struct dl_span *span)
 {
-    uint64_t chunk[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first), seen = 0;
-    int error, coarse;
+    int error;
+
+    if (span->generation != forks)
+        return -ECHILD;
+    if (span->dead)
+        return -span->dead;
+    error = dl_span_whole(span, page_bytes);
+    if (error == -ENOMEM)
+        check_neighbours();
+    return error ? error : check_handler(span);
+}
+
+/* What a harvest has found so far. */
+struct found {
+    uint64_t pages; /* not 0: some */
+    int coarse;
+};
+
+/* Move what is marked into `words`; with `take`, protect it again. A stretch at a time, as above. */
+static int move_words(struct dl_span *span, uint64_t *words, int take, struct found *found)
+{
+    uint64_t chunk[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first);
+    struct dl_span *other;
     sigset_t mask;
 
-    look_for_emptied(span);
     lock_all(&mask);
-    if (span->generation != forks)
-        error = -ECHILD;
-    else if (span->dead)
-        error = -span->dead;
-    else
-        error = dl_span_whole(span, page_bytes);
-    if (error == -ENOMEM && !span->dead)
-        check_neighbours();
-    if (!error)
-        error = check_handler(span);
-    if (!error)
-        check_mappings(span->first, span->end);
-    coarse = span->coarse;
-    if (error || !span->pending) {
+    found->coarse |= span->coarse;
+    if (!span->pending || span->dead) {
+        int error = -span->dead;
+
         unlock_all(&mask);
         return error;
     }
@@ -413,7 +422,8 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         /* A close between two holds of the lock has opened the pages for good: protected again, with no
          * span left that knows them, they would end the process at the next store. */
         if (span->dead) {
-            error = -span->dead;
+            int error = -span->dead;
+
             unlock_all(&mask);
             return error;
         }
@@ -423,25 +433,55 @@ static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
         } else if (take) {
             /* No mapping is left to protect with: what stays open stays marked (I1), and is reported
              * again until the system lets us protect it. */
-            span->pending = coarse = 1;
+            span->pending = found->coarse = 1;
         }
         unlock_all(&mask);
         /* The caller's words may share a page with a tracked buffer: outside the lock. */
         for (uint64_t i = 0; i < size; i++) {
-            seen |= chunk[i];
+            found->pages |= chunk[i];
             words[at + i] |= chunk[i];
         }
     }
     if (take) {
-        struct dl_span *other;
-
         lock_all(&mask);
         /* Closed meanwhile, it counts for nothing, and is in nobody's way. */
         DL_EACH_SPAN (other, &registry, span->first, span->end)
             count_splits(other);
         unlock_all(&mask);
     }
-    return coarse ? DL_LOST : seen ? DL_DIRTY : DL_CLEAN;
+    return 0;
+}
+
+/* Mark what changed without a store. Every question costs something per mapping, and open pages are
+ * mappings of their own: a harvest asks when it has protected them. By then it has changed nothing that
+ * this looks at, since it protects marked pages only, and those are in its answer. */
+static void look(struct dl_span *span)
+{
+    sigset_t mask;
+
+    look_for_emptied(span);
+    lock_all(&mask);
+    if (!span->dead)
+        check_mappings(span->first, span->end);
+    unlock_all(&mask);
+}
+
+static int mprotect_collect(struct dl_span *span, uint64_t *words, int take)
+{
+    struct found found = {.coarse = 0};
+    sigset_t mask;
+    int error;
+
+    lock_all(&mask);
+    error = check_span(span);
+    unlock_all(&mask);
+    if (!error && take)
+        error = move_words(span, words, take, &found);
+    if (error)
+        return error;
+    look(span);
+    error = move_words(span, words, take, &found);
+    return error ? error : found.coarse ? DL_LOST : found.pages ? DL_DIRTY : DL_CLEAN;
 }
 
 /* Lock held. */

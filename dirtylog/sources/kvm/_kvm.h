@@ -169,17 +169,27 @@ static inline void dl_gate_destroy(struct dl_gate *gate)
 
 struct dl_runner {
     pthread_mutex_t lock;
+    pthread_cond_t left;
     pthread_t thread;
+    uint64_t exits; /* how often KVM_RUN has returned */
     int running;
+    int kicked;  /* the next run that is interrupted ends: somebody asked for it */
+    int wanted;  /* the run under way is to leave the guest once, and may go on: a harvest waits for that */
 };
 
 static inline void dl_runner_init(struct dl_runner *runner)
 {
     pthread_mutex_init(&runner->lock, NULL);
-    runner->running = 0;
+    pthread_cond_init(&runner->left, NULL);
+    runner->exits = 0;
+    runner->running = runner->kicked = runner->wanted = 0;
 }
 
-static inline void dl_runner_destroy(struct dl_runner *runner) { pthread_mutex_destroy(&runner->lock); }
+static inline void dl_runner_destroy(struct dl_runner *runner)
+{
+    pthread_cond_destroy(&runner->left);
+    pthread_mutex_destroy(&runner->lock);
+}
 
 static inline void dl_kick_handler(int number) { (void)number; }
 
@@ -204,21 +214,62 @@ static inline int dl_kick_signal(void)
     return 0;
 }
 
-/* The store comes before the lock. Either the runner takes the lock later, and
- * the kernel finds immediate_exit set when KVM_RUN starts; or it took it
+/* Under the runner's lock. A run that has begun may not be in the kernel yet,
+ * where a signal would find nothing to interrupt: then KVM_RUN sees
+ * immediate_exit when it starts. */
+static inline void dl_interrupt(struct dl_runner *runner, uint8_t *run, int number)
+{
+    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 1, __ATOMIC_SEQ_CST);
+    if (runner->running)
+        pthread_kill(runner->thread, number);
+}
+
+/* Either the runner takes the lock later, and finds `kicked`; or it took it
  * earlier, and we see `running` and interrupt it. A kick is never lost. */
 static inline void dl_kick(struct dl_runner *runner, uint8_t *run, int number)
 {
-    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 1, __ATOMIC_SEQ_CST);
     pthread_mutex_lock(&runner->lock);
-    if (runner->running)
-        pthread_kill(runner->thread, number);
+    runner->kicked = 1;
+    dl_interrupt(runner, run, number);
     pthread_mutex_unlock(&runner->lock);
 }
 
+/* Ask the run under way, if there is one, to leave the guest once: what Intel's
+ * page-modification logging holds in hardware goes into the ring on the way
+ * out. Answers which exit dl_left_wait() is to wait for: of a vCPU that does not
+ * run, the last one. `run` is NULL where somebody closes the vCPU: he has
+ * interrupted it, or is about to. */
+static inline uint64_t dl_left_ask(struct dl_runner *runner, uint8_t *run, int number)
+{
+    pthread_mutex_lock(&runner->lock);
+    uint64_t exits = runner->exits + (runner->running != 0);
+    if (runner->running && run) {
+        runner->wanted = 1;
+        dl_interrupt(runner, run, number);
+    }
+    pthread_mutex_unlock(&runner->lock);
+    return exits;
+}
+
+/* Wait until no guest runs that ran when dl_left_ask() was called. The thread
+ * that leaves needs no lock but the runner's to say so, neither the GIL nor
+ * one that a harvest holds; and whoever calls this is not inside KVM_RUN. */
+static inline void dl_left_wait(struct dl_runner *runner, uint64_t exits)
+{
+    pthread_mutex_lock(&runner->lock);
+    while (runner->exits < exits)
+        pthread_cond_wait(&runner->left, &runner->lock);
+    pthread_mutex_unlock(&runner->lock);
+}
+
+/* What dl_run() answers when only a harvest made the guest leave; KVM_RUN has
+ * no positive answer. */
+#define DL_RUN_AGAIN 1
+
 /* KVM_RUN once; -EBUSY when another thread runs this vCPU. A kick that arrives
  * after the guest left for another reason stays for the next run: it is taken
- * back only by the run that it ended.
+ * back only by the run that it ended. What a harvest asked for is done with
+ * any return, and leaves nothing behind for the next run.
  *
  * The kick's signal is let through before `running` is set: a thread that
  * blocks all signals, as servers' workers do, could not be made to return, and
@@ -245,10 +296,17 @@ static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run, int num
     int result = dl_ioctl(fd, DL_KVM_RUN, 0);
     pthread_mutex_lock(&runner->lock);
     runner->running = 0;
+    runner->exits++;
+    if (result == -EINTR) {
+        if (runner->wanted && !runner->kicked)
+            result = DL_RUN_AGAIN;
+        runner->kicked = 0;
+    }
+    runner->wanted = 0;
+    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], (uint8_t)runner->kicked, __ATOMIC_SEQ_CST);
+    pthread_cond_broadcast(&runner->left);
     pthread_mutex_unlock(&runner->lock);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (result == -EINTR)
-        __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 0, __ATOMIC_SEQ_CST);
     return result;
 }
 

@@ -33,7 +33,7 @@ cdef extern from "sources/kvm/_kvm.h" nogil:
     struct dl_gate:
         pass
     struct dl_runner:
-        pass
+        uint64_t exits
     struct dl_ring_entry:
         pass
     struct dl_ring:
@@ -59,7 +59,7 @@ cdef extern from "sources/kvm/_kvm.h" nogil:
     const unsigned long DL_KVM_GET_API_VERSION, DL_KVM_CREATE_VM, DL_KVM_CHECK_EXTENSION
     const unsigned long DL_KVM_GET_VCPU_MMAP_SIZE, DL_KVM_CREATE_VCPU, DL_KVM_SET_USER_MEMORY_REGION
     const unsigned long DL_KVM_GET_REGS, DL_KVM_SET_REGS, DL_KVM_GET_SREGS, DL_KVM_SET_SREGS, DL_KVM_ENABLE_CAP
-    const int DL_KVM_DIRTY_LOG_PAGE_OFFSET
+    const int DL_KVM_DIRTY_LOG_PAGE_OFFSET, DL_RUN_AGAIN
     int dl_ioctl(int fd, unsigned long request, uintptr_t argument)
     int dl_kvm_get_dirty_log(int fd, uint32_t slot, uint64_t *words)
     int dl_kvm_clear_dirty_log(int fd, uint32_t slot, uint64_t first, uint32_t count, const uint64_t *words)
@@ -74,6 +74,8 @@ cdef extern from "sources/kvm/_kvm.h" nogil:
     void dl_runner_destroy(dl_runner *runner)
     int dl_kick_signal()
     void dl_kick(dl_runner *runner, uint8_t *run, int number)
+    uint64_t dl_left_ask(dl_runner *runner, uint8_t *run, int number)
+    void dl_left_wait(dl_runner *runner, uint64_t exits)
     int dl_run(int fd, dl_runner *runner, uint8_t *run, int number)
     dl_ring_result dl_ring_drain(dl_ring *ring, dl_ring_slot *slots, size_t nslots)
     uint64_t dl_words_for(uint64_t npages)
@@ -413,9 +415,20 @@ cdef class VcpuHandle(Handle):
         """
         cdef int result
         self.enter()
-        with nogil:
-            result = dl_run(self.fd, &self.runner, self.page, kick_number)
-            dl_gate_leave(&self.gate)
+        while True:
+            with nogil:
+                result = dl_run(self.fd, &self.runner, self.page, kick_number)
+                dl_gate_leave(&self.gate)
+            if result != DL_RUN_AGAIN:
+                break
+            # A harvest made it leave. A signal may have come with it: its handler runs here, and if it raises, the
+            # run ends as it would have.
+            PyErr_CheckSignals()
+            if self.inherited:
+                self.enter()
+            elif not dl_gate_enter(&self.gate):
+                # Closed meanwhile, which ends a run under way like a kick.
+                return False
         if result == -EINTR:
             PyErr_CheckSignals()
             return False
@@ -424,6 +437,11 @@ cdef class VcpuHandle(Handle):
         if result < 0:
             fail(result, f"KVM_RUN of {self.name}")
         return True
+
+    @property
+    def exits(self) -> int:
+        """How often KVM_RUN has returned."""
+        return self.runner.exits
 
     def kick(self) -> None:
         """Make the run under way return, or the next one if there is none."""
@@ -451,6 +469,42 @@ cdef class VcpuHandle(Handle):
         if size:
             memcpy(self.page + offset, &data[0], size)
         dl_gate_leave(&self.gate)
+
+
+def leave_guest(list vcpus not None) -> None:
+    """Make every vCPU that is in KVM_RUN leave it once, and wait, without the GIL, until each has.
+
+    Their runs go on by themselves. A vCPU that is not running has left already.
+
+    Parameters
+    ----------
+    vcpus : list of VcpuHandle
+
+    Raises
+    ------
+    OSError
+        EIO in the child of a fork, where the threads that run them are not.
+
+    References
+    ----------
+    ``KVM_CAP_DIRTY_LOG_RING`` in Linux ``Documentation/virt/kvm/api.rst``.
+    """
+    cdef VcpuHandle vcpu
+    cdef list exits = []
+    cdef uint64_t before
+    for vcpu in vcpus:
+        if vcpu.inherited:
+            vcpu.enter()
+        # All are asked before the first is waited for: they leave at the same time.
+        if dl_gate_enter(&vcpu.gate):
+            before = dl_left_ask(&vcpu.runner, vcpu.page, kick_number)
+            dl_gate_leave(&vcpu.gate)
+        else:
+            before = dl_left_ask(&vcpu.runner, NULL, kick_number)
+        exits.append(before)
+    for vcpu, before in zip(vcpus, exits, strict=True):
+        with nogil:
+            dl_left_wait(&vcpu.runner, before)
 
 
 @cython.final

@@ -441,10 +441,15 @@ class VM(Resource):
         first and the second step goes unlogged and is harmless: its page is in
         this harvest, and its content is read later (I2).
 
-        Intel's page-modification logging keeps the latest entries of a vCPU in
-        hardware until it leaves guest mode; they are in the ring, and so in a
-        harvest, after that. Before the harvest that has to be complete, a
-        migration's last for example, `kick` every vCPU and let its `run` return.
+        What the guest wrote before the call is in this harvest or in an earlier
+        one. Intel's page-modification logging keeps the latest pages of a vCPU
+        in hardware until it leaves guest mode, so every vCPU that runs is made
+        to leave once, and is waited for, before the rings are read. Its `run`
+        goes on by itself: it costs the guest some microseconds, and the exit is
+        not reported. A vCPU that is not running is left alone.
+
+        May be called from any thread, also from one that runs a vCPU, and from
+        a signal handler.
 
         References
         ----------
@@ -542,7 +547,7 @@ class VM(Resource):
                 self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}", record=self._unwrapped)
             handle = _kvm.VcpuHandle(os.dup(self._unwrapped[0]), f"vCPU {index}", self._run_size)
             try:
-                ring = self._rings.add_vcpu(handle) if self._rings else None
+                ring = self._rings.add_vcpu(index, handle) if self._rings else None
             except BaseException:
                 handle.close()
                 raise

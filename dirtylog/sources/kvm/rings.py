@@ -43,12 +43,14 @@ class Rings:
         "entries",
         "harvests",
         "rings",
+        "vcpus",
     )
 
     def __init__(self, entries: int, page_size: int, lock: threading.RLock) -> None:
         self.entries: int = entries
         self.harvests: int = 0
         self.rings: list[_kvm.Ring] = []
+        self.vcpus: list[_kvm.VcpuHandle] = []
         self._lock = lock
         self._page_size = page_size
         self._log = _kvm.RingLog()
@@ -57,10 +59,12 @@ class Rings:
         # Slots whose warning raised: they are taken without another one.
         self._told: set[int] = set()
 
-    def add_vcpu(self, handle: _kvm.VcpuHandle) -> _kvm.Ring:
-        """Map the ring of a new vCPU; OSError when it cannot be mapped."""
+    def add_vcpu(self, index: int, handle: _kvm.VcpuHandle) -> _kvm.Ring:
+        """Map the ring of vCPU `index`, which may have failed to be made before; OSError when it cannot be mapped."""
         ring = _kvm.Ring(handle, self.entries)
-        self.rings.append(ring)
+        # One ring for each vCPU: a second one on the same entries would take them for an overflow.
+        self.rings[index:] = [ring]
+        self.vcpus[index:] = [handle]
         return ring
 
     def add_slot(self, slot: int, npages: int) -> None:
@@ -77,11 +81,15 @@ class Rings:
     def drain(self, handle: _kvm.Handle) -> None:
         """Read the entries and mark them for reset, then let KVM write-protect their pages again.
 
+        First every guest that runs is made to leave once: page-modification
+        logging keeps entries in hardware until then, where no harvest sees them.
+
         Raises
         ------
         OSError
             The reset failed with the kernel's errno; what was read stays for the next time (I5).
         """
+        _kvm.leave_guest(self.vcpus)
         self.harvests += 1
         try:
             # What is marked for reset and what is known of it change in this one call, whatever interrupts us.
@@ -205,3 +213,4 @@ class Rings:
         for ring in self.rings:
             ring.close()
         self.rings.clear()
+        self.vcpus.clear()

@@ -273,6 +273,11 @@ class Vcpu(Resource):
         its exception; after one that does not, the exit is ``"INTR"``. Either
         way nothing of the guest is lost: run it again.
 
+        A harvest of the rings makes the guest leave for a moment, and `run` goes
+        on by itself. Handlers of signals that come at that very moment run then,
+        and end the run only if they raise: a handler that has to end it calls
+        `kick`.
+
         References
         ----------
         ``KVM_RUN`` and ``struct kvm_run`` in Linux ``Documentation/virt/kvm/api.rst``.

@@ -336,7 +336,7 @@ PUBLIC = {
     "dirtylog.sinks.migrate": ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"],
     "dirtylog.sinks.plot": [],
     "dirtylog.sinks.checkpoint": ["Change", "Checkpoint", "Record", "export"],
-    "dirtylog.sinks.profile": ["Hot", "Profile", "Profiler", "Snapshots"],
+    "dirtylog.sinks.profile": ["Hot", "Profile", "Profiler", "Sampler", "Snapshots"],
     "dirtylog.sinks.rate": ["RateMeter"],
     "dirtylog.sinks.forecast": ["Forecast", "forecast"],
     "dirtylog.sinks.report": ["report_html"],

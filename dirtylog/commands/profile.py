@@ -1,22 +1,21 @@
-"""Run a Python program and report how fast it dirties memory, and which memory.
+"""Run a program, or watch one that runs, and report how fast it dirties memory, and which memory.
 
-The program runs as "python script.py args" would run it: same output, same exit
-code. The report goes to standard error, or to the file that --output names.
+It runs as it would without: same output, same exit code, and no code of ours in it.
+The report goes to standard error, or to the file that --output names.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dirtylog.commands._numbers import more_than
-from dirtylog.commands._script import add_script_arguments, run_script
+from dirtylog.commands._program import add_program_arguments, report_file, watch, write_report
 
 if TYPE_CHECKING:
-    from dirtylog.sinks.profile import Profile
+    from dirtylog import Process
+    from dirtylog.sinks.profile import Profile, Sampler
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", type=seconds_list, default="1,10,60", metavar="SECONDS,...", help="snapshot rhythms (1,10,60)"
     )
-    add_script_arguments(parser)
+    add_program_arguments(parser)
 
 
 def seconds_list(text: str) -> list[float]:
@@ -37,20 +36,29 @@ def seconds_list(text: str) -> list[float]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program, then report."""
-    from dirtylog.sinks.profile import Profiler
+    """Watch the program, then report."""
+    from dirtylog.sinks.profile import Sampler
 
-    profiler = Profiler(interval=args.interval, every=args.every)
+    output = report_file(args.output)
+    samplers: list[Sampler] = []
 
-    def after() -> None:
-        profile = profiler.stop()
-        text = json.dumps(profile.as_dict(), indent=2) if args.json else report_text(profile)
-        if args.output:
-            Path(args.output).write_text(text + "\n", encoding="utf-8")
+    def begin(process: Process) -> Sampler:
+        samplers.append(Sampler(process, interval=args.interval, every=args.every))
+        return samplers[0]
+
+    def done(missed: str | None) -> None:
+        profile = samplers[0].profile()
+        if args.json:
+            text = json.dumps({**profile.as_dict(), "missed": missed}, indent=2)
         else:
-            print(text, file=sys.stderr, flush=True)
+            text = report_text(profile) + (f"\n\nnot complete: {missed}" if missed else "")
+        write_report(text, output)
 
-    return run_script(args.script, args.args, before=profiler.start, after=after)
+    try:
+        return watch(args, begin, done)
+    finally:
+        if output:
+            output.close()
 
 
 def report_text(profile: Profile) -> str:
@@ -63,8 +71,8 @@ def report_text(profile: Profile) -> str:
         f"dirtylog: {bound}{bytes_text(profile.bytes_per_second)} dirtied per second "
         f"(peak {bytes_text(profile.peak_bytes_per_second)}), {bytes_text(profile.dirtied_bytes)} "
         f"in {profile.seconds:.2f} s and {profile.samples} samples",
-        f"overhead: about {overhead['share']:.1%} ({overhead['sampling_seconds']:.3f} s of sampling, "
-        f"{overhead['first_writes_seconds']:.3f} s in first writes to pages)",
+        f"overhead: about {overhead['share']:.1%} ({overhead['first_writes_seconds']:.3f} s in first writes to pages), "
+        f"and {overhead['sampling_seconds']:.3f} s of sampling beside it",
         "",
         plain_table(
             "An incremental snapshot",

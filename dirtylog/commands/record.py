@@ -1,7 +1,8 @@
-"""Run a Python program and record which pages it writes, as a trace.
+"""Run a program, or watch one that runs, and record which pages it writes, as a trace.
 
-The program runs as "python script.py args" would run it. The trace is complete
-when the program has ended; "dirtylog rate" and "dirtylog report" read it.
+It runs as it would without: same output, same exit code, and no code of ours in it.
+The trace is complete when it has ended, however that was, or when the time is over;
+"dirtylog rate" and "dirtylog report" read it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
-from dirtylog.commands._script import add_script_arguments, run_script
+from dirtylog.commands._program import add_program_arguments, watch
+from dirtylog.commands._terminal import printable
+
+if TYPE_CHECKING:
+    from dirtylog import Process
+    from dirtylog.sinks.profile import Sampler
 
 __all__ = ["add_arguments", "run"]
 
@@ -19,31 +26,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("trace", help="the Parquet file to write")
     parser.add_argument("--json", action="store_true", help="say what was recorded as JSON, on the error stream")
-    add_script_arguments(parser)
+    add_program_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the program and record it."""
+    """Watch the program and record it."""
     import mmap
 
-    from dirtylog.sinks.profile import Profiler
+    from dirtylog.sinks.profile import Sampler
     from dirtylog.sinks.trace import Recorder
 
     recorder = Recorder(args.trace, 0, mmap.PAGESIZE)
-    profiler = Profiler(interval=args.interval, on_sample=recorder.write)
+    samplers: list[Sampler] = []
 
-    def after() -> None:
-        profile = profiler.stop()
-        recorder.regions.update(profiler.regions)
+    def begin(process: Process) -> Sampler:
+        samplers.append(Sampler(process, interval=args.interval, on_sample=recorder.write))
+        return samplers[0]
+
+    def done(missed: str | None) -> None:
+        recorder.regions.update(samplers[0].regions)
         recorder.close()
         if args.json:
+            profile = samplers[0].profile()
             summary = {
                 "trace": args.trace,
                 "seconds": profile.seconds,
                 "samples": profile.samples,
                 "dirtied_bytes": profile.dirtied_bytes,
                 "exact": profile.exact,
+                "missed": missed,
             }
             print(json.dumps(summary), file=sys.stderr, flush=True)
+        elif missed:
+            print(f"dirtylog: not complete: {printable(missed)}", file=sys.stderr, flush=True)
 
-    return run_script(args.script, args.args, before=profiler.start, after=after)
+    try:
+        return watch(args, begin, done)
+    finally:
+        if not recorder.closed:
+            recorder.abort()

@@ -19,7 +19,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 
-__all__ = ["Rate", "RateMeter", "count_ranges"]
+__all__ = ["Peak", "Rate", "RateMeter", "count_ranges", "unite"]
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -52,6 +52,51 @@ class Rate:
     by_source: Mapping[str, int]
     by_region: Mapping[str, int]
     exact: bool
+
+
+class Peak:
+    """The highest rate over windows of one length, out of samples of any length.
+
+    A sample of a few milliseconds says nothing about a second: each window is as
+    long as the first samples that reach `window` together, or, as long as no
+    samples do, all there were.
+
+    Parameters
+    ----------
+    start : float
+        When the first sample began, in seconds.
+    window : float, default 1.0
+        In seconds.
+    """
+
+    def __init__(self, start: float, window: float = 1.0) -> None:
+        self._window = window
+        self._ends: deque[float] = deque([start])
+        self._sizes: deque[int] = deque()
+        self._highest: float | None = None
+        self._first = start
+        self._total = 0
+
+    def add(self, end: float, nbytes: int) -> None:
+        """Count a sample: when it ended, and how much was written in it."""
+        self._total += nbytes
+        self._ends.append(end)
+        self._sizes.append(nbytes)
+        # A timer that comes a little early makes no window twice as long.
+        least = 0.9 * self._window
+        while len(self._sizes) > 1 and end - self._ends[1] >= least:
+            self._ends.popleft()
+            self._sizes.popleft()
+        if end - self._ends[0] >= least:
+            self._highest = max(self._highest or 0.0, sum(self._sizes) / (end - self._ends[0]))
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The highest rate of a window; over all the time there was, where that is shorter than a window."""
+        if self._highest is not None:
+            return self._highest
+        seconds = self._ends[-1] - self._first
+        return self._total / seconds if seconds > 0 else 0.0
 
 
 class RateMeter:
@@ -190,7 +235,7 @@ class RateMeter:
         points: list[tuple[float, int]] = []
         union: DirtyPages | None = None
         for start, _, pages in reversed(self._samples):
-            union = pages if union is None else _union(union, pages)
+            union = pages if union is None else unite(union, pages)
             points.append((self._last - start, union.count))
         return points
 
@@ -256,7 +301,7 @@ class RateMeter:
         )
 
 
-def _union(a: DirtyPages, b: DirtyPages) -> DirtyPages:
+def unite(a: DirtyPages, b: DirtyPages) -> DirtyPages:
     """Unite pages of before and after the page space grew."""
     if a.npages < b.npages:
         a, b = b, a

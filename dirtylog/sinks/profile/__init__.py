@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dirtylog._public import publish
-from dirtylog.sinks.profile.profiler import Hot, Profile, Profiler, Snapshots
+from dirtylog.sinks.profile.account import Hot, Profile, Snapshots
+from dirtylog.sinks.profile.profiler import Profiler
+from dirtylog.sinks.profile.sampler import Sampler
 
-__all__ = ["Hot", "Profile", "Profiler", "Snapshots"]
+__all__ = ["Hot", "Profile", "Profiler", "Sampler", "Snapshots"]
 
 publish(__name__, globals(), __all__)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
-from dirtylog.log import DirtyLog, Observer, Source
+from dirtylog.log import DirtyLog, Source
 from dirtylog.sinks.profile import own_memory
-from dirtylog.sinks.rate import count_ranges
+from dirtylog.sinks.profile.account import Account, Profile
 
-__all__ = ["Hot", "Profile", "Profiler", "Snapshots"]
+__all__ = ["Profiler"]
 
 
 class Tracking(Source, Protocol):
@@ -27,68 +23,6 @@ class Tracking(Source, Protocol):
 
     def close(self) -> None:
         """Stop tracking."""
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshots:
-    """What an incremental snapshot every `every` seconds would hold, in bytes; `count` of them were complete."""
-
-    every: float
-    count: int
-    mean_bytes: float
-    max_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hot:
-    """One mapping, by what it was last called: what was written in it, sample by sample, and its largest size."""
-
-    name: str
-    address: int
-    size: int
-    dirtied_bytes: int
-    share: float
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What a profiled program did to its memory.
-
-    Attributes
-    ----------
-    seconds, samples, page_size : float, int, int
-        How long it was watched, in how many samples, in pages of so many bytes.
-    dirtied_bytes : int
-        Different pages of each sample, added up: a page that is written again
-        within one sample counts once, as in a snapshot.
-    bytes_per_second, peak_bytes_per_second : float
-        Over all the time, and in the worst sample.
-    snapshots : list of Snapshots
-        What each rhythm would have to store.
-    mappings : list of Hot
-        Hottest first.
-    exact : bool
-        False where a tracker lost track, which makes the figures upper bounds.
-    overhead : dict of str to float
-        Seconds of CPU time that sampling took; seconds that the program's first
-        writes to its pages took (estimated from a measured price); both
-        together as a share of the time watched.
-    """
-
-    seconds: float
-    samples: int
-    page_size: int
-    dirtied_bytes: int
-    bytes_per_second: float
-    peak_bytes_per_second: float
-    exact: bool
-    snapshots: list[Snapshots] = field(default_factory=list)
-    mappings: list[Hot] = field(default_factory=list)
-    overhead: dict[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain dicts and lists, for JSON."""
-        return asdict(self)
 
 
 class _Tracked:
@@ -178,31 +112,19 @@ class Profiler:
         clock: Callable[[], float] = time.monotonic,
         on_sample: Callable[[float, DirtyPages], object] | None = None,
     ) -> None:
-        if not interval > 0 or not all(seconds > 0 for seconds in every):
-            raise ValueError(f"interval is {interval} and every {list(every)}; they are positive numbers of seconds")
+        self._account = Account(interval, every)
         self._interval = interval
-        self._every = [seconds for seconds in every if seconds >= interval]
         self._find, self._track, self._populated, self._label = find, track, populated, label
         self._clock = clock
         self._on_sample = on_sample
         self.log: DirtyLog = DirtyLog()
         self._main = self.log.observer("profile")
-        self._rhythms: list[tuple[float, Observer, list[int]]] = [
-            (seconds, self.log.observer(f"every {seconds} s"), []) for seconds in self._every
-        ]
         self._tracked: dict[tuple[int, int], _Tracked] = {}
         # Where each range of addresses lies in the page space, also after it is gone: one that comes back
         # takes its old place, so that the page space does not grow with every allocation.
         self._places: dict[tuple[int, int], int] = {}
         self._names: dict[tuple[int, int], str] = {}
-        self._dirtied: dict[tuple[int, int], int] = defaultdict(int)
-        self._seen = self._page_size = 0
-        self._samples = 0
-        self._peak = 0.0
-        self._exact = True
-        self._start = self._last = 0.0
-        self._busy = 0.0
-        self._price = 0.0
+        self._page_size = 0
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
 
@@ -229,9 +151,9 @@ class Profiler:
             Tracking does not work here: with what was probed.
         """
         # Names the reason while nothing has begun yet.
-        self._price = own_memory.price_of_a_first_write(self._track)
+        self._account.price = own_memory.price_of_a_first_write(self._track)
         self._follow(new_is_dirty=False)
-        self._start = self._last = self._clock()
+        self._account.begin(self._clock())
         if thread:
             self._thread = threading.Thread(target=self._run, name="dirtylog profile", daemon=True)
             self._thread.start()
@@ -242,7 +164,7 @@ class Profiler:
         ticks = 0
         while True:
             ticks += 1
-            if self._stopping.wait(max(0.0, self._start + ticks * self._interval - self._clock())):
+            if self._stopping.wait(max(0.0, self._account.start + ticks * self._interval - self._clock())):
                 return
             self.sample()
 
@@ -271,27 +193,12 @@ class Profiler:
         with self._main.collect() as epoch:
             pages = epoch.pages
         now = self._clock()
-        self._account(pages, now)
-        for seconds, observer, sizes in self._rhythms:
-            # Half an interval of grace: a sample that comes a little early belongs to its rhythm.
-            if now - self._start + self._interval / 2 >= seconds * (len(sizes) + 1):
-                with observer.collect() as epoch:
-                    sizes.append(epoch.pages.nbytes)
-        if self._on_sample is not None:
-            self._on_sample(now - self._start, pages)
-        self._last = now
-        self._busy += time.thread_time() - began
-
-    def _account(self, pages: DirtyPages, now: float) -> None:
-        self._samples += 1
-        self._seen += pages.nbytes
-        self._exact = self._exact and pages.exact
-        if now > self._last:
-            self._peak = max(self._peak, pages.nbytes / (now - self._last))
         size = self._page_size or 1
-        ranges = {key: (first, (key[1] - key[0]) // size) for key, first in self._places.items()}
-        for key, count in count_ranges(pages.indices(), ranges).items():
-            self._dirtied[key] += count * size
+        places = {key: (first, (key[1] - key[0]) // size) for key, first in self._places.items()}
+        self._account.add(now, pages, places)
+        if self._on_sample is not None:
+            self._on_sample(now - self._account.start, pages)
+        self._account.busy += time.thread_time() - began
 
     def _follow(self, new_is_dirty: bool) -> None:
         """Let go of areas that are gone or replaced, and track those that are new."""
@@ -318,31 +225,8 @@ class Profiler:
             self.log.attach(tracked, self._places.setdefault(key, self.log.npages))
 
     def _sum_up(self) -> Profile:
-        seconds = max(self._last - self._start, 1e-9)
         for key, tracked in self._tracked.items():
             self._names[key] = self._label(tracked.area)
-        faults = self._seen / (self._page_size or 1) * self._price
-        hot = sorted(self._dirtied.items(), key=lambda item: -item[1])
-        return Profile(
-            seconds=seconds,
-            samples=self._samples,
-            page_size=self._page_size,
-            dirtied_bytes=self._seen,
-            bytes_per_second=self._seen / seconds,
-            peak_bytes_per_second=self._peak,
-            exact=self._exact,
-            snapshots=[
-                Snapshots(every, len(sizes), float(np.mean(sizes)) if sizes else 0.0, max(sizes, default=0))
-                for every, _, sizes in self._rhythms
-            ],
-            mappings=[
-                Hot(self._names[key], key[0], key[1] - key[0], dirtied, dirtied / (self._seen or 1))
-                for key, dirtied in hot
-                if dirtied
-            ],
-            overhead={
-                "sampling_seconds": self._busy,
-                "first_writes_seconds": faults,
-                "share": (self._busy + faults) / seconds,
-            },
+        return self._account.sum_up(
+            self._page_size, lambda key: (self._names[key], key[0], key[1] - key[0]), inside=True
         )

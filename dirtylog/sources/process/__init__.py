@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dirtylog._public import publish
-from dirtylog.sources.process.process import Process, attach
+from dirtylog.sources.process.attaching import attach
+from dirtylog.sources.process.process import Process
 from dirtylog.sources.process.regions import Area, Region
 
 __all__ = ["Area", "Process", "Region", "attach"]

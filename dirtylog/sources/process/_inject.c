@@ -48,6 +48,9 @@
 #ifndef SYS_pidfd_getfd
 #define SYS_pidfd_getfd 438
 #endif
+#ifndef SYS_close_range
+#define SYS_close_range 436
+#endif
 #ifndef PTRACE_GETSIGMASK
 #define PTRACE_GETSIGMASK 0x420a
 #define PTRACE_SETSIGMASK 0x420b
@@ -67,7 +70,7 @@ static uint64_t now_ns(void)
 }
 
 /* Every request goes through here, so that a test can hold the tracer before any of them, and end us meanwhile. */
-static long trace(struct dl_injection *in, long request, void *address, void *data)
+long dl_tracer(struct dl_injection *in, long request, void *address, void *data)
 {
     if (++in->calls == in->stop_at)
         syscall(SYS_kill, syscall(SYS_getpid), SIGSTOP);
@@ -96,7 +99,7 @@ static uint64_t search(int pid, uint64_t start, uint64_t end)
 }
 
 /* The same in the target's vDSO, which every program has unless it asked for none, else in any of its code. */
-static int find_gadget(int pid, uint64_t *gadget)
+int dl_find_gadget(int pid, uint64_t *gadget)
 {
     char path[64], line[512], permissions[5];
     uint64_t start, end;
@@ -117,7 +120,7 @@ static int find_gadget(int pid, uint64_t *gadget)
 }
 
 /* Wait for the thread's next stop; -ETIMEDOUT when it does not come, -ESRCH when the thread is gone. */
-static int next_stop(struct dl_injection *in, uint64_t deadline, int *status)
+int dl_next_stop(struct dl_injection *in, uint64_t deadline, int *status)
 {
     struct timespec pause = {0, 20000};
 
@@ -145,19 +148,19 @@ static int until_interrupted(struct dl_injection *in, uint64_t deadline)
     int status, error;
 
     for (;;) {
-        error = next_stop(in, deadline, &status);
+        error = dl_next_stop(in, deadline, &status);
         if (error)
             return error;
         if (status >> 16 == PTRACE_EVENT_STOP)
             return 0;
-        if (trace(in, PTRACE_CONT, 0, (void *)(long)WSTOPSIG(status)) < 0)
+        if (dl_tracer(in, PTRACE_CONT, 0, (void *)(long)WSTOPSIG(status)) < 0)
             return -errno;
     }
 }
 
 /* Let the thread make one system call; -EPROTO when it did something else. */
-static int inject(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget, uint64_t deadline,
-                  long number, long first, long *answer)
+int dl_make_call(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget, uint64_t deadline,
+                 long number, long first, long second, long *answer)
 {
     struct user_regs_struct regs = *saved;
 
@@ -165,8 +168,9 @@ static int inject(struct dl_injection *in, const struct user_regs_struct *saved,
     regs.rax = (unsigned long)number;
     regs.orig_rax = (unsigned long)-1;
     regs.rdi = (unsigned long)first;
-    regs.rsi = regs.rdx = 0;
-    if (trace(in, PTRACE_SETREGS, 0, &regs) < 0)
+    regs.rsi = (unsigned long)second;
+    regs.rdx = regs.r10 = regs.r8 = 0;
+    if (dl_tracer(in, PTRACE_SETREGS, 0, &regs) < 0)
         return -errno;
     for (int stops = 0; stops < 2;) {
         int status, error, signal = 0;
@@ -174,9 +178,9 @@ static int inject(struct dl_injection *in, const struct user_regs_struct *saved,
         /* A stop of the whole group (SIGSTOP cannot be blocked) may come in between: it is in force again when we
          * are gone. */
         do {
-            if (trace(in, PTRACE_SYSCALL, 0, (void *)(long)signal) < 0)
+            if (dl_tracer(in, PTRACE_SYSCALL, 0, (void *)(long)signal) < 0)
                 return -errno;
-            error = next_stop(in, deadline, &status);
+            error = dl_next_stop(in, deadline, &status);
             if (error)
                 return error;
             signal = status >> 16 ? 0 : WSTOPSIG(status);
@@ -187,9 +191,76 @@ static int inject(struct dl_injection *in, const struct user_regs_struct *saved,
         } while (1);
         stops++;
     }
-    if (trace(in, PTRACE_GETREGS, 0, &regs) < 0)
+    if (dl_tracer(in, PTRACE_GETREGS, 0, &regs) < 0)
         return -errno;
     *answer = (long)regs.rax;
+    return 0;
+}
+
+/* A userfaultfd that the stopped thread makes, and we take. It keeps no descriptor, whatever happened to ours. */
+int dl_take_userfaultfd(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget,
+                        uint64_t deadline, int pidfd)
+{
+    long answer = -1, closed = 0;
+    int error, again;
+
+    in->step = DL_INJECT_CALL;
+    error = dl_make_call(in, saved, gadget, deadline, SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY, 0,
+                         &answer);
+    if (error)
+        return error;
+    if (answer < 0) {
+        in->step = DL_INJECT_USERFAULTFD;
+        return (int)answer;
+    }
+    in->step = DL_INJECT_PIDFD;
+    in->uffd = (int)syscall(SYS_pidfd_getfd, pidfd, (int)answer, 0);
+    if (in->uffd < 0)
+        error = -errno;
+    else
+        fcntl(in->uffd, F_SETFD, FD_CLOEXEC);
+    again = dl_make_call(in, saved, gadget, deadline, SYS_close, answer, 0, &closed);
+    if (!error && (again || closed)) {
+        in->step = DL_INJECT_CALL;
+        error = again ? again : (int)closed;
+    }
+    return error;
+}
+
+/* A process that shares the target's memory and never runs: it stays stopped, ours to trace, and is killed when we end.
+ * As long as it is there, so is the memory: what was written just before an exit or an exec can still be asked for.
+ * CLONE_PARENT makes it a child of the target's parent, which is us; it keeps no descriptor open. */
+int dl_take_keeper(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget, uint64_t deadline)
+{
+    struct dl_injection keeper = *in;
+    struct user_regs_struct regs;
+    long child = -1, closed = -1;
+    int status, error;
+
+    in->step = DL_INJECT_KEEPER;
+    if (dl_tracer(in, PTRACE_SETOPTIONS, 0, (void *)(long)(PTRACE_O_TRACESYSGOOD | PTRACE_O_TRACECLONE)) < 0)
+        return -errno;
+    error = dl_make_call(in, saved, gadget, deadline, SYS_clone, CLONE_VM | CLONE_PARENT, 0, &child);
+    if (dl_tracer(in, PTRACE_SETOPTIONS, 0, (void *)(long)PTRACE_O_TRACESYSGOOD) < 0 && !error)
+        error = -errno;
+    if (error || child < 0)
+        return error ? error : (int)child;
+    keeper.tid = (int)child;
+    error = dl_next_stop(&keeper, deadline, &status);
+    if (!error && (dl_tracer(&keeper, PTRACE_SETOPTIONS, 0,
+                             (void *)(long)(PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)) < 0 ||
+                   dl_tracer(&keeper, PTRACE_GETREGS, 0, &regs) < 0))
+        error = -errno;
+    if (!error)
+        error = dl_make_call(&keeper, &regs, gadget, deadline, SYS_close_range, 0, (long)UINT32_MAX, &closed);
+    if (!error && closed)
+        error = (int)closed;
+    if (error) {
+        kill((pid_t)child, SIGKILL);
+        waitpid((pid_t)child, &status, __WALL);
+        return error;
+    }
+    in->keeper = (int)child;
     return 0;
 }
 
@@ -197,22 +268,21 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
 {
     struct user_regs_struct saved;
     uint64_t mask, all = ~UINT64_C(0), begin, deadline;
-    long answer = -1, closed;
     int error, put_back;
 
     in->step = DL_INJECT_SEIZE;
-    if (trace(in, PTRACE_SEIZE, 0, (void *)(long)PTRACE_O_TRACESYSGOOD) < 0)
+    if (dl_tracer(in, PTRACE_SEIZE, 0, (void *)(long)PTRACE_O_TRACESYSGOOD) < 0)
         return -errno;
     in->step = DL_INJECT_STOP;
     begin = now_ns();
     deadline = begin + (uint64_t)in->patience_ms * 1000000u;
-    if (trace(in, PTRACE_INTERRUPT, 0, 0) < 0)
+    if (dl_tracer(in, PTRACE_INTERRUPT, 0, 0) < 0)
         return -errno;
     error = until_interrupted(in, deadline);
     if (error)
         return error; /* when the tracer ends, the kernel lets the thread go */
     in->step = DL_INJECT_REGISTERS;
-    if (trace(in, PTRACE_GETREGS, 0, &saved) < 0 || trace(in, PTRACE_GETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0) {
+    if (dl_tracer(in, PTRACE_GETREGS, 0, &saved) < 0 || dl_tracer(in, PTRACE_GETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0) {
         error = -errno;
         goto detach;
     }
@@ -221,54 +291,52 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
         error = -ENOEXEC;
         goto detach;
     }
-    if (trace(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &all) < 0) {
+    if (dl_tracer(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &all) < 0) {
         error = -errno;
         goto detach;
     }
     /* From here on the thread has registers that are not its own: no more giving up before they are back. */
-    in->step = DL_INJECT_CALL;
-    error = inject(in, &saved, gadget, deadline, SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY,
-                   &answer);
-    if (!error && answer < 0) {
-        in->step = DL_INJECT_USERFAULTFD;
-        error = (int)answer;
-    } else if (!error) {
-        in->step = DL_INJECT_PIDFD;
-        in->uffd = (int)syscall(SYS_pidfd_getfd, pidfd, (int)answer, 0);
-        if (in->uffd < 0)
-            error = -errno;
-        else
-            fcntl(in->uffd, F_SETFD, FD_CLOEXEC);
-        /* The target keeps no descriptor, whatever happened to ours. */
-        int again = inject(in, &saved, gadget, deadline, SYS_close, answer, &closed);
-        if (!error && (again || closed)) {
-            in->step = DL_INJECT_CALL;
-            error = again ? again : (int)closed;
-        }
-    }
-    put_back = trace(in, PTRACE_SETREGS, 0, &saved) < 0 ? -errno : 0;
+    error = dl_take_userfaultfd(in, &saved, gadget, deadline, pidfd);
+    if (!error && in->keep)
+        error = dl_take_keeper(in, &saved, gadget, deadline);
+    put_back = dl_tracer(in, PTRACE_SETREGS, 0, &saved) < 0 ? -errno : 0;
     /* To the place where the kernel handles signals and restarts calls. */
-    if (!put_back && trace(in, PTRACE_INTERRUPT, 0, 0) < 0)
+    if (!put_back && dl_tracer(in, PTRACE_INTERRUPT, 0, 0) < 0)
         put_back = -errno;
-    if (!put_back && trace(in, PTRACE_CONT, 0, 0) < 0)
+    if (!put_back && dl_tracer(in, PTRACE_CONT, 0, 0) < 0)
         put_back = -errno;
     if (!put_back)
         put_back = until_interrupted(in, now_ns() + 1000000000u);
-    if (!put_back && trace(in, PTRACE_SETREGS, 0, &saved) < 0)
+    if (!put_back && dl_tracer(in, PTRACE_SETREGS, 0, &saved) < 0)
         put_back = -errno;
-    if (trace(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0 && !put_back)
+    if (dl_tracer(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0 && !put_back)
         put_back = -errno;
     if (put_back && !error) {
         in->step = DL_INJECT_REGISTERS;
         error = put_back;
     }
 detach:
-    if (trace(in, PTRACE_DETACH, 0, 0) < 0 && !error) {
+    if (dl_tracer(in, PTRACE_DETACH, 0, 0) < 0 && !error) {
         in->step = DL_INJECT_DETACH;
         error = -errno;
     }
     in->stopped_ns = now_ns() - begin;
     return error;
+}
+
+void dl_let_go(struct dl_injection *in)
+{
+    int status;
+
+    if (in->uffd >= 0)
+        close(in->uffd);
+    in->uffd = -1;
+    if (in->keeper > 0) {
+        kill(in->keeper, SIGKILL);
+        while (waitpid(in->keeper, &status, __WALL) < 0 && errno == EINTR)
+            ;
+    }
+    in->keeper = 0;
 }
 
 static void attempt(struct dl_injection *in)
@@ -277,7 +345,7 @@ static void attempt(struct dl_injection *in)
     int pidfd;
 
     in->step = DL_INJECT_GADGET;
-    in->error = find_gadget(in->pid, &gadget);
+    in->error = dl_find_gadget(in->pid, &gadget);
     if (in->error)
         return;
     in->step = DL_INJECT_PIDFD;
@@ -288,10 +356,8 @@ static void attempt(struct dl_injection *in)
     }
     in->error = borrow(in, gadget, pidfd);
     close(pidfd);
-    if (in->error && in->uffd >= 0) {
-        close(in->uffd);
-        in->uffd = -1;
-    }
+    if (in->error)
+        dl_let_go(in);
     if (!in->error)
         in->step = DL_INJECT_DONE;
 }
@@ -312,7 +378,7 @@ int dl_inject(struct dl_injection *in)
     int status, child;
 
     in->uffd = -1;
-    in->error = 0;
+    in->error = in->keeper = 0;
     in->stopped_ns = 0;
     in->calls = 0;
     if (in->in_process) {
@@ -344,6 +410,7 @@ int dl_inject(struct dl_injection *in)
 int dl_inject(struct dl_injection *in)
 {
     in->uffd = -1;
+    in->keeper = 0;
     in->step = DL_INJECT_UNSUPPORTED;
     return in->error = -ENOSYS;
 }

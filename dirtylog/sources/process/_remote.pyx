@@ -65,15 +65,29 @@ cdef extern from "sources/process/_inject.h" nogil:
         DL_INJECT_CALL
         DL_INJECT_USERFAULTFD
         DL_INJECT_PIDFD
+        DL_INJECT_KEEPER
         DL_INJECT_DETACH
         DL_INJECT_UNSUPPORTED
     struct dl_injection:
-        int pid, tid, patience_ms, in_process, stop_at
-        int uffd, error
+        int pid, tid, patience_ms, in_process, keep, stop_at
+        int uffd, keeper, error
         dl_inject_step step
         uint64_t stopped_ns
         int calls
     int dl_inject(dl_injection *injection)
+    void dl_let_go(dl_injection *injection)
+
+
+cdef extern from "sources/process/_launch.h" nogil:
+    struct dl_launch_struct "dl_launch":
+        char **words
+        char **begins
+        dl_injection in_ "in"
+        int refused, ended, status
+    int dl_launch(dl_launch_struct *launch)
+    int dl_launch_go(int pid)
+    int dl_same_memory(int pid, int other)
+    int dl_pass_signals(int pid)
 
 
 _STEPS = {
@@ -86,6 +100,7 @@ _STEPS = {
     DL_INJECT_CALL: "the injected system call",
     DL_INJECT_USERFAULTFD: "userfaultfd(UFFD_USER_MODE_ONLY) in the target",
     DL_INJECT_PIDFD: "pidfd_getfd()",
+    DL_INJECT_KEEPER: "clone() of a process that keeps the memory",
     DL_INJECT_DETACH: "ptrace(PTRACE_DETACH)",
     DL_INJECT_UNSUPPORTED: "attaching by ptrace on this architecture",
 }
@@ -130,12 +145,140 @@ def inject(int pid, int tid, *, int patience_ms=1000, bint in_process=False, int
     injection.tid = tid
     injection.patience_ms = patience_ms
     injection.in_process = in_process
+    injection.keep = 0
     injection.stop_at = stop_at
     with nogil:
         dl_inject(&injection)
     if injection.error:
         raise OSError(-injection.error, f"{_STEPS[injection.step]}: {strerror(-injection.error).decode()}")
     return injection.uffd, injection.stopped_ns / 1e9, injection.calls
+
+
+def adopt(int pid, *, int patience_ms=1000):
+    """Get a userfaultfd of our own child's memory, and a process that keeps that memory.
+
+    Parameters
+    ----------
+    pid, patience_ms : int
+        As for :func:`inject`; `pid` was started by this process.
+
+    Returns
+    -------
+    descriptor, keeper : int
+        Ours. The keeper is a child of ours that never runs: end and wait for it.
+
+    Raises
+    ------
+    OSError
+        As for :func:`inject`.
+    """
+    cdef dl_injection injection
+
+    injection.pid = injection.tid = pid
+    injection.patience_ms = patience_ms
+    injection.in_process = injection.keep = 1
+    injection.stop_at = 0
+    with nogil:
+        dl_inject(&injection)
+    if injection.error:
+        raise OSError(-injection.error, f"{_STEPS[injection.step]}: {strerror(-injection.error).decode()}")
+    return injection.uffd, injection.keeper
+
+
+def launch(words, begins=None):
+    """Start a program, and stop it where watching it begins.
+
+    Parameters
+    ----------
+    words : list of bytes
+        The program, found on PATH, and its arguments.
+    begins : list of bytes, optional
+        Paths, or parts of paths after ``*``: it is stopped when it has opened one
+        of them. Otherwise at its very start.
+
+    Returns
+    -------
+    pid, descriptor, keeper : int
+        The program, stopped and traced by the calling thread until :func:`go`; a
+        userfaultfd of it; a child of ours that keeps its memory, and never runs.
+        Descriptor and keeper are -1 if the program has ended before.
+    status : int
+        Then that of ``waitpid``; otherwise 0.
+
+    Raises
+    ------
+    OSError
+        The program cannot be executed: ``filename`` is its name. Or it cannot be
+        traced: no filename. No process is left then.
+
+    References
+    ----------
+    ``ptrace(2)``, ``execve(2)``.
+    """
+    cdef dl_launch_struct launch
+    cdef Py_ssize_t i
+
+    words, begins = list(words), list(begins or ())
+    launch.words = <char **>malloc((len(words) + 1) * sizeof(char *))
+    launch.begins = <char **>malloc((len(begins) + 1) * sizeof(char *))
+    all_begins = launch.begins
+    try:
+        if launch.words == NULL or launch.begins == NULL:
+            raise MemoryError
+        for i in range(len(words)):
+            launch.words[i] = <bytes?>words[i]
+        launch.words[len(words)] = NULL
+        for i in range(len(begins)):
+            launch.begins[i] = <bytes?>begins[i]
+        launch.begins[len(begins)] = NULL
+        if not begins:
+            launch.begins = NULL
+        launch.in_.patience_ms = 10000
+        launch.in_.in_process = launch.in_.keep = 1
+        with nogil:
+            dl_launch(&launch)
+    finally:
+        free(launch.words)
+        free(all_begins)
+    if launch.refused:
+        raise OSError(launch.refused, strerror(launch.refused).decode(), os.fsdecode(words[0]))
+    if launch.in_.error:
+        raise OSError(-launch.in_.error, f"{_STEPS[launch.in_.step]}: {strerror(-launch.in_.error).decode()}")
+    if launch.ended:
+        return launch.in_.pid, -1, -1, launch.status
+    return launch.in_.pid, launch.in_.uffd, launch.in_.keeper, 0
+
+
+def go(int pid):
+    """Let a program that :func:`launch` has stopped run, untraced; called by the same thread."""
+    cdef int error = dl_launch_go(pid)
+
+    if error and -error != ESRCH:  # it was killed meanwhile: whoever waits for it finds out
+        raise OSError(-error, f"ptrace(PTRACE_DETACH) of process {pid}: {strerror(-error).decode()}")
+
+
+def pass_signals(int pid):
+    """Pass the signals that are sent to this process on to a child of it, until called with 0.
+
+    SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGWINCH, but for those
+    that a terminal sends: it sends them to the child as well.
+    """
+    cdef int error = dl_pass_signals(pid)
+
+    if error:
+        raise OSError(-error, f"sigaction: {strerror(-error).decode()}")
+
+
+def same_memory(int pid, int other):
+    """Tell whether two processes share their memory; None where the kernel cannot say.
+
+    References
+    ----------
+    ``kcmp(2)``.
+    """
+    cdef int answer = dl_same_memory(pid, other)
+
+    return None if answer < 0 else bool(answer)
 
 
 @cython.final

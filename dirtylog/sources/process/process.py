@@ -10,25 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources._resource import Resource
-from dirtylog.sources.process._remote import PAGE_SIZE, Watch, inject, read_memory
-from dirtylog.sources.process.handover import receive
-from dirtylog.sources.process.regions import Area, Region, choose, mappings, subtract
+from dirtylog.sources.process._remote import PAGE_SIZE, read_memory
+from dirtylog.sources.process.members import Member, alone, children
+from dirtylog.sources.process.regions import Area, Region, mappings, subtract
 
-if TYPE_CHECKING:
-    import socket
-
-__all__ = ["Process", "attach"]
+__all__ = ["Process"]
 
 _LEAST_SPARE = 1 << 16  # pages: 256 MiB that may be mapped later
+# Mappings of so many bytes are watched where they hold something, in blocks of so many.
+_RESERVED = 4 << 30
+_BLOCK = 32 << 20
 
 
 @dataclass(slots=True)
@@ -39,6 +39,7 @@ class _Piece:
     end: int
     first_page: int
     area: Area
+    member: Member
     told: bool = True  # False: nobody can say what was written, it is reported whole each time (I6)
 
     @property
@@ -77,7 +78,9 @@ class Process(Resource):
         Seconds for which one thread of the process stood still while attaching.
     skipped : dict of Area to str
         What could not be watched, and why: ranges that the process's own
-        userfaultfd holds, or that it reserved by the terabyte, for example.
+        userfaultfd holds, for example.
+    missed : dict of int to str
+        Children that were to be followed and could not be attached to, and why.
 
     Notes
     -----
@@ -89,7 +92,8 @@ class Process(Resource):
     Every harvest compares the mappings with what they were. Memory that was
     mapped since is watched from then on, and what it holds is reported; memory
     that was moved or replaced is reported whole; memory that is gone is not
-    reported, and reads as zeros. A child that the process forks is not watched.
+    reported, and reads as zeros. A child that the process forks is watched if
+    `attach` was told to follow children, from the next harvest on.
 
     References
     ----------
@@ -100,28 +104,34 @@ class Process(Resource):
 
     def __init__(
         self,
-        watch: Watch,
-        pick: Callable[[list[Area]], list[Area]],
+        first: Member,
         *,
         stopped: float,
         spare: int | None,
         trust_shared: bool,
+        enter: Callable[[int], Member] | None = None,
+        enter_again: Callable[[int], Member] | None = None,
     ) -> None:
         super().__init__()
-        self._watch = watch
-        self._select = pick
+        self._first = first
+        self._members = [first]
+        # How to attach to a child, if children are followed; and to what the process executes, if that is.
+        self._enter, self._enter_again = enter, enter_again
+        self._ended = False
         self._trust_shared = trust_shared
         self._lock = threading.RLock()
         self._busy = False
-        self.pid: int = watch.pid
+        self.pid: int = first.pid
         self.page_size: int = PAGE_SIZE
         self.stopped: float = stopped
         self.skipped: dict[Area, str] = {}
+        self.missed: dict[int, str] = {}
         self._pieces: list[_Piece] = []
         self._free: list[tuple[int, int]] = []
         self._fresh = 0  # pages from here on were never anybody's: a sink has zeros for them
-        chosen = self._pick(mappings(self.pid))
-        pages = sum(area.end - area.start for area in chosen) // PAGE_SIZE
+        chosen = first.pick(mappings(first.watch.pid))
+        spans = (span for area in chosen for span in self._worth_watching(first, area.start, area.end, area))
+        pages = sum(end - start for start, end in spans) // PAGE_SIZE
         room = max(pages, _LEAST_SPARE) if spare is None else spare
         if room < 0:
             raise ValueError(f"spare is {spare}; it must be 0 pages or more")
@@ -130,18 +140,16 @@ class Process(Resource):
         self._owed = DirtyPages._empty(self.npages, PAGE_SIZE)
         self._in_doubt = False
         self._said_shared = False
-        self._follow_mappings(at_start=True)
+        self._said_missed: set[int] = set()
+        self._follow_mappings(first, at_start=True)
         self._closed = False
-
-    def _pick(self, areas: list[Area]) -> list[Area]:
-        """Pick the areas to watch; note why those that are too large to be armed are not among them."""
-        picked = []
-        for area in self._select(areas):
-            if why := cannot_hold(area.end - area.start):
-                self.skipped[area] = why
-            else:
-                picked.append(area)
-        return picked
+        if enter is not None:
+            for _ in range(100):
+                new = self._new_children()
+                for pid, parent in new:
+                    self._attach_to_child(pid, parent, at_start=True)
+                if not new:
+                    break
 
     # ---- the page space ---------------------------------------------------------------------------
 
@@ -175,48 +183,64 @@ class Process(Resource):
                 merged.append((start, length))
         self._free = merged
 
-    def _watch_range(self, start: int, end: int, area: Area) -> bool:
+    def _watch_range(self, member: Member, start: int, end: int, area: Area) -> bool:
         """Register and arm a range; False, and the reason noted, when the kernel refuses it."""
         try:
-            self._watch.register(start, end)
-            self._watch.scan(np.array([[start, end, 0]], np.int64), True)
+            member.watch.register(start, end)
+            member.watch.scan(np.array([[start, end, 0]], np.int64), True)
         except OSError as error:
             if error.errno == errno.ESRCH:
-                raise self._gone() from error
+                if member is self._first:
+                    raise self._gone() from error
+                return False  # a child that has ended: its memory is gone, and nothing is to be said of it
             self.skipped[area] = error.strerror or str(error)
             return False
         return True
 
-    def _add(self, start: int, end: int, area: Area, at_start: bool) -> list[npt.NDArray[np.int64]]:
+    def _add(self, member: Member, start: int, end: int, area: Area, at_start: bool) -> list[npt.NDArray[np.int64]]:
         """Watch a new stretch; return what of it is to be reported."""
         told = not area.shared or self._trust_shared
         where = np.array([[start, end, 0]], np.int64)
         zero_if_untouched = area.kind in ("anonymous", "heap", "stack") and not at_start
         swapped_out = _swapped_out() if zero_if_untouched else -1
-        held = [self._watch.populated(where, True)] if zero_if_untouched else []
-        if told and not self._watch_range(start, end, area):
+        own = alone(member, start, end, True) if member.forked and told else None
+        held = [member.watch.populated(where, True)] if zero_if_untouched and own is None else []
+        if told and not self._watch_range(member, start, end, area):
             return []
-        before = next((piece for piece in self._pieces if piece.end == start and piece.area.kind == area.kind), None)
+        before = next(
+            (
+                piece
+                for piece in self._pieces
+                if piece.end == start and piece.member is member and piece.area.kind == area.kind
+            ),
+            None,
+        )
         npages = (end - start) // PAGE_SIZE
         first, used = self._allocate(npages, before.first_page + before.npages if before else None)
         if before and before.first_page + before.npages == first and before.told == told:
             before.end = end
         else:
-            self._pieces.append(_Piece(start, end, first, area, told))
+            self._pieces.append(_Piece(start, end, first, area, member, told))
         if at_start:
             return []
+        if own is not None and not used:
+            # What the child has written since the fork is its alone; looked at once more after it was protected.
+            return [np.add(runs, (first, 0)) for runs in (own, alone(member, start, end, False))]
         if zero_if_untouched and not used:
             # A page that was never touched is zero, and so is a page of this number that nobody has had yet. What was
             # touched before it was protected is in memory now, or was swapped out before the first look or after it.
-            held.append(self._watch.populated(where, False))
+            held.append(member.watch.populated(where, False))
             if _swapped_out() == swapped_out:
                 return [np.add(runs, (first, 0)) for runs in held]
         return [np.array([[first, npages]], np.int64)]
 
-    def _forget(self, gone: tuple[int, int]) -> None:
+    def _forget(self, member: Member, gone: tuple[int, int]) -> None:
         """Let go of a range that is not mapped any more."""
         kept: list[_Piece] = []
         for piece in self._pieces:
+            if piece.member is not member:
+                kept.append(piece)
+                continue
             start, end = max(piece.start, gone[0]), min(piece.end, gone[1])
             if start >= end:
                 kept.append(piece)
@@ -224,29 +248,143 @@ class Process(Resource):
             first = piece.first_page + (start - piece.start) // PAGE_SIZE
             self._release_pages(first, (end - start) // PAGE_SIZE)
             if piece.start < start:
-                kept.append(_Piece(piece.start, start, piece.first_page, piece.area, piece.told))
+                kept.append(_Piece(piece.start, start, piece.first_page, piece.area, member, piece.told))
             if end < piece.end:
-                kept.append(_Piece(end, piece.end, first + (end - start) // PAGE_SIZE, piece.area, piece.told))
+                rest = first + (end - start) // PAGE_SIZE
+                kept.append(_Piece(end, piece.end, rest, piece.area, member, piece.told))
         self._pieces = kept
 
-    def _follow_mappings(self, at_start: bool = False) -> list[npt.NDArray[np.int64]]:
-        """Compare the mappings with what is watched; return the runs of what is new."""
+    def _worth_watching(self, member: Member, start: int, end: int, area: Area) -> list[tuple[int, int]]:
+        """Leave out what a program has reserved and not touched: to protect a page takes 8 bytes of page tables.
+
+        What it touches later is new memory then, and reported as such.
+        """
+        if end - start < _RESERVED or not member.sparse or area.shared or area.kind == "file":
+            if why := cannot_hold(end - start):
+                self.skipped[area] = why
+                return []
+            return [(start, end)]
+        runs = member.watch.populated(np.array([[start, end, 0]], np.int64), True)
+        found: list[tuple[int, int]] = []
+        for first, npages in runs.tolist():
+            low = max(start, (start + first * PAGE_SIZE) // _BLOCK * _BLOCK)
+            high = min(end, -(-(start + (first + npages) * PAGE_SIZE) // _BLOCK) * _BLOCK)
+            if found and low <= found[-1][1]:
+                found[-1] = (found[-1][0], max(high, found[-1][1]))
+            else:
+                found.append((low, high))
+        return found
+
+    def _follow_mappings(self, member: Member, at_start: bool = False) -> list[npt.NDArray[np.int64]]:
+        """Compare a process's mappings with what is watched; return the runs of what is new."""
         try:
-            now = mappings(self.pid)
+            now = mappings(member.watch.pid)
         except OSError as error:
-            raise self._gone() from error
+            if member is self._first:
+                raise self._gone() from error
+            now = []
         there = [(area.start, area.end) for area in now]
-        for piece in list(self._pieces):
+        for piece in [piece for piece in self._pieces if piece.member is member]:
             for gone in subtract((piece.start, piece.end), there):
-                self._forget(gone)
-        taken = sorted((piece.start, piece.end) for piece in self._pieces)
+                self._forget(member, gone)
+        taken = sorted((piece.start, piece.end) for piece in self._pieces if piece.member is member)
         report: list[npt.NDArray[np.int64]] = []
-        for area in self._pick(now):
+        for area in member.pick(now):
             for start, end in subtract((area.start, area.end), taken):
                 if area not in self.skipped:
-                    report += self._add(start, end, area, at_start)
+                    for first, last in self._worth_watching(member, start, end, area):
+                        report += self._add(member, first, last, area, at_start)
         self._pieces.sort(key=lambda piece: piece.first_page)
         return report
+
+    # ---- children, and programs that are executed -----------------------------------------------------
+
+    def _drop(self, member: Member) -> None:
+        """Let go of a process that has ended, or of memory that its program has left."""
+        for piece in [piece for piece in self._pieces if piece.member is member]:
+            self._forget(member, (piece.start, piece.end))
+        self._members = [other for other in self._members if other is not member]
+        member.close()
+
+    def _join(self, enter: Callable[[int], Member], pid: int, at_start: bool, parent: int = 0) -> Any:
+        """Watch one more process; return it, or None if it has ended or cannot be watched, and what it holds."""
+        member = None
+        try:
+            member = enter(pid)
+            # One that has children of its own shares with them what it wrote before: then all that it holds counts.
+            member.forked = bool(parent) and not at_start and member.is_copy_of(parent) and not children(pid)
+            self._members.append(member)
+            report = self._follow_mappings(member, at_start)
+        except (OSError, DirtyLogError, ValueError) as error:
+            if member is not None:
+                self._drop(member)
+            if os.path.exists(f"/proc/{pid}/exe"):
+                self.missed[pid] = str(error)
+            return None, []
+        member.forked = False  # what it maps from here on is its own
+        return member, report
+
+    def _attach_to_child(self, pid: int, parent: int, at_start: bool = False) -> list[npt.NDArray[np.int64]]:
+        """Watch a child too; return what it has written by now."""
+        assert self._enter is not None
+        report: list[npt.NDArray[np.int64]] = self._join(self._enter, pid, at_start, parent)[1]
+        return report
+
+    def _new_children(self) -> list[tuple[int, int]]:
+        """The children that are not watched yet, each with its parent; not those that still share its memory."""
+        if self._enter is None:
+            return []
+        found = []
+        alive = {member.pid for member in self._members}
+        for member in self._members:
+            for pid in children(member.pid):
+                if pid not in alive and pid not in self.missed and not member.shares_with(pid):
+                    found.append((pid, member.pid))
+        return found
+
+    def _has_changed(self) -> bool:
+        return any(member.left() for member in self._members) or bool(self._new_children())
+
+    def _follow(self, left: list[Member], take: bool) -> list[npt.NDArray[np.int64]]:
+        """After a scan: let go of what has ended, attach to what was executed or forked; return what that holds."""
+        report: list[npt.NDArray[np.int64]] = []
+        for member in left:
+            runs = os.path.exists(f"/proc/{member.pid}/exe")
+            if member is self._first and not runs:
+                self._ended = take  # what it wrote last is taken now, and can be read until this is closed
+                continue
+            again = self._enter_again if member is self._first else self._enter
+            self._drop(member)
+            joined, held = self._join(again, member.pid, False) if again is not None and runs else (None, [])
+            report += held
+            if member is self._first:
+                self._first, self._ended = joined or member, joined is None
+        for _ in range(100):  # children of children; each harvest goes on where this one ends
+            new = self._new_children()
+            for pid, parent in new:
+                report += self._attach_to_child(pid, parent)
+            if not new:
+                break
+        return report
+
+    def follow(self) -> None:
+        """Look for children, and for another program, now and not only at the next harvest.
+
+        What they hold is reported by the next harvest. Cheap when nothing has
+        changed: call it as often as children may come and go.
+
+        Raises
+        ------
+        DirtyLogError
+            The process has ended.
+        ValueError
+            It is closed.
+        """
+        with self._lock:
+            self._check_open()
+            changed = not self._ended and self._has_changed()
+        if changed:
+            self.peek()
 
     # ---- what people ask for ------------------------------------------------------------------------
 
@@ -254,13 +392,22 @@ class Process(Resource):
     def regions(self) -> tuple[Region, ...]:
         """The stretches that are watched, in the order of their pages, as of the last harvest."""
         with self._lock:
-            return tuple(Region(p.start, p.end, p.first_page, p.npages, p.area.kind, p.area.name) for p in self._pieces)
+            return tuple(
+                Region(p.start, p.end, p.first_page, p.npages, p.area.kind, p.area.name, p.member.pid)
+                for p in self._pieces
+            )
+
+    @property
+    def used_pages(self) -> int:
+        """How much of the page space was ever given to memory: pages from here on are nobody's yet."""
+        with self._lock:
+            return self._fresh
 
     @property
     def alive(self) -> bool:
         """Whether the process still runs the program that was attached to."""
         with self._lock:
-            return not self._closed and self._watch.alive()
+            return not self._closed and not self._ended and not self._first.left()
 
     def harvest(self) -> DirtyPages:
         """Take the pages that the process wrote since the last harvest.
@@ -314,41 +461,69 @@ class Process(Resource):
 
     def _gather(self, take: bool) -> DirtyPages:
         doubtful, self._in_doubt = self._in_doubt, True
-        if not self._watch.alive():
+        if self._ended:
             raise self._gone()
-        report = self._follow_mappings()
-        told = [piece for piece in self._pieces if piece.told]
-        areas = np.array([(p.start, p.end, p.first_page) for p in told], np.int64).reshape(-1, 3)
-        runs, lost = self._watch.scan(areas, take)
-        report.append(runs)
-        for i in lost:
-            # Replaced between two harvests, mapped again at the same address: nothing of it is what it was.
-            piece = told[i]
-            if not self._watch_range(piece.start, piece.end, piece.area):
-                piece.told = False
-            report.append(np.array([[piece.first_page, piece.npages]], np.int64))
+        # Known before the scan, so that the scan is of all that they wrote. Only a keeper still has their memory.
+        left = [member for member in self._members if member.left()]
+        lost = [member for member in left if not member.keeper]
+        if self._first in lost:
+            raise self._gone()
+        report: list[npt.NDArray[np.int64]] = []
+        for member in self._members:
+            if member not in lost:
+                report += self._follow_mappings(member)
+                report += self._scan(member, take)
         untold = [piece for piece in self._pieces if not piece.told]
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]
-        exact = not untold and not doubtful
         if doubtful:
             report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in self._pieces]
-        found = DirtyPages.from_runs(np.concatenate(report), self.npages, PAGE_SIZE, exact=exact)
+        if self._first not in left and self._first.left() and not self._first.keeper:
+            # The scan may have been of memory that was gone by then, which answers "nothing".
+            raise self._gone()
+        report += self._follow(left, take)
+        exact = not untold and not doubtful and not self.missed
+        every = np.concatenate(report) if report else np.empty((0, 2), np.int64)
+        found = DirtyPages.from_runs(every, self.npages, PAGE_SIZE, exact=exact)
         # What was taken is owed from here on, until the last step hands it out (I5).
         self._owed = self._owed | found
         self._in_doubt = False
-        if not self._watch.alive():
-            # The scan may have been of memory that was gone by then, which answers "nothing".
-            raise self._gone()
         answer = self._owed
         self._warn(doubtful, untold)
         if take:
             self._owed = DirtyPages._empty(self.npages, PAGE_SIZE)
         return answer
 
+    def _scan(self, member: Member, take: bool) -> list[npt.NDArray[np.int64]]:
+        told = [piece for piece in self._pieces if piece.told and piece.member is member]
+        areas = np.array([(p.start, p.end, p.first_page) for p in told], np.int64).reshape(-1, 3)
+        try:
+            runs, lost = member.watch.scan(areas, take)
+        except ProcessLookupError:
+            if member is self._first:
+                raise
+            return []  # a child that has ended meanwhile, and its memory with it
+        report = [runs]
+        for i in lost:
+            # Replaced between two harvests, mapped again at the same address: nothing of it is what it was.
+            piece = told[i]
+            if not self._watch_range(member, piece.start, piece.end, piece.area):
+                piece.told = False
+            report.append(np.array([[piece.first_page, piece.npages]], np.int64))
+        return report
+
     def _warn(self, doubtful: bool, untold: list[_Piece]) -> None:
         if doubtful:
             warnings.warn(
                 f"an earlier harvest of process {self.pid} failed half-way: all that is watched is reported",
+                IncompleteLogWarning,
+                stacklevel=5,
+            )
+        unsaid = {pid: why for pid, why in self.missed.items() if pid not in self._said_missed}
+        if unsaid:
+            self._said_missed.update(unsaid)
+            reasons = "; ".join(f"{pid}: {why}" for pid, why in unsaid.items())
+            warnings.warn(
+                f"children of process {self.pid} are not watched, and what they write is missing: {reasons}",
                 IncompleteLogWarning,
                 stacklevel=5,
             )
@@ -414,7 +589,7 @@ class Process(Resource):
             out[:] = 0
         runs = pages.runs()
         offsets = np.cumsum(runs[:, 1]) - runs[:, 1]
-        extents = []
+        extents: dict[int, list[npt.NDArray[np.int64]]] = {}
         with self._lock:
             self._check_open()
             for piece in self._pieces:
@@ -423,12 +598,14 @@ class Process(Resource):
                 some = np.flatnonzero(first < end)
                 begin = piece.start + (first[some] - piece.first_page) * PAGE_SIZE
                 into = (offsets[some] + first[some] - runs[some, 0]) * PAGE_SIZE
-                extents.append(np.stack([begin, (end - first)[some] * PAGE_SIZE, into], axis=1))
-            if extents and pages.count:
+                which = np.stack([begin, (end - first)[some] * PAGE_SIZE, into], axis=1)
+                extents.setdefault(piece.member.watch.pid, []).append(which)
+            for pid, parts in extents.items() if pages.count else ():
                 try:
-                    read_memory(self.pid, np.ascontiguousarray(np.concatenate(extents)), out.reshape(-1))
+                    read_memory(pid, np.ascontiguousarray(np.concatenate(parts)), out.reshape(-1))
                 except ProcessLookupError as error:
-                    raise self._gone() from error
+                    if pid == self._first.watch.pid:
+                        raise self._gone() from error
         return out  # type: ignore[no-any-return]
 
     def _gone(self) -> DirtyLogError:
@@ -438,213 +615,10 @@ class Process(Resource):
         )
 
     def _release(self) -> None:
-        self._watch.close()
+        for member in self._members:
+            member.close()
 
     def __repr__(self) -> str:
         """Name the process and the size."""
         state = "closed " if self.closed else ""
         return f"<{state}Process {self.pid}: {len(self._pieces)} regions in {self.npages} pages of {PAGE_SIZE} bytes>"
-
-
-# ---- attaching --------------------------------------------------------------------------------------
-
-
-def _status(pid: int) -> dict[str, str]:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from error
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def _check_target(status: dict[str, str], pid: int, force: bool) -> None:
-    """Refuse a target that attaching would harm, before anything is done to it."""
-    if status.get("Tgid", str(pid)) != str(pid):
-        raise ValueError(f"{pid} is a thread of process {status['Tgid']}; pass the process's id")
-    if pid == os.getpid():
-        raise ValueError(f"{pid} is this process itself; dirtylog.track follows its own memory")
-    if status.get("State", "").startswith(("Z", "X")):
-        raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended already")
-    if "VmSize" not in status:
-        raise ValueError(f"{pid} is a thread of the kernel: it has no memory of its own")
-    tracer = status.get("TracerPid", "0")
-    if tracer != "0":
-        raise DirtyLogError(
-            f"process {pid} is traced by process {tracer}, a debugger or strace, and a process has one tracer; "
-            "detach that first, or let the process hand over (python -m dirtylog.agent)"
-        )
-    if status.get("Seccomp", "0") != "0" and not force:
-        raise DirtyLogError(
-            f"process {pid} has a seccomp filter (mode {status['Seccomp']}), which may end it for calling "
-            "userfaultfd; pass force=True if its filter allows that call, or let it hand over before it filters"
-        )
-
-
-def _not_permitted(pid: int, error: OSError) -> PermissionError:
-    try:
-        scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="utf-8").strip()
-    except OSError:
-        scope = "absent"
-    return PermissionError(
-        errno.EPERM,
-        f"process {pid} may not be traced ({error.strerror}); kernel.yama.ptrace_scope is {scope}. "
-        "Same user and ptrace_scope 0, or an own child and ptrace_scope 1, or CAP_SYS_PTRACE (in a container: "
-        "--cap-add SYS_PTRACE) is needed; or let the process hand over (python -m dirtylog.agent)",
-    )
-
-
-def _threads(pid: int) -> list[int]:
-    """The threads of a process, those first that can be stopped at once: its main thread, if that lives."""
-    found = []
-    for tid in sorted(map(int, os.listdir(f"/proc/{pid}/task"))):
-        try:
-            state = Path(f"/proc/{pid}/task/{tid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        letter = state.rpartition(")")[2].split()[0]
-        if letter not in "ZX":
-            found.append((letter == "D", tid))
-    return [tid for _, tid in sorted(found)]
-
-
-def _descriptor_of(pid: int, patience: float) -> tuple[int, float]:
-    """Get a userfaultfd of the process by ptrace: by a helper, or by this thread where only a parent may trace."""
-    refused: OSError | None = None
-    for tid in _threads(pid)[:8]:
-        for in_process in (False, True):
-            try:
-                descriptor, stopped, _ = inject(pid, tid, patience_ms=int(patience * 1000), in_process=in_process)
-                return descriptor, stopped
-            except OSError as error:
-                refused = error
-                if error.errno != errno.EPERM or "SEIZE" not in (error.strerror or ""):
-                    break
-        if refused is None or refused.errno != errno.ETIMEDOUT:
-            break
-    if refused is None or refused.errno == errno.ESRCH:
-        raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
-    if refused.errno in (errno.EPERM, errno.EACCES) and "userfaultfd" not in (refused.strerror or ""):
-        raise _not_permitted(pid, refused)
-    if refused.errno == errno.ETIMEDOUT:
-        raise DirtyLogError(
-            f"no thread of process {pid} stopped within {patience:g} s: they are in uninterruptible sleep; "
-            "try again, or with more patience"
-        )
-    raise BackendUnavailable(
-        "attaching", refused.strerror or str(refused), "let the process hand over: python -m dirtylog.agent"
-    )
-
-
-def attach(
-    pid: int,
-    select: str | Callable[[Area], bool] = "large",
-    *,
-    handover: str | os.PathLike[str] | socket.socket | None = None,
-    spare: int | None = None,
-    trust_shared: bool = False,
-    patience: float = 1.0,
-    force: bool = False,
-) -> Process:
-    """Watch which pages of its memory another process writes, from now on.
-
-    The process needs no preparation. One of its threads is stopped for about a
-    millisecond and makes one system call, ``userfaultfd``, whose descriptor is
-    taken over; it keeps nothing. What was written before this returns is not
-    reported.
-
-    Parameters
-    ----------
-    pid : int
-        The process.
-    select : {"large", "all", "guest"} or callable
-        Which of its memory: ``"large"``, writable mappings of at least 1 MiB but
-        the main stack; ``"all"``, every writable mapping; ``"guest"``, the RAM
-        of the virtual machine that it runs; or a function of an area (`start`,
-        `end`, `kind`, `name`) that says whether to watch it.
-    handover : path or socket, optional
-        A Unix socket where the process listens (:mod:`dirtylog.agent`), or a
-        connected one: it then hands its descriptor over by itself, and is
-        neither stopped nor traced.
-    spare : int, optional
-        Pages to set aside for what is mapped later; by default as many as are
-        watched now, and at least 256 MiB.
-    trust_shared : bool
-        Watch shared memory through this process's mapping alone. Without it,
-        such memory is reported whole each time, because what other processes
-        write to it cannot be seen (I6).
-    patience : float
-        Seconds that a thread may take to stop.
-    force : bool
-        Attach although a seccomp filter may end the process.
-
-    Returns
-    -------
-    Process
-        A source and a context manager.
-
-    Raises
-    ------
-    OSError
-        ESRCH: no such process. EPERM: it may not be traced; the message says
-        what would help.
-    DirtyLogError
-        It is being traced, filters system calls, or does not stop.
-    BackendUnavailable
-        The kernel or the architecture lacks what is needed.
-    ValueError
-        `pid` is this process, a thread, or a thread of the kernel.
-
-    Notes
-    -----
-    The tracer is a helper process, which finishes its millisecond even when
-    this process is killed meanwhile. Where only a parent may trace its children
-    (``ptrace_scope`` 1), this thread traces itself, and being killed in that
-    millisecond would leave the target with wrong registers.
-
-    Signals that arrive meanwhile are handled afterwards; a system call that the
-    thread was waiting in goes on waiting; a stopped process stays stopped.
-
-    References
-    ----------
-    ``ptrace(2)``, ``userfaultfd(2)``, ``pidfd_getfd(2)``.
-
-    Examples
-    --------
-    >>> import subprocess, sys
-    >>> import dirtylog as dl
-    >>> program = "a = bytearray(8 << 20); print(flush=True); input(); a[5 << 20] = 1; print(flush=True); input()"
-    >>> other = subprocess.Popen(
-    ...     [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ... )
-    >>> _ = other.stdout.readline()
-    >>> with dl.attach(other.pid) as process:  # doctest: +SKIP
-    ...     _ = other.stdin.write("go\\n"), other.stdin.flush(), other.stdout.readline()
-    ...     dirty = process.harvest()
-    ...     memory = process.read(dirty)
-    >>> _ = other.communicate("end")
-    """
-    pid = int(pid)
-    if pid < 1:
-        raise ValueError(f"pid is {pid}; process ids are 1 and more")
-    status = _status(pid)
-    if handover is None:
-        _check_target(status, pid, force)
-    try:
-        pick = choose(pid, select)
-    except PermissionError as error:
-        raise _not_permitted(pid, error) from error
-    if handover is None:
-        descriptor, stopped = _descriptor_of(pid, patience)
-        pagemap = -1
-    else:
-        descriptor, pagemap = receive(handover, pid)
-        stopped = 0.0
-    try:
-        watch = Watch(pid, descriptor, pagemap)
-    except OSError as error:
-        raise BackendUnavailable("attaching", error.strerror or str(error), "it needs Linux 6.7") from error
-    try:
-        return Process(watch, pick, stopped=stopped, spare=spare, trust_shared=trust_shared)
-    except BaseException:
-        watch.close()
-        raise

@@ -13,6 +13,9 @@ from dirtylog.errors import DirtyLogError
 __all__ = ["Area", "Region", "choose", "guest_areas", "mappings"]
 
 LARGE = 1 << 20
+THREAD_STACK = "[thread stack]"
+# The most that lies unmapped or unreadable below a stack, for it to be one.
+_MOST_GUARD = 64 << 10
 # What the kernel maps for itself, and what cannot be watched.
 _SPECIAL = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"})
 _GUEST_NAMES = ("/memfd:memory-backend", "/memfd:guest_mem", "/memfd:ch_ram", "/memfd:pc.ram", "/memfd:ram")
@@ -29,7 +32,8 @@ class Area:
     writable, shared : bool
         As mapped now.
     name : str
-        What the kernel calls it: a path, ``[heap]``, ``[anon:...]`` or nothing.
+        What the kernel calls it: a path, ``[heap]``, ``[anon:...]`` or nothing;
+        or ``[thread stack]``.
     """
 
     start: int
@@ -45,6 +49,8 @@ class Area:
             return "shared"
         if self.name in ("[heap]", "[stack]"):
             return self.name[1:-1]
+        if self.name == THREAD_STACK:
+            return "stack"
         return "file" if self.name.startswith("/") else "anonymous"
 
 
@@ -63,6 +69,8 @@ class Region:
         a file) or ``"shared"``.
     name : str
         The path, ``[heap]``, ``[anon:...]``, or an empty string.
+    pid : int
+        The process: the one that was attached to, or a child of it.
     """
 
     start: int
@@ -71,10 +79,11 @@ class Region:
     npages: int
     kind: str
     name: str
+    pid: int = 0
 
 
 def mappings(pid: int) -> list[Area]:
-    """Read the mappings of a process, adjacent ones of one kind joined.
+    """Read the mappings of a process, adjacent ones of one kind joined, stacks of threads told apart.
 
     Registering and protecting split mappings that are one to the program, so
     lines that differ in nothing that is kept here are one area.
@@ -89,6 +98,8 @@ def mappings(pid: int) -> list[Area]:
     ``proc_pid_maps(5)``.
     """
     found: list[Area] = []
+    guarded = 0  # where a guard of a few pages has just ended
+    stack_bytes: int | None = None
     with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             span, permissions, _, _, _, *name = line.rstrip("\n").split(maxsplit=5)
@@ -97,12 +108,27 @@ def mappings(pid: int) -> list[Area]:
             if path in _SPECIAL:
                 continue
             area = Area(int(start, 16), int(end, 16), permissions[1] == "w", permissions[3] == "s", path)
+            if guarded == area.start and permissions == "rw-p" and not path and area.end - area.start >= LARGE:
+                stack_bytes = stack_bytes or _stack_bytes(pid)
+                if area.end - area.start == stack_bytes:
+                    area = Area(area.start, area.end, True, False, THREAD_STACK)
+            guarded = area.end if permissions == "---p" and area.end - area.start <= _MOST_GUARD else 0
             last = found[-1] if found else None
             if last and last.end == area.start and _alike(last, area):
                 found[-1] = Area(last.start, area.end, area.writable, area.shared, area.name)
             else:
                 found.append(area)
     return found
+
+
+def _stack_bytes(pid: int) -> int:
+    """The size that glibc gives a thread's stack by default: the soft limit, or 2 MiB where there is none."""
+    try:
+        lines = Path(f"/proc/{pid}/limits").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return -1
+    words = next((line.split() for line in lines if line.startswith("Max stack size")), [])
+    return int(words[3]) if len(words) > 3 and words[3].isdigit() else 2 << 20
 
 
 def _alike(a: Area, b: Area) -> bool:
@@ -117,7 +143,7 @@ def choose(pid: int, select: str | Callable[[Area], bool]) -> Callable[[list[Are
     pid : int
         The process.
     select : {"large", "all", "guest"} or callable
-        ``"large"``: writable memory of at least 1 MiB but the main stack;
+        ``"large"``: writable memory of at least 1 MiB but the stacks;
         ``"all"``: every writable mapping; ``"guest"``: a virtual machine's RAM;
         or a function of an area that says whether to watch it.
 

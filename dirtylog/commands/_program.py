@@ -1,0 +1,275 @@
+"""The program that a command watches: started here, as it would be without us, or running already; and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import signal
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Protocol
+
+from dirtylog.commands._numbers import LONGEST, more_than
+from dirtylog.errors import DirtyLogError
+
+if TYPE_CHECKING:
+    from dirtylog import DirtyPages, Process
+
+__all__ = ["Sampling", "add_program_arguments", "add_watch_arguments", "report_file", "watch", "write_report"]
+
+WORDS = """\
+PROGRAM is one of
+  script.py ARGS      a Python script (also a directory or archive with a __main__.py)
+  -m MODULE ARGS      a Python module
+  -c CODE ARGS        Python code
+  -- COMMAND ARGS     any other command
+"""
+PYTHON_ENDINGS = (".py", ".pyw", ".pyz", ".pyc")
+
+
+class Sampling(Protocol):
+    """What `watch` asks, sample by sample."""
+
+    def next_sample(self, after: int) -> float:
+        """Seconds until a sample is due, after so many."""
+
+    def sample(self) -> DirtyPages:
+        """Take one."""
+
+
+def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how often to look, and for how long."""
+    parser.add_argument(
+        "--interval",
+        type=more_than(0, float, LONGEST),
+        default=1.0,
+        metavar="SECONDS",
+        help="time between samples (1)",
+    )
+    parser.add_argument(
+        "--duration", type=more_than(0, float, LONGEST), metavar="SECONDS", help="watch no longer than this"
+    )
+
+
+def add_program_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the program to run, or the process to watch, and how often to look at it."""
+    add_watch_arguments(parser)
+    parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help=argparse.SUPPRESS)
+    parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help=argparse.SUPPRESS)
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program, and its arguments")
+    parser.description = f"{parser.description}\n{WORDS}"
+
+
+def report_file(name: str | None) -> IO[str] | None:
+    """Open a file to write a report into at the end, so that a name that cannot be written is refused before.
+
+    What is in it stays until then; a program that changes its directory does not change where it is.
+    """
+    if name is None:
+        return None
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    return os.fdopen(descriptor, "w", encoding="utf-8")
+
+
+def write_report(text: str, output: IO[str] | None) -> None:
+    """Write a report into its file, in the place of what was there, or to the error stream."""
+    if output is not None and stat.S_ISREG(os.fstat(output.fileno()).st_mode):
+        output.truncate()
+    print(text, file=output or sys.stderr, flush=True)
+
+
+def _words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Return the words to execute, and what the program opens when it begins to be itself."""
+    words = list(args.program)
+    for option, rest in (("-m", args.module), ("-c", args.code)):
+        if rest is not None:
+            words = [option, *rest, *words]
+    named = words[:1] == ["--"]
+    words = words[named:]
+    if not words or (words[0] in ("-m", "-c") and len(words) < 2):
+        raise DirtyLogError("there is no program to watch: name one after the options, or a running process by --pid")
+    if words[0] not in ("-m", "-c") and (named or not _is_python(words[0])):
+        return words, []
+    return [sys.executable, *_own_options(), *words], _begins(words)
+
+
+def _own_options() -> list[str]:
+    """The interpreter's options that this one was started with: ``python -O -m dirtylog`` runs programs with -O."""
+    found: list[str] = []
+    for word in sys.orig_argv[1:]:
+        if found and found[-1] in ("-W", "-X"):
+            found.append(word)
+        elif not word.startswith("-") or word[:2] in ("-m", "-c", "-"):
+            break
+        else:
+            found.append(word)
+    return found
+
+
+def _is_python(name: str) -> bool:
+    path = Path(name)
+    if name.endswith(PYTHON_ENDINGS) or path.is_dir():
+        return True
+    # Without the right to be executed it can only be a script for this interpreter.
+    return path.is_file() and not os.access(path, os.X_OK)
+
+
+def _begins(words: list[str]) -> list[str]:
+    """Paths that Python opens when its own start is over: the script, or what -m finds; nothing for -c."""
+    if words[0] == "-c":
+        return []
+    if words[0] != "-m":
+        absolute = os.path.abspath(words[0])
+        return [words[0], absolute, f"*{absolute}/"]
+    *packages, leaf = words[1].split(".")
+    folder = "/".join(["", *packages])
+    cached = f"__pycache__/{leaf}."
+    main = (f"*{folder}/{leaf}/__main__.", f"*{folder}/{leaf}/__pycache__/__main__.")
+    top = [f"*/{part}/{name}" for part in packages[:1] for name in ("__init__.py", "__pycache__/__init__.")]
+    return [f"*{folder}/{leaf}.py", f"*{folder}/{cached}", *main, *top]
+
+
+def watch(
+    args: argparse.Namespace,
+    begin: Callable[[Process], Sampling],
+    done: Callable[[str | None], None],
+) -> int:
+    """Watch what the command line says until it ends, or until we are told to stop.
+
+    Parameters
+    ----------
+    args : Namespace
+        With what :func:`add_program_arguments` declares.
+    begin : callable
+        Given the process, before it goes on; returns what samples it.
+    done : callable
+        Called once at the end, when `begin` was: with what was missed, or None.
+
+    Returns
+    -------
+    int
+        The exit code: that of a program that was started here. One that a signal
+        has ended ends us in the same way.
+
+    Raises
+    ------
+    DirtyLogError, OSError
+        It cannot be started or attached to, or there is none, or two.
+    """
+    given = bool(args.program or args.module is not None or args.code is not None)
+    if args.pid is not None:
+        if given:
+            raise DirtyLogError(f"--pid {args.pid} and a program were given; watch one of them")
+        return _watch_running(args, begin, done)
+    return _watch_started(args, begin, done)
+
+
+def _watch_running(
+    args: argparse.Namespace, begin: Callable[[Process], Sampling], done: Callable[[str | None], None]
+) -> int:
+    from dirtylog import attach
+    from dirtylog.sources.process.launch import look_meanwhile
+
+    with attach(args.pid, follow_children=True) as process:
+        sampling = begin(process)
+        missed = None
+        started = last = time.monotonic()
+        try:
+            for count in _counted(args.duration, started):
+                until = time.monotonic() + sampling.next_sample(count)
+                if args.duration is not None:
+                    until = min(until, started + args.duration)
+                while (left := until - time.monotonic()) > 0:
+                    time.sleep(min(left, look_meanwhile(process)))
+                sampling.sample()
+                last = time.monotonic()
+        except KeyboardInterrupt:
+            sampling.sample()
+        except DirtyLogError as error:
+            if process.alive:
+                raise
+            missed = f"{error}: the last {time.monotonic() - last:.2f} s are not in it"
+        done(_missed(process, missed))
+    return 0
+
+
+def _counted(duration: float | None, started: float) -> Iterator[int]:
+    """Count samples until the time is over."""
+    count = 0
+    while duration is None or time.monotonic() - started < duration:
+        yield count
+        count += 1
+
+
+def _watch_started(
+    args: argparse.Namespace, begin: Callable[[Process], Sampling], done: Callable[[str | None], None]
+) -> int:
+    from dirtylog.sources.process.launch import launch
+
+    words, begins = _words(args)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    sampling: list[Sampling] = []
+    with (
+        launch(words, begins=begins, before=lambda process: sampling.append(begin(process))) as program,
+        _signals_passed(program.pid),
+    ):
+        started = time.monotonic()
+        for count in _counted(args.duration, started) if program.process is not None else ():
+            left = sampling[0].next_sample(count)
+            if args.duration is not None:
+                left = min(left, max(0.0, started + args.duration - time.monotonic()))
+            ended = program.wait(left)
+            sampling[0].sample()
+            if ended:
+                break
+        if program.process is not None:
+            missed = _missed(program.process, None)
+            program.process.close()
+            done(missed)
+        while not program.wait(LONGEST):
+            pass
+    status = program.poll()
+    assert status is not None
+    return _end_as(status)
+
+
+@contextmanager
+def _signals_passed(pid: int) -> Iterator[None]:
+    from dirtylog.sources.process import _remote
+
+    _remote.pass_signals(pid)
+    try:
+        yield
+    finally:
+        _remote.pass_signals(0)
+
+
+def _missed(process: Process, why: str | None) -> str | None:
+    parts = [why] if why else []
+    parts += [f"process {pid} was not watched: {reason}" for pid, reason in process.missed.items()]
+    return "; ".join(parts) or None
+
+
+def _end_as(status: int) -> int:
+    """Return a program's exit code, or end by the signal that has ended it."""
+    if not os.WIFSIGNALED(status):
+        return os.waitstatus_to_exitcode(status)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    # The program has left its core already, if any.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    number = os.WTERMSIG(status)
+    if number not in (signal.SIGKILL, signal.SIGSTOP):
+        signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    return 128 + number

@@ -1,0 +1,168 @@
+"""What a profile says, and how it is added up sample by sample: the same from inside a program and from outside."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.sinks.rate import Peak, count_ranges, unite
+
+__all__ = ["Account", "Hot", "Profile", "Snapshots"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    """What an incremental snapshot every `every` seconds would hold, in bytes; `count` of them were complete."""
+
+    every: float
+    count: int
+    mean_bytes: float
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hot:
+    """One mapping, by what it was last called: what was written in it, sample by sample, and its largest size."""
+
+    name: str
+    address: int
+    size: int
+    dirtied_bytes: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a profiled program did to its memory.
+
+    Attributes
+    ----------
+    seconds, samples, page_size : float, int, int
+        How long it was watched, in how many samples, in pages of so many bytes.
+    dirtied_bytes : int
+        Different pages of each sample, added up: a page that is written again
+        within one sample counts once, as in a snapshot.
+    bytes_per_second, peak_bytes_per_second : float
+        Over all the time, and in the worst second: over windows of one length,
+        a second or an interval if that is longer.
+    snapshots : list of Snapshots
+        What each rhythm would have to store.
+    mappings : list of Hot
+        Hottest first.
+    exact : bool
+        False where a tracker lost track, which makes the figures upper bounds.
+    overhead : dict of str to float
+        Seconds of CPU time that sampling took; seconds that the program's first
+        writes to its pages took (estimated from a measured price); the share of
+        the time watched that this cost the program itself, which from outside is
+        its first writes alone.
+    """
+
+    seconds: float
+    samples: int
+    page_size: int
+    dirtied_bytes: int
+    bytes_per_second: float
+    peak_bytes_per_second: float
+    exact: bool
+    snapshots: list[Snapshots] = field(default_factory=list)
+    mappings: list[Hot] = field(default_factory=list)
+    overhead: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain dicts and lists, for JSON."""
+        return asdict(self)
+
+
+class _Rhythm:
+    """Snapshots at one interval: the pages since the last, and the sizes of those that are complete."""
+
+    def __init__(self, every: float) -> None:
+        self.every = every
+        self.sizes: list[int] = []
+        self._pending: DirtyPages | None = None
+
+    def add(self, pages: DirtyPages, due: bool) -> None:
+        self._pending = pages if self._pending is None else unite(self._pending, pages)
+        if due:
+            self.sizes.append(self._pending.nbytes)
+            self._pending = None
+
+    def summary(self) -> Snapshots:
+        mean = float(np.mean(self.sizes)) if self.sizes else 0.0
+        return Snapshots(self.every, len(self.sizes), mean, max(self.sizes, default=0))
+
+
+class Account:
+    """Adds samples up to a `Profile`.
+
+    Parameters
+    ----------
+    interval : float
+        Seconds from one sample to the next.
+    every : sequence of float
+        Rhythms of the snapshots to size, in seconds.
+
+    Raises
+    ------
+    ValueError
+        `interval` or a rhythm is not positive.
+    """
+
+    def __init__(self, interval: float, every: Sequence[float]) -> None:
+        if not interval > 0 or not all(seconds > 0 for seconds in every):
+            raise ValueError(f"interval is {interval} and every {list(every)}; they are positive numbers of seconds")
+        self.interval = interval
+        self._rhythms = [_Rhythm(seconds) for seconds in every if seconds >= interval]
+        self._dirtied: dict[Hashable, int] = defaultdict(int)
+        self._seen = self._samples = 0
+        self._exact = True
+        self.busy = 0.0
+        self.price = 0.0
+        self.begin(0.0)
+
+    def begin(self, now: float) -> None:
+        """Count from this moment on."""
+        self.start = self.last = now
+        self._peak = Peak(now, max(1.0, self.interval))
+
+    def add(self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]]) -> None:
+        """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages."""
+        self._samples += 1
+        self._seen += pages.nbytes
+        self._exact = self._exact and pages.exact
+        self._peak.add(now, pages.nbytes)
+        for key, count in count_ranges(pages.indices(), places).items():
+            if count:
+                self._dirtied[key] += count * pages.page_size
+        for rhythm in self._rhythms:
+            # Half an interval of grace: a sample that comes a little early belongs to its rhythm.
+            rhythm.add(pages, now - self.start + self.interval / 2 >= rhythm.every * (len(rhythm.sizes) + 1))
+        self.last = now
+
+    def sum_up(self, page_size: int, about: Callable[[Any], tuple[str, int, int]], *, inside: bool) -> Profile:
+        """Return the profile; `about` gives a key's name, address and size; `inside`: sampling cost the program too."""
+        seconds = max(self.last - self.start, 1e-9)
+        faults = self._seen / (page_size or 1) * self.price
+        hot = sorted(self._dirtied.items(), key=lambda item: -item[1])
+        return Profile(
+            seconds=seconds,
+            samples=self._samples,
+            page_size=page_size,
+            dirtied_bytes=self._seen,
+            bytes_per_second=self._seen / seconds,
+            peak_bytes_per_second=self._peak.bytes_per_second,
+            exact=self._exact,
+            snapshots=[rhythm.summary() for rhythm in self._rhythms],
+            mappings=[Hot(*about(key), dirtied, dirtied / (self._seen or 1)) for key, dirtied in hot],
+            overhead={
+                "sampling_seconds": self.busy,
+                "first_writes_seconds": faults,
+                "share": ((self.busy if inside else 0.0) + faults) / seconds,
+            },
+        )

@@ -1,0 +1,135 @@
+"""Samples another process's memory from outside, and says what its profile is."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
+from dirtylog.sinks.profile import own_memory
+from dirtylog.sinks.profile.account import Account, Profile
+
+if TYPE_CHECKING:
+    from dirtylog.sources.process import Process, Region
+
+__all__ = ["Sampler"]
+
+_Key = tuple[int, str, int]
+
+
+class Sampler:
+    """Sample a process from outside: one that was attached to, or started to be watched.
+
+    Parameters
+    ----------
+    process : Process
+        What to sample. Its harvests are the sampler's from here on.
+    interval : float, default 1.0
+        Seconds from one sample to the next, which the caller keeps.
+    every : sequence of float, default (1, 10, 60)
+        Rhythms, in seconds, of the snapshots to size.
+    names : callable, optional
+        Gives regions their names; called now and then.
+    clock : callable, optional
+        Seconds, never going back.
+    on_sample : callable, optional
+        Called with the seconds since the start and the pages of each sample,
+        whose page space ends with the pages that were ever used.
+
+    Raises
+    ------
+    ValueError
+        `interval` or a rhythm is not positive.
+
+    Notes
+    -----
+    Nothing runs in the process itself: one that sleeps writes nothing. For one
+    thread.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        *,
+        interval: float = 1.0,
+        every: Sequence[float] = (1.0, 10.0, 60.0),
+        names: Callable[[Sequence[Region]], Sequence[str]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_sample: Callable[[float, DirtyPages], object] | None = None,
+    ) -> None:
+        self._account = Account(interval, every)
+        self._process = process
+        self._clock = clock
+        self._on_sample = on_sample
+        self._names = names or _plain_names
+        # Where each stretch was, and what it was called last; also after it is gone.
+        self._places: dict[_Key, tuple[int, int]] = {}
+        self._called: dict[_Key, str] = {}
+        self._before: dict[_Key, tuple[int, int]] = {}
+        try:
+            self._account.price = own_memory.price_of_a_first_write(own_memory.track_area)
+        except BackendUnavailable:
+            self._account.price = 0.0  # what watches the process works, whatever a tracker here needs
+        self._account.begin(clock())
+
+    @property
+    def regions(self) -> dict[str, tuple[int, int]]:
+        """The named ranges of the page space: (first, count), in pages."""
+        return {f"{self._called[key]} at {key[2]:#x}": place for key, place in self._places.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from the start to the last sample."""
+        return self._account.last - self._account.start
+
+    def next_sample(self, after: int) -> float:
+        """Return the seconds until a sample is due, `after` so many. Counted from the start: delays do not add up."""
+        return max(0.0, self._account.start + (after + 1) * self._account.interval - self._clock())
+
+    def sample(self) -> DirtyPages:
+        """Harvest, and count what was written since the last sample.
+
+        Raises
+        ------
+        DirtyLogError
+            The process has ended, or executed another program.
+        """
+        began = time.thread_time()
+        with warnings.catch_warnings():
+            # That something is inexact is part of the answer here.
+            warnings.simplefilter("ignore", IncompleteLogWarning)
+            pages = self._process.harvest()
+        regions = self._process.regions
+        used = self._process.used_pages
+        pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
+        now = self._clock()
+        places = {self._key(region): (region.first_page, region.npages) for region in regions}
+        for region, name in zip(regions, self._names(regions), strict=True):
+            self._called[self._key(region)] = name
+        self._places.update(places)
+        # What has ended or moved since is still in this sample.
+        self._account.add(now, pages, {**self._before, **places})
+        self._before = places
+        if self._on_sample is not None:
+            self._on_sample(now - self._account.start, pages)
+        self._account.busy += time.thread_time() - began
+        return pages
+
+    @staticmethod
+    def _key(region: Region) -> _Key:
+        return region.pid, region.kind, region.start
+
+    def profile(self) -> Profile:
+        """Sum up what was sampled."""
+        size = self._process.page_size
+        return self._account.sum_up(
+            size, lambda key: (self._called[key], key[2], self._places[key][1] * size), inside=False
+        )
+
+
+def _plain_names(regions: Sequence[Region]) -> list[str]:
+    return [os.path.basename(region.name) or region.kind for region in regions]

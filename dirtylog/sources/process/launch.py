@@ -1,0 +1,211 @@
+"""Starts a program and watches it from outside: it is what it would be without, from its first instruction on."""
+
+from __future__ import annotations
+
+import os
+import select as selecting
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
+from dirtylog.sources.process import _remote
+from dirtylog.sources.process.attaching import enter, watch_of
+from dirtylog.sources.process.members import Member
+from dirtylog.sources.process.process import Process
+from dirtylog.sources.process.regions import Area, choose
+
+__all__ = ["Program", "launch", "look_meanwhile"]
+
+# 8 TiB of pages: a program may reserve more than it ever writes, and each stretch gets pages of its own.
+SPARE = 1 << 31
+
+
+class Program:
+    """A program that :func:`launch` has started.
+
+    Attributes
+    ----------
+    pid : int
+        Its process.
+    process : Process or None
+        What it writes: a source. None if it ended before the watch began.
+
+    Notes
+    -----
+    For one thread, that which launched it. A context manager: leaving it lets the
+    program run on, unwatched.
+    """
+
+    def __init__(self, pid: int, process: Process | None, status: int | None) -> None:
+        self.pid, self.process = pid, process
+        self._status = status
+        self._watching = os.pidfd_open(pid) if status is None else -1
+
+    def __enter__(self) -> Program:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        if self.process is not None:
+            self.process.close()
+        if self._watching >= 0:
+            os.close(self._watching)
+            self._watching = -1
+
+    def poll(self) -> int | None:
+        """Return how it ended, as `os.waitpid` does, or None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._status = status
+        return self._status
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended, at most so long; return whether it has. Looks at its memory meanwhile."""
+        until = time.monotonic() + seconds
+        nap = 0.0
+        while self.poll() is None:
+            left = until - time.monotonic()
+            if left <= 0:
+                return False
+            if self.process is not None and not self.process.closed:
+                nap = look_meanwhile(self.process)
+                left = min(left, nap)
+            selecting.select([self._watching], [], [], max(0.0, min(left, threading.TIMEOUT_MAX)))
+        return True
+
+
+def look_meanwhile(process: Process) -> float:
+    """Look at what was written, and take nothing: memory and children that are gone by the next sample are in it.
+
+    Returns
+    -------
+    float
+        Seconds until it is worth looking again: as many as make it a small part of the time.
+
+    Raises
+    ------
+    DirtyLogError
+        The process has ended.
+    """
+    began = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IncompleteLogWarning)  # the harvest says it again
+        process.peek()
+    return max(0.02, 50 * (time.monotonic() - began))
+
+
+def launch(
+    words: Sequence[str],
+    select: str | Callable[[Area], bool] | None = None,
+    *,
+    begins: Sequence[str] = (),
+    before: Callable[[Process], object] | None = None,
+    follow_children: bool = True,
+    trust_shared: bool = False,
+) -> Program:
+    """Start a program as a child of this process, and watch its memory.
+
+    Parameters
+    ----------
+    words : sequence of str
+        The program, found on PATH, and its arguments.
+    select, trust_shared : str or callable, bool
+        As for :func:`dirtylog.attach`; by default all writable memory but stacks.
+        From a program's start on, no mapping is too small: it grows later.
+    begins : sequence of str
+        Paths, as the program will name them, or parts of paths after ``*``: the
+        watch begins when it opens one. At its very start by default.
+    before : callable, optional
+        Called with the process when it is watched and still stopped.
+    follow_children : bool
+        Watch its children too.
+
+    Returns
+    -------
+    Program
+        Running, or ended already.
+
+    Raises
+    ------
+    OSError
+        It cannot be executed.
+    BackendUnavailable
+        It cannot be watched here.
+
+    Notes
+    -----
+    Its memory outlives it, in a process that shares it and never runs, until the
+    last harvest: what it wrote before it ended or executed another program is
+    reported, however it ended. Children of it have no such keeper.
+    """
+
+    chosen = select or _all_but_stacks
+
+    def child(pid: int) -> Member:
+        return enter(pid, chosen)[0]
+
+    def again(pid: int) -> Member:
+        try:
+            descriptor, keeper = _remote.adopt(pid)
+        except OSError:
+            return child(pid)
+        return _member(pid, descriptor, keeper, chosen)
+
+    try:
+        pid, descriptor, keeper, status = _remote.launch(
+            [os.fsencode(word) for word in words], [os.fsencode(part) for part in begins]
+        )
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise BackendUnavailable("watching a program", error.strerror or str(error)) from error
+    if descriptor < 0:
+        return Program(pid, None, status)
+    try:
+        member = _member(pid, descriptor, keeper, chosen)
+        try:
+            process = Process(
+                member,
+                stopped=0.0,
+                spare=SPARE,
+                trust_shared=trust_shared,
+                enter=child if follow_children else None,
+                enter_again=again,
+            )
+        except BaseException:
+            member.close()
+            raise
+        try:
+            if before is not None:
+                before(process)
+            _remote.go(pid)
+        except BaseException:
+            process.close()
+            raise
+    except BaseException:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    return Program(pid, process, None)
+
+
+def _all_but_stacks(area: Area) -> bool:
+    return area.kind != "stack"
+
+
+def _member(pid: int, descriptor: int, keeper: int, select: str | Callable[[Area], bool]) -> Member:
+    watch = watch_of(keeper, descriptor)
+    try:
+        return Member(pid, watch, choose(keeper, select), sparse=True, keeper=keeper)
+    except BaseException:
+        watch.close()
+        os.kill(keeper, signal.SIGKILL)
+        os.waitpid(keeper, 0)
+        raise

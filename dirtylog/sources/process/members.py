@@ -1,0 +1,111 @@
+"""The processes that one source watches: the one that was attached to, its children, and what keeps their memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.sources.process._remote import PAGE_SIZE, Watch, same_memory
+from dirtylog.sources.process.regions import Area
+
+__all__ = ["Member", "alone", "children"]
+
+# Of a pagemap entry, in Linux Documentation/admin-guide/mm/pagemap.rst.
+_EXCLUSIVE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (56, 62, 63))
+_AT_ONCE = 1 << 18  # entries: 2 MiB
+
+
+class Member:
+    """A process and the watch over its memory.
+
+    Parameters
+    ----------
+    pid : int
+        The process.
+    watch : Watch
+        Of its memory: through itself, or through its keeper.
+    pick : callable
+        Picks the areas to watch out of its mappings.
+    sparse : bool
+        Watch large mappings only where they hold something: page numbers need not
+        follow addresses.
+    keeper : int
+        A process of ours that shares the memory and never runs, so that what was
+        written last can be asked for after the process has ended; or 0.
+    """
+
+    def __init__(
+        self, pid: int, watch: Watch, pick: Callable[[list[Area]], list[Area]], *, sparse: bool, keeper: int = 0
+    ) -> None:
+        self.pid, self.watch, self.pick, self.sparse, self.keeper = pid, watch, pick, sparse, keeper
+        # A copy of its parent's memory that was not looked at yet.
+        self.forked = False
+
+    def left(self) -> bool:
+        """Whether the process has ended, or has executed another program."""
+        if not self.keeper:
+            return not self.watch.alive()
+        same = same_memory(self.pid, self.keeper)
+        return not (os.path.exists(f"/proc/{self.pid}/exe") if same is None else same)
+
+    def shares_with(self, child: int) -> bool:
+        """Whether a child still uses this memory itself: it is about to execute a program (vfork)."""
+        return same_memory(child, self.pid) is True
+
+    def is_copy_of(self, parent: int) -> bool:
+        """Whether the memory is a copy of another process's, made by fork: no program was executed since."""
+        return _layout(self.pid) == _layout(parent)
+
+    def close(self) -> None:
+        """Let the memory go, and end the keeper; a second call does nothing."""
+        self.watch.close()
+        keeper, self.keeper = self.keeper, 0
+        if keeper:
+            with suppress(ProcessLookupError):
+                os.kill(keeper, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(keeper, 0)
+
+
+def _layout(pid: int) -> bytes:
+    """What the kernel told the program at its start: addresses that it chose at random, and that fork keeps."""
+    try:
+        return Path(f"/proc/{pid}/auxv").read_bytes()
+    except OSError:
+        return b""
+
+
+def children(pid: int) -> list[int]:
+    """List the children that the threads of a process have and have not waited for."""
+    found: list[int] = []
+    with suppress(OSError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text(encoding="ascii").split())
+    return found
+
+
+def alone(member: Member, start: int, end: int, swapped: bool) -> npt.NDArray[np.int64]:
+    """Return the runs of pages that a process has for itself: after a fork, those that it or its parent has written.
+
+    References
+    ----------
+    Bit 56 in Linux ``Documentation/admin-guide/mm/pagemap.rst``.
+    """
+    found: list[npt.NDArray[np.int64]] = []
+    with open(f"/proc/{member.watch.pid}/pagemap", "rb", buffering=0) as pagemap:
+        for page in range(start // PAGE_SIZE, end // PAGE_SIZE, _AT_ONCE):
+            count = min(_AT_ONCE, end // PAGE_SIZE - page)
+            entries = np.frombuffer(os.pread(pagemap.fileno(), count * 8, page * 8), np.uint64)
+            own = (entries & _EXCLUSIVE != 0) & (entries & _PRESENT != 0)
+            if swapped:  # said of protected pages that were never touched, too
+                own |= entries & _SWAPPED != 0
+            pages = np.flatnonzero(own) + page - start // PAGE_SIZE
+            found.append(np.stack([pages, np.ones_like(pages)], axis=1))
+    return np.concatenate(found) if found else np.empty((0, 2), np.int64)

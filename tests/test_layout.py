@@ -213,7 +213,7 @@ def test_an_import_from_above_is_found(arrows, wrong):
 
 
 def test_a_circle_is_found(arrows):
-    assert circles([*arrows, ("dirtylog.sinks.rate", "dirtylog.sinks.report")])
+    assert circles([*arrows, ("dirtylog.sinks.forecast", "dirtylog.sinks.plot")])
 
 
 def test_a_sink_that_imports_a_command_is_found_in_its_text(tmp_path):

@@ -8,18 +8,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.ranges import pages_before
+
 if TYPE_CHECKING:
+    from typing import Protocol
+
     from dirtylog._bits.pages import DirtyPages
+
+    class HasRuns(Protocol):
+        """Pages of a page space."""
+
+        @property
+        def npages(self) -> int: ...
+        def runs(self) -> npt.NDArray[np.int64]: ...
+
 
 __all__ = ["density", "strip_html", "strip_svg"]
 
 
-def density(pages: DirtyPages, buckets: int) -> npt.NDArray[np.float64]:
+def density(pages: HasRuns, buckets: int) -> npt.NDArray[np.float64]:
     """Return which share of its pages is dirty in each of some equal parts of the page space.
 
     Parameters
     ----------
-    pages : DirtyPages
+    pages : DirtyPages, or what has their `npages` and `runs`
         What to look at.
     buckets : int
         How many parts; no more are made than there are pages.
@@ -53,13 +65,7 @@ def density(pages: DirtyPages, buckets: int) -> npt.NDArray[np.float64]:
     runs = pages.runs()
     if not len(runs):
         return np.zeros(buckets)
-    # Dirty pages before each edge: those of the runs that begin before it, less what the last of them has behind it.
-    first, count = runs.T
-    before = np.concatenate([[0], np.cumsum(count)])
-    run = np.searchsorted(first, edges)
-    last = np.maximum(run - 1, 0)
-    behind = np.where(run > 0, np.maximum(first[last] + count[last] - edges, 0), 0)
-    shares: npt.NDArray[np.float64] = np.diff(before[run] - behind) / np.diff(edges)
+    shares: npt.NDArray[np.float64] = np.diff(pages_before(runs, edges)) / np.diff(edges)
     return shares
 
 

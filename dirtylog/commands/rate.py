@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections import deque
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from dirtylog.commands._numbers import more_than
 from dirtylog.commands._trace import add_migration_arguments
+
+if TYPE_CHECKING:
+    from dirtylog.sinks.trace.playback import Sample
 
 __all__ = ["add_arguments", "run"]
 
@@ -28,31 +33,27 @@ def run(args: argparse.Namespace) -> int:
     """Meter the trace, and forecast a migration for each bandwidth."""
     from collections import Counter
 
-    import dirtylog
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.rate import RateMeter
     from dirtylog.sinks.trace import Trace, what_if
+    from dirtylog.sinks.trace.playback import samples, working_set
 
-    log = dirtylog.DirtyLog()
-    nbytes, peak = 0, 0.0
+    nbytes, peak, seconds = 0, 0.0, 0.0
     regions: Counter[str] = Counter()
-    with (
-        Trace(args.trace) as trace,
-        RateMeter(log, window=max(args.window), regions=trace.regions, clock=lambda: trace.time) as meter,
-    ):
+    last: deque[Sample] = deque()
+    with Trace(args.trace) as trace:
         forecasts = [what_if(trace, bandwidth, args.downtime) for bandwidth in args.bandwidth]
-        log.attach(trace, name="trace")
-        while not trace.done:
-            try:
-                rate = meter.sample()
-            except ValueError:
-                # Two epochs of one moment: the next sample has the pages of both.
-                continue
-            nbytes += rate.nbytes
-            peak = max(peak, rate.bytes_per_second)
-            regions.update({name: count * trace.page_size for name, count in rate.by_region.items()})
-        sets = {window: meter.working_set(window) * trace.page_size for window in args.window}
-        seconds = trace.time
+        for sample in samples(trace):
+            size = sample.runs.count * trace.page_size
+            nbytes += size
+            peak = max(peak, size / (sample.end - sample.start))
+            regions.update(
+                {name: count * trace.page_size for name, count in sample.runs.count_ranges(trace.regions).items()}
+            )
+            last.append(sample)
+            while last[0].end <= sample.end - max(args.window):
+                last.popleft()
+            seconds = sample.end
+        sets = {window: working_set(last, window) * trace.page_size for window in args.window}
     mean = nbytes / seconds if seconds else 0.0
     if args.json:
         _terminal.show_json(

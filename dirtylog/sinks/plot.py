@@ -65,7 +65,7 @@ def heat_map(trace: Trace, ax: Axes | None = None, *, rows: int = 256, **kwargs:
     together = max(1, -(-trace.length // MAX_COLUMNS))
     times, columns, group = [0.0], [], []
     for epoch in trace.epochs():
-        group.append(density(epoch.pages, rows))
+        group.append(density(epoch.runs, rows))
         if len(group) == together or epoch.number == trace.length:
             columns.append(np.mean(group, axis=0))
             times.append(epoch.time)
@@ -107,7 +107,7 @@ def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
     ax = _axes(ax)
     times, rates, last, waiting = [0.0], [], 0.0, 0
     for epoch in trace.epochs():
-        waiting += epoch.pages.nbytes
+        waiting += epoch.nbytes
         if epoch.time > last:
             rates.append(waiting / (epoch.time - last) / 2**20)
             times.append(epoch.time)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
+from dirtylog._bits.ranges import pages_before
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 
@@ -211,15 +212,15 @@ class RateMeter:
         self._last = now
         while self._samples[0][1] <= now - self._window:
             self._samples.popleft()
-        numbers = pages.indices()
+        runs = pages.runs()
         return Rate(
             seconds=seconds,
             pages=pages.count,
             nbytes=pages.nbytes,
             pages_per_second=pages.count / seconds,
             bytes_per_second=pages.nbytes / seconds,
-            by_source=count_ranges(numbers, {s.name: (s.first_page, s.npages) for s in self._log.sources}),
-            by_region=count_ranges(numbers, self._regions),
+            by_source=count_ranges(runs, {s.name: (s.first_page, s.npages) for s in self._log.sources}),
+            by_region=count_ranges(runs, self._regions),
             exact=pages.exact,
         )
 
@@ -318,8 +319,8 @@ def _along(curve: list[tuple[float, int]], seconds: float) -> float:
     raise AssertionError("a curve has two points at least")
 
 
-def count_ranges(numbers: npt.NDArray[np.int64], ranges: Mapping[Name, tuple[int, int]]) -> Mapping[Name, int]:
-    """Count the sorted page `numbers` in each range of (first, count) pages."""
-    edges = np.array([(first, first + count) for first, count in ranges.values()], np.int64).reshape(-1, 2)
-    low, high = np.searchsorted(numbers, edges).T
+def count_ranges(runs: npt.NDArray[np.int64], ranges: Mapping[Name, tuple[int, int]]) -> Mapping[Name, int]:
+    """Count the pages of ascending `runs` in each range of (first, count) pages."""
+    edges = np.array([(first, first + count) for first, count in ranges.values()], np.int64).reshape(-1)
+    low, high = pages_before(runs, edges).reshape(-1, 2).T
     return MappingProxyType(dict(zip(ranges, (high - low).tolist(), strict=True)))

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks import plot
 from dirtylog.sinks.forecast import Forecast
-from dirtylog.sinks.rate import count_ranges
 from dirtylog.sinks.trace import Trace, what_if
 
 if TYPE_CHECKING:
@@ -79,10 +78,10 @@ def _summary(trace: Trace) -> str:
     nbytes, seconds, inexact = 0, 0.0, 0
     regions = dict.fromkeys(trace.regions, 0)
     for epoch in trace.epochs():
-        nbytes += epoch.pages.nbytes
+        nbytes += epoch.nbytes
         seconds = epoch.time
-        inexact += not epoch.pages.exact
-        for name, count in count_ranges(epoch.pages.indices(), trace.regions).items():
+        inexact += not epoch.exact
+        for name, count in epoch.runs.count_ranges(trace.regions).items():
             regions[name] += count
     rows = [
         ["memory", f"{trace.npages} pages of {trace.page_size} bytes, {_mib(trace.npages * trace.page_size)}"],

@@ -137,7 +137,7 @@ class Account:
         self._seen += pages.nbytes
         self._exact = self._exact and pages.exact
         self._peak.add(now, pages.nbytes)
-        for key, count in count_ranges(pages.indices(), places).items():
+        for key, count in count_ranges(pages.runs(), places).items():
             if count:
                 self._dirtied[key] += count * pages.page_size
         for rhythm in self._rhythms:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from dirtylog._bits.pages import DirtyPages
 from dirtylog.epochs import Epoch
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 from dirtylog.sinks.trace.reader import Trace
+from dirtylog.sinks.trace.runs import Runs
 
 __all__ = ["replay", "what_if"]
 
@@ -91,11 +92,69 @@ def what_if(trace: Trace, bandwidth: float, downtime: float, *, start: float = 0
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was written between two moments of a trace, in seconds since the recording began."""
+
+    start: float
+    end: float
+    runs: Runs
+
+
+def samples(trace: Trace) -> Iterator[Sample]:
+    """Cut a trace at its epochs: what a :class:`dirtylog.sinks.rate.RateMeter` would have seen.
+
+    Parameters
+    ----------
+    trace : Trace
+        Read from its beginning; its harvests are not disturbed.
+
+    Yields
+    ------
+    Sample
+        An epoch of the same moment as the one before is in the next sample.
+
+    Raises
+    ------
+    TraceError
+        The trace is damaged.
+    """
+    waiting, last = Runs.nothing(trace.npages), 0.0
+    for epoch in trace.epochs():
+        waiting |= epoch.runs
+        if epoch.time > last:
+            yield Sample(last, epoch.time, waiting)
+            waiting, last = Runs.nothing(trace.npages), epoch.time
+
+
+def working_set(last: Sequence[Sample], seconds: float) -> int:
+    """Return how many different pages were written in the last `seconds` of some samples.
+
+    Parameters
+    ----------
+    last : sequence of Sample
+        In order of time.
+    seconds : float
+        A sample that reaches further back counts whole.
+
+    Returns
+    -------
+    int
+        In pages.
+    """
+    found: Runs | None = None
+    for sample in reversed(last):
+        found = sample.runs if found is None else found | sample.runs
+        if last[-1].end - sample.start >= seconds:
+            break
+    return found.count if found is not None else 0
+
+
 class _Stretches:
     """Cuts a trace into adjacent stretches of time and counts the different pages in each."""
 
     def __init__(self, trace: Trace) -> None:
-        self._empty = DirtyPages._empty(trace.npages, trace.page_size)
+        self._empty = Runs.nothing(trace.npages)
         self._epochs = trace.epochs()
         self._now = 0.0
         self._began = 0.0
@@ -113,9 +172,9 @@ class _Stretches:
             length = current.time - self._began
             share = (min(end, current.time) - max(self._now, self._began)) / length if length > 0 else 1.0
             if share >= 1:
-                union |= current.pages
+                union |= current.runs
             else:
-                partly += share * (current.pages - union).count
+                partly += share * ((current.runs | union).count - union.count)
             if current.time >= end:
                 self._now = end
                 return union.count + partly

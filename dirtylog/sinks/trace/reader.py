@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,12 @@ from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog.sinks.trace import layout
 from dirtylog.sinks.trace.layout import TraceError, parquet_module
 from dirtylog.sinks.trace.parquet_pages import unpacked_sizes
+from dirtylog.sinks.trace.runs import Runs
 
 __all__ = ["Trace", "TraceEpoch"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TraceEpoch:
     """One moment of a trace.
 
@@ -31,13 +33,36 @@ class TraceEpoch:
         1 for the first.
     time : float
         Seconds since the recording began, when the source was harvested.
+    runs : Runs
+        Which pages, as runs.
+    page_size : int
+        Bytes per page.
+    exact : bool
+        False where the source lost track.
     pages : DirtyPages
         What it reported.
+
+    Notes
+    -----
+    `pages` is made when it is first asked for. What reads epochs without it costs what is in the file, however large
+    the page space is.
     """
 
     number: int
     time: float
-    pages: DirtyPages
+    runs: Runs
+    page_size: int
+    exact: bool
+
+    @cached_property
+    def pages(self) -> DirtyPages:
+        """What it reported."""
+        return self.runs.pages(self.page_size, exact=self.exact)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pages hold."""
+        return self.runs.count * self.page_size
 
 
 class Trace:
@@ -72,7 +97,9 @@ class Trace:
     -----
     Trusts nothing in the file: names, types, sizes, order, ranges and checksums
     are checked, every row as it is read, and no more than 2**20 runs are held at
-    a time unless one epoch has more. For one thread. A context manager.
+    a time unless one epoch has more. A bitmap of the page space is made only when
+    pages are asked for: by a harvest, a peek, or an epoch's `pages`. For one
+    thread. A context manager.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -214,15 +241,15 @@ class Trace:
         ValueError
             The trace is closed.
         """
-        result = DirtyPages._empty(self.npages, self.page_size)
+        runs, exact = Runs.nothing(self.npages), True
         while self._next is not None and (until is None or self._next.time <= until):
             upcoming = self._next
             following = next(self._epochs, None)
-            result |= upcoming.pages
+            runs, exact = runs | upcoming.runs, exact and upcoming.exact
             self.time, self.number, self._next = upcoming.time, upcoming.number, following
             if until is None:
                 break
-        return result
+        return runs.pages(self.page_size, exact=exact)
 
     def peek(self) -> DirtyPages:
         """Return what the next harvest would, and leave it there."""
@@ -279,7 +306,7 @@ class Trace:
 
     def _epoch(self, number: int, time: float, parts: list[npt.NDArray[np.int64]], exact: bool) -> TraceEpoch:
         runs = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return TraceEpoch(number, time, DirtyPages.from_runs(runs, self.npages, self.page_size, exact=exact))
+        return TraceEpoch(number, time, Runs(runs, self.npages), self.page_size, exact)
 
     def _batches(self) -> Iterator[tuple[npt.NDArray[Any], ...]]:
         """Read and check some rows at a time: times, epoch numbers, runs, flags."""

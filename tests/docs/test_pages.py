@@ -54,11 +54,15 @@ def test_the_examples_of_a_page_give_what_the_page_says(page, tmp_path, monkeypa
 def test_a_program_in_examples_runs_and_checks_itself(program, tmp_path):
     if absent := missing(program.read_text()):
         pytest.skip(f"the program needs {', '.join(absent)}, which this checkout does not have")
-    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1]), "PYTHONWARNINGS": "error"}
-    done = subprocess.run(
-        [sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_program(program, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_program(program, directory):
+    """Run a program elsewhere, with the dirtylog that is tested here, which need not be installed."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1]), "PYTHONWARNINGS": "error"}
+    command = [sys.executable, program]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_an_example_that_says_something_wrong_is_found(tmp_path, monkeypatch):
@@ -68,10 +72,9 @@ def test_an_example_that_says_something_wrong_is_found(tmp_path, monkeypatch):
         test_the_examples_of_a_page_give_what_the_page_says(page, tmp_path, monkeypatch)
 
 
-def test_the_broken_order_shows_its_bug_in_every_run():
-    program = ROOT / "examples" / "broken_order.py"
+def test_the_broken_order_shows_its_bug_in_every_run(tmp_path):
     for _ in range(3):
-        done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+        done = run_program(ROOT / "examples" / "broken_order.py", tmp_path)
         assert [line.split(":")[1].split(" pages")[0].strip() for line in done.stdout.splitlines()] == [
             "0 of 256",
             "256 of 256",

@@ -97,7 +97,6 @@ static inline int dl_pagemap_step(int pagemap, uint64_t *at, struct pm_scan_arg 
 {
     arg->size = sizeof(*arg);
     arg->start = *at;
-    arg->vec_len = DL_SCAN_VECTOR;
     int found = ioctl(pagemap, PAGEMAP_SCAN, arg);
 
     if (found < 0)
@@ -118,6 +117,7 @@ static inline int dl_pagemap_scan(int pagemap, uint64_t *at, uint64_t end, int t
         .flags = PM_SCAN_CHECK_WPASYNC | (take ? PM_SCAN_WP_MATCHING : 0),
         .end = end,
         .vec = (uint64_t)(uintptr_t)vector,
+        .vec_len = DL_SCAN_VECTOR,
         .category_mask = PAGE_IS_WRITTEN,
         .return_mask = PAGE_IS_WRITTEN,
     };
@@ -132,10 +132,28 @@ static inline int dl_pagemap_populated(int pagemap, uint64_t *at, uint64_t end, 
     struct pm_scan_arg arg = {
         .end = end,
         .vec = (uint64_t)(uintptr_t)vector,
+        .vec_len = DL_SCAN_VECTOR,
         .category_inverted = PAGE_IS_PFNZERO,
         .category_mask = PAGE_IS_PFNZERO,
         .category_anyof_mask = PAGE_IS_PRESENT | (swapped ? PAGE_IS_SWAPPED : 0),
         .return_mask = PAGE_IS_PRESENT,
+    };
+
+    return dl_pagemap_step(pagemap, at, &arg);
+}
+
+/* Private anonymous pages without contents: neither swapped out, nor present, unless as the system's page of zeros, put
+ * there by a read. At most `room` regions. */
+static inline int dl_pagemap_empty(int pagemap, uint64_t *at, uint64_t end, struct page_region *vector, uint64_t room)
+{
+    struct pm_scan_arg arg = {
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)vector,
+        .vec_len = room,
+        .category_inverted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+        .category_mask = PAGE_IS_SWAPPED,
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
+        .return_mask = PAGE_IS_SWAPPED,
     };
 
     return dl_pagemap_step(pagemap, at, &arg);

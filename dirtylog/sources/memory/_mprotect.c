@@ -32,8 +32,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "_pagemap.h"
 #include "dirtylog/atomic.h"
+#include "sources/_pagemap.h"
 
 #define BLOCK 512       /* pages opened at once when mappings run short */
 #define CHUNK_WORDS 256 /* words taken under one hold of the lock */
@@ -304,37 +304,16 @@ static void check_mappings(uint64_t first, uint64_t end)
     check_neighbours();
 }
 
-/* Lock held. One look at the pages from `first` on; the regions found, and in `walked` where it ended. */
-static int find_empty(int pagemap, struct dl_page_region *regions, uint64_t first, uint64_t end, uint64_t *walked)
-{
-    /* Neither swapped out, nor present: or present as the system's page of zeros, put there by a read. */
-    struct dl_page_scan arg = {
-        .size = sizeof arg,
-        .start = first * page_bytes,
-        .end = end * page_bytes,
-        .vec = (uint64_t)(uintptr_t)regions,
-        .vec_len = EMPTIES,
-        .category_inverted = DL_PAGE_IS_PRESENT | DL_PAGE_IS_SWAPPED,
-        .category_mask = DL_PAGE_IS_SWAPPED,
-        .category_anyof_mask = DL_PAGE_IS_PRESENT | DL_PAGE_IS_PFNZERO,
-        .return_mask = DL_PAGE_IS_SWAPPED,
-    };
-    int found = ioctl(pagemap, DL_PAGEMAP_SCAN, &arg);
-
-    *walked = arg.walk_end / page_bytes;
-    return found < 0 || *walked <= first ? -1 : found;
-}
-
 /* Lock held. Private memory that nobody stored to and that has lost its contents all the same
  * (MADV_DONTNEED, MREMAP_DONTUNMAP): a protected page that was not empty when it was protected and is
  * now. It is marked in every span, and open where a store has marked it already. With `learn`, empty pages
  * are only written down. Needs PAGEMAP_SCAN (Linux 6.7); without it such pages go unseen. */
 static void check_contents(struct dl_span *self, int pagemap, uint64_t first, uint64_t end, int learn)
 {
-    struct dl_page_region regions[EMPTIES];
+    struct page_region regions[EMPTIES];
 
-    for (uint64_t at = first, walked; at < end; at = walked) {
-        int found = find_empty(pagemap, regions, at, end, &walked);
+    for (uint64_t at = first * page_bytes; at < end * page_bytes;) {
+        int found = dl_pagemap_empty(pagemap, &at, end * page_bytes, regions, EMPTIES);
 
         if (found < 0)
             return;

@@ -17,8 +17,8 @@
  * formal/models/deposits.pml is this file's model.
  */
 #define _GNU_SOURCE
-#include "_pagemap.h"
 #include "_registry.h"
+#include "sources/_pagemap.h"
 
 #include <errno.h>
 
@@ -34,45 +34,12 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Declared here because the distribution's headers may be older than the kernel. */
-#ifndef UFFDIO_API
-struct uffdio_api {
-    uint64_t api, features, ioctls;
-};
-struct uffdio_range {
-    uint64_t start, len;
-};
-struct uffdio_register {
-    struct uffdio_range range;
-    uint64_t mode, ioctls;
-};
-#define UFFDIO_API _IOWR(0xAA, 0x3F, struct uffdio_api)
-#define UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct uffdio_register)
-#define UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct uffdio_range)
-#endif
-#ifndef UFFD_API
-#define UFFD_API UINT64_C(0xAA)
-#endif
-#ifndef UFFDIO_REGISTER_MODE_WP
-#define UFFDIO_REGISTER_MODE_WP (UINT64_C(1) << 1)
-#endif
-#ifndef UFFD_USER_MODE_ONLY
-#define UFFD_USER_MODE_ONLY 1
-#endif
-#ifndef UFFD_FEATURE_WP_UNPOPULATED
-#define UFFD_FEATURE_WP_UNPOPULATED (UINT64_C(1) << 13)
-#endif
-#ifndef UFFD_FEATURE_WP_ASYNC
-#define UFFD_FEATURE_WP_ASYNC (UINT64_C(1) << 15)
-#endif
-#define VECTOR 8192 /* regions one ioctl may report: 192 KiB */
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards everything below */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct dl_registry registry;
 static uint64_t page_bytes;
 static unsigned forks;
-static struct dl_page_region vector[VECTOR];
+static struct page_region vector[DL_SCAN_VECTOR];
 
 /* What tells our descriptors from others that have their numbers by now. A userfaultfd has an inode of its
  * own; every pagemap of a process has the same one, so ours stands at an offset that nobody else chooses. */
@@ -123,7 +90,6 @@ static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent
 
 static int open_descriptors(int *uffd, int *pagemap, enum dl_step *step)
 {
-    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_ASYNC};
     int error;
 
     /* USER_MODE_ONLY: an unprivileged process may have it. With WP_ASYNC nobody ever waits on the
@@ -133,16 +99,18 @@ static int open_descriptors(int *uffd, int *pagemap, enum dl_step *step)
     if (*uffd < 0)
         return -errno;
     *step = DL_STEP_API;
-    if (ioctl(*uffd, UFFDIO_API, &api) < 0)
+    error = dl_uffd_start(*uffd);
+    if (error)
         goto fail;
     *step = DL_STEP_PAGEMAP;
     *pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-    if (*pagemap < 0)
+    if (*pagemap < 0) {
+        error = -errno;
         goto fail;
+    }
     *step = DL_STEP_NONE;
     return 0;
 fail:
-    error = -errno;
     close(*uffd);
     *uffd = -1;
     return error;
@@ -172,41 +140,15 @@ static int have_descriptors(enum dl_step *step)
     return error;
 }
 
-static int registered(int uffd, uint64_t start, uint64_t end)
-{
-    struct uffdio_register want = {{start, end - start}, UFFDIO_REGISTER_MODE_WP, 0};
-
-    return ioctl(uffd, UFFDIO_REGISTER, &want) < 0 ? -errno : 0;
-}
-
-static int scan(int pagemap, struct dl_page_scan *arg, uint64_t start, uint64_t end, int take)
-{
-    /* WRITTEN alone: a written page may have been swapped out since, so PRESENT is not asked for.
-     * CHECK_WPASYNC: memory that was replaced under the tracker answers EPERM, not "clean". */
-    *arg = (struct dl_page_scan){
-        .size = sizeof(*arg),
-        .flags = DL_SCAN_CHECK_WPASYNC | (take ? DL_SCAN_WP_MATCHING : 0),
-        .start = start,
-        .end = end,
-        .vec = (uint64_t)(uintptr_t)vector,
-        .vec_len = VECTOR,
-        .category_mask = DL_PAGE_IS_WRITTEN,
-        .return_mask = DL_PAGE_IS_WRITTEN,
-    };
-    int found = ioctl(pagemap, DL_PAGEMAP_SCAN, arg);
-
-    return found < 0 ? -errno : found;
-}
-
 /* One pass over the span. `words` may be NULL: what is found is then dropped, for this span only. */
 static int walk(struct dl_span *span, uint64_t *words, int take)
 {
     uint64_t at = span->first * page_bytes, end = span->end * page_bytes;
     int shared = dl_registry_count(&registry) > 1, answer = DL_CLEAN;
-    struct dl_page_scan arg;
 
     while (at < end) {
-        int found = scan(ours.pagemap, &arg, at, end, take);
+        /* A full vector ends the walk early. */
+        int found = dl_pagemap_scan(ours.pagemap, &at, end, take, vector);
 
         if (found < 0)
             return found;
@@ -220,10 +162,6 @@ static int walk(struct dl_span *span, uint64_t *words, int take)
         }
         if (found)
             answer = DL_DIRTY;
-        /* A full vector ends the walk early; a kernel that reports no progress would spin us. */
-        if (arg.walk_end <= at)
-            return -EIO;
-        at = arg.walk_end;
     }
     return answer;
 }
@@ -247,7 +185,7 @@ static int start_over(struct dl_span *span)
     int error;
 
     doubt(span);
-    error = registered(ours.uffd, span->first * page_bytes, span->end * page_bytes);
+    error = dl_uffd_register(ours.uffd, span->first * page_bytes, span->end * page_bytes);
     if (!error)
         error = walk(span, NULL, 1);
     if (error >= 0)
@@ -349,10 +287,8 @@ static void forget(struct dl_span *span)
 
     if (uffd_is_ours())
         while (dl_registry_gap(&registry, span, &gap)) {
-            struct uffdio_range range = {gap.first * page_bytes, (gap.end - gap.first) * page_bytes};
-
             /* Memory that was unmapped meanwhile needs no unregistering. */
-            (void)ioctl(ours.uffd, UFFDIO_UNREGISTER, &range);
+            (void)dl_uffd_unregister(ours.uffd, gap.first * page_bytes, gap.end * page_bytes);
         }
     dl_registry_remove(&registry, span);
     if (!dl_registry_count(&registry))
@@ -377,7 +313,7 @@ static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *ste
         *step = DL_STEP_REGISTER;
         error = dl_registry_add(&registry, span);
         if (!error) {
-            error = registered(ours.uffd, span->first * page_size, span->end * page_size);
+            error = dl_uffd_register(ours.uffd, span->first * page_size, span->end * page_size);
             if (!error) {
                 *step = DL_STEP_SCAN;
                 error = walk(span, NULL, 1);
@@ -409,27 +345,31 @@ static void uffd_close(struct dl_span *span)
     pthread_mutex_unlock(&lock);
 }
 
+static int scan_page(int pagemap, uint64_t start, uint64_t end)
+{
+    return dl_pagemap_scan(pagemap, &start, end, 1, vector);
+}
+
 /* Scans one armed page of its own, written once: the answer must be that page. */
 static int probe_scan(int uffd, int pagemap, enum dl_step *step)
 {
     size_t size = (size_t)sysconf(_SC_PAGESIZE);
     volatile char *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     uint64_t start = (uint64_t)(uintptr_t)page;
-    struct dl_page_scan arg;
     int found;
 
     if (page == MAP_FAILED)
         return -errno;
     *step = DL_STEP_REGISTER;
-    found = registered(uffd, start, start + size);
+    found = dl_uffd_register(uffd, start, start + size);
     if (!found) {
         *step = DL_STEP_SCAN;
-        found = scan(pagemap, &arg, start, start + size, 1);
+        found = scan_page(pagemap, start, start + size);
         if (found >= 0)
-            found = scan(pagemap, &arg, start, start + size, 1);
+            found = scan_page(pagemap, start, start + size);
         if (found == 0) {
             page[0] = 1;
-            found = scan(pagemap, &arg, start, start + size, 1);
+            found = scan_page(pagemap, start, start + size);
         } else if (found > 0) {
             found = -EIO;
         }

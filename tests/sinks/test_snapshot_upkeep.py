@@ -157,6 +157,21 @@ def test_a_piece_over_a_base_that_was_laid_over_with_the_piece_itself_is_merged(
     assert tree.check() == ["a", "c", "d"]
 
 
+def test_a_base_over_a_base_is_laid_over(tree):
+    tree.line("a", "b", "c", "d")
+    rebase(tree.directory / "a", tree.directory / "b", sync=False)
+    rebase(tree.directory / "b", tree.directory / "c", sync=False)
+    tree.memory.update(a=tree.memory["b"], b=tree.memory["c"])
+    assert tree.check() == ["a", "b", "c", "d"]
+
+
+def test_a_diff_over_a_base_that_is_being_laid_over_is_refused(tree):
+    tree.line("a", "b")
+    with pytest.raises(SnapshotError, match="about to be removed or replaced"):
+        rebase(tree.directory / "a", tree.directory / "b", sync=False, progress=lambda *_: tree.diff("x", "a"))
+    assert tree.check() == ["a", "b"]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_merged_pruned_flattened_and_rebased_all_that_is_left_restores(tmp_path, make_tree, seed):
     tree = make_tree(tmp_path, seed, npages=8)
@@ -215,9 +230,9 @@ def test_a_diff_that_appears_while_a_prune_waits_keeps_what_it_needs(tree, monke
 def test_a_diff_over_what_is_about_to_go_is_refused(tree):
     tree.line("a", "b", "c")
     with removal.Removal(str(tree.directory), ["b"], patience=0, sync=False):
-        with pytest.raises(SnapshotError, match="about to remove it; take the diff over a snapshot that is kept"):
+        with pytest.raises(SnapshotError, match="about to be removed or replaced; take the diff over one that stays"):
             tree.diff("x", "b")
-        with pytest.raises(SnapshotError, match="about to remove it; try again"):
+        with pytest.raises(SnapshotError, match="about to be removed or replaced; try again"):
             save(tree.directory / "b", b"x", replace=True)
         tree.diff("d", "c")
     tree.diff("x", "b")

@@ -30,7 +30,7 @@ from dirtylog.sinks.snapshot.chain import (
     still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError, hasher
-from dirtylog.sinks.snapshot.removal import announced
+from dirtylog.sinks.snapshot.removal import PATIENCE, Removal, announced
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import seal
 
@@ -104,7 +104,7 @@ def join(
         # What was written over one of these files meanwhile is not lost: it is read, and all of this done again.
         ours = [link for link in links if link.path == path]
         if under is not None and announced(under.path):
-            raise SnapshotError(f"{under.path}: another process is about to remove it; try again when it has")
+            raise SnapshotError(f"{under.path}: it is about to be removed or replaced; try again later")
         if not still_there([*ours, *([] if under is None else [under])]):
             raise ChainMovedError(path)
         own, allocated = seal(staged, footer, held, chunks, state)
@@ -139,6 +139,7 @@ def rebase(
     *,
     orphan: bool = False,
     sync: bool = True,
+    patience: float = PATIENCE,
     search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
@@ -155,6 +156,8 @@ def rebase(
         Go on although other diffs of `base`, or of a file between the two, can then not be restored any more.
     sync : bool
         Survive a power cut (fsync).
+    patience : float
+        How long to wait for writers that are at work in the base's directory, in seconds.
     search : sequence of str or path
         Directories to look for parents in, after each file's own.
     progress : callable, optional
@@ -168,8 +171,8 @@ def rebase(
     Raises
     ------
     SnapshotError
-        `base` is not an ancestor of `diff`; a file between them is missing or damaged; or other diffs would lose their
-        parent, which are named.
+        `base` is not an ancestor of `diff`; a file between them is missing or damaged; other diffs would lose their
+        parent, which are named; or a writer was at work all the time.
     OSError
         The disk is full, ... `base` is what it was.
 
@@ -205,12 +208,24 @@ def rebase(
                 f"{base_path}: {', '.join(orphans[:3])}{' and more' * (len(orphans) > 3)} could not be restored any "
                 "more: their parent would be gone; restore and save them first, remove them, or pass orphan=True"
             )
+        below = follow(base_path, directories)[0][:-1]
+        parent = below[-1] if below else None
         like = replace(
-            target, holds=last.identity, time=tip.time, epoch=tip.epoch, named=tip.named, regions=tip.regions
+            target,
+            # What lies under the base may have been laid over with the base's own memory, which it holds no more.
+            parent_digest=None if parent is None else parent.identity,
+            holds=last.identity,
+            time=tip.time,
+            epoch=tip.epoch,
+            named=tip.named,
+            regions=tip.regions,
         )
-        return join(base_path, links, like, sync=sync, progress=progress)
+        return join(base_path, links, like, sync=sync, progress=progress, under=parent)
 
-    found: Info = settled(work)
+    place, plain = os.path.split(base_path)
+    # What the base holds will be gone, as if it had been removed: no diff over it may appear meanwhile.
+    with Removal(place, [plain], patience=patience, sync=sync):
+        found: Info = settled(work)
     return found
 
 

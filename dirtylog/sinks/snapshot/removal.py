@@ -25,13 +25,15 @@ from typing import Self
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.staged import own_name, part_files, sync_directory, writer_died
 
-__all__ = ["Removal", "announced", "clear", "stale"]
+__all__ = ["PATIENCE", "Removal", "announced", "clear", "stale"]
 
 ANNOUNCEMENTS = ".dirtylog.removing"
 UNFINISHED = ".new"
 MAX_BYTES = 64 << 20
 # How often the part files are looked at while they are waited for, in seconds.
 INTERVAL = 0.005
+# How long writers are waited for, in seconds, unless it is said.
+PATIENCE = 10.0
 # After how many seconds without a write a part file of a writer elsewhere, or before the last boot, is not waited for.
 REST = 3600
 

@@ -28,12 +28,10 @@ from dirtylog.sinks.snapshot.chain import (
 )
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.overlay import join, siblings
-from dirtylog.sinks.snapshot.removal import Removal
+from dirtylog.sinks.snapshot.removal import PATIENCE, Removal
 from dirtylog.sinks.snapshot.staged import part_files
 
 __all__ = ["Entry", "Pruned", "catalog", "clean", "merge", "prune", "thin"]
-
-PATIENCE = 10.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,7 @@ def write(
         )
         vouch()
         if how.replace and announced(path):
-            raise SnapshotError(f"{path}: another process is about to remove it; try again when it has")
+            raise SnapshotError(f"{path}: it is about to be removed or replaced; try again later")
         _unfinished[path] = identity
         own, allocated = seal(staged, footer, pages, chunks, state)
         info = describe(path, footer, own, allocated, how.state, durable=staged.durable)
@@ -364,7 +364,7 @@ def parent_link(
     def vouch() -> None:
         if announced(parent_path):
             raise SnapshotError(
-                f"{parent_path}: another process is about to remove it; take the diff over a snapshot that is kept"
+                f"{parent_path}: it is about to be removed or replaced; take the diff over one that stays"
             )
         # The parent may have been replaced while the pages were copied; by a file of the same memory is no harm.
         if still_there(links[-1:]):

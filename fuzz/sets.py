@@ -158,9 +158,9 @@ class Ring(Target):
         entries = np.frombuffer(data, self.entry, size).copy()
         ring, log = _kvm.Ring(entries, size), _kvm.RingLog()
         for slot, npages in self.slots.items():
-            log.add(slot, npages)
+            log.add(slot, dl.DirtyBitmap(npages))
         drained = log.drain(ring), log.drain(ring)
-        return entries, drained, {slot: log.take(slot, 4096) for slot in self.slots}
+        return entries, drained, {slot: log[slot].harvest() for slot in self.slots}
 
     def judge(self, data: bytes, answer: object) -> None:
         """Compare with a drain in plain Python."""

@@ -14,4 +14,4 @@ cdef class Owed:
     cdef int check(self, DirtyPages pages) except -1
     cdef void note(self, DirtyPages pages, uint64_t said) noexcept
     cdef DirtyPages settled(self, DirtyPages pages, uint64_t state, warn)
-    cdef DirtyPages joined(self, DirtyPages pages)
+    cdef DirtyPages joined(self, DirtyPages pages, uint64_t state)

@@ -186,11 +186,14 @@ cdef class Owed:
             dl_raised()
         return pages
 
-    def peek(self, DirtyPages pages not None):
-        """Return `pages`, which a source still has, with all that is owed; it stays owed."""
+    def peek(self, DirtyPages pages not None, warn=None):
+        """Return `pages`, which a source still has, with all that is owed; it stays owed.
+
+        `warn` is called as by `take`, until an answer has been refused because of it.
+        """
         self.check(pages)
         cdef uint64_t state = dl_load_acquire(&self.state)
-        if not state:
+        if not state and (pages.exact or warn is None):
             return pages
         cdef Block words = block_new(self.words.nwords, False)
         cdef size_t i
@@ -198,7 +201,11 @@ cdef class Owed:
             for i in range(words.nwords):
                 words.words[i] = dl_load_relaxed(self.bits.words + i)
         cdef DirtyPages answer = pages_from_words_block(words, self.bits.npages, self.page_size, True) | pages
-        return inexact(answer) if state & INEXACT else answer
+        if state & INEXACT:
+            answer = inexact(answer)
+        if warn is not None and not answer.exact and not state & SAID:
+            warn(answer)
+        return answer
 
     def __reduce__(self):
         raise TypeError("what a source owes is the source's; it has no pickle")
@@ -239,9 +246,7 @@ cdef class Owed:
             if state:
                 # Flags first: pages that are owed from here on set them again.
                 state = dl_exchange(&self.state, 0)
-                answer = self.joined(pages)
-                if state & INEXACT:
-                    answer = inexact(answer)
+                answer = self.joined(pages, state)
             if warn is not None and not answer.exact and not state & SAID:
                 state |= SAID
                 warn(answer)
@@ -252,8 +257,8 @@ cdef class Owed:
             raise
         return answer
 
-    cdef DirtyPages joined(self, DirtyPages pages):
-        """Take what is owed and join it; MemoryError before or after leaves it owed."""
+    cdef DirtyPages joined(self, DirtyPages pages, uint64_t state):
+        """Take what is owed and join it, `state` being its flags; MemoryError before or after leaves it owed."""
         # Made before anything is taken.
         cdef Block words
         cdef DirtyPages earlier
@@ -266,10 +271,9 @@ cdef class Owed:
         cdef uint64_t count
         with nogil:
             count = dl_harvest(&self.bits, words.words)
-        if not count:
-            return pages
         try:
-            return pages | earlier
+            answer = pages | earlier if count else pages
+            return inexact(answer) if state & INEXACT else answer
         except BaseException:
             self.note(earlier, 0)
             raise
@@ -284,13 +288,19 @@ cdef DirtyPages inexact(DirtyPages pages):
     return answer
 
 
-def take_all(requests) -> dict:
+def take_all(requests, dict taken=None, warn=None) -> dict:
     """Take from several sources, all or none.
 
     Parameters
     ----------
     requests : sequence of (key, Owed, callable)
         Whose pages to take, as by ``owed.take(callable)``.
+    taken : dict, optional
+        Empty; gets the answers, and is what is returned. A caller who is interrupted before it has returned them
+        finds them there, and owes them again.
+    warn : callable, optional
+        Called with a key and its answer, for each that is not exact, when all have been taken. If it raises,
+        everything is owed, and the next answers are handed out without another warning.
 
     Returns
     -------
@@ -300,18 +310,46 @@ def take_all(requests) -> dict:
     Raises
     ------
     Exception
-        What a source, or a signal handler, raised: what the others have given is owed by them.
+        What a source, `warn` or a signal handler raised: what the others have given is owed by them.
     """
     cdef list todo = list(requests)
     # I5: room for every answer before the first is taken.
     cdef list answers = [None] * len(todo)
+    cdef list states = [0] * len(todo)
+    cdef dict result = {} if taken is None else taken
+    cdef bint warned = False
     cdef Py_ssize_t i
+    cdef uint64_t state
+    cdef Owed owed
+    cdef DirtyPages pages
     try:
         for i in range(len(todo)):
-            answers[i] = (<Owed?>todo[i][1]).take(todo[i][2])
-        return {todo[i][0]: answers[i] for i in range(len(todo))}
+            owed = todo[i][1]
+            pages = todo[i][2]()
+            owed.check(pages)
+            answers[i] = pages
+            state = dl_load_acquire(&owed.state)
+            if state:
+                state = dl_exchange(&owed.state, 0)
+                states[i] = state
+                answers[i] = owed.joined(pages, state)
+        if warn is not None:
+            warned = True
+            for i in range(len(todo)):
+                if not (<DirtyPages>answers[i]).exact and not <uint64_t>states[i] & SAID:
+                    warn(todo[i][0], answers[i])
+        for i in range(len(todo)):
+            result[todo[i][0]] = answers[i]
+        if dl_signals_raise():
+            dl_raised()
+        return result
     except BaseException:
         for i in range(len(todo)):
             if answers[i] is not None:
-                (<Owed>todo[i][1]).note(answers[i], 0)
+                pages = answers[i]
+                state = <uint64_t>states[i] & (INEXACT | SAID)
+                if warned and not pages.exact:
+                    state |= SAID
+                (<Owed>todo[i][1]).note(pages, state)
+        result.clear()
         raise

@@ -368,15 +368,28 @@ class VM:
         """
         if self.rings is None:
             raise OSError(errno.EINVAL, "the machine has no dirty rings; create it with dirty_ring=4096")
-        with self.slots_lock:
-            return self.rings.harvest()
+        taken: dict[int, DirtyPages] = {}
+        try:
+            with self.slots_lock:
+                self.rings.harvest(taken)
+            # Not inside: a signal handler may run when the lock has been released.
+            return taken
+        except BaseException:
+            self.rings.owe(taken)
+            raise
 
     def harvest(self, slot: int) -> DirtyPages:
         """Get and clear a slot's log, whichever way the machine keeps it; what `slot(id).harvest()` does."""
         slot = operator.index(slot)
         if self.rings is not None:
-            with self.slots_lock:
-                return self.rings.take(slot, clear=True)
+            taken: dict[int, DirtyPages] = {}
+            try:
+                with self.slots_lock:
+                    self.rings.take(slot, taken)
+                return taken[slot]
+            except BaseException:
+                self.rings.owe(taken)
+                raise
         if not self.manual_protect:
             return self.get_dirty_log(slot)
         # Two calls to the machine make one harvest: two harvesters must not both report what is between them.
@@ -391,7 +404,7 @@ class VM:
         slot = operator.index(slot)
         if self.rings is not None:
             with self.slots_lock:
-                return self.rings.take(slot, clear=False)
+                return self.rings.peek(slot)
         return dirty_log.peek(self, slot)
 
     def __repr__(self) -> str:

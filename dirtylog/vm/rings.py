@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog._bits.owed import Owed, take_all
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError
 
@@ -64,7 +67,8 @@ class Rings:
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
-        self.pending: dict[int, DirtyPages] = {}
+        # By slot: drained from the rings and not handed out.
+        self.owed: dict[int, Owed] = {}
 
     def drain(self) -> None:
         """Fetch, write-protect, flush, keep the pages, and make room: in this order.
@@ -96,28 +100,44 @@ class Rings:
         for slot in found:
             vm.arch.flush_tlbs(vm, slot)
         for slot, pages in found.items():
-            self.pending[slot] = self.pending[slot] | pages if slot in self.pending else pages
+            self._of(slot, pages.npages).owe(pages)
         vm.mmu.ring_release()
 
-    def harvest(self) -> dict[int, DirtyPages]:
-        """Return what every slot that keeps a log has, and forget it."""
+    def harvest(self, taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
+        """Return what every slot that keeps a log has, and forget it.
+
+        `taken` gets it as well: whatever breaks until the caller has returned it, `owe` takes it (I5).
+        """
         self.drain()
-        pages = {region.slot: self._of(region.slot, region.npages) for region in self.vm.regions() if region.log_dirty}
-        # I5: from here on nothing fails.
-        self.pending.clear()
-        return pages
+        logging = [(region.slot, region.npages) for region in self.vm.regions() if region.log_dirty]
+        return take_all([(slot, self._of(slot, n), functools.partial(self._none, n)) for slot, n in logging], taken)
 
-    def _of(self, slot: int, npages: int) -> DirtyPages:
-        return self.pending.get(slot) or DirtyPages._empty(npages, self.vm.page_size)
+    def owe(self, taken: dict[int, DirtyPages]) -> None:
+        """Keep for the next harvest what was taken and not handed out."""
+        for slot, pages in taken.items():
+            # A slot that is gone, or another one by now, has nobody who asks for them.
+            with contextlib.suppress(KeyError, ValueError):
+                self.owed[slot].owe(pages)
 
-    def take(self, slot: int, clear: bool) -> DirtyPages:
-        """Return what one slot has; the others' pages wait for their turn."""
+    def _none(self, npages: int) -> DirtyPages:
+        return DirtyPages._empty(npages, self.vm.page_size)
+
+    def _of(self, slot: int, npages: int) -> Owed:
+        if slot not in self.owed:
+            self.owed[slot] = Owed(npages, self.vm.page_size)
+        return self.owed[slot]
+
+    def take(self, slot: int, taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
+        """Return what one slot has, as `harvest` does; the others' pages wait for their turn."""
         npages = self.vm.check_log(slot)
         self.drain()
-        pages = self._of(slot, npages)
-        if clear:
-            self.pending.pop(slot, None)
-        return pages
+        return take_all([(slot, self._of(slot, npages), functools.partial(self._none, npages))], taken)
+
+    def peek(self, slot: int) -> DirtyPages:
+        """Return what one slot has, and keep it."""
+        npages = self.vm.check_log(slot)
+        self.drain()
+        return self._of(slot, npages).peek(self._none(npages))
 
     def forget(self, slot: int) -> None:
         """Drop the pages of a slot that is deleted or keeps no log any more: the next of its id must not get them.
@@ -125,4 +145,4 @@ class Rings:
         Calls no hook, so it cannot fail half-way: other slots' entries wait for the next drain.
         """
         self.vm.mmu.ring_forget(slot)
-        self.pending.pop(slot, None)
+        self.owed.pop(slot, None)

@@ -230,9 +230,9 @@ class RingMachine(RuleBasedStateMachine):
     def add(self, slot, npages):
         if slot in self.slots:
             with pytest.raises(ValueError, match="known already"):
-                self.log.add(slot, npages)
+                self.log.add(slot, dl.DirtyBitmap(npages))
         else:
-            self.log.add(slot, npages)
+            self.log.add(slot, dl.DirtyBitmap(npages))
             self.slots[slot] = (npages, set())
 
     @rule(slot=st.integers(0, 5))
@@ -275,12 +275,12 @@ class RingMachine(RuleBasedStateMachine):
     @rule(slot=st.integers(0, 5))
     def take(self, slot):
         if slot in self.slots:
-            assert set(self.log.copy(slot, 4096)) == self.slots[slot][1]
-            assert set(self.log.take(slot, 4096)) == self.slots[slot][1]
+            assert set(self.log[slot].peek()) == self.slots[slot][1]
+            assert set(self.log[slot].harvest()) == self.slots[slot][1]
             self.slots[slot][1].clear()
         else:
             with pytest.raises(KeyError):
-                self.log.take(slot, 4096)
+                self.log[slot]
 
 
 TestRingMachine = RingMachine.TestCase

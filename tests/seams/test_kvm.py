@@ -59,6 +59,38 @@ def test_a_slot_of_rings_whose_deletion_is_interrupted_can_be_made_again(vm):
     assert vm.harvest_rings()[0].npages == 32
 
 
+def test_rings_whose_enabling_is_interrupted_are_enabled(vm):
+    vm.set_memory_region(0, GFN, 64)
+    vm._handle = Interrupting(vm._handle, _kvm.ENABLE_CAP)
+    with pytest.raises(KeyboardInterrupt):
+        vm.enable_dirty_ring(1024)
+    guest = Guest(vm, gfn=0, capacity=64, padding=64)
+    guest.write([GFN + 5])
+    assert vm.harvest_rings()[0].indices().tolist() == [5]
+
+
+def test_manual_protection_whose_enabling_is_interrupted_is_enabled(vm):
+    vm.set_memory_region(0, GFN, 64)
+    vm._handle = Interrupting(vm._handle, _kvm.ENABLE_CAP)
+    with pytest.raises(KeyboardInterrupt):
+        vm.enable_manual_protect()
+    guest = Guest(vm, gfn=0, capacity=64)
+    guest.write([GFN + 5])
+    assert vm.slot(0).harvest().indices().tolist() == [5]
+    assert not vm.slot(0).harvest()
+
+
+def test_a_vcpu_whose_making_failed_has_one_ring(vm, monkeypatch):
+    vm.enable_dirty_ring(1024)
+    vm.set_memory_region(0, GFN, 64)
+    with monkeypatch.context() as patch:
+        patch.setattr("dirtylog.sources.kvm.machine.Vcpu", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            vm.create_vcpu()
+    vm.create_vcpu()
+    assert len(vm._rings.rings) == len(vm._rings.vcpus) == 1
+
+
 def test_a_vcpu_whose_making_is_interrupted_is_made_the_next_time(vm):
     vm._handle = Interrupting(vm._handle, _kvm.CREATE_VCPU)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,8 @@
 """I5: what was taken and not handed out is in the next answer, whatever broke in between."""
 
+import contextlib
 import functools
+import itertools
 import threading
 import warnings
 
@@ -178,6 +180,56 @@ def test_several_sources_are_taken_all_or_none():
     assert not first
 
 
+def test_several_inexact_answers_are_warned_of_together_and_once():
+    """Where warnings are errors, the second call has all of them, however many sources warn."""
+    shown = []
+
+    def warn(key, answer):
+        shown.append((key, answer.count))
+        raise UserWarning
+
+    first, second, third = Owed(64), Owed(64), Owed(64)
+    vague = functools.partial(pages, 1, exact=False)
+    with pytest.raises(UserWarning):
+        take_all([(1, first, vague), (2, second, functools.partial(pages, 2)), (3, third, vague)], {}, warn)
+    answers = take_all([(1, first, pages), (2, second, pages), (3, third, pages)], None, warn)
+    assert {key: (answer.indices().tolist(), answer.exact) for key, answer in answers.items()} == {
+        1: ([1], False),
+        2: ([2], True),
+        3: ([1], False),
+    }
+    assert shown == [(1, 1)]
+
+
+def test_an_interrupt_after_several_were_taken_owes_them(raising_signal):
+    owed, taken = Owed(64), {}
+
+    last = functools.partial(dl.DirtyBitmap(64).peek, raising_signal)  # raises its signal in C, and looks away
+    with pytest.raises(KeyboardInterrupt):
+        take_all([(1, owed, functools.partial(pages, 5)), (2, Owed(64), last)], taken)
+    assert taken == {}
+    assert owed.take(pages).indices().tolist() == [5]
+
+
+def test_a_peek_that_warns_takes_nothing():
+    shown = []
+
+    def warn(answer):
+        shown.append(answer.count)
+        raise UserWarning
+
+    owed = Owed(64)
+    owed.owe_everything()
+    with pytest.raises(UserWarning):
+        owed.peek(pages(1), warn)
+    with pytest.raises(UserWarning):
+        owed.take(pages, warn=warn)
+    assert owed.peek(pages(1), warn).count == 64
+    assert owed.take(pages, warn=warn).count == 64
+    assert owed.peek(pages(1), warn).exact
+    assert shown == [64, 64]
+
+
 def test_threads_that_owe_and_take_lose_nothing_and_take_nothing_twice():
     owed = Owed(4096)
     none = dl.DirtyPages.from_indices([], 4096)
@@ -247,3 +299,20 @@ def test_warnings_as_errors_lose_no_page_of_a_tracker():
                 tracker.harvest()
             assert tracker.harvest().count == 4
         assert tracker.harvest().count == 0
+
+
+def test_a_harvest_of_rings_that_is_interrupted_anywhere_has_its_pages_in_the_next(interrupt_class):
+    vm = dl.VM(dirty_ring=128)
+    vm.set_memory_region(0, base_gfn=0, npages=64)
+    for ask in (lambda: vm.harvest_rings()[0], vm.slot(0).harvest):
+        for n in itertools.count(1):
+            vm.vcpus[0].touch([5])
+            taken = []
+            interrupt = interrupt_class(n, "vm/rings.py", "vm/machine.py")
+            with contextlib.suppress(KeyboardInterrupt), interrupt.active():
+                taken.append(ask())
+            if not interrupt.where:
+                break
+            vm.vcpus[0].touch([7])
+            assert vm.harvest_rings()[0].indices().tolist() == ([7] if taken else [5, 7]), interrupt.where
+        assert n > 10

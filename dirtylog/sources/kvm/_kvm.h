@@ -14,7 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
-#include "dirtylog/bits.h"
+#include "dirtylog/bitmap.h"
 
 struct dl_kvm_region {
     uint32_t slot;
@@ -329,10 +329,8 @@ struct dl_ring {
 };
 
 struct dl_ring_slot {
-    uint64_t npages;
-    uint64_t *words;
+    const struct dl_bitmap *bits;
     uint32_t id;
-    int touched;
 };
 
 struct dl_ring_result {
@@ -372,8 +370,8 @@ static inline struct dl_ring_slot *dl_ring_find(struct dl_ring_slot *slots, size
     return low < nslots && slots[low].id == id ? &slots[low] : NULL;
 }
 
-/* Move what the ring holds into the slots' words. Plain stores to the words:
- * the caller holds the VM's harvest lock. `slots` is sorted by id. */
+/* Move what the ring holds into the slots' bitmaps; `slots` is sorted by id. The
+ * caller holds the VM's harvest lock: the ring has one reader. */
 static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct dl_ring_slot *slots, size_t nslots)
 {
     struct dl_ring_result result = {0};
@@ -382,7 +380,7 @@ static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct d
     uint32_t drained = 0;
     /* Copies of what the loop needs: its stores might alias the originals. */
     uint32_t id = 0;
-    uint64_t npages = 0, *words = NULL;
+    struct dl_bitmap bits = {0};
 
 again:
     for (; drained < ring->size; drained++) {
@@ -395,13 +393,10 @@ again:
         if (!slot || id != entry->slot) {
             id = entry->slot;
             slot = dl_ring_find(slots, nslots, id);
-            npages = slot ? slot->npages : 0;
-            words = slot ? slot->words : NULL;
-            if (slot)
-                slot->touched = 1;
+            bits = slot ? *slot->bits : (struct dl_bitmap){0};
         }
-        if (offset < npages) {
-            words[offset / DL_WORD_PAGES] |= dl_bit(offset);
+        if (offset < bits.npages) {
+            dl_mark(&bits, offset);
         } else {
             result.foreign++;
             result.bad_slot = id;

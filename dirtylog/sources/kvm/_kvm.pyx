@@ -14,9 +14,10 @@ from libc.string cimport memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
-from dirtylog._bits.blocks cimport Block, block_new
+from dirtylog._bits.blocks cimport Block, block_new, dl_bitmap
 from dirtylog._bits.owed cimport Owed
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_from_words_block
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._core cimport DirtyBitmap
 
 import os
 
@@ -42,10 +43,8 @@ cdef extern from "sources/kvm/_kvm.h" nogil:
         uint32_t fetch
         int full
     struct dl_ring_slot:
-        uint64_t npages
-        uint64_t *words
+        const dl_bitmap *bits
         uint32_t id
-        int touched
     struct dl_ring_result:
         uint64_t drained
         uint64_t foreign
@@ -233,7 +232,7 @@ cdef class Handle:
         self.fd = -1
 
     def ioctl(self, unsigned long request, argument, str what, Pinned ending=None, dict forget=None, key=None,
-              list record=None) -> int:
+              list record=None, value=None) -> int:
         """Call ioctl without the GIL.
 
         Parameters
@@ -249,8 +248,9 @@ cdef class Handle:
         forget, key : dict and its key, optional
             Removed once the kernel has done it, before any signal handler runs: what the kernel has
             deleted is known to nobody any more.
-        record : list of int, optional
-            Its first item becomes the kernel's answer, before any signal handler runs.
+        record : list, optional
+            Its first item becomes `value`, or the kernel's answer where that is None, before any signal handler
+            runs: what the kernel has changed is known here.
 
         Returns
         -------
@@ -283,7 +283,7 @@ cdef class Handle:
                 dl_gate_leave(&self.gate)
             if result >= 0:
                 if record is not None:
-                    record[0] = result
+                    record[0] = result if value is None else value
                 if forget is not None:
                     forget.pop(key, None)
                 return result
@@ -570,30 +570,20 @@ cdef class Ring:
         return self.ring.size
 
 
-def take_slots(log, list slots not None, page_size, dict taken not None) -> None:
-    """Take what a log has for some slots into `taken`, by slot: no signal handler runs between a taking and its record.
-
-    A slot that could not be taken is None there.
-    """
-    for slot in slots:
-        # I5: its place is there before anything is taken.
-        taken[slot] = None
-        taken[slot] = log.take(slot, page_size)
-
-
 @cython.final
 cdef class RingLog:
-    """What the rings of one VM reported and nobody has taken yet, slot by slot.
+    """The slots that the rings of one VM name: for each a bitmap that a drain marks.
 
     Notes
     -----
-    Not thread-safe: the VM's harvest lock is held around every call. Memory:
-    one bitmap for each logging slot.
+    The VM's harvest lock is held around every call: a ring has one reader. The bitmaps may be harvested and
+    marked by anybody at any time.
     """
 
     cdef dl_ring_slot *slots
     cdef size_t nslots
-    cdef list blocks
+    # DirtyBitmap, in the order of `slots`, which points into them.
+    cdef list bitmaps
     # Entries that we marked for reset and KVM has not taken back.
     cdef uint64_t outstanding
     # What `drain_and_reset` has found wrong; nothing but `RingLog` itself forgets it.
@@ -603,7 +593,7 @@ cdef class RingLog:
     cdef int foreign_ring
 
     def __cinit__(self):
-        self.blocks = []
+        self.bitmaps = []
         self.overflowed = self.foreign_ring = -1
 
     def __dealloc__(self):
@@ -623,11 +613,14 @@ cdef class RingLog:
                 return <Py_ssize_t>i
         raise KeyError(slot)
 
-    def add(self, uint32_t slot, uint64_t npages) -> None:
-        """Begin to collect for a slot; ValueError when it is known already."""
+    def __getitem__(self, uint32_t slot) -> DirtyBitmap:
+        """Return a slot's bitmap; KeyError when unknown."""
+        return self.bitmaps[self.find(slot)]
+
+    def add(self, uint32_t slot, DirtyBitmap bitmap not None) -> None:
+        """Begin to mark the pages of a slot in `bitmap`; ValueError when it is known already."""
         if slot in self:
             raise ValueError(f"slot {slot} is known already; remove it first")
-        cdef Block block = block_new(dl_words_for(npages), True)
         cdef dl_ring_slot *grown = <dl_ring_slot *>realloc(self.slots, (self.nslots + 1) * sizeof(dl_ring_slot))
         cdef size_t place = 0
         if grown == NULL:
@@ -635,17 +628,17 @@ cdef class RingLog:
         self.slots = grown
         while place < self.nslots and grown[place].id < slot:
             place += 1
-        self.blocks.insert(place, block)
+        self.bitmaps.insert(place, bitmap)
         memmove(&grown[place + 1], &grown[place], (self.nslots - place) * sizeof(dl_ring_slot))
-        grown[place] = dl_ring_slot(npages=npages, words=block.words, id=slot, touched=0)
+        grown[place] = dl_ring_slot(bits=&bitmap.bits, id=slot)
         self.nslots += 1
 
     def remove(self, uint32_t slot) -> None:
-        """Drop a slot and what was collected for it; KeyError when unknown."""
+        """Mark the pages of a slot no longer; KeyError when unknown."""
         cdef size_t place = <size_t>self.find(slot)
         self.nslots -= 1
         memmove(&self.slots[place], &self.slots[place + 1], (self.nslots - place) * sizeof(dl_ring_slot))
-        del self.blocks[place]
+        del self.bitmaps[place]
 
     def drain(self, Ring ring) -> tuple[int, bool, tuple[int, int, int]]:
         """Empty one ring into the slots' bitmaps, without the GIL.
@@ -740,40 +733,3 @@ cdef class RingLog:
     def forget_foreign(self) -> None:
         """Note that every slot knows of the foreign entry by now."""
         self.foreign_ring = -1
-
-    def put_back(self, uint32_t slot, DirtyPages pages not None) -> None:
-        """Collect pages again that were taken and not handed out (I5); for a slot that is gone, do nothing."""
-        if slot not in self:
-            return
-        cdef dl_ring_slot *entry = &self.slots[self.find(slot)]
-        cdef size_t i
-        if pages.dense is not None and pages.npages == entry.npages:
-            for i in range(pages.dense.nwords):
-                entry.words[i] |= pages.dense.words[i]
-            entry.touched = 1
-
-    def take(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
-        """Hand out what was collected for a slot and start again; KeyError when unknown."""
-        cdef size_t place = <size_t>self.find(slot)
-        cdef dl_ring_slot *entry = &self.slots[place]
-        cdef Block taken, fresh
-        if not entry.touched:
-            return DirtyPages._empty(entry.npages, page_size)
-        # I5: the replacement exists before anything is taken.
-        fresh = block_new(dl_words_for(entry.npages), True)
-        taken = self.blocks[place]
-        # So does the answer: nothing below fails.
-        cdef DirtyPages pages = pages_from_words_block(taken, entry.npages, page_size, True)
-        self.blocks[place] = fresh
-        entry.words = fresh.words
-        entry.touched = 0
-        return pages
-
-    def copy(self, uint32_t slot, uint64_t page_size) -> DirtyPages:
-        """Return what was collected for a slot and keep it; KeyError when unknown."""
-        cdef size_t place = <size_t>self.find(slot)
-        cdef dl_ring_slot *entry = &self.slots[place]
-        cdef size_t nwords = dl_words_for(entry.npages)
-        cdef Block block = block_new(nwords, False)
-        memcpy(block.words, entry.words, nwords * 8)
-        return pages_from_words_block(block, entry.npages, page_size, True)

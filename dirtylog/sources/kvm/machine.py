@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -75,13 +75,23 @@ class VM(Resource):
         self._run_size = run_size
         self._lock = threading.RLock()
         self._regions: dict[int, Region] = {}
-        self._manual = False
+        # How the log is kept: a bitmap (None), a bitmap under manual protection, or rings. In a list, where the call
+        # that makes the kernel change its ways notes it.
+        self._way: list[Literal["manual"] | Rings | None] = [None]
         self._vcpus: list[Vcpu] = []
         # The descriptor of a vCPU that the kernel has made and we have not wrapped yet, or -1.
         self._unwrapped = [-1]
-        self._rings: Rings | None = None
         _machines.add(self)
         self._closed = False
+
+    @property
+    def _rings(self) -> Rings | None:
+        way = self._way[0]
+        return way if isinstance(way, Rings) else None
+
+    @property
+    def _manual(self) -> bool:
+        return self._way[0] == "manual"
 
     def __repr__(self) -> str:
         """Show slots, vCPUs and whether it is open."""
@@ -288,7 +298,8 @@ class VM(Resource):
         # lock costs as much as the rest of this method.
         region = self._regions.get(slot) or self._region(slot)
         words = None if out is None else check_out(slot, out, region.npages)
-        pages = region.look(self._handle) if self._manual else region.report(self._handle, keep=False)
+        manual = self._way[0] == "manual"
+        pages = region.look(self._handle) if manual else region.report(self._handle, keep=False)
         if words is not None:
             try:
                 words[:] = pages.words
@@ -363,11 +374,12 @@ class VM(Resource):
             if self._rings:
                 # Initially-all-set leaves pages writable that a ring would have to hear of.
                 refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
-            self._enable(f"{name} with {wanted}", number, wanted)
-            self._manual = True
+            self._enable(f"{name} with {wanted}", number, wanted, "manual")
 
-    def _enable(self, what: str, number: int, argument: int) -> None:
-        self._handle.ioctl(_kvm.ENABLE_CAP, bytearray(_ENABLE.pack(number, 0, argument)), f"KVM_ENABLE_CAP of {what}")
+    def _enable(self, what: str, number: int, argument: int, way: Literal["manual"] | Rings) -> None:
+        """Change how the log is kept, here and in the kernel, by one call: an interrupt finds both or none."""
+        packed = bytearray(_ENABLE.pack(number, 0, argument))
+        self._handle.ioctl(_kvm.ENABLE_CAP, packed, f"KVM_ENABLE_CAP of {what}", record=self._way, value=way)
 
     # ---- rings ---------------------------------------------------------------
 
@@ -407,12 +419,12 @@ class VM(Resource):
                 refuse(errno.EINVAL, "manual protection and dirty rings exclude each other in one VM")
             if self._rings:
                 refuse(errno.EINVAL, f"dirty rings of {self._rings.entries} entries are enabled already")
-            self._enable(f"{name}, {entries} entries per ring", number, entries * _RING_ENTRY_BYTES)
+            # Complete before the kernel hears of it.
             rings = Rings(entries, self.page_size, self._lock)
             for region in self._regions.values():
                 if region.log_dirty:
                     rings.add_slot(region.slot, region.npages)
-            self._rings = rings
+            self._enable(f"{name}, {entries} entries per ring", number, entries * _RING_ENTRY_BYTES, rings)
 
     def harvest_rings(self) -> dict[int, DirtyPages]:
         """Empty the rings of all vCPUs and report the pages written since the last harvest.
@@ -464,19 +476,12 @@ class VM(Resource):
         try:
             with self._lock:
                 rings.drain(self._handle)
-                logging = [region for region in self._regions.values() if region.log_dirty]
-                # A warning made an error leaves by here, before anything was taken; the next call warns no more.
-                rings.warn_if_incomplete([region.slot for region in logging], stacklevel=3)
-                rings.take({region.slot: region.npages for region in logging}, taken)
+                rings.take([region.slot for region in self._regions.values() if region.log_dirty], taken, 4)
             # Not inside: a signal handler may run when the lock has been released.
             return taken
         except BaseException:
-            self._put_back(rings, taken)
+            rings.owe(taken)
             raise
-
-    def _put_back(self, rings: Rings, taken: dict[int, DirtyPages]) -> None:
-        with self._lock:
-            rings.put_back(taken)
 
     # ---- sources and vCPUs -----------------------------------------------------
 
@@ -493,11 +498,10 @@ class VM(Resource):
                 with self._lock:
                     region = self._still(region)
                     rings.drain(self._handle)
-                    rings.warn_if_incomplete([region.slot], stacklevel=4)
-                    rings.take({region.slot: region.npages}, taken)
+                    rings.take([region.slot], taken, 5)
                 return taken[region.slot]
             except BaseException:
-                self._put_back(rings, taken)
+                rings.owe(taken)
                 raise
         with self._lock:
             region = self._still(region)
@@ -511,7 +515,7 @@ class VM(Resource):
             region = self._still(region)
             if self._rings:
                 self._rings.drain(self._handle)
-                return self._rings.peek(region.slot, region.npages)
+                return self._rings.peek(region.slot, 5)
             # Manual protection keeps the bits itself.
             return region.look(self._handle) if self._manual else region.report(self._handle, keep=True)
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from typing import Any
+from collections.abc import Iterable
 
+from dirtylog._bits.owed import Owed, take_all
 from dirtylog._bits.pages import DirtyPages
+from dirtylog._core import DirtyBitmap
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources.kvm import _kvm
 
 __all__ = ["Rings"]
+
+
+class _Collected:
+    """What the rings reported for one slot, and what of it is owed to its user."""
+
+    __slots__ = ("bitmap", "npages", "owed", "why")
+
+    def __init__(self, npages: int, page_size: int) -> None:
+        self.npages: int = npages
+        self.bitmap: DirtyBitmap = DirtyBitmap(npages, page_size)
+        # I5: taken from the bitmap and not handed out; and everything, when an entry made no sense (I6).
+        self.owed: Owed = Owed(npages, page_size)
+        self.why: str = ""
 
 
 class Rings:
@@ -35,11 +51,10 @@ class Rings:
     """
 
     __slots__ = (
-        "_incomplete",
         "_lock",
         "_log",
         "_page_size",
-        "_told",
+        "_slots",
         "entries",
         "harvests",
         "rings",
@@ -54,10 +69,7 @@ class Rings:
         self._lock = lock
         self._page_size = page_size
         self._log = _kvm.RingLog()
-        # By slot: why its next harvest reports everything. None: nothing is wrong.
-        self._incomplete: dict[int, str] = {}
-        # Slots whose warning raised: they are taken without another one.
-        self._told: set[int] = set()
+        self._slots: dict[int, _Collected] = {}
 
     def add_vcpu(self, index: int, handle: _kvm.VcpuHandle) -> _kvm.Ring:
         """Map the ring of vCPU `index`, which may have failed to be made before; OSError when it cannot be mapped."""
@@ -69,14 +81,13 @@ class Rings:
 
     def add_slot(self, slot: int, npages: int) -> None:
         """Begin to collect for a slot: before the kernel hears of it."""
-        self._log.add(slot, npages)
-        self._incomplete[slot] = ""
+        self._slots[slot] = _Collected(npages, self._page_size)
+        self._log.add(slot, self._slots[slot].bitmap)
 
     def remove_slot(self, slot: int) -> None:
         """Drop what was collected for a slot."""
         self._log.remove(slot)
-        self._incomplete.pop(slot, None)
-        self._told.discard(slot)
+        self._slots.pop(slot, None)
 
     def drain(self, handle: _kvm.Handle) -> None:
         """Read the entries and mark them for reset, then let KVM write-protect their pages again.
@@ -101,7 +112,9 @@ class Rings:
         if self._log.foreign is not None:
             index, slot, offset = self._log.foreign
             why = f"the dirty ring of vCPU {index} named offset {offset} of slot {slot}, which is not a page of ours"
-            self._incomplete = dict.fromkeys(self._incomplete, why)
+            for collected in self._slots.values():
+                collected.why = why
+                collected.owed.owe_everything()
             self._log.forget_foreign()
 
     @property
@@ -120,72 +133,48 @@ class Rings:
         """Whether anything is kept for a slot."""
         return slot in self._log
 
-    def warn_if_incomplete(self, slots: list[int], stacklevel: int) -> None:
-        """Warn of slots whose next harvest reports everything; one whose warning raised is taken without another.
+    def _warn(self, stacklevel: int, slot: int, _: DirtyPages) -> None:
+        message = f"slot {slot}: {self._lost or self._slots[slot].why}; every page is reported"
+        warnings.warn(IncompleteLogWarning(message), stacklevel=stacklevel)
+
+    def _asked(self, slot: int) -> _Collected:
+        collected = self._slots[slot]
+        if self._lost:
+            # I6: for good.
+            collected.owed.owe_everything()
+        return collected
+
+    def take(self, slots: Iterable[int], taken: dict[int, DirtyPages], stacklevel: int) -> dict[int, DirtyPages]:
+        """Hand out what some slots have, and warn of those that have everything.
 
         Parameters
         ----------
-        slots : list of int
-            About to be taken.
+        slots : iterable of int
+            All of them, or none, are taken.
+        taken : dict of int to DirtyPages
+            Empty; gets the answers. Whatever breaks until the caller has returned it, `owe` takes it (I5).
         stacklevel : int
             Of `warnings.warn`: the user's frame.
         """
-        suspects = [slot for slot in slots if self._why(slot) and slot not in self._told]
-        try:
-            for slot in suspects:
-                self._warn(slot, stacklevel + 1)
-        except BaseException:
-            # Else a program that makes errors of warnings would never get its pages.
-            self._told.update(suspects)
-            raise
+        requests = []
+        for slot in slots:
+            collected = self._asked(slot)
+            requests.append((slot, collected.owed, collected.bitmap.harvest))
+        return take_all(requests, taken, functools.partial(self._warn, stacklevel))
 
-    def _why(self, slot: int) -> str:
-        return self._lost or self._incomplete[slot]
-
-    def _warn(self, slot: int, stacklevel: int) -> None:
-        message = f"slot {slot}: {self._why(slot)}; every page is reported"
-        warnings.warn(IncompleteLogWarning(message), stacklevel=stacklevel)
-
-    def take(self, sizes: dict[int, int], taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
-        """Hand out what some slots have, given their sizes in pages; after `warn_if_incomplete`.
-
-        Parameters
-        ----------
-        sizes : dict of int to int
-            The slots, and their sizes in pages.
-        taken : dict of int to DirtyPages
-            Empty; gets every answer at the moment at which it is taken. Whatever breaks until the caller has
-            returned it, `put_back` takes it (I5).
-        """
-        # I5: these exist before anything is taken.
-        everything = {
-            slot: DirtyPages._all(npages, self._page_size, exact=False)
-            for slot, npages in sizes.items()
-            if self._why(slot)
-        }
-        _kvm.take_slots(self._log, list(sizes), self._page_size, taken)
-        for slot, pages in everything.items():
-            taken[slot] = pages
-            self._incomplete[slot] = ""
-        self._told.difference_update(sizes)
-        return taken
-
-    def put_back(self, taken: dict[int, Any]) -> None:
-        """Keep for the next harvest what was taken and not handed out."""
+    def owe(self, taken: dict[int, DirtyPages]) -> None:
+        """Keep for the next harvest what was taken and not handed out; without the lock."""
         for slot, pages in taken.items():
-            if pages is None:
-                continue
-            if slot in self._incomplete and not pages.exact:
-                self._incomplete[slot] = "a harvest of everything was not handed out"
-            self._log.put_back(slot, pages)
+            collected = self._slots.get(slot)
+            # It may be gone, or another one.
+            if collected is not None and collected.npages == pages.npages:
+                collected.owed.owe(pages)
 
-    def peek(self, slot: int, npages: int) -> DirtyPages:
+    def peek(self, slot: int, stacklevel: int) -> DirtyPages:
         """Report what a slot has, and keep it."""
-        if self._why(slot):
-            if slot not in self._told:
-                self._warn(slot, 5)
-            return DirtyPages._all(npages, self._page_size, exact=False)
-        return self._log.copy(slot, self._page_size)
+        collected = self._asked(slot)
+        warn = functools.partial(self._warn, stacklevel, slot)
+        return collected.owed.peek(collected.bitmap.peek(), warn)
 
     def note_full(self, ring: _kvm.Ring, harvests: int) -> None:
         """Note that KVM_RUN called a ring full.

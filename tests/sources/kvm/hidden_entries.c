@@ -105,7 +105,8 @@ static void *run(void *argument)
 int main(int argc, char **argv)
 {
     int kicks = argc < 2 || strcmp(argv[1], "no-kick") != 0;
-    static uint64_t words[VCPUS][PAGES / 64 + 1];
+    static uint64_t words[VCPUS][PAGES / 64 + 1], summary[VCPUS][1];
+    struct dl_bitmap bitmaps[VCPUS];
     struct dl_ring_slot slots[VCPUS];
     pthread_t threads[VCPUS];
     uint64_t missed = 0, exits[VCPUS], before[VCPUS];
@@ -117,7 +118,8 @@ int main(int argc, char **argv)
     action.sa_handler = arrives;
     sigaction(number, &action, NULL);
     for (int i = 0; i < VCPUS; i++) {
-        slots[i] = (struct dl_ring_slot){PAGES, words[i], (uint32_t)i, 0};
+        bitmaps[i] = (struct dl_bitmap){words[i], summary[i], PAGES};
+        slots[i] = (struct dl_ring_slot){&bitmaps[i], (uint32_t)i};
         vcpus[i].ring = (struct dl_ring){vcpus[i].entries, ENTRIES, 0, 0};
         dl_runner_init(&vcpus[i].runner);
         /* One that does not run when it is asked is not waited for, though it runs by then. */

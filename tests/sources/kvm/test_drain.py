@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dirtylog import DirtyBitmap
 from dirtylog.sources.kvm import _kvm
 
-PAGE = 4096
 DIRTY, RESET = 1, 2
 ENTRY = np.dtype([("flags", "<u4"), ("slot", "<u4"), ("offset", "<u8")])
 
@@ -41,7 +41,7 @@ class FakeRing:
 def log_of(slots):
     log = _kvm.RingLog()
     for slot, npages in slots.items():
-        log.add(slot, npages)
+        log.add(slot, DirtyBitmap(npages))
     return log
 
 
@@ -54,8 +54,8 @@ def test_drained_entries_are_the_slots_pages_and_are_marked_for_reset():
     for slot, offset in [(0, 0), (7, 999), (0, 99), (7, 64), (7, 64)]:
         fake.push(slot, offset)
     assert log.drain(fake.ring) == (5, False, NOTHING_FOREIGN)
-    assert log.take(0, PAGE).indices().tolist() == [0, 99]
-    assert log.take(7, PAGE).indices().tolist() == [64, 999]
+    assert log[0].harvest().indices().tolist() == [0, 99]
+    assert log[7].harvest().indices().tolist() == [64, 999]
     assert fake.entries["flags"].tolist() == [RESET] * 5 + [0] * 11
 
 
@@ -63,7 +63,7 @@ def test_an_empty_ring_gives_nothing():
     fake = FakeRing(16)
     log = log_of({0: 100})
     assert log.drain(fake.ring) == (0, False, NOTHING_FOREIGN)
-    assert log.take(0, PAGE).count == 0
+    assert log[0].harvest().count == 0
 
 
 def test_a_drain_goes_on_where_the_last_one_stopped_and_wraps_around():
@@ -74,7 +74,7 @@ def test_a_drain_goes_on_where_the_last_one_stopped_and_wraps_around():
             fake.push(0, offset)
         assert log.drain(fake.ring) == (5, False, NOTHING_FOREIGN)
         assert fake.reset() == 5
-    assert log.take(0, PAGE).indices().tolist() == list(range(50))
+    assert log[0].harvest().indices().tolist() == list(range(50))
 
 
 def test_a_drain_without_a_reset_reads_no_entry_twice():
@@ -91,10 +91,10 @@ def test_what_is_taken_is_gone_and_what_is_copied_stays():
     log = log_of({3: 65})
     fake.push(3, 64)
     log.drain(fake.ring)
-    assert log.copy(3, PAGE).indices().tolist() == [64]
-    assert log.take(3, PAGE).indices().tolist() == [64]
-    assert log.take(3, PAGE).count == 0
-    assert log.copy(3, PAGE).count == 0
+    assert log[3].peek().indices().tolist() == [64]
+    assert log[3].harvest().indices().tolist() == [64]
+    assert log[3].harvest().count == 0
+    assert log[3].peek().count == 0
 
 
 def test_pages_handed_out_do_not_change_when_the_ring_is_drained_again():
@@ -102,7 +102,7 @@ def test_pages_handed_out_do_not_change_when_the_ring_is_drained_again():
     log = log_of({0: 100})
     fake.push(0, 1)
     log.drain(fake.ring)
-    copied, taken = log.copy(0, PAGE), log.take(0, PAGE)
+    copied, taken = log[0].peek(), log[0].harvest()
     fake.push(0, 2)
     log.drain(fake.ring)
     assert copied.indices().tolist() == taken.indices().tolist() == [1]
@@ -123,7 +123,7 @@ def test_a_gap_behind_drained_entries_is_an_overflow_as_well():
     fake.entries["flags"][15] = DIRTY
     drained, overflow, _ = log.drain(fake.ring)
     assert (drained, overflow) == (1, True)
-    assert log.take(0, PAGE).indices().tolist() == [1]
+    assert log[0].harvest().indices().tolist() == [1]
 
 
 def test_a_ring_without_a_free_entry_is_an_overflow():
@@ -170,8 +170,8 @@ def test_an_entry_for_no_page_of_ours_is_reported_and_writes_nowhere(slot, offse
     fake.push(slot, offset)
     fake.push(0, 2)
     assert log.drain(fake.ring) == (3, False, (1, slot, offset))
-    assert log.take(0, PAGE).indices().tolist() == [1, 2]
-    assert log.take((1 << 16) | 5, PAGE).count == 0
+    assert log[0].harvest().indices().tolist() == [1, 2]
+    assert log[(1 << 16) | 5].harvest().count == 0
 
 
 def test_a_slot_of_a_second_address_space_is_a_slot_of_its_own():
@@ -180,8 +180,8 @@ def test_a_slot_of_a_second_address_space_is_a_slot_of_its_own():
     fake.push((1 << 16) | 5, 7)
     fake.push(5, 8)
     log.drain(fake.ring)
-    assert log.take(5, PAGE).indices().tolist() == [8]
-    assert log.take((1 << 16) | 5, PAGE).indices().tolist() == [7]
+    assert log[5].harvest().indices().tolist() == [8]
+    assert log[(1 << 16) | 5].harvest().indices().tolist() == [7]
 
 
 def test_a_removed_slot_is_unknown():
@@ -192,10 +192,10 @@ def test_a_removed_slot_is_unknown():
     fake.push(3, 29)
     fake.push(2, 0)
     assert log.drain(fake.ring) == (3, False, (1, 2, 0))
-    assert log.take(1, PAGE).indices().tolist() == [9]
-    assert log.take(3, PAGE).indices().tolist() == [29]
+    assert log[1].harvest().indices().tolist() == [9]
+    assert log[3].harvest().indices().tolist() == [29]
     with pytest.raises(KeyError):
-        log.take(2, PAGE)
+        log[2].harvest()
     with pytest.raises(KeyError):
         log.remove(2)
 
@@ -222,7 +222,7 @@ def test_a_slot_is_added_once():
     assert 1 in log
     assert 2 not in log
     with pytest.raises(ValueError, match="slot 1 is known already"):
-        log.add(1, 20)
+        log.add(1, DirtyBitmap(20))
 
 
 def test_a_closed_ring_cannot_be_drained():
@@ -265,7 +265,7 @@ def test_every_pushed_page_is_handed_out_exactly_as_often_as_the_oracle_says(ste
         elif step[0] == "reset":
             fake.reset()
         else:
-            assert set(log.take(step[1], PAGE)) == drained[step[1]]
+            assert set(log[step[1]].harvest()) == drained[step[1]]
             drained[step[1]] = set()
 
 
@@ -295,7 +295,7 @@ def test_nothing_is_lost_while_a_vcpu_fills_the_ring_during_the_drains():
                 break
             with resetting:
                 fake.reset()
-            seen.update(log.take(0, PAGE).indices().tolist())
+            seen.update(log[0].harvest().indices().tolist())
     finally:
         producer.join(60)
     assert not lost

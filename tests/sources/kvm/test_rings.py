@@ -10,7 +10,6 @@ import pytest
 from dirtylog import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources import kvm
 from dirtylog.sources.kvm import _kvm
-from dirtylog.sources.kvm import rings as kvm_rings
 from dirtylog.sources.kvm._guest import Guest
 
 from .guests import GFN, PADDING, Failing, machine, needs_kvm, pages, refused
@@ -219,40 +218,32 @@ def test_the_warning_of_a_lost_ring_names_the_callers_line(vm):
 
 
 class NoMemory:
-    """In place of DirtyPages: none can be made."""
+    """In place of a slot's bitmap: its first harvest finds no memory."""
 
-    def __getattr__(self, name):
-        raise MemoryError
+    def __init__(self, bitmap):
+        self.bitmap, self.harvests = bitmap, iter([MemoryError])
+
+    def peek(self):
+        return self.bitmap.peek()
+
+    def harvest(self):
+        for error in self.harvests:
+            raise error
+        return self.bitmap.harvest()
 
 
 @needs_kvm
-def test_without_memory_for_the_answer_every_page_is_still_reported_by_the_next_harvest(vm, monkeypatch):
+def test_without_memory_for_the_answer_every_page_is_still_reported_by_the_next_harvest(vm):
     machine(vm, "ring", 100)
     entries = fake_ring(vm)
     entries[0] = (1, 7, 0)
     vm._handle = Failing(vm._handle, "reset_rings", [1])
-    with monkeypatch.context() as patch:
-        patch.setattr(kvm_rings, "DirtyPages", NoMemory())
-        with pytest.warns(IncompleteLogWarning), pytest.raises(MemoryError):
-            vm.slot(0).harvest()
+    collected = vm._rings._slots[0]
+    collected.bitmap = NoMemory(collected.bitmap)
+    with pytest.raises(MemoryError):
+        vm.slot(0).harvest()
     with pytest.warns(IncompleteLogWarning):
         assert vm.slot(0).harvest().count == 100
-
-
-class FailingLog:
-    """A ring log that has no memory left for one slot, once."""
-
-    def __init__(self, log, slot):
-        self._log, self._slot = log, slot
-
-    def __getattr__(self, name):
-        return getattr(self._log, name)
-
-    def take(self, slot, page_size):
-        if slot == self._slot:
-            self._slot = None
-            raise MemoryError
-        return self._log.take(slot, page_size)
 
 
 @needs_kvm
@@ -260,7 +251,8 @@ def test_a_slot_that_cannot_be_taken_takes_nothing_from_the_others(vm):
     guest = machine(vm, "ring", 100)
     vm.set_memory_region(1, GFN + 100, 10)
     guest.write([GFN + 5, GFN + 105])
-    vm._rings._log = FailingLog(vm._rings._log, 1)
+    collected = vm._rings._slots[1]
+    collected.bitmap = NoMemory(collected.bitmap)
     with pytest.raises(MemoryError):
         vm.harvest_rings()
     guest.write([GFN + 6])

@@ -23,6 +23,15 @@ static inline void dl_compare_pages(const unsigned char *a, const unsigned char 
             out[page / DL_WORD_PAGES] |= dl_bit(page);
 }
 
+/* The pages of `words`, from one memory to the same place in another. */
+static inline void dl_copy_pages(unsigned char *target, const unsigned char *source, size_t nbytes, size_t page_size,
+                                 const uint64_t *words)
+{
+    for (size_t page = 0; page * page_size < nbytes; page++)
+        if (words[page / DL_WORD_PAGES] & dl_bit(page))
+            memcpy(target + page * page_size, source + page * page_size, dl_page_bytes(nbytes, page_size, page));
+}
+
 /* A block is zero if its first byte is, and every byte equals the one before. */
 static inline int dl_is_zero(const unsigned char *data, size_t nbytes)
 {

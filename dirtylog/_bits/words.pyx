@@ -50,6 +50,8 @@ cdef extern from "_bits/live.h" nogil:
 
 
 cdef extern from "_bits/content.h" nogil:
+    void dl_copy_pages(unsigned char *target, const unsigned char *source, size_t nbytes, size_t page_size,
+                       const uint64_t *words)
     void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size,
                           uint64_t *out)
     void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
@@ -239,17 +241,31 @@ def compare_pages(a, b, page_size=4096) -> DirtyPages:
         The lengths differ; or the shapes are equal, and the orders are not.
     """
     one, other = of_one_layout(a, b, "a", "b")
-    cdef const unsigned char[::1] left = one
-    cdef const unsigned char[::1] right = other
     _, page_size = check_geometry(0, page_size)
+    return differing_pages(one, other, page_size)
+
+
+def differing_pages(const unsigned char[::1] left not None, const unsigned char[::1] right not None, size_t page_size):
+    """As `compare_pages`, of flat memory that is known to be of one length; without its checks."""
     cdef size_t nbytes = left.shape[0]
-    cdef size_t size = page_size
-    cdef uint64_t npages = (nbytes + size - 1) // size
+    cdef uint64_t npages = (nbytes + page_size - 1) // page_size
     cdef Block words = block_new(dl_words_for(npages), True)
     if nbytes:
         with nogil:
-            dl_compare_pages(&left[0], &right[0], nbytes, size, words.words)
-    return pages_from_words_block(words, npages, size, True)
+            dl_compare_pages(&left[0], &right[0], nbytes, page_size, words.words)
+    return pages_from_words_block(words, npages, page_size, True)
+
+
+def copy_differing(const unsigned char[::1] source not None, unsigned char[::1] target not None,
+                   DirtyPages pages not None):
+    """Copy what `differing_pages` has found from one of the two to the other."""
+    cdef size_t nbytes = source.shape[0]
+    cdef size_t size = pages.page_size
+    if target.shape[0] != source.shape[0] or pages.npages != (nbytes + size - 1) // size or pages.dense is None:
+        raise ValueError(f"{source.shape[0]} bytes, {target.shape[0]} and {pages} are not of one memory")
+    if nbytes:
+        with nogil:
+            dl_copy_pages(&target[0], &source[0], nbytes, size, pages.dense.words)
 
 
 def zero_pages(data, page_size=4096) -> DirtyPages:

@@ -225,7 +225,7 @@ def test_a_signal_handler_may_collect_or_close_the_tracker_that_it_interrupts(mo
     """Its lock is held by the thread that the handler runs in."""
     array, inner = filled(8), []
     t = dl.track(array, "compare")
-    real = compare.compare_pages
+    real = compare.differing_pages
 
     def interrupted(*arguments):
         pages = real(*arguments)
@@ -234,7 +234,7 @@ def test_a_signal_handler_may_collect_or_close_the_tracker_that_it_interrupts(mo
             signal.raise_signal(signal.SIGUSR1)
         return pages
 
-    monkeypatch.setattr(compare, "compare_pages", interrupted)
+    monkeypatch.setattr(compare, "differing_pages", interrupted)
     before = signal.signal(signal.SIGUSR1, lambda *_: inner.append(getattr(t, what)()))
     try:
         array[4] = 2

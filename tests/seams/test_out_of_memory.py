@@ -70,7 +70,7 @@ def test_in_a_harvest_of_a_shared_log(count):
         check(functools.partial(log.mark_range, 0, count), log.harvest, list(range(count)))
 
 
-@pytest.mark.parametrize("backend", ["userfaultfd", "mprotect"])
+@pytest.mark.parametrize("backend", ["userfaultfd", "mprotect", "compare"])
 @pytest.mark.parametrize("owed", [(), (2,)])
 def test_in_a_harvest_of_a_tracker(backend, owed):
     array = dl.zeros(3 * PAGE, "uint8")

@@ -368,7 +368,7 @@ def test_a_failed_track_lets_go_of_the_buffer(monkeypatch):
     memory.extend(b"still resizable")
 
 
-def _refuse(pinned, owed):
+def _refuse(*_):
     raise OSError(12, "no room for the copy")
 
 

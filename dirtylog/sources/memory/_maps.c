@@ -176,13 +176,19 @@ static int touch_by_reading(uint64_t start, uint64_t end, uint64_t page_size)
     return 0;
 }
 
+int dl_memory_mapped(uint64_t start, uint64_t end)
+{
+    /* MS_ASYNC does nothing on Linux but walk the mappings, and answers ENOMEM where there is none. */
+    return msync((void *)(uintptr_t)start, end - start, MS_ASYNC) < 0 ? -errno : 0;
+}
+
 int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size)
 {
     void *memory = (void *)(uintptr_t)start;
+    int error = dl_memory_mapped(start, end);
 
-    /* MS_ASYNC does nothing on Linux but walk the mappings, and answers ENOMEM where there is none. */
-    if (msync(memory, end - start, MS_ASYNC) < 0)
-        return -errno;
+    if (error)
+        return error;
     if (madvise(memory, end - start, MADV_POPULATE_READ) == 0)
         return 0;
     if (errno == EINVAL)
@@ -197,6 +203,7 @@ int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visito
     return -ENOSYS;
 }
 
+int dl_memory_mapped(uint64_t start, uint64_t end) { return 0; }
 int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size) { return 0; }
 
 #endif

@@ -28,5 +28,7 @@ int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visito
  * SIGBUS, because the file behind it was cut. Page-aligned addresses. Whoever cuts the file after the
  * answer still raises the signal: ask for a stretch, then read that stretch. */
 int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size);
+/* The half of that which costs nothing per page: 0, or -ENOMEM when part of it is not mapped any more. */
+int dl_memory_mapped(uint64_t start, uint64_t end);
 
 #endif /* DIRTYLOG_MAPS_H */

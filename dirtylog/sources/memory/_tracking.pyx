@@ -34,6 +34,7 @@ cdef extern from "sources/memory/_maps.h" nogil:
         uint32_t minor
     ctypedef int dl_mapping_visitor(const dl_mapping *mapping, const char *name, void *context) noexcept nogil
     int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
+    int dl_memory_mapped(uint64_t start, uint64_t end)
     int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size)
 
 
@@ -200,7 +201,7 @@ def mappings(uint64_t start, uint64_t end):
     return found
 
 
-def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size):
+def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size, edges=None):
     """Refuse memory whose reading would end the process.
 
     Parameters
@@ -209,6 +210,10 @@ def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size):
         The range, in bytes.
     page_size : int
         Bytes: the system's own.
+    edges : sequence of int, optional
+        Addresses of the last page of each file's part of it. A file is cut from its
+        end, so where they can be read the rest can, which costs less than asking for
+        every page.
 
     Raises
     ------
@@ -224,8 +229,16 @@ def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size):
     cdef uint64_t first = start & ~(page_size - 1)
     cdef uint64_t end = (start + nbytes + page_size - 1) & ~(page_size - 1)
 
-    with nogil:
-        error = dl_memory_readable(first, end, page_size)
+    if edges is None:
+        with nogil:
+            error = dl_memory_readable(first, end, page_size)
+    else:
+        with nogil:
+            error = dl_memory_mapped(first, end)
+        for edge in edges:
+            if error:
+                break
+            error = dl_memory_readable(edge, <uint64_t>edge + page_size, page_size)
     if error < 0:
         raise OSError(-error, strerror(-error).decode())
 

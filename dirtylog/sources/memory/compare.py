@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from errno import EBADF
 from typing import Any
 
 import numpy as np
 
-from dirtylog._bits.copying import copy_extents
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
-from dirtylog._core import compare_pages
+from dirtylog._bits.words import copy_differing, differing_pages
 from dirtylog.sources.memory import _tracking
 from dirtylog.sources.memory.arrays import empty
 
@@ -22,12 +22,15 @@ __all__ = ["Compare"]
 class Compare:
     """Compare the pages with a private copy, which then takes over what differs."""
 
-    def __init__(self, pinned: _tracking.PinnedPages, owed: Owed) -> None:
+    def __init__(self, pinned: _tracking.PinnedPages, owed: Owed, edges: Sequence[int]) -> None:
+        self._where = pinned.address, pinned.nbytes, pinned.page_size
+        # All of it once; later, where files end.
+        _tracking.check_readable(*self._where)
+        self._edges = edges
         self._live = memoryview(pinned)
         self._copy: Any = empty(len(self._live), np.uint8)
         self._copy[:] = self._live
         self._page_size = pinned.page_size
-        self._where = pinned.address, pinned.nbytes, pinned.page_size
         self._closed = False
         # What the copy has taken over and nobody has been told, because a signal handler raised.
         self._owed = owed
@@ -42,12 +45,12 @@ class Compare:
         try:
             with self._lock:
                 self._check()
-                pages = compare_pages(self._live, self._copy, self._page_size)
+                pages = differing_pages(self._live, self._copy, self._page_size)
                 if take and pages:
                     self._check()
                     # A write that lands in between is in the copy and not in this answer, but it is
                     # in the memory too when the caller reads the page that this answer names.
-                    copy_extents(self._live, self._copy, pages.byte_runs(len(self._live)))
+                    copy_differing(self._live, self._copy, pages)
         except BaseException:
             if take and pages is not None:
                 self._owed.owe(pages)  # I5
@@ -58,7 +61,7 @@ class Compare:
         if self._closed:
             raise OSError(EBADF, "closed")
         # A file that was cut behind the mapping would raise SIGBUS, unmapped memory SIGSEGV.
-        _tracking.check_readable(*self._where)
+        _tracking.check_readable(*self._where, self._edges)
 
     def close(self) -> None:
         """Let go of the memory."""

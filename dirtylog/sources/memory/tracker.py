@@ -125,7 +125,10 @@ class Tracker(Resource):
 
     def _engine_for(self, name: str, mappings: list[Mapping]) -> _Engine:
         if name == "compare":
-            return Compare(self._pinned, self._owed)
+            last = self.page_size
+            ends = [min(mapping.end, self._pinned.end) - last for mapping in mappings if mapping.file[2]]
+            # Where nothing is known of mappings, one file to its end.
+            return Compare(self._pinned, self._owed, ends if mappings else [self._pinned.end - last])
         huge = next((mapping.page_size for mapping in mappings if mapping.page_size > self.page_size), 0)
         if name == "mprotect":
             if huge:

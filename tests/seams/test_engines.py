@@ -201,6 +201,25 @@ ctypes.CFUNCTYPE(None)(array.ctypes.data)()
     )
 
 
+@pytest.mark.parametrize(
+    "engine", [pytest.param("userfaultfd", marks=needs_userfaultfd), pytest.param("mprotect", marks=needs_mprotect)]
+)
+def test_a_tracker_whose_memory_is_gone_leaves_the_others_alone_when_it_is_closed(engine):
+    """Not tracked any longer is not closed: freed and still in the index, it would be used after."""
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, 4 * PAGE, 3, 0x22, -1, 0)
+    before = _tracking.open_spans(engine)
+    tracker = dl.track((ctypes.c_char * (4 * PAGE)).from_address(address), engine)
+    libc.munmap(address, 4 * PAGE)
+    with pytest.raises(dl.DirtyLogError, match="unmapped"):
+        tracker.harvest()
+    assert _tracking.open_spans(engine) == before + 1
+    tracker.close()
+    assert _tracking.open_spans(engine) == before
+
+
 @needs_mprotect
 def test_an_open_page_that_the_program_made_read_only_is_opened_once_more():
     """As after a race with another thread that opened it: only a fault that comes back at once is nobody's store."""

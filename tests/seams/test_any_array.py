@@ -109,11 +109,11 @@ def test_copies_snapshots_and_epochs_rebuild_any_array(backend, tmp_path_factory
 
 @settings(max_examples=15)
 @given(layout=layouts(), places=writes)
-def test_a_migration_moves_any_array(layout, places):
+def test_a_migration_moves_any_array(backend, layout, places):
     array, flat = made(layout)
     out = np.empty_like(array)
     ours, theirs = socket.socketpair()
-    with ours, theirs, dl.track(array, "compare") as tracker:
+    with ours, theirs, dl.track(array, backend) as tracker:
         log = dl.DirtyLog()
         log.attach(tracker)
         observer = log.observer("migration", everything=True)

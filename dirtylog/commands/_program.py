@@ -19,8 +19,17 @@ from dirtylog.errors import DirtyLogError
 
 if TYPE_CHECKING:
     from dirtylog import DirtyPages, Process
+    from dirtylog.sinks.profile import Sampler
 
-__all__ = ["Sampling", "add_program_arguments", "add_watch_arguments", "report_file", "watch", "write_report"]
+__all__ = [
+    "Sampling",
+    "add_program_arguments",
+    "add_watch_arguments",
+    "record_program",
+    "report_file",
+    "watch",
+    "write_report",
+]
 
 WORDS = """\
 PROGRAM is one of
@@ -168,6 +177,34 @@ def watch(
             raise DirtyLogError(f"--pid {args.pid} and a program were given; watch one of them")
         return _watch_running(args, begin, done)
     return _watch_started(args, begin, done)
+
+
+def record_program(
+    args: argparse.Namespace, path: str | os.PathLike[str], report: Callable[[Sampler, str | None], None]
+) -> int:
+    """Watch as :func:`watch` does, into a trace; `report` is told what was sampled, and what was missed."""
+    import mmap
+
+    from dirtylog.sinks.profile import Sampler
+    from dirtylog.sinks.trace import Recorder
+
+    recorder = Recorder(path, 0, mmap.PAGESIZE)
+    samplers: list[Sampler] = []
+
+    def begin(process: Process) -> Sampler:
+        samplers.append(Sampler(process, interval=args.interval, on_sample=recorder.write))
+        return samplers[0]
+
+    def done(missed: str | None) -> None:
+        recorder.regions.update(samplers[0].regions)
+        recorder.close()
+        report(samplers[0], missed)
+
+    try:
+        return watch(args, begin, done)
+    finally:
+        if not recorder.closed:
+            recorder.abort()
 
 
 def _watch_running(

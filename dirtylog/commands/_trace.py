@@ -9,9 +9,9 @@ from dirtylog.commands._numbers import at_least, more_than
 __all__ = ["add_migration_arguments"]
 
 
-def add_migration_arguments(parser: argparse.ArgumentParser) -> None:
+def add_migration_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
     """Declare the trace, and the migration that is asked about."""
-    parser.add_argument("trace", help="a trace that 'dirtylog record' wrote")
+    parser.add_argument("trace", nargs="?" if optional else None, help="a trace that 'dirtylog record' wrote")
     parser.add_argument(
         "--bandwidth",
         type=more_than(0, float),

@@ -1,13 +1,17 @@
-"""Read a trace: how fast memory got dirty, and whether a migration would converge."""
+"""Read a trace, or watch a process: how fast memory got dirty, and whether a migration would converge."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dirtylog.commands._numbers import more_than
+from dirtylog.commands._program import add_watch_arguments, record_program
+from dirtylog.commands._terminal import printable
 from dirtylog.commands._trace import add_migration_arguments
 
 if TYPE_CHECKING:
@@ -18,7 +22,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    add_migration_arguments(parser)
+    add_migration_arguments(parser, optional=True)
     parser.add_argument(
         "--window",
         type=more_than(0, float),
@@ -28,8 +32,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="windows at the end of the trace to give the working set of; the trace comes before it",
     )
 
+    parser.add_argument("--pid", type=int, help="watch this running process now, instead of reading a trace")
+    add_watch_arguments(parser)
+
 
 def run(args: argparse.Namespace) -> int:
+    """Meter the trace, or record one of a process first."""
+    from dirtylog import DirtyLogError
+
+    if (args.trace is None) == (args.pid is None):
+        raise DirtyLogError("name a trace, or a running process by --pid: one of them")
+    if args.pid is None:
+        return meter(args)
+    from tempfile import TemporaryDirectory
+
+    missed: list[str | None] = []
+    # What record_program asks of a command line: there is no program to start.
+    args.program, args.module, args.code = [], None, None
+    with TemporaryDirectory(prefix="dirtylog-rate-") as directory:
+        args.trace = os.path.join(directory, f"process-{args.pid}")
+        record_program(args, args.trace, lambda _, why: missed.append(why))
+        code = meter(args)
+    if missed and missed[0]:
+        print(f"dirtylog: not complete: {printable(missed[0])}", file=sys.stderr)
+    return code
+
+
+def meter(args: argparse.Namespace) -> int:
     """Meter the trace, and forecast a migration for each bandwidth."""
     from collections import Counter
 
@@ -70,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     text = _terminal.bytes_text
     _terminal.show_table(
-        f"{args.trace}: {text(nbytes)} dirtied in {seconds:.2f} s",
+        f"{os.path.basename(args.trace) if args.pid else args.trace}: {text(nbytes)} dirtied in {seconds:.2f} s",
         ["figure", "value"],
         [
             ["mean per second", text(mean)],

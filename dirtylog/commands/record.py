@@ -12,11 +12,10 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
-from dirtylog.commands._program import add_program_arguments, watch
+from dirtylog.commands._program import add_program_arguments, record_program
 from dirtylog.commands._terminal import printable
 
 if TYPE_CHECKING:
-    from dirtylog import Process
     from dirtylog.sinks.profile import Sampler
 
 __all__ = ["add_arguments", "run"]
@@ -31,23 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch the program and record it."""
-    import mmap
 
-    from dirtylog.sinks.profile import Sampler
-    from dirtylog.sinks.trace import Recorder
-
-    recorder = Recorder(args.trace, 0, mmap.PAGESIZE)
-    samplers: list[Sampler] = []
-
-    def begin(process: Process) -> Sampler:
-        samplers.append(Sampler(process, interval=args.interval, on_sample=recorder.write))
-        return samplers[0]
-
-    def done(missed: str | None) -> None:
-        recorder.regions.update(samplers[0].regions)
-        recorder.close()
+    def report(sampler: Sampler, missed: str | None) -> None:
         if args.json:
-            profile = samplers[0].profile()
+            profile = sampler.profile()
             summary = {
                 "trace": args.trace,
                 "seconds": profile.seconds,
@@ -60,8 +46,4 @@ def run(args: argparse.Namespace) -> int:
         elif missed:
             print(f"dirtylog: not complete: {printable(missed)}", file=sys.stderr, flush=True)
 
-    try:
-        return watch(args, begin, done)
-    finally:
-        if not recorder.closed:
-            recorder.abort()
+    return record_program(args, args.trace, report)

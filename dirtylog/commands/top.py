@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print each look as JSON, one line each")
     parser.add_argument("--all", action="store_true", help="watch every writable mapping, also those below 1 MiB")
+    parser.add_argument("--follow", action="store_true", help="watch its children too, as they come")
     parser.add_argument("--trust-shared", action="store_true", help="watch shared memory through this process alone")
 
 
@@ -60,6 +61,7 @@ class Row:
     bytes_per_second: float
     working_set_bytes: int
     strip: str
+    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +121,15 @@ class Watcher:
         shares = density(DirtyPages.from_runs(shifted, region.npages, pages.page_size), 24)
         # The least share that shows: a page that was written is to be seen, however large the region is.
         marks = [self._bars[-int(-share * (len(self._bars) - 1) // 1)] for share in shares]
+        name = label(region)
         return Row(
-            label(region),
+            name if region.pid in (0, self._process.pid) else f"{region.pid}: {name}",
             region.start,
             region.npages * pages.page_size,
             own.nbytes / seconds if seconds > 0 else 0.0,
             lately.nbytes,
             "".join(marks),
+            region.pid,
         )
 
 
@@ -142,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     pid = find_process(args.process)
     looks = 1 if args.once else args.count
     select = "all" if args.all else "large"
-    with attach(pid, select=select, trust_shared=args.trust_shared) as process:
+    with attach(pid, select=select, trust_shared=args.trust_shared, follow_children=args.follow) as process:
         watcher = Watcher(process, BARS if _terminal.encodes(BARS) else ASCII_BARS)
         if args.json or args.once or not sys.stdout.isatty():
             _print(watcher, args, looks)

@@ -84,3 +84,24 @@ def test_record_says_in_json_what_it_has_recorded(tmp_path, unprofiled):
     assert answer["trace"] == words[2]
     assert answer["samples"] >= 1
     assert answer["dirtied_bytes"] >= 1 << 24
+
+
+def test_a_running_process_is_metered_from_outside(capsys):
+    program = "m = bytearray(16 << 20)\nwhile True:\n    for i in range(0, len(m), 4096): m[i] = 1"
+    process = subprocess.Popen([sys.executable, "-c", program])
+    with process:
+        try:
+            assert run("rate", "--pid", process.pid, "--duration", "0.5", "--interval", "0.1", "--json") == 0
+        except (dl.BackendUnavailable, PermissionError) as missing:
+            pytest.skip(str(missing))
+        finally:
+            process.kill()
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bytes"] > 16 << 20
+    assert answer["working_set_bytes"]["60"] >= 15 << 20
+
+
+@pytest.mark.parametrize("words", [[], ["trace", "--pid", "1"]], ids=["neither", "both"])
+def test_rate_reads_a_trace_or_watches_a_process(words):
+    with pytest.raises(dl.DirtyLogError, match="one of them"):
+        run("rate", *words)

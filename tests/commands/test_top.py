@@ -161,3 +161,21 @@ def test_a_process_that_ends_ends_the_look_with_an_error(writer, capsys):
         writer.wait()
         with pytest.raises(dl.DirtyLogError, match="has ended"):
             watcher.look()
+
+
+def test_children_are_followed_and_named_by_their_process(writer, capsys):
+    shell = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {PROGRAM!r}])"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    with shell:
+        assert shell.stdout.readline() == "\n"
+        assert cli.main(["top", str(shell.pid), "--follow", "--interval", "0.01", "--once", "--json"]) == 0
+        shell.stdin.close()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    own, child = ({row["pid"] for row in rows if (row["pid"] == shell.pid) is same} for same in (True, False))
+    assert len(own) == len(child) == 1
+    assert all(row["name"].startswith(f"{row['pid']}: ") == (row["pid"] in child) for row in rows)

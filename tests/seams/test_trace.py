@@ -84,7 +84,8 @@ def test_runs_unite_and_count_as_pages_do(npages):
     among = {"none": (5, 0), "low": (0, npages // 3), "high": (npages // 2, npages - npages // 2)}
     together, pages = Runs.nothing(npages), DirtyPages.from_indices([], npages)
     for _ in range(40):
-        some = DirtyPages.from_indices(np.unique(generator.integers(0, npages, 30)), npages)
+        first, count = generator.integers(0, npages - 60, 20), generator.integers(1, 60, 20)
+        some = DirtyPages.from_runs(np.stack([first, count], axis=1), npages)
         together, pages = together | Runs(some.runs(), npages), pages | some
         assert together.pages(4096, exact=True) == pages
         assert together.count == pages.count

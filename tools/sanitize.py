@@ -32,13 +32,15 @@ OPTIONS = {
     "UBSAN_OPTIONS": "halt_on_error=1:abort_on_error=1:print_stacktrace=1",
 }
 # Programs that Python only starts, in which there is no extension module of ours.
-# The last two attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
+# The last four attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
 # And ASan keeps freed memory for a while, so that a judge of leaks cannot tell what grows from what waits.
 NOT_HERE = (
     "tests/formal",
     "tests/sanitize",
     "tests/test_leaks.py",
     "tests/sources/test_process.py",
+    "tests/sources/test_process_launch.py",
+    "tests/sources/test_process_servers.py",
     "tests/commands/test_top.py",
 )
 

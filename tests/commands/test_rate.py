@@ -86,7 +86,7 @@ def test_record_says_in_json_what_it_has_recorded(tmp_path, unprofiled):
     assert answer["dirtied_bytes"] >= 1 << 24
 
 
-def test_a_running_process_is_metered_from_outside(capsys):
+def test_a_running_process_is_metered_from_outside(capsys, unprofiled):
     program = "m = bytearray(16 << 20)\nwhile True:\n    for i in range(0, len(m), 4096): m[i] = 1"
     process = subprocess.Popen([sys.executable, "-c", program])
     with process:

@@ -1,0 +1,59 @@
+"""kill -9 of a program like a training run, at random moments: all arrays restore to one and the same step."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+from dirtylog.sinks import snapshot
+
+PROGRAM = Path(__file__).with_name("training.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+@pytest.fixture(scope="module")
+def training():
+    spec = importlib.util.spec_from_file_location("training", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def kill_and_look(training, directory, words):
+    """Kill it when it has said so many bytes; return how many checkpoints there were, all of one step each."""
+    process = subprocess.Popen([sys.executable, PROGRAM, str(directory)], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    with process:
+        for _ in range(words):
+            assert process.stdout.read(1) == b"."
+        process.kill()
+    looked = 0
+    for entry in snapshot.catalog(directory):
+        assert entry.problem is None
+        found = snapshot.restore(entry.path)
+        step = int(found["b"][-1])
+        for name, array in training.expected(step).items():
+            assert (found[name] == array).all(), f"{entry.path}: {name} is not of step {step}"
+        looked += 1
+    if looked:
+        assert list(dl.Checkpoint.load(directory)) == ["w", "b", "f"]
+    return looked
+
+
+def test_a_training_run_killed_at_random_moments_restores_to_one_step(tmp_path, training):
+    rng = np.random.default_rng(5)
+    looked = sum(kill_and_look(training, tmp_path / str(i), int(rng.integers(5, 60))) for i in range(5))
+    assert looked > 0
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+def test_a_training_run_killed_at_200_random_moments_restores_to_one_step(tmp_path, training):
+    rng = np.random.default_rng(6)
+    looked = sum(kill_and_look(training, tmp_path / str(i), int(rng.integers(1, 200))) for i in range(200))
+    print(f"200 kills, {looked} checkpoints, each of one step")
+    assert looked > 200

@@ -11,8 +11,9 @@ PROPERTIES = {
     "I1 at every release of mmu_lock": "CHECK_I1",
     "a push finds a free entry": "CHECK_ROOM",
     "a returned mark is in the next harvest": "CHECK_PROMPT",
+    "an overflow is declared of a full ring alone": "CHECK_TRUTH",
 }
-LOSS, GOLDEN, ROOM, PROMPT = PROPERTIES
+LOSS, GOLDEN, ROOM, PROMPT, TRUTH = PROPERTIES
 
 
 @dataclass(frozen=True)
@@ -162,4 +163,18 @@ CHECKS: tuple[Check, ...] = (
         "FLAG_BEFORE_PAGES_ALONE",
         "PAGES_BEFORE_FLAG_IS_TAKEN",
     ),
+    # I5 and I6: what the library keeps about KVM's rings.
+    *_holds("ring_log", LOSS, TRUTH),
+    *_refuted(
+        "ring_log",
+        LOSS,
+        "KICK_LEFT_OUT",
+        "KICK_NOT_WAITED_FOR",
+        "KICK_AFTER_DRAIN",
+        "RESET_FAILURE_IGNORED",
+        "OVERFLOW_IGNORED",
+        "OVERFLOW_REPORTED_ONCE",
+        "TAKEN_IS_DROPPED",
+    ),
+    *_refuted("ring_log", TRUTH, "RECORD_AFTER_RESET"),
 )

@@ -360,8 +360,9 @@ def test_a_program_that_another_has_become_is_in_the_trace(launch):
         os.execv(sys.executable, [sys.executable, "-c", {after!r}])
     """
     result = launch(program, options=["--json", "--interval", "1000"])
-    sizes = sorted(mapping["dirtied_bytes"] for mapping in json.loads(result.stderr)["mappings"])
-    assert sum(900 * PAGE <= size < 1200 * PAGE for size in sizes) == 1
+    assert result.stderr.startswith("{"), result.stderr
+    sizes = [mapping["dirtied_bytes"] // PAGE for mapping in json.loads(result.stderr)["mappings"]]
+    assert 900 in sizes
 
 
 def test_a_real_array_is_counted_page_by_page(userfaultfd):

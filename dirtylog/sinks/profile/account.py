@@ -117,13 +117,15 @@ class Account:
     def __init__(self, interval: float, every: Sequence[float]) -> None:
         if not interval > 0 or not all(seconds > 0 for seconds in every):
             raise ValueError(f"interval is {interval} and every {list(every)}; they are positive numbers of seconds")
-        self.interval = interval
+        self.interval: float = interval
         self._rhythms = [_Rhythm(seconds) for seconds in every if seconds >= interval]
         self._dirtied: dict[Hashable, int] = defaultdict(int)
         self._seen = self._samples = 0
         self._exact = True
-        self.busy = 0.0
-        self.price = 0.0
+        self.busy: float = 0.0
+        self.price: float = 0.0
+        self.start: float = 0.0
+        self.last: float = 0.0
         self.begin(0.0)
 
     def begin(self, now: float) -> None:

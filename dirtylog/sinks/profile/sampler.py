@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Sampler"]
 
-_Key = tuple[int, str, int]
+_Key = tuple[int, str, int, int]
 
 
 class Sampler:
@@ -69,7 +69,6 @@ class Sampler:
         # Where each stretch was, and what it was called last; also after it is gone.
         self._places: dict[_Key, tuple[int, int]] = {}
         self._called: dict[_Key, str] = {}
-        self._before: dict[_Key, tuple[int, int]] = {}
         try:
             self._account.price = own_memory.price_of_a_first_write(own_memory.track_area)
         except BackendUnavailable:
@@ -79,7 +78,11 @@ class Sampler:
     @property
     def regions(self) -> dict[str, tuple[int, int]]:
         """The named ranges of the page space: (first, count), in pages."""
-        return {f"{self._called[key]} at {key[2]:#x}": place for key, place in self._places.items()}
+        named: dict[str, tuple[int, int]] = {}
+        for key, place in self._places.items():
+            name = f"{self._called[key]} at {key[2]:#x}"
+            named[name if name not in named else f"{name}, page {place[0]}"] = place
+        return named
 
     @property
     def seconds(self) -> float:
@@ -103,7 +106,8 @@ class Sampler:
             # That something is inexact is part of the answer here.
             warnings.simplefilter("ignore", IncompleteLogWarning)
             pages = self._process.harvest()
-        regions = self._process.regions
+        # What has ended or moved since the last sample is still in this one.
+        regions = (*self._process.left_regions, *self._process.regions)
         used = self._process.used_pages
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
@@ -111,9 +115,7 @@ class Sampler:
         for region, name in zip(regions, self._names(regions), strict=True):
             self._called[self._key(region)] = name
         self._places.update(places)
-        # What has ended or moved since is still in this sample.
-        self._account.add(now, pages, {**self._before, **places})
-        self._before = places
+        self._account.add(now, pages, places)
         if self._on_sample is not None:
             self._on_sample(now - self._account.start, pages)
         self._account.busy += time.thread_time() - began
@@ -121,7 +123,8 @@ class Sampler:
 
     @staticmethod
     def _key(region: Region) -> _Key:
-        return region.pid, region.kind, region.start
+        # The same addresses may be mapped more than once, and then have pages of their own each time.
+        return region.pid, region.kind, region.start, region.first_page
 
     def profile(self) -> Profile:
         """Sum up what was sampled."""

@@ -127,6 +127,8 @@ class Removal:
 
     def _announce(self) -> None:
         _ours.add(self.name)
+        for left in stale(self.directory):
+            clear(left)
         # Whole before it has a name that is looked at.
         staging = self.path + UNFINISHED
         while True:

@@ -35,7 +35,7 @@ class Runs:
     __slots__ = ("_held", "npages")
 
     def __init__(self, runs: npt.NDArray[np.int64] | DirtyPages, npages: int) -> None:
-        self.npages = npages
+        self.npages: int = npages
         if not isinstance(runs, DirtyPages) and len(runs) * PAGES_PER_RUN > npages:
             runs = DirtyPages.from_runs(runs, npages)
         self._held = runs

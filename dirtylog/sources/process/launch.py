@@ -41,7 +41,8 @@ class Program:
     """
 
     def __init__(self, pid: int, process: Process | None, status: int | None) -> None:
-        self.pid, self.process = pid, process
+        self.pid: int = pid
+        self.process: Process | None = process
         self._status = status
         self._watching = os.pidfd_open(pid) if status is None else -1
 

@@ -43,7 +43,11 @@ class Member:
     def __init__(
         self, pid: int, watch: Watch, pick: Callable[[list[Area]], list[Area]], *, sparse: bool, keeper: int = 0
     ) -> None:
-        self.pid, self.watch, self.pick, self.sparse, self.keeper = pid, watch, pick, sparse, keeper
+        self.pid: int = pid
+        self.watch: Watch = watch
+        self.pick: Callable[[list[Area]], list[Area]] = pick
+        self.sparse: bool = sparse
+        self.keeper: int = keeper
         # A copy of its parent's memory that was not looked at yet.
         self.forked = False
 
@@ -65,7 +69,8 @@ class Member:
     def close(self) -> None:
         """Let the memory go, and end the keeper; a second call does nothing."""
         self.watch.close()
-        keeper, self.keeper = self.keeper, 0
+        keeper = self.keeper
+        self.keeper = 0
         if keeper:
             with suppress(ProcessLookupError):
                 os.kill(keeper, signal.SIGKILL)

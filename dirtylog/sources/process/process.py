@@ -117,7 +117,8 @@ class Process(Resource):
         self._members = [first]
         # How to attach to a child, if children are followed; and to what the process executes, if that is.
         self._enter, self._enter_again = enter, enter_again
-        self._ended = False
+        # It has ended, and nobody kept its memory; and what was owed by then was handed out.
+        self._over = self._ended = False
         self._trust_shared = trust_shared
         self._lock = threading.RLock()
         self._busy = False
@@ -127,6 +128,9 @@ class Process(Resource):
         self.skipped: dict[Area, str] = {}
         self.missed: dict[int, str] = {}
         self._pieces: list[_Piece] = []
+        # What was let go of since the last harvest, and between that one and the one before.
+        self._leaving: list[Region] = []
+        self._left: tuple[Region, ...] = ()
         self._free: list[tuple[int, int]] = []
         self._fresh = 0  # pages from here on were never anybody's: a sink has zeros for them
         chosen = first.pick(mappings(first.watch.pid))
@@ -190,7 +194,7 @@ class Process(Resource):
             member.watch.scan(np.array([[start, end, 0]], np.int64), True)
         except OSError as error:
             if error.errno == errno.ESRCH:
-                if member is self._first:
+                if self._must_live(member):
                     raise self._gone() from error
                 return False  # a child that has ended: its memory is gone, and nothing is to be said of it
             self.skipped[area] = error.strerror or str(error)
@@ -246,7 +250,9 @@ class Process(Resource):
                 kept.append(piece)
                 continue
             first = piece.first_page + (start - piece.start) // PAGE_SIZE
-            self._release_pages(first, (end - start) // PAGE_SIZE)
+            npages = (end - start) // PAGE_SIZE
+            self._leaving.append(Region(start, end, first, npages, piece.area.kind, piece.area.name, member.pid))
+            self._release_pages(first, npages)
             if piece.start < start:
                 kept.append(_Piece(piece.start, start, piece.first_page, piece.area, member, piece.told))
             if end < piece.end:
@@ -280,7 +286,7 @@ class Process(Resource):
         try:
             now = mappings(member.watch.pid)
         except OSError as error:
-            if member is self._first:
+            if self._must_live(member):
                 raise self._gone() from error
             now = []
         there = [(area.start, area.end) for area in now]
@@ -342,6 +348,10 @@ class Process(Resource):
                     found.append((pid, member.pid))
         return found
 
+    def _must_live(self, member: Member) -> bool:
+        """Whether its end is an error: of what was attached to. A program that was started here may end."""
+        return member is self._first and self._enter_again is None
+
     def _has_changed(self) -> bool:
         return any(member.left() for member in self._members) or bool(self._new_children())
 
@@ -352,13 +362,17 @@ class Process(Resource):
             runs = os.path.exists(f"/proc/{member.pid}/exe")
             if member is self._first and not runs:
                 self._ended = take  # what it wrote last is taken now, and can be read until this is closed
+                if not member.keeper:
+                    self.missed[member.pid] = "it executed a program that ended before its memory could be kept"
                 continue
             again = self._enter_again if member is self._first else self._enter
             self._drop(member)
             joined, held = self._join(again, member.pid, False) if again is not None and runs else (None, [])
             report += held
             if member is self._first:
-                self._first, self._ended = joined or member, joined is None
+                self._first, self._over = joined or member, joined is None
+                if joined is None:
+                    self.missed[member.pid] = "it executed a program that could not be watched or has ended at once"
         for _ in range(100):  # children of children; each harvest goes on where this one ends
             new = self._new_children()
             for pid, parent in new:
@@ -398,6 +412,12 @@ class Process(Resource):
             )
 
     @property
+    def left_regions(self) -> tuple[Region, ...]:
+        """The stretches that were let go of on the way to the last harvest, which may report pages of theirs."""
+        with self._lock:
+            return self._left
+
+    @property
     def used_pages(self) -> int:
         """How much of the page space was ever given to memory: pages from here on are nobody's yet."""
         with self._lock:
@@ -407,7 +427,7 @@ class Process(Resource):
     def alive(self) -> bool:
         """Whether the process still runs the program that was attached to."""
         with self._lock:
-            return not self._closed and not self._ended and not self._first.left()
+            return not self._closed and not self._ended and not self._over and not self._first.left()
 
     def harvest(self) -> DirtyPages:
         """Take the pages that the process wrote since the last harvest.
@@ -466,7 +486,7 @@ class Process(Resource):
         # Known before the scan, so that the scan is of all that they wrote. Only a keeper still has their memory.
         left = [member for member in self._members if member.left()]
         lost = [member for member in left if not member.keeper]
-        if self._first in lost:
+        if self._first in lost and self._must_live(self._first):
             raise self._gone()
         report: list[npt.NDArray[np.int64]] = []
         for member in self._members:
@@ -477,9 +497,11 @@ class Process(Resource):
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]
         if doubtful:
             report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in self._pieces]
-        if self._first not in left and self._first.left() and not self._first.keeper:
+        if not self._over and self._first not in left and self._first.left() and not self._first.keeper:
             # The scan may have been of memory that was gone by then, which answers "nothing".
-            raise self._gone()
+            if self._must_live(self._first):
+                raise self._gone()
+            left.append(self._first)
         report += self._follow(left, take)
         exact = not untold and not doubtful and not self.missed
         every = np.concatenate(report) if report else np.empty((0, 2), np.int64)
@@ -491,6 +513,8 @@ class Process(Resource):
         self._warn(doubtful, untold)
         if take:
             self._owed = DirtyPages._empty(self.npages, PAGE_SIZE)
+            self._left, self._leaving = tuple(self._leaving), []
+            self._ended = self._ended or self._over
         return answer
 
     def _scan(self, member: Member, take: bool) -> list[npt.NDArray[np.int64]]:
@@ -499,7 +523,7 @@ class Process(Resource):
         try:
             runs, lost = member.watch.scan(areas, take)
         except ProcessLookupError:
-            if member is self._first:
+            if self._must_live(member):
                 raise
             return []  # a child that has ended meanwhile, and its memory with it
         report = [runs]

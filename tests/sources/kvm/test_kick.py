@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import dirtylog as dl
 from dirtylog.sources import kvm
 from dirtylog.sources.kvm import _kvm
 
 from .guests import needs_kvm
 from .test_vcpu import FLAG, SPIN, boot, run_in_thread, wait_for_guest
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def hidden_entries(tmp_path_factory):
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed")
     program = tmp_path_factory.mktemp("hidden") / "hidden_entries"
-    include = [f"-I{ROOT}/dirtylog", f"-I{ROOT}/dirtylog/include"]
+    include = [f"-I{Path(dl.__file__).parent}", f"-I{dl.get_include()}"]
     source = Path(__file__).with_name("hidden_entries.c")
     flags = ["-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
     subprocess.run(["gcc", *flags, *include, source, "-o", program], check=True)

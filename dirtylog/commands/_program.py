@@ -247,6 +247,7 @@ def _counted(duration: float | None, started: float) -> Iterator[int]:
 def _watch_started(
     args: argparse.Namespace, begin: Callable[[Process], Sampling], done: Callable[[str | None], None]
 ) -> int:
+    from dirtylog.sources.process import _remote
     from dirtylog.sources.process.launch import launch
 
     words, begins = _words(args)
@@ -254,9 +255,15 @@ def _watch_started(
         if stream is not None:
             stream.flush()
     sampling: list[Sampling] = []
+
+    def before(process: Process) -> None:
+        # From its first step on: it may say that it is ready before `launch` returns.
+        _remote.pass_signals(process.pid)
+        sampling.append(begin(process))
+
     with (
-        launch(words, begins=begins, before=lambda process: sampling.append(begin(process))) as program,
-        _signals_passed(program.pid),
+        _signals_no_longer_passed_after(),
+        launch(words, begins=begins, before=before) as program,
     ):
         started = time.monotonic()
         for count in _counted(args.duration, started) if program.process is not None else ():
@@ -279,10 +286,9 @@ def _watch_started(
 
 
 @contextmanager
-def _signals_passed(pid: int) -> Iterator[None]:
+def _signals_no_longer_passed_after() -> Iterator[None]:
     from dirtylog.sources.process import _remote
 
-    _remote.pass_signals(pid)
     try:
         yield
     finally:

@@ -490,9 +490,15 @@ class Process(Resource):
             raise self._gone()
         report: list[npt.NDArray[np.int64]] = []
         for member in self._members:
-            if member not in lost:
+            if member in lost:
+                continue
+            try:
                 report += self._follow_mappings(member)
                 report += self._scan(member, take)
+            except ProcessLookupError:
+                if self._must_live(member):
+                    raise
+                # A child that has ended meanwhile, and its memory with it.
         untold = [piece for piece in self._pieces if not piece.told]
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]
         if doubtful:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["pages_before", "union"]
+__all__ = ["count_ranges", "pages_before", "union"]
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def pages_before(runs: npt.NDArray[np.int64], edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -37,6 +42,26 @@ def pages_before(runs: npt.NDArray[np.int64], edges: npt.NDArray[np.int64]) -> n
     behind = np.where(run > 0, np.maximum(first[last] + count[last] - edges, 0), 0)
     found: npt.NDArray[np.int64] = before[run] - behind
     return found
+
+
+def count_ranges(runs: npt.NDArray[np.int64], among: Mapping[Name, tuple[int, int]]) -> dict[Name, int]:
+    """Count the pages of some runs in each of several ranges.
+
+    Parameters
+    ----------
+    runs : array of int64, shape (n, 2)
+        First page and count, ascending, none overlapping.
+    among : mapping
+        By name, (first, count) of pages.
+
+    Returns
+    -------
+    dict
+        By name, in the order of `among`.
+    """
+    edges = np.array([(first, first + count) for first, count in among.values()], np.int64).reshape(-1)
+    low, high = pages_before(runs, edges).reshape(-1, 2).T
+    return dict(zip(among, (high - low).tolist(), strict=True))
 
 
 def union(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

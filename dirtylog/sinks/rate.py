@@ -5,24 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
 from types import MappingProxyType
-from typing import Self, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import Self
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog._bits.ranges import pages_before
+from dirtylog._bits.ranges import count_ranges
 from dirtylog.log import DirtyLog
 from dirtylog.sinks.forecast import Forecast, forecast
 
-__all__ = ["Peak", "Rate", "RateMeter", "count_ranges", "unite"]
-
-Name = TypeVar("Name", bound=Hashable)
+__all__ = ["Peak", "Rate", "RateMeter", "unite"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +214,10 @@ class RateMeter:
             nbytes=pages.nbytes,
             pages_per_second=pages.count / seconds,
             bytes_per_second=pages.nbytes / seconds,
-            by_source=count_ranges(runs, {s.name: (s.first_page, s.npages) for s in self._log.sources}),
-            by_region=count_ranges(runs, self._regions),
+            by_source=MappingProxyType(
+                count_ranges(runs, {s.name: (s.first_page, s.npages) for s in self._log.sources})
+            ),
+            by_region=MappingProxyType(count_ranges(runs, self._regions)),
             exact=pages.exact,
         )
 
@@ -317,10 +314,3 @@ def _along(curve: list[tuple[float, int]], seconds: float) -> float:
         if seconds <= right or right == curve[-1][0]:
             return low + (high - low) * (seconds - left) / (right - left)
     raise AssertionError("a curve has two points at least")
-
-
-def count_ranges(runs: npt.NDArray[np.int64], ranges: Mapping[Name, tuple[int, int]]) -> Mapping[Name, int]:
-    """Count the pages of ascending `runs` in each range of (first, count) pages."""
-    edges = np.array([(first, first + count) for first, count in ranges.values()], np.int64).reshape(-1)
-    low, high = pages_before(runs, edges).reshape(-1, 2).T
-    return MappingProxyType(dict(zip(ranges, (high - low).tolist(), strict=True)))

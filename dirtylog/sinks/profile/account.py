@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks.rate import Peak, count_ranges, unite
+from dirtylog._bits.ranges import count_ranges
+from dirtylog.sinks.rate import Peak, unite
 
 __all__ = ["Account", "Hot", "Profile", "Snapshots"]
 

@@ -60,18 +60,13 @@ class Runs:
 
     def count_ranges(self, among: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """Count the pages in each range of (first, count) pages."""
-        edges = np.array([(first, first + count) for first, count in among.values()], np.int64).reshape(-1)
-        before = ranges.pages_before(self.runs(), edges).reshape(-1, 2)
-        return dict(zip(among, (before[:, 1] - before[:, 0]).tolist(), strict=True))
+        return ranges.count_ranges(self.runs(), among)
 
     def __or__(self, other: Runs) -> Runs:
         """Return the pages of both."""
         a, b = self._held, other._held
         if isinstance(a, DirtyPages) or isinstance(b, DirtyPages):
-            both = [
-                each if isinstance(each, DirtyPages) else DirtyPages.from_runs(each, self.npages) for each in (a, b)
-            ]
-            return Runs(both[0] | both[1], self.npages)
+            return Runs(_bitmap(a, self.npages) | _bitmap(b, self.npages), self.npages)
         return Runs(ranges.union(a, b), self.npages)
 
 

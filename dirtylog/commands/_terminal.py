@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "show_note",
     "show_table",
     "table",
+    "time_text",
     "with_progress",
 ]
 
@@ -38,6 +40,11 @@ def bytes_text(size: float) -> str:
         if size < 1024:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} TiB"
+
+
+def time_text(seconds: float) -> str:
+    """Write a moment, given in seconds since 1970, as the local date and time."""
+    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def encodes(text: str) -> bool:

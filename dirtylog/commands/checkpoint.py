@@ -33,12 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--json", action="store_true", help="print the answer for a program")
 
 
-def _when(seconds: float) -> str:
-    from datetime import datetime
-
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
-
-
 def _plain(value: Any) -> Any:
     """Make a state fit for JSON: bytes become their length and first digits."""
     if isinstance(value, dict):
@@ -65,7 +59,7 @@ def _list(args: argparse.Namespace) -> None:
         [
             (
                 "-" if record.step is None else str(record.step),
-                _when(record.time),
+                _terminal.time_text(record.time),
                 record.info.kind,
                 str(record.info.count),
                 _terminal.bytes_text(record.info.allocated),

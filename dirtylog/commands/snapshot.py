@@ -132,12 +132,6 @@ def _clean(args: argparse.Namespace) -> int:
     return 0
 
 
-def _when(seconds: float) -> str:
-    from datetime import datetime
-
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
-
-
 def _list(args: argparse.Namespace) -> int:
     """Show what a directory has, as a list or as a tree."""
     from dirtylog.commands import _terminal
@@ -168,7 +162,7 @@ def _list(args: argparse.Namespace) -> int:
                 name,
                 entry.info.kind if entry.info else "?",
                 (entry.info and entry.info.parent) or "-",
-                _when(entry.info.time) if entry.info else "-",
+                _terminal.time_text(entry.info.time) if entry.info else "-",
                 str(entry.info.count) if entry.info else "-",
                 _terminal.bytes_text(entry.info.allocated) if entry.info else "-",
                 "restorable" if entry.problem is None else f"damaged: {entry.problem.partition(': ')[2]}",

@@ -13,24 +13,14 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ptrace.h>
-#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#ifndef SYS_pidfd_open
-#define SYS_pidfd_open 434
-#endif
-#ifndef PTRACE_GETSIGMASK
-#define PTRACE_GETSIGMASK 0x420a
-#define PTRACE_SETSIGMASK 0x420b
-#endif
-#ifndef PTRACE_EVENT_STOP
-#define PTRACE_EVENT_STOP 128
-#endif
+#include "sources/process/_ptrace.h"
+
 #define KCMP_VM 1
 /* An interpreter's start has some hundred; a program that never opens what it was said to open is watched from here. */
 #define MOST_CALLS 200000
@@ -199,13 +189,13 @@ static int begin(struct dl_launch *launch)
     clock_gettime(CLOCK_MONOTONIC, &now);
     deadline = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec + (uint64_t)in->patience_ms * 1000000u;
     if (dl_tracer(in, PTRACE_GETREGS, 0, &saved) < 0 ||
-        dl_tracer(in, PTRACE_GETSIGMASK, (void *)8, &mask) < 0)
+        dl_tracer(in, PTRACE_GETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0)
         error = -errno;
     if (!error && saved.cs != 0x33) {
         in->step = DL_INJECT_WORD_SIZE;
         error = -ENOEXEC;
     }
-    if (!error && dl_tracer(in, PTRACE_SETSIGMASK, (void *)8, &all) < 0)
+    if (!error && dl_tracer(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &all) < 0)
         error = -errno;
     if (!error)
         error = dl_take_userfaultfd(in, &saved, gadget, deadline, pidfd);
@@ -215,7 +205,7 @@ static int begin(struct dl_launch *launch)
     if (error)
         return error;
     in->step = DL_INJECT_REGISTERS;
-    if (dl_tracer(in, PTRACE_SETREGS, 0, &saved) < 0 || dl_tracer(in, PTRACE_SETSIGMASK, (void *)8, &mask) < 0 ||
+    if (dl_tracer(in, PTRACE_SETREGS, 0, &saved) < 0 || dl_tracer(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0 ||
         dl_tracer(in, PTRACE_SETOPTIONS, 0, (void *)(long)(PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL)) < 0)
         return -errno;
     in->step = DL_INJECT_DONE;

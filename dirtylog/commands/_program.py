@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
@@ -261,10 +261,9 @@ def _watch_started(
         _remote.pass_signals(process.pid)
         sampling.append(begin(process))
 
-    with (
-        _signals_no_longer_passed_after(),
-        launch(words, begins=begins, before=before) as program,
-    ):
+    with ExitStack() as stack:
+        stack.callback(_remote.pass_signals, 0)
+        program = stack.enter_context(launch(words, begins=begins, before=before))
         started = time.monotonic()
         for count in _counted(args.duration, started) if program.process is not None else ():
             left = sampling[0].next_sample(count)
@@ -283,16 +282,6 @@ def _watch_started(
     status = program.poll()
     assert status is not None
     return _end_as(status)
-
-
-@contextmanager
-def _signals_no_longer_passed_after() -> Iterator[None]:
-    from dirtylog.sources.process import _remote
-
-    try:
-        yield
-    finally:
-        _remote.pass_signals(0)
 
 
 def _missed(process: Process, why: str | None) -> str | None:

@@ -360,10 +360,8 @@ class Process(Resource):
         report: list[npt.NDArray[np.int64]] = []
         for member in left:
             runs = os.path.exists(f"/proc/{member.pid}/exe")
-            if member is self._first and not runs:
+            if member is self._first and member.keeper and not runs:
                 self._ended = take  # what it wrote last is taken now, and can be read until this is closed
-                if not member.keeper:
-                    self.missed[member.pid] = "it executed a program that ended before its memory could be kept"
                 continue
             again = self._enter_again if member is self._first else self._enter
             self._drop(member)
@@ -372,7 +370,8 @@ class Process(Resource):
             if member is self._first:
                 self._first, self._over = joined or member, joined is None
                 if joined is None:
-                    self.missed[member.pid] = "it executed a program that could not be watched or has ended at once"
+                    ended = "it executed a program that ended before its memory could be kept"
+                    self.missed.setdefault(member.pid, ended)
         for _ in range(100):  # children of children; each harvest goes on where this one ends
             new = self._new_children()
             for pid, parent in new:
@@ -526,12 +525,7 @@ class Process(Resource):
     def _scan(self, member: Member, take: bool) -> list[npt.NDArray[np.int64]]:
         told = [piece for piece in self._pieces if piece.told and piece.member is member]
         areas = np.array([(p.start, p.end, p.first_page) for p in told], np.int64).reshape(-1, 3)
-        try:
-            runs, lost = member.watch.scan(areas, take)
-        except ProcessLookupError:
-            if self._must_live(member):
-                raise
-            return []  # a child that has ended meanwhile, and its memory with it
+        runs, lost = member.watch.scan(areas, take)
         report = [runs]
         for i in lost:
             # Replaced between two harvests, mapped again at the same address: nothing of it is what it was.

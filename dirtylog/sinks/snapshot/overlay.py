@@ -34,7 +34,7 @@ from dirtylog.sinks.snapshot.removal import PATIENCE, Removal, announced
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import seal
 
-__all__ = ["flatten", "join", "rebase", "siblings"]
+__all__ = ["flatten", "join", "orphaned", "rebase", "siblings"]
 
 
 def siblings(links: Sequence[Link]) -> list[str]:
@@ -54,6 +54,14 @@ def siblings(links: Sequence[Link]) -> list[str]:
             except (SnapshotError, OSError):
                 continue
     return found
+
+
+def orphaned(path: str, diffs: Sequence[str], way_out: str) -> SnapshotError:
+    """Return the error that names diffs which a change to a file would leave without their parent."""
+    return SnapshotError(
+        f"{path}: {', '.join(diffs[:3])}{' and more' * (len(diffs) > 3)} could not be restored any more: their parent "
+        f"would be gone; {way_out}"
+    )
 
 
 def join(
@@ -204,10 +212,7 @@ def rebase(
             raise SnapshotError(f"{base_path}: {diff_path} is of another size")
         orphans = [] if orphan else siblings(links)
         if orphans:
-            raise SnapshotError(
-                f"{base_path}: {', '.join(orphans[:3])}{' and more' * (len(orphans) > 3)} could not be restored any "
-                "more: their parent would be gone; restore and save them first, remove them, or pass orphan=True"
-            )
+            raise orphaned(base_path, orphans, "restore and save them first, remove them, or pass orphan=True")
         below = follow(base_path, directories)[0][:-1]
         parent = below[-1] if below else None
         like = replace(

@@ -27,7 +27,7 @@ from dirtylog.sinks.snapshot.chain import (
     settled,
 )
 from dirtylog.sinks.snapshot.footer import SnapshotError
-from dirtylog.sinks.snapshot.overlay import join, siblings
+from dirtylog.sinks.snapshot.overlay import join, orphaned, siblings
 from dirtylog.sinks.snapshot.removal import PATIENCE, Removal
 from dirtylog.sinks.snapshot.staged import part_files
 
@@ -407,6 +407,20 @@ def thin(
     return said(plan, removed)
 
 
+def _position(links: Sequence[Link], path: str) -> int:
+    """Return the place of a file below the last of a chain.
+
+    Raises
+    ------
+    SnapshotError
+        It is not there.
+    """
+    for i, link in enumerate(links[:-1]):
+        if link.path == path:
+            return i
+    raise SnapshotError(f"{links[-1].path}: it was not taken over {path}, nor over a diff of it")
+
+
 def _merged(
     path: str, first: str, directories: Sequence[str], *, sync: bool, progress: Progress | None
 ) -> tuple[Info, list[Link]]:
@@ -414,11 +428,9 @@ def _merged(
 
     def work() -> tuple[Info, list[Link]]:
         links, tip = follow(path, directories)
-        ours = [i for i, link in enumerate(links[:-1]) if link.path == first]
-        if not ours:
-            raise SnapshotError(f"{path}: it was not taken over {first}, nor over a diff of it")
-        under = links[ours[0] - 1] if ours[0] else None
-        with Layer(first, links[ours[0]].digest) as layer:
+        at = _position(links, first)
+        under = links[at - 1] if at else None
+        with Layer(first, links[at].digest) as layer:
             oldest = layer.footer
         like = replace(
             tip,
@@ -428,7 +440,7 @@ def _merged(
             parent_digest=None if under is None else under.identity,
             holds=links[-1].identity,
         )
-        taken = links[ours[0] :]
+        taken = links[at:]
         return join(path, taken, like, sync=sync, progress=progress, under=under), taken[:-1]
 
     found: tuple[Info, list[Link]] = settled(work)
@@ -482,16 +494,10 @@ def merge(
 
     def others() -> list[str]:
         links, _ = follow(newest, directories)
-        ours = [i for i, link in enumerate(links[:-1]) if link.path == oldest]
-        if not ours:
-            raise SnapshotError(f"{newest}: it was not taken over {oldest}, nor over a diff of it")
-        piece = links[ours[0] :]
+        piece = links[_position(links, oldest) :]
         needed = siblings(piece)
         if needed:
-            raise SnapshotError(
-                f"{newest}: {', '.join(needed[:3])}{' and more' * (len(needed) > 3)} could not be restored any more: "
-                "their parent would be gone; merge them as well, or pass keep=True"
-            )
+            raise orphaned(newest, needed, "merge them as well, or pass keep=True")
         return [link.path for link in piece[:-1]]
 
     if keep:

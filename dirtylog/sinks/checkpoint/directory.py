@@ -80,19 +80,28 @@ def files(directory: str) -> list[str]:
 
 def about(path: str) -> dict[str, Any]:
     """Return what was noted with a checkpoint."""
-    state = snapshot.info(path).state
+    return _noted(snapshot.info(path))
+
+
+def _noted(info: Info) -> dict[str, Any]:
+    state = info.state
     if not isinstance(state, dict) or set(state) != {"step", "keep", "user"}:
-        raise SnapshotError(f"{path}: this snapshot was not written by a Checkpoint; move it to another directory")
+        raise SnapshotError(f"{info.path}: this snapshot was not written by a Checkpoint; move it to another directory")
     return state
 
 
-def kept(directory: str) -> list[tuple[int | None, str]]:
-    """List the steps that are kept and their files, oldest first; what the thread saved has none."""
+def _kept_files(directory: str) -> list[str]:
+    """List the files that the newest says are kept, oldest first."""
     there = files(directory)
     if not there:
         return []
     keep = about(there[-1])["keep"]
-    return [(about(path)["step"], path) for path in there[-keep if keep else 0 :]]
+    return there[-keep if keep else 0 :]
+
+
+def kept(directory: str) -> list[tuple[int | None, str]]:
+    """List the steps that are kept and their files, oldest first; what the thread saved has none."""
+    return [(about(path)["step"], path) for path in _kept_files(directory)]
 
 
 def find(directory: StrPath, step: int | None) -> str:
@@ -115,11 +124,8 @@ def find(directory: StrPath, step: int | None) -> str:
 
 def history(directory: StrPath) -> list[Record]:
     """List the checkpoints that are kept, oldest first."""
-    found = []
-    for step, path in kept(os.path.abspath(os.fspath(directory))):
-        info = snapshot.info(path)
-        found.append(Record(step, info.time, info))
-    return found
+    found = [snapshot.info(path) for path in _kept_files(os.path.abspath(os.fspath(directory)))]
+    return [Record(_noted(info)["step"], info.time, info) for info in found]
 
 
 def to_keep(entries: Sequence[Entry], keep: int) -> set[str]:

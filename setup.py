@@ -36,7 +36,9 @@ C_SOURCES = {
         f"dirtylog/sources/memory/{name}.c"
         for name in ("_spans", "_registry", "_maps", "_uffd", "_faults", "_mprotect")
     ],
-    "dirtylog.sources.process._remote": ["dirtylog/sources/process/_inject.c", "dirtylog/sources/process/_launch.c"],
+    "dirtylog.sources.process._remote": [
+        f"dirtylog/sources/process/_{name}.c" for name in ("stops", "inject", "launch")
+    ],
 }
 # Modules that wait for the kernel, whose time is not spent in their own code. -O3 takes gcc three times as long.
 COLD = {

@@ -1,7 +1,8 @@
 """Keep memory images as chains of sparse snapshots: save, diff, restore, verify, list, prune, merge.
 
 An image is a file that holds memory, every page at its own offset. A diff holds the
-pages that differ from its parent, or those that a dirty bitmap names.
+pages that differ from its parent, or those that a dirty bitmap names. With --pid, the
+memory is that of a running process: memory, not registers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import asdict
 from typing import Any
 
 __all__ = ["add_arguments", "run"]
+
+PAGE_SIZE = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     save = action("save", "write a full snapshot of an image; zero pages become holes")
     save.add_argument("snapshot", help="the file to write")
-    save.add_argument("image", help="file that holds the memory")
-    save.add_argument("--page-size", type=int, default=4096, metavar="BYTES", help="bytes of a page (4096)")
+    save.add_argument("image", nargs="?", help="file that holds the memory")
+    save.add_argument("--page-size", type=int, default=PAGE_SIZE, metavar="BYTES", help="bytes of a page (4096)")
     diff = action("diff", "write what differs between an image and a snapshot")
     diff.add_argument("snapshot", help="the file to write, in the parent's directory")
-    diff.add_argument("image", help="file that holds the memory")
+    diff.add_argument("image", nargs="?", help="file that holds the memory")
     diff.add_argument("--parent", required=True, help="snapshot that the diff is taken over")
     diff.add_argument(
         "--bitmap", metavar="FILE", help="dirty bitmap (little-endian words) to believe instead of comparing every page"
     )
     for command in (save, diff):
+        command.add_argument("--pid", type=int, help="the memory of this running process, instead of an image")
+        command.add_argument(
+            "--freeze",
+            nargs="?",
+            const="ptrace",
+            choices=("ptrace", "cgroup"),
+            help="hold the process still meanwhile: it alone (ptrace), or all of its control group (cgroup)",
+        )
+        command.add_argument(
+            "--select",
+            choices=("all", "large", "guest"),
+            help="which of its memory: all that is writable (default), mappings of 1 MiB and more, or a guest's RAM",
+        )
         command.add_argument("--epoch", type=int, metavar="N", help="epoch number to note")
         command.add_argument("--replace", action="store_true", help="take the place of a snapshot of that name")
         writes(command)
@@ -87,10 +103,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def _check_origin(args: argparse.Namespace) -> None:
+    """Refuse options that do not go with where the memory comes from."""
+    from dirtylog import DirtyLogError
+
+    if (args.image is None) == (args.pid is None):
+        raise DirtyLogError("name an image, or a running process by --pid: one of them")
+    given = [f"--{name}" for name in ("freeze", "select") if getattr(args, name) is not None]
+    if args.pid is None and given:
+        raise DirtyLogError(f"{given[0]} is about a running process; name one by --pid")
+    if args.pid is not None and args.action == "diff" and args.bitmap is not None:
+        raise DirtyLogError("--bitmap is about an image; the memory of a process is compared with the parent")
+    if args.pid is not None and args.action == "save" and args.page_size != PAGE_SIZE:
+        raise DirtyLogError("--page-size is about an image; a process has the pages of the system")
+
+
+def _act_on_process(args: argparse.Namespace, progress: Any) -> Any:
+    from dirtylog.sinks.snapshot.processes import diff_process, save_process
+
+    how = {
+        "select": args.select or "all", "freeze": args.freeze, "epoch": args.epoch,
+        "sync": not args.no_sync, "replace": args.replace, "progress": progress,
+    }  # fmt: skip
+    if args.action == "save":
+        return save_process(args.snapshot, args.pid, **how)
+    return diff_process(args.snapshot, args.pid, parent=args.parent, **how)
+
+
 def _act(args: argparse.Namespace, progress: Any) -> Any:
     from dirtylog.sinks import snapshot
     from dirtylog.sinks.snapshot import images
 
+    if args.action in ("save", "diff"):
+        _check_origin(args)
+        if args.pid is not None:
+            return _act_on_process(args, progress)
     match args.action:
         case "save":
             return images.save_image(
@@ -205,6 +252,24 @@ def _prune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _of_process(about: Any) -> list[tuple[str, str]]:
+    """Say plainly what a snapshot of a process is of, and what it is not."""
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.snapshot.processes import HOLDS, process_of
+
+    known = process_of(about)
+    if known is None:
+        return []
+    process, regions = known
+    mapped = _terminal.bytes_text(sum(region.npages for region in regions) * about.page_size)
+    paused = process.get("paused")
+    moment = f"of one moment: it was paused by {paused}" if paused else "of different moments: it ran on meanwhile"
+    return [
+        ("process", f"{process.get('pid')} ({process.get('command')}), {len(regions)} regions of {mapped}"),
+        ("content", f"{HOLDS}; {moment}"),
+    ]
+
+
 def run(args: argparse.Namespace) -> int:
     """Do one action and print the snapshot it is about."""
     from dirtylog import DirtyLogError
@@ -228,6 +293,7 @@ def run(args: argparse.Namespace) -> int:
         ("kind", about.kind if about.parent is None else f"{about.kind} over {about.parent}"),
         ("memory", f"{_terminal.bytes_text(about.nbytes)}, {about.npages} pages of {about.page_size} B"),
         ("holds", f"{about.count} pages{sure}; {_terminal.bytes_text(about.allocated)} on disk"),
+        *_of_process(about),
         ("epoch", "-" if about.epoch is None else str(about.epoch)),
         ("digest", f"{about.digest} ({about.algorithm})"),
     ]

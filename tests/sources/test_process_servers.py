@@ -1,6 +1,8 @@
 """Programs as they are shipped, watched from outside: what they write is seen, and they never notice."""
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -8,15 +10,19 @@ import time
 import numpy as np
 import pytest
 
-from .test_process import attach
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot.processes import diff_process, process_of, save_process
+
+from .test_process import PAGE, attach
 
 
-@pytest.fixture
-def redis(tmp_path):
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory):
     """A redis-server on a Unix socket, and a way to talk to it."""
     program = shutil.which("redis-server")
     if program is None:
         pytest.skip("redis-server is not installed")
+    tmp_path = tmp_path_factory.mktemp("redis")
     where = tmp_path / "redis.sock"
     command = [program, "--port", "0", "--unixsocket", str(where), "--save", "", "--dir", str(tmp_path)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -38,21 +44,6 @@ def redis(tmp_path):
             yield ask
         finally:
             server.terminate()
-
-
-def test_a_set_of_redis_shows_as_the_few_pages_that_it_writes(redis):
-    redis("SET", "padding", b"x" * (64 << 20))
-    assert redis("SET", "key", b"a" * 100) == b"+OK\r\n"
-    with attach(redis.pid) as process:
-        total = sum(region.npages for region in process.regions)
-        assert total > 16384
-        process.harvest()
-        redis("SET", "key", b"b" * 100)
-        dirty = process.harvest()
-        assert 1 <= dirty.count <= 100
-        # The value is in those pages.
-        assert b"b" * 100 in process.read(dirty).tobytes()
-    assert redis("GET", "key") == b"$100\r\n" + b"b" * 100 + b"\r\n"
 
 
 def test_memory_of_redis_is_rebuilt_from_what_was_written(redis):
@@ -77,3 +68,46 @@ def test_memory_of_redis_is_rebuilt_from_what_was_written(redis):
         ]
     assert wrong == []
     assert redis("GET", "key:22").startswith(b"$9600\r\n")
+
+
+def test_a_snapshot_of_redis_is_what_its_memory_is_while_it_stands_still(redis, tmp_path):
+    """Held still by SIGSTOP as well, so that it can be compared after the snapshot has let it go."""
+    parent, full = None, 0
+    for number in range(3):
+        redis("SET", f"snapshot:{number}", b"%d" % number * 100_000)
+        os.kill(redis.pid, signal.SIGSTOP)
+        try:
+            path = tmp_path / str(number)
+            if parent is None:
+                about = save_process(path, redis.pid, freeze="ptrace", sync=False)
+            else:
+                about = diff_process(path, redis.pid, parent=parent, freeze="ptrace", sync=False)
+                assert about.count < full / 2, "a diff holds what has changed"
+            restored = snapshot.restore(path)
+            regions = process_of(about)[1]
+            assert {"stack", "file", "anonymous"} <= {region.kind for region in regions}
+            with open(f"/proc/{redis.pid}/mem", "rb", buffering=0) as memory:
+                for region in regions:
+                    now = np.frombuffer(os.pread(memory.fileno(), region.npages * PAGE, region.start), np.uint8)
+                    kept = restored[region.first_page * PAGE :][: len(now)]
+                    assert len(now) == region.npages * PAGE
+                    assert (now == kept).all(), region
+        finally:
+            os.kill(redis.pid, signal.SIGCONT)
+        full, parent = (full if parent else about.count), path
+    assert redis("PING") == b"+PONG\r\n"
+
+
+def test_a_set_of_redis_shows_as_the_few_pages_that_it_writes(redis):
+    redis("SET", "padding", b"x" * (64 << 20))
+    assert redis("SET", "key", b"a" * 100) == b"+OK\r\n"
+    with attach(redis.pid) as process:
+        total = sum(region.npages for region in process.regions)
+        assert total > 16384
+        process.harvest()
+        redis("SET", "key", b"b" * 100)
+        dirty = process.harvest()
+        assert 1 <= dirty.count <= 100
+        # The value is in those pages.
+        assert b"b" * 100 in process.read(dirty).tobytes()
+    assert redis("GET", "key") == b"$100\r\n" + b"b" * 100 + b"\r\n"

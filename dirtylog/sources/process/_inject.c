@@ -35,7 +35,6 @@
 #include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "sources/_pagemap.h"
@@ -48,22 +47,6 @@
 #define SYS_close_range 436
 #endif
 #define LONG_MODE_CS 0x33
-
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-/* Every request goes through here, so that a test can hold the tracer before any of them, and end us meanwhile. */
-long dl_tracer(struct dl_injection *in, long request, void *address, void *data)
-{
-    if (++in->calls == in->stop_at)
-        syscall(SYS_kill, syscall(SYS_getpid), SIGSTOP);
-    return ptrace((enum __ptrace_request)request, in->tid, address, data);
-}
 
 /* The address of a system call instruction in one executable mapping, or 0. */
 static uint64_t search(int pid, uint64_t start, uint64_t end)
@@ -105,45 +88,6 @@ int dl_find_gadget(int pid, uint64_t *gadget)
         fclose(maps);
     }
     return *gadget ? 0 : -ENOENT;
-}
-
-/* Wait for the thread's next stop; -ETIMEDOUT when it does not come, -ESRCH when the thread is gone. */
-int dl_next_stop(struct dl_injection *in, uint64_t deadline, int *status)
-{
-    struct timespec pause = {0, 20000};
-
-    for (;;) {
-        int pid = waitpid(in->tid, status, __WALL | WNOHANG);
-
-        if (pid < 0 && errno != EINTR)
-            return -ESRCH;
-        if (pid == in->tid) {
-            if (WIFEXITED(*status) || WIFSIGNALED(*status))
-                return -ESRCH;
-            return 0;
-        }
-        if (now_ns() > deadline)
-            return -ETIMEDOUT;
-        nanosleep(&pause, NULL);
-        if (pause.tv_nsec < 1000000)
-            pause.tv_nsec += pause.tv_nsec / 4;
-    }
-}
-
-/* Go on until the stop that PTRACE_INTERRUPT asks for. A signal that comes first is delivered, as without us. */
-static int until_interrupted(struct dl_injection *in, uint64_t deadline)
-{
-    int status, error;
-
-    for (;;) {
-        error = dl_next_stop(in, deadline, &status);
-        if (error)
-            return error;
-        if (status >> 16 == PTRACE_EVENT_STOP)
-            return 0;
-        if (dl_tracer(in, PTRACE_CONT, 0, (void *)(long)WSTOPSIG(status)) < 0)
-            return -errno;
-    }
 }
 
 /* Let the thread make one system call; -EPROTO when it did something else. */
@@ -262,11 +206,11 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
     if (dl_tracer(in, PTRACE_SEIZE, 0, (void *)(long)PTRACE_O_TRACESYSGOOD) < 0)
         return -errno;
     in->step = DL_INJECT_STOP;
-    begin = now_ns();
+    begin = dl_now_ns();
     deadline = begin + (uint64_t)in->patience_ms * 1000000u;
     if (dl_tracer(in, PTRACE_INTERRUPT, 0, 0) < 0)
         return -errno;
-    error = until_interrupted(in, deadline);
+    error = dl_until_interrupted(in, deadline);
     if (error)
         return error; /* when the tracer ends, the kernel lets the thread go */
     in->step = DL_INJECT_REGISTERS;
@@ -294,7 +238,7 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
     if (!put_back && dl_tracer(in, PTRACE_CONT, 0, 0) < 0)
         put_back = -errno;
     if (!put_back)
-        put_back = until_interrupted(in, now_ns() + 1000000000u);
+        put_back = dl_until_interrupted(in, dl_now_ns() + 1000000000u);
     if (!put_back && dl_tracer(in, PTRACE_SETREGS, 0, &saved) < 0)
         put_back = -errno;
     if (dl_tracer(in, PTRACE_SETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0 && !put_back)
@@ -308,7 +252,7 @@ detach:
         in->step = DL_INJECT_DETACH;
         error = -errno;
     }
-    in->stopped_ns = now_ns() - begin;
+    in->stopped_ns = dl_now_ns() - begin;
     return error;
 }
 

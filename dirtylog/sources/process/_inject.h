@@ -50,13 +50,21 @@ struct user_regs_struct;
 long dl_tracer(struct dl_injection *in, long request, void *address, void *data);
 /* The address of a system call instruction in the target's code. */
 int dl_find_gadget(int pid, uint64_t *gadget);
+/* CLOCK_MONOTONIC, in nanoseconds: what deadlines are counted in. */
+uint64_t dl_now_ns(void);
 /* Wait for the thread's next stop; -ETIMEDOUT when it does not come, -ESRCH when the thread is gone. */
 int dl_next_stop(struct dl_injection *in, uint64_t deadline, int *status);
+/* Go on until the stop that PTRACE_INTERRUPT asks for. */
+int dl_until_interrupted(struct dl_injection *in, uint64_t deadline);
 /* Let the stopped thread make one system call; -EPROTO when it did something else. */
 int dl_make_call(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget, uint64_t deadline,
                  long number, long first, long second, long *answer);
 int dl_take_userfaultfd(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget,
                         uint64_t deadline, int pidfd);
 int dl_take_keeper(struct dl_injection *in, const struct user_regs_struct *saved, uint64_t gadget, uint64_t deadline);
+
+/* Stop a thread, and let it go: no step of an injection (_stops.c). */
+int dl_hold(int tid, int patience_ms);
+int dl_let_run(int tid);
 
 #endif /* DIRTYLOG_INJECT_H */

@@ -16,7 +16,6 @@
 #include <sys/uio.h>
 #include <sys/user.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "sources/process/_ptrace.h"
@@ -170,7 +169,6 @@ static int begin(struct dl_launch *launch)
     struct dl_injection *in = &launch->in;
     struct user_regs_struct saved;
     uint64_t gadget, mask, all = ~UINT64_C(0), deadline;
-    struct timespec now;
     int error, ended = go_to_begin(launch), pidfd;
 
     if (ended) {
@@ -186,8 +184,7 @@ static int begin(struct dl_launch *launch)
     if (pidfd < 0)
         return -errno;
     in->step = DL_INJECT_REGISTERS;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    deadline = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec + (uint64_t)in->patience_ms * 1000000u;
+    deadline = dl_now_ns() + (uint64_t)in->patience_ms * 1000000u;
     if (dl_tracer(in, PTRACE_GETREGS, 0, &saved) < 0 ||
         dl_tracer(in, PTRACE_GETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0)
         error = -errno;

@@ -76,6 +76,8 @@ cdef extern from "sources/process/_inject.h" nogil:
         int calls
     int dl_inject(dl_injection *injection)
     void dl_let_go(dl_injection *injection)
+    int dl_hold(int tid, int patience_ms)
+    int dl_let_run(int tid)
 
 
 cdef extern from "sources/process/_launch.h" nogil:
@@ -281,6 +283,35 @@ def same_memory(int pid, int other):
     return None if answer < 0 else bool(answer)
 
 
+def hold(int tid, int patience_ms):
+    """Stop a thread of another process, until :func:`let_run`, or until the calling thread ends.
+
+    Raises
+    ------
+    OSError
+        EPERM: it may not be traced. ESRCH: it is gone. ETIMEDOUT: it did not stop
+        in time; then end the calling thread, so that it is not held later.
+
+    References
+    ----------
+    ``PTRACE_SEIZE`` and ``PTRACE_INTERRUPT`` in ``ptrace(2)``.
+    """
+    cdef int error
+
+    with nogil:
+        error = dl_hold(tid, patience_ms)
+    if error:
+        raise OSError(-error, f"stopping thread {tid} by ptrace: {strerror(-error).decode()}")
+
+
+def let_run(int tid):
+    """Let a thread go on that this thread holds; one that was killed meanwhile needs nothing."""
+    cdef int error = dl_let_run(tid)
+
+    if error and error != -ESRCH:
+        raise OSError(-error, f"ptrace(PTRACE_DETACH) of thread {tid}: {strerror(-error).decode()}")
+
+
 @cython.final
 cdef class Watch:
     """A process's memory, watched through a userfaultfd of it and its pagemap.
@@ -290,7 +321,8 @@ cdef class Watch:
     pid : int
         The process.
     uffd : int
-        A userfaultfd that the process made. The watch owns it from here on.
+        A userfaultfd that the process made. The watch owns it from here on. With
+        -1, it can only be asked what memory holds (:meth:`populated`).
     pagemap : int
         The process's pagemap, owned as well; opened here when -1.
 
@@ -318,7 +350,7 @@ cdef class Watch:
         self.vector = <page_region *>malloc(DL_SCAN_VECTOR * sizeof(page_region))
         if self.vector == NULL:
             raise MemoryError
-        error = dl_uffd_start(uffd)
+        error = dl_uffd_start(uffd) if uffd >= 0 else 0
         if error < 0:
             raise OSError(-error, f"ioctl(UFFDIO_API) with WP_UNPOPULATED and WP_ASYNC: {strerror(-error).decode()}")
         path = f"/proc/{pid}/pagemap".encode()

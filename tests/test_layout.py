@@ -344,6 +344,7 @@ PUBLIC = {
     "dirtylog.sinks.snapshot": [
         "Entry",
         "Info",
+        "Mapped",
         "Pruned",
         "SnapshotError",
         "catalog",
@@ -351,7 +352,9 @@ PUBLIC = {
         "flatten",
         "info",
         "merge",
+        "open",
         "prune",
+        "read",
         "rebase",
         "restore",
         "save",

@@ -477,14 +477,14 @@ def test_a_diff_over_a_parent_that_is_flattened_meanwhile_is_written(tmp_path):
 
 def test_a_reader_that_met_a_child_just_before_it_was_merged_looks_again(tmp_path, monkeypatch):
     memory = small_chain(tmp_path, 4)
-    find = chain._find
+    find = chain.find
 
     def merged_meanwhile(name, *rest):
-        monkeypatch.setattr(chain, "_find", find)
+        monkeypatch.setattr(chain, "find", find)
         flatten(tmp_path / "s3", sync=False)
         for each in ("s2", "s1", "s0"):
             os.unlink(tmp_path / each)
         return find(name, *rest)
 
-    monkeypatch.setattr(chain, "_find", merged_meanwhile)
+    monkeypatch.setattr(chain, "find", merged_meanwhile)
     assert (restore(tmp_path / "s3") == memory).all()

@@ -16,7 +16,9 @@ from __future__ import annotations
 from dirtylog._public import publish
 from dirtylog.sinks.snapshot.chain import Info
 from dirtylog.sinks.snapshot.footer import SnapshotError
+from dirtylog.sinks.snapshot.mapped import Mapped, open
 from dirtylog.sinks.snapshot.overlay import flatten, rebase
+from dirtylog.sinks.snapshot.parts import read
 from dirtylog.sinks.snapshot.reader import info, restore, verify
 from dirtylog.sinks.snapshot.upkeep import Entry, Pruned, catalog, clean, merge, prune
 from dirtylog.sinks.snapshot.writer import save, save_diff
@@ -24,6 +26,7 @@ from dirtylog.sinks.snapshot.writer import save, save_diff
 __all__ = [
     "Entry",
     "Info",
+    "Mapped",
     "Pruned",
     "SnapshotError",
     "catalog",
@@ -31,7 +34,9 @@ __all__ = [
     "flatten",
     "info",
     "merge",
+    "open",
     "prune",
+    "read",
     "rebase",
     "restore",
     "save",

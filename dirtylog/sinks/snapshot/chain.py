@@ -28,6 +28,7 @@ __all__ = [
     "checked_path",
     "describe",
     "directories_of",
+    "find",
     "follow",
     "lay",
     "settled",
@@ -285,7 +286,7 @@ class Link:
     epoch: int | None
 
 
-def _find(name: str, digest: str, holds: set[str], directories: Sequence[str]) -> tuple[str, Layer | None, str | None]:
+def find(name: str, digest: str, holds: set[str], directories: Sequence[str]) -> tuple[str, Layer | None, str | None]:
     """Look for a parent: its path, open if it is the right one, and else the reason of the first that is there."""
     reason = None
     for directory in directories:
@@ -352,7 +353,7 @@ def follow(path: str, search: Sequence[str] = ()) -> tuple[list[Link], Footer]:
             break
         child = path
         directories = [os.path.dirname(path), *search]
-        path, layer, reason = _find(footer.parent, footer.parent_digest, identities, directories)
+        path, layer, reason = find(footer.parent, footer.parent_digest, identities, directories)
         if reason is not None:
             # Upkeep replaces a child, then removes its old parents: a reader that has the old child looks again.
             if not still_there(chain):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from dirtylog._bits.vouched import vouched_ranges
 from dirtylog.sources.memory import _tracking
 
 __all__ = ["Facility", "Mapping", "blocks_faults", "mappings_of", "probe"]
@@ -54,6 +55,8 @@ class Mapping:
         The file's name; empty for most anonymous memory.
     file : tuple of int
         The device's major and minor number, and the inode: 0 without a file.
+    vouched : bool
+        Whether who mapped it vouches for its file never being written.
     """
 
     start: int
@@ -62,6 +65,7 @@ class Mapping:
     page_size: int
     path: str
     file: tuple[int, int, int]
+    vouched: bool = False
 
     @property
     def writers(self) -> str:
@@ -74,7 +78,7 @@ class Mapping:
         """
         anonymous = self.path in ("/dev/zero (deleted)", "/dev/zero", "/anon_hugepage (deleted)")
         if self.permissions.endswith("p"):
-            return "private" if anonymous or not self.file[2] else "lenders"
+            return "private" if anonymous or self.vouched or not self.file[2] else "lenders"
         if not anonymous:
             return "anyone"
         return "relatives" if _older is None or self.file in _older else "heirs"
@@ -106,10 +110,14 @@ def mappings_of(address: int, nbytes: int) -> list[Mapping]:
         found = _tracking.mappings(address, min(address + nbytes, 2**64 - 1))
     except OSError:
         return []
+    vouched = vouched_ranges()
     return [
-        Mapping(start, end, permissions, page_size or _page_size_at(start, inode), path, (major, minor, inode))
+        Mapping(
+            start, end, permissions, page_size or _page_size_at(start, inode), path, (major, minor, inode),
+            any(first <= start and end <= last for first, last in vouched),
+        )
         for start, end, permissions, page_size, major, minor, inode, path in found
-    ]
+    ]  # fmt: skip
 
 
 def _page_size_at(start: int, inode: int) -> int:

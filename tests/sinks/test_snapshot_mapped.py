@@ -1,0 +1,279 @@
+"""Snapshots opened without reading them: the same bytes as a restore, copied on write, put back, read in parts."""
+
+import os
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+from dirtylog import DirtyPages
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import SnapshotError, index, mapped
+from dirtylog.sinks.snapshot._mapping import RunTable, diff_header
+from dirtylog.sinks.snapshot.chain import find, follow
+
+
+def chain_of(directory, diffs=12, nbytes=300 * 4096 - 700, page_size=4096, named=False, seed=0):
+    """Write a base and diffs of random pages and runs; return the path of the last one and the memory."""
+    rng = np.random.default_rng(seed)
+    memory = rng.integers(1, 255, nbytes, dtype=np.uint8)
+    what = {"a": memory[: 100 * page_size], "b": memory[100 * page_size :]} if named else memory
+    npages = -(-nbytes // page_size)
+    snapshot.save(directory / "s0", what, page_size=page_size, sync=False)
+    for i in range(1, diffs + 1):
+        first = int(rng.integers(0, npages - 20))
+        pages = np.unique([*rng.integers(0, npages, 9), *range(first, first + 16), npages - 1])
+        for page in pages.tolist():
+            memory[page * page_size : (page + 1) * page_size] = rng.integers(0, 255)
+        dirty = DirtyPages.from_indices(pages, npages, page_size)
+        snapshot.save_diff(directory / f"s{i}", what, dirty, parent=directory / f"s{i - 1}", state={"i": i}, sync=False)
+    return directory / f"s{diffs}", memory
+
+
+@pytest.mark.parametrize("page_size", [512, 4096, 16384])
+def test_mapped_memory_is_what_restoring_gives(tmp_path, page_size):
+    path, memory = chain_of(tmp_path, page_size=page_size, nbytes=300 * page_size - 100)
+    with snapshot.open(path) as opened:
+        assert (np.asarray(opened) == memory).all()
+        assert opened.state == {"i": 12}
+        assert (opened.nbytes, opened.page_size, opened.info) == (memory.nbytes, page_size, snapshot.info(path))
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_more_runs_than_can_be_mapped_are_copied(tmp_path, monkeypatch, limit):
+    path, memory = chain_of(tmp_path)
+    monkeypatch.setattr(mapped, "_spare_mappings", lambda: 4 * limit)
+    with snapshot.open(path) as opened:
+        assert (opened.array == memory).all()
+
+
+def test_more_runs_than_are_kept_in_order_are_laid_file_by_file(tmp_path, monkeypatch):
+    path, memory = chain_of(tmp_path)
+    monkeypatch.setattr(index, "MAX_ROWS", 20)
+    with snapshot.open(path) as opened:
+        assert (opened.array == memory).all()
+        opened.array[:] = 3
+        opened.reset()
+        assert (opened.array == memory).all()
+    assert (snapshot.read(path, rows=slice(5000, 900_000)) == memory[5000:900_000]).all()
+
+
+def test_arrays_by_name_have_their_own_type_shape_and_order(tmp_path):
+    arrays = {"f": np.asfortranarray(np.arange(3000.0).reshape(30, 100)), "n": np.arange(5, dtype=">i2")}
+    snapshot.save(tmp_path / "s", arrays)
+    with snapshot.open(tmp_path / "s") as opened:
+        assert list(opened.regions) == ["f", "n"] == list(opened.names)
+        for name, array in arrays.items():
+            assert (opened[name].dtype, opened[name].strides) == (array.dtype, array.strides)
+            assert (opened[name] == array).all()
+        with pytest.raises(KeyError, match="no array 'x'"):
+            opened["x"]
+
+
+def test_what_is_written_stays_here_and_can_be_saved_over_the_same_parent(tmp_path):
+    path, memory = chain_of(tmp_path, named=True)
+    with snapshot.open(path) as one, snapshot.open(path) as other, dl.track(one.array) as tracker:
+        one["b"][7] ^= 255
+        assert (other.array == memory).all()
+        snapshot.save_diff(tmp_path / "next", one.regions, tracker.harvest(), parent=path)
+        assert (snapshot.restore(tmp_path / "next")["b"] == one["b"]).all()
+        assert snapshot.info(tmp_path / "next").count == 1
+    assert (snapshot.restore(path)["b"] == memory[100 * 4096 :]).all()
+
+
+def test_mapped_memory_is_write_protected_like_our_own(tmp_path):
+    path, _ = chain_of(tmp_path)
+    ours = dl.zeros(4096, "uint8")
+    with snapshot.open(path) as opened, dl.track(opened.array) as tracker, dl.track(ours) as usual:
+        assert tracker.backend == usual.backend
+        opened.array.sum()
+        assert not tracker.harvest()
+        opened.array[9 * 4096] += 1
+        assert tracker.harvest().indices().tolist() == [9]
+
+
+def test_memory_lives_as_long_as_an_array_over_it(tmp_path):
+    path, memory = chain_of(tmp_path)
+    with snapshot.open(path) as opened:
+        part = opened.array[5000:90_000]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert (part == memory[5000:90_000]).all()
+    with pytest.raises(ValueError, match="closed"):
+        opened.array  # noqa: B018
+
+
+@pytest.mark.parametrize("page_size", [512, 4096])
+def test_reset_puts_back_what_was_written_and_nothing_else(tmp_path, page_size):
+    path, memory = chain_of(tmp_path, page_size=page_size, nbytes=2000 * page_size - 100)
+    npages = -(-memory.nbytes // page_size)
+    with snapshot.open(path) as opened:
+        opened.array[:] = 7
+        # One page, a run that is given back to the system, and the last page, which is short.
+        back = DirtyPages.from_runs([[3, 1], [100, 1500], [npages - 1, 1]], npages, page_size)
+        assert opened.reset(back) == back
+        wanted = np.full(memory.nbytes, 7, np.uint8)
+        for first, count in back.runs().tolist():
+            here = slice(first * page_size, (first + count) * page_size)
+            wanted[here] = memory[here]
+        assert (opened.array == wanted).all()
+        opened.reset()
+        assert (opened.array == memory).all()
+        with pytest.raises(ValueError, match="the pages are 5"):
+            opened.reset(DirtyPages.from_indices([1], 5, page_size))
+
+
+def test_reset_by_a_tracker_starts_clean_again(tmp_path):
+    path, memory = chain_of(tmp_path)
+    with snapshot.open(path) as opened, dl.track(opened.array) as tracker:
+        for attempt in range(3):
+            opened.array[4096 * (10 + attempt)] ^= 1
+            opened.array[4096 * 200] ^= 1
+            assert opened.reset(tracker).indices().tolist() == [10 + attempt, 200]
+            assert (opened.array == memory).all()
+            assert not tracker.peek()
+
+
+def test_reset_puts_back_what_is_written_between_its_two_looks(tmp_path):
+    path, memory = chain_of(tmp_path)
+
+    class Late:
+        """Looks once, and has more at the harvest."""
+
+        def __init__(self):
+            self.answers = [[1], [1, 2], [2]]
+
+        def peek(self):
+            return DirtyPages.from_indices(self.answers.pop(0), 300)
+
+        harvest = peek
+
+    with snapshot.open(path) as opened:
+        opened.array[: 3 * 4096] = 9
+        assert opened.reset(Late()).indices().tolist() == [1, 2]
+        assert (opened.array[4096 : 3 * 4096] == memory[4096 : 3 * 4096]).all()
+        assert (opened.array[:4096] == 9).all()
+
+
+def test_a_part_is_read_without_the_rest(tmp_path):
+    path, memory = chain_of(tmp_path, named=True)
+    assert (snapshot.read(path, region="b") == memory[100 * 4096 :]).all()
+    for rows in (slice(70_000, 200_000), slice(9, 2, -3), [5, 6, 90_000, 1], np.array([], int), slice(0, 0)):
+        assert (snapshot.read(path, region="b", rows=rows) == memory[100 * 4096 :][rows]).all()
+    assert snapshot.read(path, region="a", rows=5) == memory[5]
+    with pytest.raises(KeyError, match="name one of them"):
+        snapshot.read(path)
+    with pytest.raises(IndexError, match="row 409600"):
+        snapshot.read(path, region="a", rows=[409600])
+
+
+def test_the_footers_are_looked_through_as_they_are_followed(tmp_path):
+    path, _ = chain_of(tmp_path, named=True)
+    found = index.index(str(path))
+    links, footer = follow(str(path))
+    assert found.files == [(link.path, link.digest) for link in links]
+    assert found.footer == footer
+
+
+def test_a_diff_is_read_at_a_glance(tmp_path, monkeypatch):
+    path, memory = chain_of(tmp_path, page_size=512, nbytes=3000 * 512)
+    looked = []
+    monkeypatch.setattr(index, "find", lambda *question: looked.append(question[0]) or find(*question))
+    with snapshot.open(path) as opened:
+        assert (opened.array == memory).all()
+    assert looked == ["s0"]
+
+
+def test_a_file_that_was_replaced_is_not_laid(tmp_path):
+    path, memory = chain_of(tmp_path)
+    opened = snapshot.open(path)
+    (tmp_path / "s5").unlink()
+    with pytest.raises(SnapshotError, match="s6"):
+        opened.array  # noqa: B018
+    opened.close()
+    (tmp_path / "other").mkdir()
+    other, _ = chain_of(tmp_path / "other", seed=1)
+    late = snapshot.open(other)
+    snapshot.save(other, memory, replace=True)
+    with pytest.raises(SnapshotError, match="another snapshot"):
+        late.array  # noqa: B018
+    late.close()
+
+
+def test_a_file_that_was_cut_is_refused_before_it_is_mapped(tmp_path):
+    path, _ = chain_of(tmp_path)
+    opened = snapshot.open(path)
+    os.truncate(tmp_path / "s0", 4096)
+    with pytest.raises(SnapshotError, match="s0"):
+        opened.array  # noqa: B018
+    opened.close()
+
+
+@pytest.mark.parametrize("verify", [True, "background"])
+def test_damage_is_found_at_the_time_that_was_asked_for(tmp_path, verify):
+    path, _ = chain_of(tmp_path)
+    with snapshot.open(path, verify=verify) as opened:
+        assert opened.verify().count == snapshot.info(path).count
+    with (tmp_path / "s0").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damaged")
+    with pytest.raises(SnapshotError, match="does not match"):
+        snapshot.open(path, verify=verify).verify()
+    with pytest.raises(ValueError, match="verify is 'later'"):
+        snapshot.open(path, verify="later")
+
+
+def test_runs_are_composed_newest_first():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        table, owner = RunTable(1000), np.zeros(64, int)
+        layers = [np.flatnonzero(rng.random(64) < 0.3) for _ in range(int(rng.integers(0, 9)))]
+        for number in range(len(layers), 0, -1):  # oldest first, into the oracle
+            owner[layers[number - 1]] = number
+        for number, pages in enumerate(layers, 1):
+            table.add([DirtyPages.from_indices(pages, 64).runs()], number)
+        found = np.zeros(64, int)
+        for first, count, number in table.composed().tolist():
+            assert (found[first : first + count] == 0).all()
+            found[first : first + count] = number
+        assert (found == owner).all()
+
+
+def test_runs_that_do_not_ascend_or_reach_past_the_end_are_refused():
+    for runs in ([[5, 1], [3, 1]], [[0, 2], [2, 1]], [[9, 2]], [[-1, 1]], [[3, 0]], [[1, 2**63 - 1]], [[11, 1]]):
+        text = np.array(runs, "<i8").tobytes()
+        assert RunTable(9).take(text, 0, len(runs), 10, 1) is None
+        assert RunTable(9).take(text, 0, len(runs) + 1, 10, 1) is None
+
+
+def test_a_header_that_is_not_written_as_a_writer_writes_it_needs_a_closer_look(tmp_path):
+    path, _ = chain_of(tmp_path, diffs=2)
+    with index.Layer(str(path)) as layer:
+        text = index.footers.header_text(layer.footer)
+        alike = index._alike(layer.footer)
+    assert diff_header(text, len(text), *alike)[2] == "s1"
+    for old, new in [
+        (b'"s1"', b'"/1"'), (b'"s1"', b'".1"'), (b'"exact":true', b'"exact":1   '), (b'"holds":null', b'"holds":nul!'),
+        (b'"count":', b'"count":0'), (b'"state":', b'"state":-'), (b"\n", b" "), (b'"diff"', b'"full"'),
+    ]:  # fmt: skip
+        assert old in text
+        changed = text.replace(old, new)
+        assert diff_header(changed, len(changed), *alike) is None
+        assert diff_header(changed + b" " * (-len(changed) % 16), -(-len(changed) // 16) * 16, *alike) is None
+
+
+def test_a_child_of_a_fork_has_its_own_memory(tmp_path):
+    path, memory = chain_of(tmp_path)
+    with snapshot.open(path) as opened:
+        array = opened.array
+        array[0] ^= 1
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            array[1] ^= 1
+            os.write(write, b"y" if array[0] == memory[0] ^ 1 else b"n")
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(read, 1) == b"y"
+        assert array[1] == memory[1]
+        os.close(read), os.close(write)

@@ -3,7 +3,7 @@
 Start ``dirtylog migrate receive`` first; it says where it listens. Then ``dirtylog
 migrate send ADDRESS`` runs threads that write into memory, sends it while they do,
 stops them for the last round, and both ends print a digest of what they hold.
-Loopback addresses only: the protocol knows no passwords.
+An address that others can reach needs certificates: --tls-cert, --tls-key, --tls-ca.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ if TYPE_CHECKING:
     import mmap
     import socket
 
+    from dirtylog.sinks.migrate import Keys, Listener
+    from dirtylog.sinks.migrate.door import Address
+
 __all__ = ["add_arguments", "run"]
 
 
-def _address(text: str) -> tuple[str, int]:
-    """Read HOST:PORT."""
-    from ipaddress import ip_address
-
+def _address(text: str) -> Address:
+    """Read HOST:PORT, or unix:PATH."""
+    if text.startswith("unix:") and len(text) > 5:
+        return text[5:]
     host, _, port = text.rpartition(":")
     try:
-        if not ip_address(host).is_loopback:
-            raise argparse.ArgumentTypeError(
-                f"{host} is not a loopback address: anybody could connect; tunnel it (ssh -L)"
-            )
         number = int(port)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT such as 127.0.0.1:4000") from None
-    if not 0 <= number < 1 << 16:
+        number = -1
+    if not host or number < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a HOST:PORT such as 127.0.0.1:4000, or unix:PATH")
+    if not number < 1 << 16:
         raise argparse.ArgumentTypeError(f"port {number} is not between 0 and 65535")
-    return host, number
+    return host.removeprefix("[").removesuffix("]"), number
+
+
+def _shown(address: Address) -> str:
+    return f"unix:{address}" if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-commands and their options."""
     ends = parser.add_subparsers(dest="end", metavar="end", required=True)
     send = ends.add_parser("send", help="run a workload, and send its memory while it runs")
-    send.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens")
+    send.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens; unix:PATH")
     send.add_argument("--size", type=at_least(1, int), default=64, metavar="MIB", help="memory, in MiB (64)")
     send.add_argument("--writers", type=at_least(0, int, 1024), default=2, metavar="N", help="threads that write (2)")
     send.add_argument(
@@ -61,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     send.add_argument("--compress", action="store_true", help="with zstd")
     receive = ends.add_parser("receive", help="wait for one migration and take it in")
     receive.add_argument(
-        "--listen", type=_address, default=("127.0.0.1", 0), metavar="HOST:PORT", help="port 0: any (127.0.0.1:0)"
+        "--listen",
+        type=_address,
+        default=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="port 0: any; unix:PATH (127.0.0.1:0)",
     )
     receive.add_argument(
         "--out", metavar="FILE", help="take the memory in in a file, which appears when it is complete and on the disk"
@@ -80,7 +89,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         end.add_argument(
             "--deadline", type=more_than(0, float, LONGEST), metavar="SECONDS", help="for all of it (none)"
         )
+        _add_keys(end)
         end.add_argument("--json", action="store_true", help="print the figures for a program")
+
+
+def _add_keys(end: argparse.ArgumentParser) -> None:
+    who = end.add_argument_group("who may talk")
+    who.add_argument("--tls-cert", metavar="FILE", help="this end's certificate, PEM")
+    who.add_argument("--tls-key", metavar="FILE", help="its private key, where the certificate's file has none")
+    who.add_argument("--tls-ca", metavar="FILE", help="who may have signed the other end's certificate, PEM")
+    who.add_argument("--tls-name", metavar="NAME", help="what the receiver's certificate is issued to (the host)")
+    who.add_argument("--tls-psk-file", metavar="FILE", help="instead: a key that both ends share (Python 3.13)")
+    who.add_argument("--token-file", metavar="FILE", help="a secret that both ends must hold")
+    who.add_argument("--insecure", action="store_true", help="no TLS, on an address that others can reach")
+
+
+@contextmanager
+def _keys(args: argparse.Namespace) -> Iterator[Keys]:
+    """Yield the keys of the command line; what is wrong with them is said in its words."""
+    from dirtylog.errors import DirtyLogError
+    from dirtylog.sinks.migrate import Keys
+
+    try:
+        yield Keys.from_files(
+            cert=args.tls_cert,
+            key=args.tls_key,
+            ca=args.tls_ca,
+            name=args.tls_name,
+            psk_file=args.tls_psk_file,
+            token_file=args.token_file,
+        )
+    except ValueError as error:
+        raise DirtyLogError(f"{error} (--tls-cert, --tls-key, --tls-ca, --token-file, --insecure)") from error
 
 
 @contextmanager
@@ -102,12 +142,12 @@ def _digest(memory: Any) -> str:
     return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
 
 
-def _connect(address: tuple[str, int], timeout: float) -> socket.socket:
-    import socket
+def _connect(args: argparse.Namespace) -> socket.socket:
+    from dirtylog.sinks.migrate import connect
 
-    host, port = address
-    with _named(f"{host}:{port}", "start 'dirtylog migrate receive' first, and give the address that it prints"):
-        return socket.create_connection(address, timeout=timeout)
+    way_out = "start 'dirtylog migrate receive' first, and give the address and the keys that fit"
+    with _named(_shown(args.address), way_out), _keys(args) as keys:
+        return connect(args.address, keys, insecure=args.insecure, timeout=args.timeout)
 
 
 def _send(args: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +170,7 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
         memory[pages, writer] += 1
 
     log = dl.DirtyLog()
-    with dl.track(memory) as tracker, _connect(args.address, args.timeout) as sock:
+    with dl.track(memory) as tracker, _connect(args) as sock:
         log.attach(tracker)
         observer = log.observer("migration")
         with Writers(write, args.writers, len(memory), args.batch, 0.001) as writers:
@@ -212,23 +252,25 @@ class _OutFile:
 
 
 @contextmanager
-def _accepted(args: argparse.Namespace) -> Iterator[socket.socket]:
-    """Listen, say where, and yield the connection of who comes first."""
-    import socket
-
+def _listening(args: argparse.Namespace) -> Iterator[Listener]:
+    """Listen, and say where; whoever is hung up on is named."""
     from dirtylog.commands import _terminal
+    from dirtylog.sinks.migrate import Listener
 
-    with socket.create_server(args.listen) as server:
-        host, port = server.getsockname()[:2]
-        _terminal.show_note(f"listening on {host}:{port}")
-        server.settimeout(args.timeout)
-        with _named(
-            f"nobody came to {host}:{port} within {args.timeout:g} s", "raise --timeout, or start the sender sooner"
-        ):
-            sock, _ = server.accept()
-    with sock:
-        sock.settimeout(args.timeout)
-        yield sock
+    def refused(name: str, why: str) -> None:
+        _terminal.show_note(f"hung up on {name}: {why}")
+
+    with _keys(args) as keys:
+        listener = Listener(args.listen, keys, insecure=args.insecure, timeout=args.timeout, refused=refused)
+    with listener:
+        _terminal.show_note(f"listening on {_shown(listener.address)}")
+        yield listener
+
+
+def _accept(args: argparse.Namespace, listener: Listener) -> socket.socket:
+    what = f"nobody came to {_shown(listener.address)} within {args.timeout:g} s"
+    with _named(what, "raise --timeout, or start the sender sooner"):
+        return listener.accept(args.timeout)
 
 
 def _receive(args: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +279,11 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
 
     seen = [0, 0]
     # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.
-    with _OutFile(args.out) if args.out else nullcontext() as out, _accepted(args) as sock:
+    with (
+        _OutFile(args.out) if args.out else nullcontext() as out,
+        _listening(args) as listener,
+        _accept(args, listener) as sock,
+    ):
         memory = receive(
             sock,
             out=out.reserve if out else None,

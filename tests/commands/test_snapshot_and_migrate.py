@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,12 +82,30 @@ def test_what_fails_is_one_error_and_leaves_nothing(images):
     assert sorted(os.listdir(images)) == names
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1:80", "0.0.0.0:80", "localhost", "127.0.0.1:99999", "127.0.0.1:x"])
-def test_only_loopback_addresses_are_taken(address, capsys):
+@pytest.mark.parametrize("address", ["localhost", ":4000", "127.0.0.1:99999", "127.0.0.1:x", "unix:"])
+def test_what_is_no_address_is_refused(address, capsys):
     with pytest.raises(SystemExit) as caught:
         run(migrate, "send", address)
     assert caught.value.code == 2
     assert "argument HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["receive --listen 0.0.0.0:0", "send 192.0.2.1:80 --size 1"])
+def test_an_address_that_others_reach_is_refused_without_tls(words):
+    try:
+        with pytest.raises(DirtyLogError, match=r"not a loopback address, and there is no TLS: .*--insecure"):
+            run(migrate, *words.split())
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+def test_keys_are_read_before_anybody_is_let_in(tmp_path):
+    (tmp_path / "token").write_bytes(b"short")
+    (tmp_path / "token").chmod(0o600)
+    with pytest.raises(DirtyLogError, match=r"has 5 bytes; it must have 16 to 1024: .*--token-file"):
+        run(migrate, "receive", "--token-file", tmp_path / "token")
+    with pytest.raises(DirtyLogError, match="TLS needs cert and ca at both ends"):
+        run(migrate, "receive", "--tls-cert", tmp_path / "token")
 
 
 @pytest.mark.parametrize(
@@ -137,9 +156,15 @@ def test_a_writing_process_migrates_into_another_one(tmp_path):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
 
-    with end("receive", "--out", str(tmp_path / "memory")) as receiver:
+    keys = Path(__file__).parents[1] / "sinks" / "certificates"
+    (tmp_path / "token").write_bytes(b"0123456789abcdef")
+    (tmp_path / "token").chmod(0o600)
+    tls = ["--tls-ca", str(keys / "authority.pem"), "--token-file", str(tmp_path / "token"), "--tls-cert"]
+    with end("receive", *tls, str(keys / "receiver.pem"), "--out", str(tmp_path / "memory")) as receiver:
         address = receiver.stderr.readline().removeprefix("listening on ").strip()
-        with end("send", address, "--size", "8", "--max-rounds", "3", "--force") as sender:
+        with end(
+            "send", address, *tls, str(keys / "sender.pem"), "--size", "8", "--max-rounds", "3", "--force"
+        ) as sender:
             sent, complaint = sender.communicate(timeout=100)
             assert sender.returncode == 0, complaint
         received, complaint = receiver.communicate(timeout=100)

@@ -9,10 +9,22 @@ been.
 from __future__ import annotations
 
 from dirtylog._public import publish
+from dirtylog.sinks.migrate.door import Keys, Listener, connect
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.receiver import receive
 from dirtylog.sinks.migrate.sender import send
 
-__all__ = ["MigrationError", "NotConverging", "Policy", "Result", "Round", "receive", "send"]
+__all__ = [
+    "Keys",
+    "Listener",
+    "MigrationError",
+    "NotConverging",
+    "Policy",
+    "Result",
+    "Round",
+    "connect",
+    "receive",
+    "send",
+]
 
 publish(__name__, globals(), __all__)

@@ -1,0 +1,544 @@
+"""Who may talk: the listener and the connector of a migration, which let nobody in who has no right to.
+
+TLS by the standard library (mutual certificates, or a key that both ends share), then a greeting in which both ends
+prove that they hold the same token, without sending it. Only then does the receiver hear of memory. Many connections
+are looked at side by side, in bounded memory and time, so that whoever is silent, slow or wrong holds up nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import hmac
+import os
+import secrets
+import selectors
+import socket
+import ssl
+import stat
+import struct
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Self, TypeAlias
+
+from dirtylog.errors import BackendUnavailable
+from dirtylog.sinks.migrate.policy import MigrationError
+from dirtylog.sinks.migrate.wire import MAGIC, VERSION, WireError
+
+__all__ = ["Address", "Keys", "Listener", "connect"]
+
+Address: TypeAlias = tuple[str, int] | str
+_Steps: TypeAlias = Generator[int, None, None]
+
+_GREETING = struct.Struct("<4sB3x32s")
+_PREFIX = 8
+_PROOF_BYTES = hashlib.sha256().digest_size
+_SHORTEST, _LONGEST = 16, 1024
+_IDENTITY = "dirtylog"
+# Forward secrecy, and nothing that can be done without the shared key: a peer with a certificate is not let in.
+_PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What an end of a migration shows and asks for.
+
+    Parameters
+    ----------
+    cert, key, ca : path, optional
+        PEM files: this end's certificate (its chain), the private key (where it is not in `cert`), and the
+        certificates of who may sign the other end's. Both ends need `cert` and `ca`: each shows one and checks one.
+    name : str, optional
+        What the receiver's certificate must be issued to; by default the host that the sender connects to.
+    psk : bytes, optional
+        Instead of certificates: a key of 16 to 1024 bytes that both ends share. Needs Python 3.13.
+    token : bytes, optional
+        A secret of 16 to 1024 random bytes that both ends must hold, beside TLS or without.
+
+    Raises
+    ------
+    ValueError
+        Half of what is needed, or a secret too short to be one.
+    BackendUnavailable
+        A `psk`, and this interpreter's `ssl` has none.
+
+    Notes
+    -----
+    Immutable. Secrets are not in its `repr`.
+    """
+
+    cert: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    ca: str | os.PathLike[str] | None = None
+    name: str | None = None
+    psk: bytes | None = field(default=None, repr=False)
+    token: bytes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what could only half protect."""
+        if (self.cert is None) != (self.ca is None) or (self.key is not None and self.cert is None):
+            raise ValueError(
+                f"cert is {self.cert!r}, key {self.key!r} and ca {self.ca!r}; TLS needs cert and ca at both ends "
+                "(and key where the certificate's file has none)"
+            )
+        if self.psk is not None and self.cert is not None:
+            raise ValueError("psk and cert are both given; use certificates or a shared key")
+        for what, secret in (("psk", self.psk), ("token", self.token)):
+            if secret is not None and not _SHORTEST <= len(secret) <= _LONGEST:
+                raise ValueError(
+                    f"{what} has {len(secret)} bytes; it must have {_SHORTEST} to {_LONGEST}: openssl rand -hex 32"
+                )
+        if self.psk is not None and not getattr(ssl, "HAS_PSK", False):
+            raise BackendUnavailable("TLS-PSK", "the ssl module has no HAS_PSK", "use Python 3.13, or certificates")
+
+    @property
+    def encrypts(self) -> bool:
+        """Whether there is enough for TLS."""
+        return self.cert is not None or self.psk is not None
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        name: str | None = None,
+        psk_file: str | os.PathLike[str] | None = None,
+        token_file: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """Make from files; those with secrets must not be readable by everybody.
+
+        Raises
+        ------
+        PermissionError
+            Everybody may read a file of a secret.
+        OSError
+            A file cannot be read.
+        ValueError
+            As for the class.
+        """
+        psk, token = (None if file is None else _secret(file) for file in (psk_file, token_file))
+        return cls(cert, key, ca, name, psk, token)
+
+    def _context(self, server: bool) -> ssl.SSLContext | None:
+        if not self.encrypts:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+        if self.psk is not None:
+            _share(context, self.psk, server)
+            return context
+        assert self.cert is not None
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.verify_mode = ssl.CERT_REQUIRED
+        if server:
+            # Each connection proves itself again.
+            context.num_tickets = 0
+        context.load_cert_chain(self.cert, self.key, _no_password)
+        context.load_verify_locations(self.ca)
+        return context
+
+
+def _share(context: ssl.SSLContext, psk: bytes, server: bool) -> None:
+    """Let a context speak with the holder of the key alone."""
+    # In 1.3 a peer with any certificate could answer instead; in 1.2 the suite leaves it no way to.
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_ciphers(_PSK_CIPHERS)
+    # Neither stub nor attribute before 3.13.
+    if server:
+        context.set_psk_server_callback(lambda identity: psk if identity == _IDENTITY else b"")  # type: ignore[attr-defined,unused-ignore]
+    else:
+        context.set_psk_client_callback(lambda hint: (_IDENTITY, psk))  # type: ignore[attr-defined,unused-ignore]
+
+
+def _no_password() -> str:
+    """Answer instead of OpenSSL's prompt, which would wait at a terminal for ever."""
+    raise ValueError("the private key is encrypted; decrypt it: openssl pkey -in KEY -out PLAIN")
+
+
+def _secret(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+            raise PermissionError(errno.EACCES, "everybody may read this secret; chmod 600", os.fspath(path))
+        return file.read(2 * _LONGEST).rstrip(b"\r\n")
+
+
+def _text(address: Address) -> str:
+    return f"unix:{address}" if isinstance(address, str) else f"{address[0]}:{address[1]}"
+
+
+def _resolve(address: Address, keys: Keys, insecure: bool) -> tuple[socket.AddressFamily, Address]:
+    """Return the family and the numeric address, which may be talked to in the way that `keys` allow."""
+    if isinstance(address, str):
+        if not address or address.startswith("\0"):
+            raise ValueError(f"{address!r} is not the path of a Unix socket")
+        return socket.AF_UNIX, address
+    host, port = address
+    family, *_, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    numeric = str(found[0])
+    if not (keys.encrypts or insecure or ip_address(numeric.partition("%")[0]).is_loopback):
+        raise ValueError(
+            f"{host} is not a loopback address, and there is no TLS: anybody could connect, listen and change memory; "
+            "give certificates (cert, key, ca) or a psk, tunnel it (ssh -L), or say insecure=True"
+        )
+    return socket.AddressFamily(family), (numeric, port)
+
+
+# ---- the greeting, as steps that say what they wait for --------------------------------------------------------------
+
+_WAITS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+
+def _event(wait: OSError, plain: int) -> int:
+    """Return what a socket has to be ready for before its call is tried again."""
+    if isinstance(wait, ssl.SSLWantReadError):
+        return selectors.EVENT_READ
+    return selectors.EVENT_WRITE if isinstance(wait, ssl.SSLWantWriteError) else plain
+
+
+def _read(sock: socket.socket, size: int) -> Generator[int, None, bytes]:
+    data = b""
+    while len(data) < size:
+        try:
+            part = sock.recv(size - len(data))
+        except _WAITS as wait:
+            yield _event(wait, selectors.EVENT_READ)
+            continue
+        if not part:
+            raise WireError("the peer hung up in the greeting: it may have another token, version or kind of keys")
+        data += part
+    return data
+
+
+def _write(sock: socket.socket, data: bytes) -> _Steps:
+    while data:
+        try:
+            data = data[sock.send(data) :]
+        except _WAITS as wait:
+            yield _event(wait, selectors.EVENT_WRITE)
+
+
+def _hands(sock: socket.socket) -> _Steps:
+    """Shake hands where there is TLS."""
+    while isinstance(sock, ssl.SSLSocket):
+        try:
+            sock.do_handshake()
+        except _WAITS as wait:
+            yield _event(wait, selectors.EVENT_READ)
+        else:
+            return
+
+
+def _greeting_of_peer(sock: socket.socket) -> Generator[int, None, bytes]:
+    # What is not of this protocol is seen by its first bytes: a port scanner need not say more.
+    prefix = yield from _read(sock, _PREFIX)
+    magic, version, _ = _GREETING.unpack(prefix + bytes(_GREETING.size - _PREFIX))
+    if magic != MAGIC:
+        raise WireError(f"the peer speaks another protocol: it begins with {magic!r}")
+    if version != VERSION:
+        raise WireError(f"the peer speaks version {version} of the protocol; this side speaks {VERSION}")
+    return prefix + (yield from _read(sock, _GREETING.size - _PREFIX))
+
+
+def _proof(token: bytes | None, who: bytes, greetings: bytes) -> bytes:
+    """Prove the token of one end, for this one conversation."""
+    return hmac.digest(token or b"", who + greetings, hashlib.sha256)
+
+
+def _expect(sock: socket.socket, proof: bytes) -> _Steps:
+    # In constant time; and nothing has been allocated for this peer yet.
+    if not hmac.compare_digest((yield from _read(sock, len(proof))), proof):
+        raise WireError("the peer holds another token, or none")
+
+
+def _greeting() -> bytes:
+    return _GREETING.pack(MAGIC, VERSION, secrets.token_bytes(32))
+
+
+def _greet(sock: socket.socket, token: bytes | None) -> _Steps:
+    """Be the sender: prove the token first, then ask for the receiver's proof."""
+    yield from _hands(sock)
+    mine = _greeting()
+    yield from _write(sock, mine)
+    both = mine + (yield from _greeting_of_peer(sock))
+    yield from _write(sock, _proof(token, b"sender", both))
+    yield from _expect(sock, _proof(token, b"receiver", both))
+
+
+def _admit(sock: socket.socket, token: bytes | None) -> _Steps:
+    """Be the receiver: whoever has not proved the token learns nothing that depends on it."""
+    yield from _hands(sock)
+    theirs = yield from _greeting_of_peer(sock)
+    mine = _greeting()
+    yield from _write(sock, mine)
+    yield from _expect(sock, _proof(token, b"sender", theirs + mine))
+    yield from _write(sock, _proof(token, b"receiver", theirs + mine))
+
+
+# ---- the two ends ----------------------------------------------------------------------------------------------------
+
+
+def connect(
+    address: Address, keys: Keys | None = None, *, insecure: bool = False, timeout: float = 30.0
+) -> socket.socket:
+    """Connect to a :class:`Listener`, and prove to each other who is there.
+
+    Parameters
+    ----------
+    address : tuple of (str, int), or str
+        Host and port, or the path of a Unix socket.
+    keys : Keys, optional
+        What this end shows and asks for.
+    insecure : bool
+        Allow an address that is not loopback without TLS.
+    timeout : float
+        Seconds for all of it; also the timeout of the socket that is returned.
+
+    Returns
+    -------
+    socket.socket
+        For :func:`send`; an `ssl.SSLSocket` where there is TLS. Yours: close it.
+
+    Raises
+    ------
+    ValueError
+        The address is not loopback, and there is no TLS.
+    MigrationError
+        The other end is not a receiver with this token, or did not answer in time.
+    OSError
+        Nobody listens, or TLS failed (`ssl.SSLError`).
+    """
+    keys = keys or Keys()
+    family, where = _resolve(address, keys, insecure)
+    context = keys._context(server=False)
+    end = time.monotonic() + timeout
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(where)
+        _set_options(sock)
+        if context is not None:
+            host = keys.name or ("localhost" if isinstance(address, str) else address[0])
+            sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
+        sock.setblocking(False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(sock, selectors.EVENT_READ)
+            for event in _greet(sock, keys.token):
+                selector.modify(sock, event)
+                left = end - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise TimeoutError(f"{_text(address)} did not finish the greeting within {timeout:g} s")
+        sock.settimeout(timeout)
+    except WireError as error:
+        sock.close()
+        raise MigrationError(f"{_text(address)}: {error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _set_options(sock: socket.socket) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+@dataclass(slots=True)
+class _Visitor:
+    """A connection that has not proved yet that it may talk."""
+
+    sock: socket.socket
+    steps: _Steps
+    expires: float
+    name: str
+
+
+class Listener:
+    """Wait for senders, and hand out the connection of one that may talk.
+
+    Parameters
+    ----------
+    address : tuple of (str, int), or str
+        Host and port (0: any), or the path of a Unix socket, which is made for this user alone.
+    keys : Keys, optional
+        What this end shows and asks for.
+    insecure : bool
+        Allow an address that is not loopback without TLS.
+    timeout : float
+        Seconds in which a connection must prove itself; also the timeout of the sockets that are handed out.
+    pending : int
+        Connections looked at at once. Of more, the one that has waited longest is hung up on.
+    refused : callable, optional
+        Called with an address and a reason, both text, for each connection that is hung up on.
+
+    Raises
+    ------
+    ValueError
+        The address is not loopback, and there is no TLS.
+    OSError
+        The address cannot be had, or a file of `keys` cannot be read.
+
+    Notes
+    -----
+    A context manager that closes it at the end. Belongs to one thread at a time. Needs at most some 64 KiB per
+    pending connection with TLS, and a few hundred bytes without.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        keys: Keys | None = None,
+        *,
+        insecure: bool = False,
+        timeout: float = 30.0,
+        pending: int = 64,
+        refused: Callable[[str, str], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if pending < 1:
+            raise ValueError(f"pending is {pending}; it must be 1 or more")
+        self._keys = keys or Keys()
+        self._visitors: dict[int, _Visitor] = {}
+        self._timeout, self._pending, self._refused, self._clock = timeout, pending, refused, clock
+        family, where = _resolve(address, self._keys, insecure)
+        self._context = self._keys._context(server=True)
+        self._server = socket.socket(family, socket.SOCK_STREAM)
+        self._path: str | None = None
+        try:
+            if family == socket.AF_UNIX:
+                # Linux gives the file this mode, less the umask: nobody else can connect, from the first moment on.
+                os.fchmod(self._server.fileno(), 0o600)
+            else:
+                self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._server.bind(where)
+            self._path = where if isinstance(where, str) else None
+            self._server.listen(128)
+            self._server.setblocking(False)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def address(self) -> Address:
+        """Where it listens: host and port, or the path of the Unix socket."""
+        if self._path is not None:
+            return self._path
+        host, port = self._server.getsockname()[:2]
+        return host, port
+
+    def close(self) -> None:
+        """Stop listening, hang up on who has not been handed out, remove the Unix socket. Twice is fine."""
+        self._server.close()
+        for visitor in list(self._visitors.values()):
+            visitor.sock.close()
+        self._visitors.clear()
+        path, self._path = self._path, None
+        if path is not None:
+            os.unlink(path)
+
+    def accept(self, timeout: float | None = None) -> socket.socket:
+        """Wait for a sender that may talk.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds to wait, whoever else comes meanwhile; by default for ever.
+
+        Returns
+        -------
+        socket.socket
+            For :func:`receive`; an `ssl.SSLSocket` where there is TLS. Yours: close it.
+
+        Raises
+        ------
+        TimeoutError
+            Nobody who may talk has come in time.
+        ValueError
+            It is closed.
+        OSError
+            The system has no more descriptors, even with nobody pending.
+        """
+        if self._server.fileno() < 0:
+            raise ValueError("the listener is closed")
+        end = None if timeout is None else self._clock() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._server, selectors.EVENT_READ)
+            for number in self._visitors:
+                selector.register(number, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            while True:
+                now = self._clock()
+                if end is not None and now >= end:
+                    raise TimeoutError(f"nobody who may talk came within {timeout:g} s")
+                self._drop(selector, [v for v in self._visitors.values() if v.expires <= now], "it took too long")
+                moments = [v.expires for v in self._visitors.values()] + ([] if end is None else [end])
+                ready = selector.select(max(min(moments) - now, 0) if moments else None)
+                # Whoever is on the way first, so that newcomers cannot push out who is about to prove itself.
+                for each, _ in ready:
+                    visitor = self._visitors.get(each.fd)
+                    if visitor is not None and self._step(selector, visitor):
+                        return visitor.sock
+                if any(each.fd == self._server.fileno() for each, _ in ready):
+                    self._newcomer(selector)
+
+    def _newcomer(self, selector: selectors.BaseSelector) -> None:
+        if len(self._visitors) >= self._pending:
+            self._drop(selector, [next(iter(self._visitors.values()))], "too many others came after it")
+        try:
+            sock, peer = self._server.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError:
+            # No more descriptors: make room, or say so.
+            if not self._visitors:
+                raise
+            self._drop(selector, [next(iter(self._visitors.values()))], "no descriptor was left")
+            return
+        try:
+            sock.setblocking(False)
+            _set_options(sock)
+            if self._context is not None:
+                sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            name = "a Unix socket" if self._path is not None else f"{peer[0]}:{peer[1]}"
+            visitor = _Visitor(sock, _admit(sock, self._keys.token), self._clock() + self._timeout, name)
+            selector.register(sock, selectors.EVENT_READ)
+            self._visitors[sock.fileno()] = visitor
+        except OSError:
+            # It is gone again.
+            sock.close()
+        except BaseException:
+            sock.close()
+            raise
+
+    def _step(self, selector: selectors.BaseSelector, visitor: _Visitor) -> bool:
+        """Go on with one connection; return whether it may talk, and is handed out."""
+        try:
+            selector.modify(visitor.sock, next(visitor.steps))
+        except StopIteration:
+            selector.unregister(visitor.sock)
+            del self._visitors[visitor.sock.fileno()]
+            visitor.sock.settimeout(self._timeout)
+            return True
+        except (OSError, WireError) as error:
+            self._drop(selector, [visitor], str(error))
+        return False
+
+    def _drop(self, selector: selectors.BaseSelector, visitors: Iterable[_Visitor], why: str) -> None:
+        for visitor in visitors:
+            selector.unregister(visitor.sock)
+            del self._visitors[visitor.sock.fileno()]
+            visitor.sock.close()
+            if self._refused is not None:
+                self._refused(visitor.name, why)

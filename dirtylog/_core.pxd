@@ -22,5 +22,3 @@ cdef class DirtyBitmap:
     cdef DirtyPages pages_argument(self, object pages)
     cdef void put(self, DirtyPages pages, uint64_t start) noexcept
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
-    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
-                              DirtyPages pages)

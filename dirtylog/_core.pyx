@@ -11,17 +11,16 @@ from libc.string cimport memcpy, memset
 
 from dirtylog._bits.blocks cimport (
     Block,
-    block_for_result,
     block_new,
     block_of_buffer,
     dl_kernels,
-    dl_taken,
     export_words,
     kernels,
     no_words,
 )
 
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.pages cimport DirtyPages
+from dirtylog._bits.taking cimport take_pages
 from dirtylog._bits.words cimport check_apart
 
 from dirtylog._bits.blocks import simd_path, simd_paths
@@ -71,44 +70,20 @@ cdef extern from "_bits/batch.h" nogil:
     void dl_clear_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
 
 
-cdef extern from "_bits/harvest.h" nogil:
-    cdef struct dl_basket:
-        const dl_kernels *k
-        uint64_t *numbers
-        uint64_t *masks
-        size_t entries
-        size_t capacity
-        uint64_t *out
-        bint clear
-    void dl_take_part(dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
-    void dl_take_range(dl_basket *basket, const dl_bitmap *b, uint64_t first, uint64_t head_end, const dl_taken *taken,
-                       size_t ntaken, uint64_t tail_first, uint64_t end)
-    uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
-    void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
-
-
 cdef extern from "_bits/sets.h" nogil:
     void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
 
 
 cdef extern from "dirtylog/bitmap.h" nogil:
     cdef enum:
-        DL_LINE_WORDS, DL_GROUP_LINES, DL_GROUP_WORDS
-    uint64_t dl_lines_for(uint64_t npages)
+        DL_LINE_WORDS, DL_GROUP_WORDS
     uint64_t dl_groups_for(uint64_t npages)
-    void dl_harvest_end()
-    void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
 
 
 __all__ = [
     "DirtyBitmap", "compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "simd_path",
     "simd_paths", "zero_pages",
 ]
-
-cdef enum:
-    # Groups of lines that a harvest takes without asking for memory first.
-    FEW_GROUPS = 256
-
 
 @cython.final
 cdef class DirtyBitmap:
@@ -491,100 +466,7 @@ cdef class DirtyBitmap:
                 dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), start)
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
-        cdef uint64_t nwords = dl_words_for(self.bits.npages)
-        cdef dl_basket basket
-        cdef Block dense
-        cdef Block numbers, masks
-        cdef dl_taken few[FEW_GROUPS]
-        cdef dl_taken *taken = few
-        cdef size_t ntaken = 0
-        cdef size_t room
-        cdef uint64_t nlines = 0
-        cdef uint64_t line_pages = 64 * DL_LINE_WORDS
-        # Lines that lie in the range whole; what is left and right of them is taken by words.
-        cdef uint64_t first_line = (first + line_pages - 1) // line_pages
-        cdef uint64_t end_line = dl_lines_for(end) if end == self.bits.npages else end // line_pages
-        cdef uint64_t head_end, tail_first
-        # I5: made before anything is taken, so that nothing can fail after.
-        cdef DirtyPages pages = pages_bare(self.bits.npages, self.page_size, True)
-        if first_line >= end_line:  # an empty range too
-            first_line = end_line = 0
-            head_end = tail_first = end
-        else:
-            head_end = first_line * line_pages
-            tail_first = end_line * line_pages if end_line * line_pages < end else end
-        cdef uint64_t group = first_line // DL_GROUP_LINES
-        cdef uint64_t groups = (end_line + DL_GROUP_LINES - 1) // DL_GROUP_LINES
-        if self.bits.summary == NULL:
-            return self.take_scan(first, head_end, tail_first, end, clear, pages)
-        basket = basket_new(clear)
-        try:
-            # I4: the summary first. I5: it is put back if what follows finds no memory.
-            with nogil:
-                ntaken = kernels.take_summary(&self.bits, first_line, end_line, &group, few, FEW_GROUPS, clear, &nlines)
-            if group < groups:
-                room = ntaken + (groups - group) + DL_LINE_WORDS
-                taken = <dl_taken *>malloc(room * sizeof(dl_taken))
-                if taken == NULL:
-                    taken = few
-                    raise MemoryError(f"no memory to note {room} groups of dirty lines")
-                with nogil:
-                    memcpy(taken, few, ntaken * sizeof(dl_taken))
-                    ntaken += kernels.take_summary(&self.bits, first_line, end_line, &group, taken + ntaken,
-                                                   room - ntaken, clear, &nlines)
-            numbers, masks, dense = basket_open(&basket, nlines + 2, nwords)
-            with nogil:
-                dl_take_range(&basket, &self.bits, first, head_end, taken, ntaken, tail_first, end)
-        except MemoryError:
-            if clear:
-                dl_summary_untake(&self.bits, taken, ntaken)
-            raise
-        finally:
-            if taken != few:
-                free(taken)
-        pages_fill(pages, dense, numbers, masks, basket.entries)
-        return pages
-
-    cdef DirtyPages take_scan(self, uint64_t first, uint64_t head_end, uint64_t tail_first, uint64_t end, bint clear,
-                              DirtyPages pages):
-        """Take from foreign memory: few words as entries, and dense from where they become many."""
-        cdef uint64_t nwords = dl_words_for(self.bits.npages)
-        cdef uint64_t start, stop, reached
-        cdef Block numbers, masks
-        cdef Block dense = None
-        cdef dl_basket basket = basket_new(clear)
-        if head_end < tail_first and tail_first == self.bits.npages:
-            # I7: whoever shares the memory may set bits past the last page; they are not ours.
-            tail_first -= tail_first % 64
-        # The scan may fill what it is told of; the words right of it, a line at most, need room of their own.
-        basket.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
-        numbers = block_new(basket.capacity + DL_LINE_WORDS, False)
-        masks = block_new(basket.capacity + DL_LINE_WORDS, False)
-        basket.numbers = numbers.words
-        basket.masks = masks.words
-        start = head_end // 64
-        stop = tail_first // 64
-        with nogil:
-            dl_take_part(&basket, self.bits.words, first, head_end)
-            reached = dl_take_foreign(&basket, self.bits.words, start, stop)
-        if reached < stop:
-            try:
-                dense = block_for_result(nwords)
-            except MemoryError:
-                dl_put_back(&basket, &self.bits)  # I5
-                raise
-            with nogil:
-                scatter(basket.numbers, basket.masks, basket.entries, dense.words)
-                basket.out = dense.words
-                dl_take_foreign(&basket, self.bits.words, reached, stop)
-        with nogil:
-            dl_take_part(&basket, self.bits.words, tail_first, end)
-            dl_harvest_end()
-        if dense is not None:
-            pages_fill(pages, dense, None, None, 0)
-        else:
-            pages_fill(pages, None, trimmed(numbers, basket.entries), trimmed(masks, basket.entries), basket.entries)
-        return pages
+        return take_pages(&self.bits, self.page_size, first, end, clear)
 
     # ---- clearing
 
@@ -653,28 +535,6 @@ cdef class DirtyBitmap:
 
 # ---- the form of a result -------------------------------------------------------
 
-cdef dl_basket basket_new(bint clear) noexcept:
-    cdef dl_basket basket
-    memset(&basket, 0, sizeof(basket))
-    basket.k = kernels
-    basket.clear = clear
-    return basket
-
-
-cdef tuple basket_open(dl_basket *basket, uint64_t lines, uint64_t nwords):
-    """Choose the form of the result by the lines it may touch, and give it memory."""
-    cdef Block numbers, masks, dense
-    if lines * 2 * DL_LINE_WORDS > nwords:
-        dense = block_for_result(nwords)
-        basket.out = dense.words
-        return None, None, dense
-    numbers = block_new(lines * DL_LINE_WORDS, False)
-    masks = block_new(lines * DL_LINE_WORDS, False)
-    basket.numbers = numbers.words
-    basket.masks = masks.words
-    return numbers, masks, None
-
-
 cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept nogil:
     """Copy fresh pages into words of somebody else's."""
     if pages.numbers is None:
@@ -682,19 +542,6 @@ cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept n
     else:
         memset(out, 0, nwords * 8)
         scatter(pages.numbers.words, pages.masks.words, pages.entries, out)
-
-
-cdef Block trimmed(Block block, size_t n):
-    """Return a block of the first `n` words where the rest would be much."""
-    cdef Block smaller
-    if n * 4 >= block.nwords:
-        return block
-    try:
-        smaller = block_new(n, False)
-    except MemoryError:
-        return block  # I5: what has been taken is handed out all the same
-    memcpy(smaller.words, block.words, n * 8)
-    return smaller
 
 
 # The module that people know it by, in tracebacks and help().

@@ -8,6 +8,46 @@
 #include "_bits/simd.h"
 #include "dirtylog/bitmap.h"
 
+/* How pages [first, end) of a bitmap are taken: cache lines of words whole, by their summary where there is one, and what
+ * is left and right of them word by word. An empty range, or one within a line, is all head. */
+struct dl_parts {
+    uint64_t first, head_end;      /* pages */
+    uint64_t first_line, end_line; /* lines */
+    uint64_t tail_first, end;      /* pages */
+};
+
+static inline struct dl_parts dl_parts_of(uint64_t npages, uint64_t first, uint64_t end)
+{
+    struct dl_parts parts = {first, end, 0, 0, end, end};
+    uint64_t first_line = first / DL_LINE_PAGES + (first % DL_LINE_PAGES != 0);
+    /* The last line may be shorter than others, and is whole all the same. */
+    uint64_t end_line = end == npages ? dl_lines_for(end) : end / DL_LINE_PAGES;
+    if (first_line >= end_line)
+        return parts;
+    parts.first_line = first_line;
+    parts.end_line = end_line;
+    parts.head_end = first_line * DL_LINE_PAGES;
+    if (end_line * DL_LINE_PAGES < end)
+        parts.tail_first = end_line * DL_LINE_PAGES;
+    return parts;
+}
+
+/* The same for memory that others mark: its lines are whole words. I7: whoever shares the memory may set bits past the
+ * last page; they are not ours. */
+static inline struct dl_parts dl_foreign_parts_of(uint64_t npages, uint64_t first, uint64_t end)
+{
+    struct dl_parts parts = dl_parts_of(npages, first, end);
+    if (parts.head_end < parts.tail_first)
+        parts.tail_first -= parts.tail_first % DL_WORD_PAGES;
+    return parts;
+}
+
+static inline uint64_t dl_first_group(const struct dl_parts *parts) { return parts->first_line / DL_GROUP_LINES; }
+static inline uint64_t dl_end_group(const struct dl_parts *parts)
+{
+    return parts->end_line / DL_GROUP_LINES + (parts->end_line % DL_GROUP_LINES != 0);
+}
+
 struct dl_basket {
     const struct dl_kernels *k;
     uint64_t *numbers, *masks; /* sparse: entries, as many as `capacity` */
@@ -54,15 +94,15 @@ static inline void dl_take_lines(struct dl_basket *basket, uint64_t *words, cons
 }
 
 /* The lines noted, and word by word the pages left and right of them. */
-static inline void dl_take_range(struct dl_basket *basket, const struct dl_bitmap *b, uint64_t first, uint64_t head_end,
-                                 const struct dl_taken *taken, size_t ntaken, uint64_t tail_first, uint64_t end)
+static inline void dl_take_range(struct dl_basket *basket, const struct dl_bitmap *b, const struct dl_parts *parts,
+                                 const struct dl_taken *taken, size_t ntaken)
 {
     /* I4: no word is read before the summary is seen to be taken. On x86 the exchange orders that by
      * itself; elsewhere its store may still be under way when the loads that follow it are done. */
     dl_fence_seq_cst();
-    dl_take_part(basket, b->words, first, head_end);
+    dl_take_part(basket, b->words, parts->first, parts->head_end);
     dl_take_lines(basket, b->words, taken, ntaken);
-    dl_take_part(basket, b->words, tail_first, end);
+    dl_take_part(basket, b->words, parts->tail_first, parts->end);
     dl_harvest_end();
 }
 

@@ -5,8 +5,9 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
-from dirtylog._bits.blocks cimport block_for_result, block_new, dl_kernels, kernels
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_from_words_block
+from dirtylog._bits.blocks cimport block_new, dl_kernels, kernels
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.taking cimport take_pages
 
 from dirtylog._bits.pages import check_geometry
 
@@ -30,11 +31,9 @@ cdef extern from "dirtylog/bits.h" nogil:
 cdef extern from "dirtylog/bitmap.h" nogil:
     uint64_t dl_groups_for(uint64_t npages)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-    uint64_t dl_harvest(const dl_bitmap *bitmap, uint64_t *out)
 
 
 cdef extern from "dirtylog/atomic.h" nogil:
-    uint64_t dl_load_relaxed(const uint64_t *word)
     uint64_t dl_load_acquire(const uint64_t *word)
     uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
     uint64_t dl_exchange(uint64_t *word, uint64_t value)
@@ -131,10 +130,8 @@ cdef class Owed:
 
     def forget(self):
         """Owe nothing any more: the source's pages are somebody else's business now."""
-        cdef Block dropped = block_for_result(self.words.nwords)
         dl_exchange(&self.state, 0)
-        with nogil:
-            dl_harvest(&self.bits, dropped.words)
+        take_pages(&self.bits, self.page_size, 0, self.bits.npages, True)
 
     def take(self, source, *arguments, warn=None, failure=None):
         """Call `source`, and return its pages with all that is owed.
@@ -195,12 +192,7 @@ cdef class Owed:
         cdef uint64_t state = dl_load_acquire(&self.state)
         if not state and (pages.exact or warn is None):
             return pages
-        cdef Block words = block_new(self.words.nwords, False)
-        cdef size_t i
-        with nogil:
-            for i in range(words.nwords):
-                words.words[i] = dl_load_relaxed(self.bits.words + i)
-        cdef DirtyPages answer = pages_from_words_block(words, self.bits.npages, self.page_size, True) | pages
+        cdef DirtyPages answer = take_pages(&self.bits, self.page_size, 0, self.bits.npages, False) | pages
         if state & INEXACT:
             answer = inexact(answer)
         if warn is not None and not answer.exact and not state & SAID:
@@ -259,20 +251,14 @@ cdef class Owed:
 
     cdef DirtyPages joined(self, DirtyPages pages, uint64_t state):
         """Take what is owed and join it, `state` being its flags; MemoryError before or after leaves it owed."""
-        # Made before anything is taken.
-        cdef Block words
         cdef DirtyPages earlier
         try:
-            words = block_for_result(self.words.nwords)
-            earlier = pages_from_words_block(words, self.bits.npages, self.page_size, True)
+            earlier = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True)
         except MemoryError:
             dl_fetch_or(&self.state, PAGES)
             raise
-        cdef uint64_t count
-        with nogil:
-            count = dl_harvest(&self.bits, words.words)
         try:
-            answer = pages | earlier if count else pages
+            answer = pages | earlier if earlier.counted() else pages
             return inexact(answer) if state & INEXACT else answer
         except BaseException:
             self.note(earlier, 0)

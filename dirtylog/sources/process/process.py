@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._page_tables import cannot_hold
@@ -128,9 +129,9 @@ class Process(Resource):
         self.skipped: dict[Area, str] = {}
         self.missed: dict[int, str] = {}
         self._pieces: list[_Piece] = []
-        # What was let go of since the last harvest, and between that one and the one before.
+        # What was let go of, and how many of these on the way to the last harvest, which may report pages of theirs.
         self._leaving: list[Region] = []
-        self._left: tuple[Region, ...] = ()
+        self._left = 0
         self._free: list[tuple[int, int]] = []
         self._fresh = 0  # pages from here on were never anybody's: a sink has zeros for them
         chosen = first.pick(mappings(first.watch.pid))
@@ -140,9 +141,10 @@ class Process(Resource):
         if room < 0:
             raise ValueError(f"spare is {spare}; it must be 0 pages or more")
         self.npages: int = pages + room
-        # Taken and not handed out yet (I5), and whether something taken may have been lost on the way.
-        self._owed = DirtyPages._empty(self.npages, PAGE_SIZE)
-        self._in_doubt = False
+        # Found and not handed out yet (I5), and whether something taken may have been lost on the way to there.
+        self._owed: Owed = Owed(self.npages, PAGE_SIZE)
+        self._nothing = DirtyPages._empty(self.npages, PAGE_SIZE)
+        self._in_doubt = self._unsaid_doubt = False
         self._said_shared = False
         self._said_missed: set[int] = set()
         self._follow_mappings(first, at_start=True)
@@ -414,7 +416,7 @@ class Process(Resource):
     def left_regions(self) -> tuple[Region, ...]:
         """The stretches that were let go of on the way to the last harvest, which may report pages of theirs."""
         with self._lock:
-            return self._left
+            return tuple(self._leaving[: self._left])
 
     @property
     def used_pages(self) -> int:
@@ -453,16 +455,20 @@ class Process(Resource):
         been taken is reported by the next harvest, whole, with ``exact=False``
         and an `IncompleteLogWarning` (I6).
         """
-        return self._collect(True)
+        self._collect(True)
+        # I5: all that was found is owed by now. The lock is free: a signal handler may have raised on the way here.
+        return self._owed.hand_out(self._nothing, self._warn)
 
     def peek(self) -> DirtyPages:
         """Look at what the next harvest would report; the harvest reports it again.
 
         Returns, Raises and Notes are those of :meth:`harvest`.
         """
-        return self._collect(False)
+        self._collect(False)
+        return self._owed.peek(self._nothing, self._warn)
 
-    def _collect(self, take: bool) -> DirtyPages:
+    def _collect(self, take: bool) -> None:
+        """Look what was written, and owe it."""
         with self._lock:
             self._check_open()
             if self._inherited:
@@ -474,14 +480,18 @@ class Process(Resource):
                 )
             self._busy = True
             try:
-                return self._gather(take)
+                self._gather(take)
             finally:
                 self._busy = False
 
-    def _gather(self, take: bool) -> DirtyPages:
+    def _gather(self, take: bool) -> None:
         doubtful, self._in_doubt = self._in_doubt, True
-        if self._ended:
+        if self._ended and not doubtful and not self._owed:
+            self._in_doubt = False  # nothing was taken
             raise self._gone()
+        if take and not self._owed:  # the last harvest has handed out what it found
+            self._leaving = self._leaving[self._left :]
+            self._left = 0
         # Known before the scan, so that the scan is of all that they wrote. Only a keeper still has their memory.
         left = [member for member in self._members if member.left()]
         lost = [member for member in left if not member.keeper]
@@ -498,7 +508,7 @@ class Process(Resource):
                 if self._must_live(member):
                     raise
                 # A child that has ended meanwhile, and its memory with it.
-        untold = [piece for piece in self._pieces if not piece.told]
+        untold = self._untold()
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]
         if doubtful:
             report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in self._pieces]
@@ -510,17 +520,16 @@ class Process(Resource):
         report += self._follow(left, take)
         exact = not untold and not doubtful and not self.missed
         every = np.concatenate(report) if report else np.empty((0, 2), np.int64)
-        found = DirtyPages.from_runs(every, self.npages, PAGE_SIZE, exact=exact)
-        # What was taken is owed from here on, until the last step hands it out (I5).
-        self._owed = self._owed | found
+        # What was taken is owed from here on, until the last step of a harvest hands it out (I5).
+        self._owed.owe(DirtyPages.from_runs(every, self.npages, PAGE_SIZE, exact=exact))
+        self._unsaid_doubt = self._unsaid_doubt or doubtful
         self._in_doubt = False
-        answer = self._owed
-        self._warn(doubtful, untold)
         if take:
-            self._owed = DirtyPages._empty(self.npages, PAGE_SIZE)
-            self._left, self._leaving = tuple(self._leaving), []
+            self._left = len(self._leaving)
             self._ended = self._ended or self._over
-        return answer
+
+    def _untold(self) -> list[_Piece]:
+        return [piece for piece in self._pieces if not piece.told]
 
     def _scan(self, member: Member, take: bool) -> list[npt.NDArray[np.int64]]:
         told = [piece for piece in self._pieces if piece.told and piece.member is member]
@@ -535,12 +544,14 @@ class Process(Resource):
             report.append(np.array([[piece.first_page, piece.npages]], np.int64))
         return report
 
-    def _warn(self, doubtful: bool, untold: list[_Piece]) -> None:
-        if doubtful:
+    def _warn(self, pages: DirtyPages) -> None:
+        """Say why an answer is not exact: each reason once."""
+        if self._unsaid_doubt:
+            self._unsaid_doubt = False
             warnings.warn(
                 f"an earlier harvest of process {self.pid} failed half-way: all that is watched is reported",
                 IncompleteLogWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
         unsaid = {pid: why for pid, why in self.missed.items() if pid not in self._said_missed}
         if unsaid:
@@ -549,9 +560,9 @@ class Process(Resource):
             warnings.warn(
                 f"children of process {self.pid} are not watched, and what they write is missing: {reasons}",
                 IncompleteLogWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
-        if untold and not self._said_shared:
+        if not self._said_shared and (untold := self._untold()):
             self._said_shared = True
             names = sorted({piece.area.name or "anonymous" for piece in untold})
             warnings.warn(
@@ -559,7 +570,7 @@ class Process(Resource):
                 f"({', '.join(names[:5])}): it is reported whole each time; attach with trust_shared=True if "
                 "this process alone writes it",
                 IncompleteLogWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
 
     def read(self, pages: DirtyPages, out: Any = None) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,8 @@
+# Taking pages out of a bitmap, for whoever has one.
+from libc.stdint cimport uint64_t
+
+from dirtylog._bits.blocks cimport dl_bitmap
+from dirtylog._bits.pages cimport DirtyPages
+
+# MemoryError: nothing has been taken (I5).
+cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear)

@@ -1,0 +1,190 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
+"""Taking the pages of a bitmap, all or a range: the summary first, and a result whose size follows what is dirty."""
+
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from dirtylog._bits.blocks cimport (
+    Block,
+    block_for_result,
+    block_new,
+    dl_bitmap,
+    dl_kernels,
+    dl_taken,
+    kernels,
+)
+
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+
+
+cdef extern from "dirtylog/bits.h" nogil:
+    uint64_t dl_words_for(uint64_t npages)
+
+
+cdef extern from "dirtylog/bitmap.h" nogil:
+    cdef enum:
+        DL_LINE_WORDS, DL_GROUP_WORDS
+    void dl_harvest_end()
+    void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
+
+
+cdef extern from "_bits/sets.h" nogil:
+    void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
+
+
+cdef extern from "_bits/harvest.h" nogil:
+    cdef struct dl_parts:
+        uint64_t first, head_end
+        uint64_t first_line, end_line
+        uint64_t tail_first, end
+    cdef struct dl_basket:
+        const dl_kernels *k
+        uint64_t *numbers
+        uint64_t *masks
+        size_t entries
+        size_t capacity
+        uint64_t *out
+        bint clear
+    dl_parts dl_parts_of(uint64_t npages, uint64_t first, uint64_t end)
+    dl_parts dl_foreign_parts_of(uint64_t npages, uint64_t first, uint64_t end)
+    uint64_t dl_first_group(const dl_parts *parts)
+    uint64_t dl_end_group(const dl_parts *parts)
+    void dl_take_part(dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
+    void dl_take_range(dl_basket *basket, const dl_bitmap *b, const dl_parts *parts, const dl_taken *taken,
+                       size_t ntaken)
+    uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
+    void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
+
+
+__all__: list[str] = []
+
+cdef enum:
+    # Groups of lines that a harvest takes without asking for memory first.
+    FEW_GROUPS = 256
+
+
+cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear):
+    """Get pages [first, end), which lie in the bitmap, and clear them if `clear`; as of one moment for each word."""
+    cdef uint64_t nwords = dl_words_for(bits.npages)
+    cdef dl_basket basket
+    cdef Block dense
+    cdef Block numbers, masks
+    cdef dl_taken few[FEW_GROUPS]
+    cdef dl_taken *taken = few
+    cdef size_t ntaken = 0
+    cdef size_t room
+    cdef uint64_t nlines = 0
+    cdef dl_parts parts
+    # I5: made before anything is taken, so that nothing can fail after.
+    cdef DirtyPages pages = pages_bare(bits.npages, page_size, True)
+    if bits.summary == NULL:
+        return take_scan(bits, first, end, clear, pages)
+    parts = dl_parts_of(bits.npages, first, end)
+    cdef uint64_t group = dl_first_group(&parts)
+    cdef uint64_t groups = dl_end_group(&parts)
+    basket = basket_new(clear)
+    try:
+        # I4: the summary first. I5: it is put back if what follows finds no memory.
+        with nogil:
+            ntaken = kernels.take_summary(bits, parts.first_line, parts.end_line, &group, few, FEW_GROUPS, clear,
+                                          &nlines)
+        if group < groups:
+            room = ntaken + (groups - group) + DL_LINE_WORDS
+            taken = <dl_taken *>malloc(room * sizeof(dl_taken))
+            if taken == NULL:
+                taken = few
+                raise MemoryError(f"no memory to note {room} groups of dirty lines")
+            with nogil:
+                memcpy(taken, few, ntaken * sizeof(dl_taken))
+                ntaken += kernels.take_summary(bits, parts.first_line, parts.end_line, &group, taken + ntaken,
+                                               room - ntaken, clear, &nlines)
+        numbers, masks, dense = basket_open(&basket, nlines + 2, nwords)
+        with nogil:
+            dl_take_range(&basket, bits, &parts, taken, ntaken)
+    except MemoryError:
+        if clear:
+            dl_summary_untake(bits, taken, ntaken)
+        raise
+    finally:
+        if taken != few:
+            free(taken)
+    pages_fill(pages, dense, numbers, masks, basket.entries)
+    return pages
+
+
+cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t first, uint64_t end, bint clear, DirtyPages pages):
+    """Take from foreign memory: few words as entries, and dense from where they become many."""
+    cdef uint64_t nwords = dl_words_for(bits.npages)
+    cdef dl_parts parts = dl_foreign_parts_of(bits.npages, first, end)
+    cdef uint64_t start, stop, reached
+    cdef Block numbers, masks
+    cdef Block dense = None
+    cdef dl_basket basket = basket_new(clear)
+    # The scan may fill what it is told of; the words right of it, a line at most, need room of their own.
+    basket.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
+    numbers = block_new(basket.capacity + DL_LINE_WORDS, False)
+    masks = block_new(basket.capacity + DL_LINE_WORDS, False)
+    basket.numbers = numbers.words
+    basket.masks = masks.words
+    start = parts.head_end // 64
+    stop = parts.tail_first // 64
+    with nogil:
+        dl_take_part(&basket, bits.words, first, parts.head_end)
+        reached = dl_take_foreign(&basket, bits.words, start, stop)
+    if reached < stop:
+        try:
+            dense = block_for_result(nwords)
+        except MemoryError:
+            dl_put_back(&basket, bits)  # I5
+            raise
+        with nogil:
+            scatter(basket.numbers, basket.masks, basket.entries, dense.words)
+            basket.out = dense.words
+            dl_take_foreign(&basket, bits.words, reached, stop)
+    with nogil:
+        dl_take_part(&basket, bits.words, parts.tail_first, end)
+        dl_harvest_end()
+    if dense is not None:
+        pages_fill(pages, dense, None, None, 0)
+    else:
+        pages_fill(pages, None, trimmed(numbers, basket.entries), trimmed(masks, basket.entries), basket.entries)
+    return pages
+
+
+# ---- the form of a result -------------------------------------------------------
+
+cdef dl_basket basket_new(bint clear) noexcept:
+    cdef dl_basket basket
+    memset(&basket, 0, sizeof(basket))
+    basket.k = kernels
+    basket.clear = clear
+    return basket
+
+
+cdef tuple basket_open(dl_basket *basket, uint64_t lines, uint64_t nwords):
+    """Choose the form of the result by the lines it may touch, and give it memory."""
+    cdef Block numbers, masks, dense
+    if lines * 2 * DL_LINE_WORDS > nwords:
+        dense = block_for_result(nwords)
+        basket.out = dense.words
+        return None, None, dense
+    numbers = block_new(lines * DL_LINE_WORDS, False)
+    masks = block_new(lines * DL_LINE_WORDS, False)
+    basket.numbers = numbers.words
+    basket.masks = masks.words
+    return numbers, masks, None
+
+
+cdef Block trimmed(Block block, size_t n):
+    """Return a block of the first `n` words where the rest would be much."""
+    cdef Block smaller
+    if n * 4 >= block.nwords:
+        return block
+    try:
+        smaller = block_new(n, False)
+    except MemoryError:
+        return block  # I5: what has been taken is handed out all the same
+    memcpy(smaller.words, block.words, n * 8)
+    return smaller

@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
@@ -20,11 +20,14 @@ from dirtylog.errors import DirtyLogError
 if TYPE_CHECKING:
     from dirtylog import DirtyPages, Process
     from dirtylog.sinks.profile import Sampler
+    from dirtylog.sources.process.naming import Names
 
 __all__ = [
     "Sampling",
+    "add_agent_argument",
     "add_program_arguments",
     "add_watch_arguments",
+    "names_of",
     "record_program",
     "report_file",
     "watch",
@@ -65,10 +68,31 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_agent_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare where a running program's agent listens."""
+    parser.add_argument(
+        "--agent", metavar="SOCKET", help="where the agent of --pid listens: it hands over, and names its arrays"
+    )
+
+
+@contextmanager
+def names_of(pid: int, agent: str | None) -> Iterator[Names]:
+    """What names the regions of a process: by its arrays too, if it has an agent."""
+    from dirtylog.sources.process.handover import Connection
+    from dirtylog.sources.process.naming import Names
+
+    if agent is None:
+        yield Names(pid)
+        return
+    with Connection(agent, pid) as connection:
+        yield Names(pid, connection.arrays)
+
+
 def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the program to run, or the process to watch, and how often to look at it."""
     add_watch_arguments(parser)
     parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
+    add_agent_argument(parser)
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help=argparse.SUPPRESS)
     parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program, and its arguments")
@@ -146,7 +170,7 @@ def _begins(words: list[str]) -> list[str]:
 
 def watch(
     args: argparse.Namespace,
-    begin: Callable[[Process], Sampling],
+    begin: Callable[[Process, Names], Sampling],
     done: Callable[[str | None], None],
 ) -> int:
     """Watch what the command line says until it ends, or until we are told to stop.
@@ -156,7 +180,7 @@ def watch(
     args : Namespace
         With what :func:`add_program_arguments` declares.
     begin : callable
-        Given the process, before it goes on; returns what samples it.
+        Given the process, before it goes on, and what names its regions; returns what samples it.
     done : callable
         Called once at the end, when `begin` was: with what was missed, or None.
 
@@ -176,6 +200,8 @@ def watch(
         if given:
             raise DirtyLogError(f"--pid {args.pid} and a program were given; watch one of them")
         return _watch_running(args, begin, done)
+    if args.agent is not None:
+        raise DirtyLogError("--agent is about a running process; name one by --pid")
     return _watch_started(args, begin, done)
 
 
@@ -191,8 +217,8 @@ def record_program(
     recorder = Recorder(path, 0, mmap.PAGESIZE)
     samplers: list[Sampler] = []
 
-    def begin(process: Process) -> Sampler:
-        samplers.append(Sampler(process, interval=args.interval, on_sample=recorder.write))
+    def begin(process: Process, names: Names) -> Sampler:
+        samplers.append(Sampler(process, interval=args.interval, names=names, on_sample=recorder.write))
         return samplers[0]
 
     def done(missed: str | None) -> None:
@@ -208,13 +234,16 @@ def record_program(
 
 
 def _watch_running(
-    args: argparse.Namespace, begin: Callable[[Process], Sampling], done: Callable[[str | None], None]
+    args: argparse.Namespace, begin: Callable[[Process, Names], Sampling], done: Callable[[str | None], None]
 ) -> int:
     from dirtylog import attach
     from dirtylog.sources.process.launch import look_meanwhile
 
-    with attach(args.pid, follow_children=True) as process:
-        sampling = begin(process)
+    with (
+        attach(args.pid, handover=args.agent, follow_children=True) as process,
+        names_of(args.pid, args.agent) as names,
+    ):
+        sampling = begin(process, names)
         missed = None
         started = last = time.monotonic()
         try:
@@ -245,10 +274,11 @@ def _counted(duration: float | None, started: float) -> Iterator[int]:
 
 
 def _watch_started(
-    args: argparse.Namespace, begin: Callable[[Process], Sampling], done: Callable[[str | None], None]
+    args: argparse.Namespace, begin: Callable[[Process, Names], Sampling], done: Callable[[str | None], None]
 ) -> int:
     from dirtylog.sources.process import _remote
     from dirtylog.sources.process.launch import launch
+    from dirtylog.sources.process.naming import Names
 
     words, begins = _words(args)
     for stream in (sys.stdout, sys.stderr):
@@ -259,7 +289,7 @@ def _watch_started(
     def before(process: Process) -> None:
         # From its first step on: it may say that it is ready before `launch` returns.
         _remote.pass_signals(process.pid)
-        sampling.append(begin(process))
+        sampling.append(begin(process, Names(process.pid)))
 
     with ExitStack() as stack:
         stack.callback(_remote.pass_signals, 0)

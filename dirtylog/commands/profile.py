@@ -16,6 +16,7 @@ from dirtylog.commands._program import add_program_arguments, report_file, watch
 if TYPE_CHECKING:
     from dirtylog import Process
     from dirtylog.sinks.profile import Profile, Sampler
+    from dirtylog.sources.process.naming import Names
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     output = report_file(args.output)
     samplers: list[Sampler] = []
 
-    def begin(process: Process) -> Sampler:
-        samplers.append(Sampler(process, interval=args.interval, every=args.every))
+    def begin(process: Process, names: Names) -> Sampler:
+        samplers.append(Sampler(process, interval=args.interval, every=args.every, names=names))
         return samplers[0]
 
     def done(missed: str | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from dirtylog.commands._numbers import more_than
-from dirtylog.commands._program import add_watch_arguments, record_program
+from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
 from dirtylog.commands._terminal import printable
 from dirtylog.commands._trace import add_migration_arguments
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     parser.add_argument("--pid", type=int, help="watch this running process now, instead of reading a trace")
+    add_agent_argument(parser)
     add_watch_arguments(parser)
 
 

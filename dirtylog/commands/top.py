@@ -14,17 +14,21 @@ import os
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.commands import _terminal
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
+from dirtylog.commands._program import names_of
 from dirtylog.commands._screen import keys_until, raw_keys
+from dirtylog.commands._terminal import printable
 
 if TYPE_CHECKING:
     from dirtylog import DirtyPages, Process
     from dirtylog.sources.process import Region
+    from dirtylog.sources.process.naming import Names
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print each look as JSON, one line each")
     parser.add_argument("--all", action="store_true", help="watch every writable mapping, also those below 1 MiB")
     parser.add_argument("--follow", action="store_true", help="watch its children too, as they come")
+    parser.add_argument(
+        "--agent", metavar="SOCKET", help="where the program's agent listens: it hands over, and names its arrays"
+    )
     parser.add_argument("--trust-shared", action="store_true", help="watch shared memory through this process alone")
 
 
@@ -79,8 +86,9 @@ class Look:
 class Watcher:
     """Harvests a process, and remembers as much as the longest working set needs."""
 
-    def __init__(self, process: Process, bars: str) -> None:
+    def __init__(self, process: Process, bars: str, names: Names) -> None:
         self._process = process
+        self._names = names
         self._bars = bars
         self._history: deque[tuple[float, DirtyPages]] = deque()
         self._last = time.monotonic()
@@ -95,7 +103,8 @@ class Watcher:
         while self._history and self._history[0][0] < now - max(WINDOWS):
             self._history.popleft()
         sets = {window: self._written_since(now - window, pages) for window in WINDOWS}
-        rows = tuple(self._row(region, pages, sets[max(WINDOWS)], seconds) for region in self._process.regions)
+        regions = self._names(self._process.regions)
+        rows = tuple(self._row(region, pages, sets[max(WINDOWS)], seconds) for region in regions)
         return Look(
             seconds,
             pages.nbytes,
@@ -121,7 +130,7 @@ class Watcher:
         shares = density(DirtyPages.from_runs(shifted, region.npages, pages.page_size), 24)
         # The least share that shows: a page that was written is to be seen, however large the region is.
         marks = [self._bars[-int(-share * (len(self._bars) - 1) // 1)] for share in shares]
-        name = label(region)
+        name = printable(region.name or region.kind)
         return Row(
             name if region.pid in (0, self._process.pid) else f"{region.pid}: {name}",
             region.start,
@@ -133,12 +142,6 @@ class Watcher:
         )
 
 
-def label(region: Region) -> str:
-    """Call a region what people call it; control characters of a file's name do not reach the terminal."""
-    name = region.name or region.kind
-    return "".join(character if character.isprintable() else "?" for character in name)
-
-
 def run(args: argparse.Namespace) -> int:
     """Attach, and draw until told to stop."""
     from dirtylog import attach
@@ -146,8 +149,18 @@ def run(args: argparse.Namespace) -> int:
     pid = find_process(args.process)
     looks = 1 if args.once else args.count
     select = "all" if args.all else "large"
-    with attach(pid, select=select, trust_shared=args.trust_shared, follow_children=args.follow) as process:
-        watcher = Watcher(process, BARS if _terminal.encodes(BARS) else ASCII_BARS)
+    with ExitStack() as stack:
+        process = stack.enter_context(
+            attach(
+                pid,
+                select=select,
+                handover=args.agent,
+                trust_shared=args.trust_shared,
+                follow_children=args.follow,
+            )
+        )
+        names = stack.enter_context(names_of(pid, args.agent))
+        watcher = Watcher(process, BARS if _terminal.encodes(BARS) else ASCII_BARS, names)
         if args.json or args.once or not sys.stdout.isatty():
             _print(watcher, args, looks)
         else:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from dirtylog import cli
 from dirtylog.commands import top
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources.process import Region
+from dirtylog.sources.process.naming import Names
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1]), "TERM": "xterm", "COLUMNS": "120"}
 PROGRAM = """
@@ -52,7 +54,7 @@ def write(writer):
 
 def test_a_look_counts_what_the_process_wrote(writer):
     with dl.attach(writer.pid) as process:
-        watcher = top.Watcher(process, top.BARS)
+        watcher = top.Watcher(process, top.BARS, Names(process.pid))
         write(writer)
         look = watcher.look()
         assert look.exact
@@ -134,9 +136,12 @@ def test_rows_are_sorted_as_asked_and_quiet_regions_left_out():
 
 
 def test_a_name_with_control_characters_does_not_reach_the_terminal():
-    region = Region(0, 4096, 0, 1, "file", "/tmp/\x1b]0;owned\x07")
-    assert "\x1b" not in top.label(region)
-    assert "\x07" not in top.label(region)
+    unwritten = dl.DirtyPages.from_indices([], 1)
+    rude = Region(0, 4096, 0, 1, "file", "/tmp/\x1b]0;owned\x07")
+    watcher = top.Watcher.__new__(top.Watcher)
+    watcher._bars, watcher._process = top.BARS, SimpleNamespace(pid=1)
+    name = watcher._row(rude, unwritten, unwritten, 1.0).name
+    assert name == "/tmp/?]0;owned?"
 
 
 def test_a_name_that_no_process_or_several_have_is_refused(capsys, writer):
@@ -156,7 +161,7 @@ def test_a_name_that_no_process_or_several_have_is_refused(capsys, writer):
 
 def test_a_process_that_ends_ends_the_look_with_an_error(writer, capsys):
     with dl.attach(writer.pid) as process:
-        watcher = top.Watcher(process, top.ASCII_BARS)
+        watcher = top.Watcher(process, top.ASCII_BARS, Names(process.pid))
         writer.stdin.close()
         writer.wait()
         with pytest.raises(dl.DirtyLogError, match="has ended"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import bisect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -33,7 +33,9 @@ class Sampler:
     every : sequence of float, default (1, 10, 60)
         Rhythms, in seconds, of the snapshots to size.
     names : callable, optional
-        Gives regions their names; called now and then.
+        Given regions, returns them by the names that people know them by, cut where
+        one holds several things. By default a
+        :class:`~dirtylog.sources.process.naming.Names` of the process. Called with each sample.
     clock : callable, optional
         Seconds, never going back.
     on_sample : callable, optional
@@ -57,7 +59,7 @@ class Sampler:
         *,
         interval: float = 1.0,
         every: Sequence[float] = (1.0, 10.0, 60.0),
-        names: Callable[[Sequence[Region]], Sequence[str]] | None = None,
+        names: Callable[[Sequence[Region]], Sequence[Region]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_sample: Callable[[float, DirtyPages], object] | None = None,
     ) -> None:
@@ -65,10 +67,16 @@ class Sampler:
         self._process = process
         self._clock = clock
         self._on_sample = on_sample
-        self._names = names or _plain_names
-        # Where each stretch was, and what it was called last; also after it is gone.
+        if names is None:
+            from dirtylog.sources.process.naming import Names
+
+            names = Names(process.pid)
+        self._names = names
+        # Where each stretch was, what it was called last, and in which sample; also after it is gone.
         self._places: dict[_Key, tuple[int, int]] = {}
         self._called: dict[_Key, str] = {}
+        self._seen: dict[_Key, int] = {}
+        self._samples = 0
         try:
             self._account.price = own_memory.price_of_a_first_write(own_memory.track_area)
         except BackendUnavailable:
@@ -77,12 +85,27 @@ class Sampler:
 
     @property
     def regions(self) -> dict[str, tuple[int, int]]:
-        """The named ranges of the page space: (first, count), in pages."""
+        """The named ranges of the page space: (first, count), in pages; none holds a page of another.
+
+        Where pages had several names, as memory was named better or mapped anew, the last counts.
+        """
         named: dict[str, tuple[int, int]] = {}
-        for key, place in self._places.items():
+        for key, place in self._latest().items():
             name = f"{self._called[key]} at {key[2]:#x}"
             named[name if name not in named else f"{name}, page {place[0]}"] = place
         return named
+
+    def _latest(self) -> dict[_Key, tuple[int, int]]:
+        taken: list[tuple[int, int]] = []
+        latest: dict[_Key, tuple[int, int]] = {}
+        for key in sorted(self._places, key=lambda key: -self._seen[key]):
+            first, npages = self._places[key]
+            at = bisect.bisect(taken, (first, first))
+            before = taken[at - 1][1] if at else 0
+            if before <= first and (at == len(taken) or first + npages <= taken[at][0]):
+                taken.insert(at, (first, first + npages))
+                latest[key] = (first, npages)
+        return {key: latest[key] for key in self._places if key in latest}
 
     @property
     def seconds(self) -> float:
@@ -107,14 +130,15 @@ class Sampler:
             warnings.simplefilter("ignore", IncompleteLogWarning)
             pages = self._process.harvest()
         # What has ended or moved since the last sample is still in this one.
-        regions = (*self._process.left_regions, *self._process.regions)
+        regions = self._names((*self._process.left_regions, *self._process.regions))
         used = self._process.used_pages
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
         places = {self._key(region): (region.first_page, region.npages) for region in regions}
-        for region, name in zip(regions, self._names(regions), strict=True):
-            self._called[self._key(region)] = name
+        self._called.update((self._key(region), region.name) for region in regions)
+        self._seen.update(dict.fromkeys(places, self._samples))
         self._places.update(places)
+        self._samples += 1
         self._account.add(now, pages, places)
         if self._on_sample is not None:
             self._on_sample(now - self._account.start, pages)
@@ -132,7 +156,3 @@ class Sampler:
         return self._account.sum_up(
             size, lambda key: (self._called[key], key[2], self._places[key][1] * size), inside=False
         )
-
-
-def _plain_names(regions: Sequence[Region]) -> list[str]:
-    return [os.path.basename(region.name) or region.kind for region in regions]

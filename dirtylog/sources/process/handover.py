@@ -1,19 +1,20 @@
-"""Takes a userfaultfd that a process hands over by itself, through a Unix socket."""
+"""Talks to a process that helps: takes the userfaultfd that it hands over, and asks for the names of its arrays."""
 
 from __future__ import annotations
 
 import array
+import json
 import os
 import socket
 import struct
 
 from dirtylog.errors import DirtyLogError
+from dirtylog.sources.process.inside import GREETING, LENGTH, MAGIC, NAMES, Found
 
-__all__ = ["GREETING", "receive"]
+__all__ = ["Connection", "Found", "receive"]
 
-# What an agent says with its two descriptors, a userfaultfd and its pagemap: this, and its process id.
-GREETING = struct.Struct("<8sI")
-MAGIC = b"dirtylog"
+# More than any program has to say of its arrays.
+_MOST_BYTES = 64 << 20
 
 
 def receive(where: str | os.PathLike[str] | socket.socket, pid: int, timeout: float = 10.0) -> tuple[int, int]:
@@ -70,3 +71,71 @@ def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int
             os.close(descriptor)
         raise
     return descriptors[0], descriptors[1]
+
+
+class Connection:
+    """A connection to a process that helps, to ask for the names of its arrays; a context manager.
+
+    Parameters
+    ----------
+    where : path or socket
+        As for :func:`receive`; a socket through which the descriptors were taken already.
+    pid : int
+        The process.
+    timeout : float
+        Seconds to wait for an answer: a program that holds the interpreter for longer is not asked again.
+
+    Raises
+    ------
+    DirtyLogError, OSError
+        As for :func:`receive`.
+    """
+
+    def __init__(self, where: str | os.PathLike[str] | socket.socket, pid: int, timeout: float = 10.0) -> None:
+        if isinstance(where, socket.socket):
+            self._socket = where
+            self._socket.settimeout(timeout)
+            return
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(os.fspath(where))
+            for descriptor in _take(self._socket, pid, timeout):
+                os.close(descriptor)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Connection:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def arrays(self) -> list[Found]:
+        """Ask which large arrays the program has: what each is called, where it begins, where it ends.
+
+        Raises
+        ------
+        OSError
+            It does not answer: it has ended, or not in time.
+        """
+        self._socket.sendall(NAMES)
+        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+        if length > _MOST_BYTES:
+            raise OSError(f"a program says {length} bytes of its arrays; {_MOST_BYTES} are read")
+        try:
+            return [(str(name), int(start), int(end)) for name, start, end in json.loads(self._exactly(length))]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OSError(f"what a program says of its arrays cannot be used: {error}") from error
+
+    def _exactly(self, length: int) -> bytes:
+        parts = bytearray()
+        while len(parts) < length:
+            part = self._socket.recv(min(length - len(parts), 1 << 16))
+            if not part:
+                raise ConnectionResetError("the program has hung up")
+            parts += part
+        return bytes(parts)

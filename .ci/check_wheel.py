@@ -16,6 +16,10 @@ def problems(wheel: Path, root: Path) -> list[str]:
         for pattern in ("*.py", "*.pxd", "*.pyi", "*.h", "py.typed")
         for path in (root / "dirtylog").rglob(pattern)
     ]
+    page = root / "dirtylog" / "sinks" / "report"
+    wanted += [
+        path.relative_to(root) for path in page.iterdir() if path.suffix in {".css", ".html", ".js", ".json", ".txt"}
+    ]
     modules = [path.relative_to(root).with_suffix("") for path in (root / "dirtylog").rglob("*.pyx")]
     built = {str(name).partition(".")[0] for name in names if name.suffix == ".so"}
     return [

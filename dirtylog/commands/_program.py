@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import resource
+import shlex
 import signal
 import stat
 import sys
@@ -218,10 +220,18 @@ def record_program(
     samplers: list[Sampler] = []
 
     def begin(process: Process, names: Names) -> Sampler:
+        recorder.about.update(about(process.pid))
+        recorder.about["watched"] = (
+            "private memory that can be written, without stacks"
+            if args.pid is None
+            else "private memory that can be written, from 1 MiB on, without stacks"
+        )
         samplers.append(Sampler(process, interval=args.interval, names=names, on_sample=recorder.write))
         return samplers[0]
 
     def done(missed: str | None) -> None:
+        if missed:
+            recorder.about["missed"] = missed
         recorder.regions.update(samplers[0].regions)
         recorder.close()
         report(samplers[0], missed)
@@ -231,6 +241,17 @@ def record_program(
     finally:
         if not recorder.closed:
             recorder.abort()
+
+
+def about(pid: int) -> dict[str, str]:
+    """Say what is recorded, when, and on what kind of machine; its name is nobody's business."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    system = platform.uname()
+    return {
+        "command": shlex.join(os.fsdecode(word) for word in words).encode(errors="replace").decode()[:500],
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{system.system} {system.release}, {system.machine}, {os.cpu_count()} CPUs",
+    }
 
 
 def _watch_running(

@@ -73,8 +73,14 @@ class Peak:
         self._first = start
         self._total = 0
 
-    def add(self, end: float, nbytes: int) -> None:
-        """Count a sample: when it ended, and how much was written in it."""
+    def add(self, end: float, nbytes: int) -> float | None:
+        """Count a sample: when it ended, and how much was written in it.
+
+        Returns
+        -------
+        float or None
+            The rate of the window that ends with this sample, if there was time enough for one.
+        """
         self._total += nbytes
         self._ends.append(end)
         self._sizes.append(nbytes)
@@ -83,8 +89,11 @@ class Peak:
         while len(self._sizes) > 1 and end - self._ends[1] >= least:
             self._ends.popleft()
             self._sizes.popleft()
-        if end - self._ends[0] >= least:
-            self._highest = max(self._highest or 0.0, sum(self._sizes) / (end - self._ends[0]))
+        if end - self._ends[0] < least:
+            return None
+        rate = sum(self._sizes) / (end - self._ends[0])
+        self._highest = max(self._highest or 0.0, rate)
+        return rate
 
     @property
     def bytes_per_second(self) -> float:

@@ -74,7 +74,6 @@ def test_reading_a_trace_costs_what_is_in_the_file_however_large_its_page_space(
 
 @pytest.mark.usefixtures("_no_bitmaps")
 def test_drawing_a_trace_costs_what_is_in_the_file_however_large_its_page_space(huge):
-    pytest.importorskip("matplotlib", reason="matplotlib (extra: plot) is not installed")
     assert main(["report", str(huge)]) == 0
 
 

@@ -79,6 +79,9 @@ class Trace:
         The page space, in pages of so many bytes.
     regions : dict of str to (first, count)
         Names for ranges of pages.
+    about : dict of str to str
+        What was recorded, when and where, as far as it was noted: ``command``,
+        ``started``, ``machine``.
     length : int
         How many epochs the file says it has.
     time, number : float, int
@@ -142,6 +145,8 @@ class Trace:
             header = json.loads(raw)
             version, sizes = header["version"], [header[key] for key in ("npages", "page_size", "epochs")]
             regions = {str(name): (first, count) for name, (first, count) in header["regions"].items()}
+            # Traces of before have none.
+            about = {str(key): str(value) for key, value in header.get("about", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._error(f"its header cannot be read ({type(error).__name__}: {error})") from error
         if version != layout.FORMAT_VERSION:
@@ -161,6 +166,7 @@ class Trace:
             if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= self.npages:
                 raise self._error(f"region {name!r} is {(first, count)}, not a range of its {self.npages} pages")
         self.regions = regions
+        self.about = about
         metadata = self._file.metadata
         if not 0 <= self.length <= metadata.num_rows:
             raise self._error(f"it claims {self.length} epochs in {metadata.num_rows} rows")

@@ -52,6 +52,9 @@ class Recorder:
     ----------
     regions : dict of str to (first, count)
         Names for ranges of pages, to fill in before the trace is complete.
+    about : dict of str to str
+        What a reader should know: ``command``, ``started``, ``machine``. To fill in
+        before the trace is complete.
     epochs : int
         How many were written.
 
@@ -79,6 +82,7 @@ class Recorder:
         self.npages, self.page_size = check_geometry(npages, page_size)
         self._check_size(self.npages)
         self.regions: dict[str, tuple[int, int]] = {}
+        self.about: dict[str, str] = {}
         # Absolute from the start: the program may change its directory before the trace is complete.
         self._path = Path(os.path.abspath(path))
         self._partial = self._path.with_name(f".{self._path.name}.{token_hex(8)}.partial")
@@ -168,6 +172,7 @@ class Recorder:
                 "page_size": self.page_size,
                 "epochs": self.epochs,
                 "regions": self.regions,
+                "about": self.about,
             }
             self._writer.add_key_value_metadata({layout.METADATA_KEY.decode(): json.dumps(header)})
             self._writer.close()

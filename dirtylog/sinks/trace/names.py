@@ -1,0 +1,43 @@
+"""What regions of a trace are called where there is little room: in pictures, and wherever a thing lies in parts."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+__all__ = ["short_names", "size_text", "without_address"]
+
+# Regions of these names have nothing in common but that.
+NAMELESS = ("", "anonymous")
+_PLACED = re.compile(r"(.*?) at 0x([0-9a-f]+)(?:, page \d+)?", re.DOTALL)
+
+
+def without_address(name: str) -> str:
+    """Return what a region is called, wherever it lies; what has no name of its own keeps its address."""
+    found = _PLACED.fullmatch(name)
+    return name if found is None or found[1] in NAMELESS else found[1]
+
+
+def short_names(names: Sequence[str], sizes: Sequence[int], longest: int = 26) -> list[str]:
+    """Shorten the names of regions, and keep them apart: by size in bytes what has no name, then by address."""
+    parts = [_PLACED.fullmatch(name) for name in names]
+    bases = []
+    for name, size, part in zip(names, sizes, parts, strict=True):
+        base = part[1] if part else name
+        bases.append(f"{base} {size_text(size)}" if part and base in NAMELESS else base)
+    often = Counter(bases)
+    tails = [f" …{part[2][-7:]}" if part and often[base] > 1 else "" for base, part in zip(bases, parts, strict=True)]
+    return [
+        (base if len(base) + len(tail) <= longest else f"{base[: longest - len(tail) - 7]}…{base[-6:]}") + tail
+        for base, tail in zip(bases, tails, strict=True)
+    ]
+
+
+def size_text(nbytes: float) -> str:
+    """Write a number of bytes in the unit that suits it."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while nbytes >= 1024 and len(units) > 1:
+        nbytes /= 1024
+        units.pop(0)
+    return f"{nbytes:.3g} {units[0]}" if nbytes < 1000 else f"{nbytes:.0f} {units[0]}"

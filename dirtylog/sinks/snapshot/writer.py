@@ -21,29 +21,23 @@ from dirtylog.sinks.snapshot.chain import (
     MAX_CHAIN,
     Info,
     Layer,
-    Link,
     Progress,
     StrPath,
     checked_path,
     describe,
     directories_of,
-    follow,
-    settled,
     still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
 from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
+from dirtylog.sinks.snapshot.vouched import ancestors, own_change
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["How", "Source", "Vouched", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
-
-# Chains up to this length are looked through to the base before each diff; longer ones once in so many diffs that the
-# cost of each stays the same.
-CHECKED_LINKS = 1024
+__all__ = ["How", "Source", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
 
 
 class Source(Protocol):
@@ -149,7 +143,10 @@ def write(
     identity = secrets.token_hex(16)
     # Before the pages are copied: the memory of a moment that is no later than that.
     moment = time.time_ns()
-    with Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode) as staged:
+    directory = os.path.dirname(path)
+    with own_change(directory):
+        staged = Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode)
+    with staged:
         for begin, end, extents in packed.windows():
             # Copied once, digested and written from the copy: the memory may change all the while.
             part = staging[: end - begin]
@@ -180,7 +177,8 @@ def write(
         if how.replace and announced(path):
             raise SnapshotError(f"{path}: it is about to be removed or replaced; try again later")
         _unfinished[path] = identity
-        own, allocated = seal(staged, footer, pages, chunks, state)
+        with own_change(directory):
+            own, allocated = seal(staged, footer, pages, chunks, state)
         info = describe(path, footer, own, allocated, how.state, durable=staged.durable)
     _unfinished.pop(path, None)
     return info
@@ -260,56 +258,6 @@ def save(
     return write(name, space, space.nonzero(), None, how)
 
 
-@dataclass(slots=True)
-class Vouched:
-    """Ancestors of the diff that this process wrote last, and when they were last looked through."""
-
-    identity: str
-    links: list[Link]
-    age: int
-
-
-# By what the parent's children note of it. A chain grows at its end, so one entry for each chain that is being written
-# is enough.
-_vouched: dict[str, Vouched] = {}
-MAX_VOUCHED = 16
-
-
-def _ancestors(path: str, search: Sequence[str]) -> tuple[list[Link], Footer]:
-    """Return the chain of a parent, after a look at every file of it that is as good as one from the start."""
-    with Layer(path) as layer:
-        footer, digest, identity, total = layer.footer, layer.place.digest, layer.identity, layer.total
-    known = _vouched.get(footer.parent_digest or "")
-    if known is not None and known.links[-1].path == os.path.join(os.path.dirname(path), footer.parent or ""):
-        # The parent is new, what lies above it was followed before.
-        links = [*known.links, Link(path, digest, identity, total, footer.epoch)]
-        age = known.age + 1
-    else:
-        known = _vouched.get(identity)
-        if known is None or known.links[-1].path != path or known.links[-1].digest != digest:
-            links, tip = settled(lambda: follow(path, search))
-            _remember(Vouched(links[-1].identity, links, 0))
-            return links, tip
-        links, age = known.links, known.age + 1
-    # Nothing of the parent itself is taken on trust; of its ancestors the trailers tell whether they are the same.
-    far = len(links) - 1 > CHECKED_LINKS and age * CHECKED_LINKS < len(links)
-    if not still_there(links[-CHECKED_LINKS - 1 : -1] if far else links[:-1]):
-        links, tip = settled(lambda: follow(path, search))
-        _remember(Vouched(links[-1].identity, links, 0))
-        return links, tip
-    _remember(Vouched(identity, links, age if far else 0))
-    return links, footer
-
-
-def _remember(vouched: Vouched) -> None:
-    if len(vouched.links) > 1:
-        _vouched.pop(vouched.links[-2].identity, None)
-    _vouched.pop(vouched.identity, None)
-    while len(_vouched) >= MAX_VOUCHED:
-        _vouched.pop(next(iter(_vouched)))
-    _vouched[vouched.identity] = vouched
-
-
 def parent_link(
     name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath]
 ) -> tuple[tuple[str, str], Callable[[], None]]:
@@ -332,10 +280,11 @@ def parent_link(
             f"the parent is in {around[1]!r}; it must be in the diff's directory {around[0]!r}, or pass its directory "
             "as search=, here and whenever the diff is restored"
         )
-    links, footer = _ancestors(parent_path, directories)
-    if len(links) >= MAX_CHAIN:
+    above = ancestors(parent_path, directories)
+    tip, footer = above.tip, above.footer
+    if above.length >= MAX_CHAIN:
         raise SnapshotError(
-            f"{parent_path}: its chain has {len(links)} files, and no more than {MAX_CHAIN} are read: write a full "
+            f"{parent_path}: its chain has {above.length} files, and no more than {MAX_CHAIN} are read: write a full "
             "snapshot, or rebase"
         )
     if (footer.nbytes, footer.page_size) != (source.nbytes, source.page_size):
@@ -350,7 +299,7 @@ def parent_link(
             f"bytes; the memory has {[row[0] for row in source.rows()]} of {[row[5] for row in source.rows()]}"
         )
     if how.replace and os.path.exists(name):
-        for link in links:
+        for link in above.links[: above.length]:
             if os.path.exists(link.path) and os.path.samefile(link.path, name):
                 raise ValueError(
                     f"{name!r} is an ancestor of its parent {parent_path!r}; replacing it would destroy the chain: "
@@ -367,17 +316,17 @@ def parent_link(
                 f"{parent_path}: it is about to be removed or replaced; take the diff over one that stays"
             )
         # The parent may have been replaced while the pages were copied; by a file of the same memory is no harm.
-        if still_there(links[-1:]):
+        if still_there([tip]):
             return
         try:
             with Layer(parent_path) as layer:
-                same = layer.identity == links[-1].identity
+                same = layer.identity == tip.identity
         except SnapshotError:
             same = False
         if not same:
             raise SnapshotError(f"{parent_path}: the parent was replaced or removed while its diff was written")
 
-    return (os.path.basename(parent_path), links[-1].identity), vouch
+    return (os.path.basename(parent_path), tip.identity), vouch
 
 
 def save_diff(
@@ -424,8 +373,10 @@ def save_diff(
 
     Notes
     -----
-    O(dirty + chain): before anything is written, the chain is looked through to its base, sizes and footers, for a
-    diff that cannot be restored would be no snapshot. Raises before the epoch is committed if called inside
+    O(dirty) over the diff that this process wrote last, and O(dirty + chain) over another: before anything is written,
+    the chain is looked through to its base, sizes and footers, for a diff that cannot be restored would be no snapshot.
+    Of a chain that this process has looked through, a few files are looked at again, unless somebody else has changed
+    its directory. Raises before the epoch is committed if called inside
     ``with observer.collect() as epoch``, so a failure leaves the pages dirty for the next try. Clear before copy (I3)
     holds there because collecting has cleared. If an interrupt (Ctrl-C) arrives just after the file has got its name,
     the call raises all the same; the same call again then replaces that file.

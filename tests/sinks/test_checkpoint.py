@@ -12,7 +12,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks import snapshot
-from dirtylog.sinks.checkpoint import export
+from dirtylog.sinks.checkpoint import directory, export
 from dirtylog.sinks.snapshot import SnapshotError, staged
 
 
@@ -87,6 +87,53 @@ def test_a_step_that_is_not_there_is_a_key_error(tmp_path):
         dl.Checkpoint.load(tmp_path / "nowhere")
     with pytest.raises(KeyError, match="no checkpoint of step 5"):
         dl.Checkpoint.load(tmp_path, step=5)
+
+
+def test_a_step_is_found_by_few_looks(tmp_path, monkeypatch):
+    w, written = np.zeros(10), {}
+    # Runs that go on from an earlier step, and saves without a step in between, as the thread's are.
+    runs = [range(0, 40, 2), range(25, 35), range(30, 50, 3)]
+    for steps in runs:
+        with open_checkpoint(tmp_path, {"w": w}) as checkpoint:
+            for step in steps:
+                if step % 5 == 0:
+                    checkpoint._save(None, None)
+                written[step] = checkpoint.save(step=step).path
+    looked = []
+    real = directory.about
+    monkeypatch.setattr(directory, "about", lambda path: looked.append(path) or real(path))
+    for step in range(-1, 52):
+        looked.clear()
+        if step in written:
+            assert directory.find(tmp_path, step) == written[step]
+            # Three runs, of less than 2**5 files each.
+            assert len(looked) <= 1 + 3 * (1 + 5 + 1)
+        else:
+            with pytest.raises(KeyError, match=f"no checkpoint of step {step};"):
+                directory.find(tmp_path, step)
+    looked.clear()
+    assert directory.find(tmp_path, None) == written[48]
+    assert len(looked) == 1
+
+
+def test_only_the_first_save_lists_the_directory(tmp_path, monkeypatch):
+    w = np.zeros(1000)
+    with open_checkpoint(tmp_path, {"w": w}) as checkpoint:
+        checkpoint.save()
+        monkeypatch.setattr(directory, "files", lambda _: pytest.fail("all the files were listed"))
+        for _ in range(3):
+            w += 1
+            checkpoint.save()
+    monkeypatch.undo()
+    assert dl.Checkpoint.steps(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("change", [{"since": "1"}, {"since": 1 << 40}, {"reached": None}, {"step": [1]}, {"more": 1}])
+def test_what_a_file_says_of_its_run_is_not_believed(tmp_path, change):
+    noted = {"step": 1, "keep": None, "since": 1, "reached": 1, "user": None}
+    snapshot.save(tmp_path / "0000000001.ckpt", b"x", state={**noted, **change})
+    with pytest.raises(KeyError if change == {"since": 1 << 40} else SnapshotError):
+        dl.Checkpoint.load(tmp_path, step=2)
 
 
 def test_a_save_that_fails_changes_nothing_and_loses_nothing(tmp_path, monkeypatch):

@@ -132,6 +132,10 @@ class Checkpoint:
         self._layout: list[tuple[str, int, int]] = []
         self._diffs = 0
         self._step = -1
+        # The number of the newest file and how many there are; None if the directory has to be looked at.
+        self._files: tuple[int, int] | None = None
+        # The first file of this run up to the newest of which the steps only rise, and the highest of them.
+        self._since, self._reached = 0, -1
         self._error: BaseException | None = None
         self._said: set[str] = set()
         self._unbound: set[str] = set()
@@ -274,11 +278,16 @@ class Checkpoint:
             return self._save(number, state)
 
     def _save(self, step: int | None, state: object) -> Info:
-        files = directories.files(self.directory)
-        last = int(os.path.basename(files[-1])[:10]) if files else 0
+        last, count = self._files or directories.newest(self.directory)
         # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
-        path = os.path.join(self.directory, directories.name_of(last + 1))
-        about = {"step": step, "keep": self._keep, "user": state}
+        number, self._files = last + 1, None
+        path = os.path.join(self.directory, directories.name_of(number))
+        rises = self._since > 0 and (step is None or step > self._reached)
+        since = self._since if rises else number
+        reached = self._reached if step is None else step
+        # If this fails and has left a file, the next begins another run.
+        self._since = 0
+        about = {"step": step, "keep": self._keep, "since": since, "reached": reached, "user": state}
         with ExitStack() as epochs:
             pages = {name: epochs.enter_context(each.observer.collect()).pages for name, each in self._held.items()}
             page_size = next(iter(pages.values())).page_size
@@ -292,7 +301,9 @@ class Checkpoint:
             self._parent, self._layout = path, layout
             self._diffs = 0 if full else self._diffs + 1
             self._step = self._step if step is None else step
-        self._thin(len(files) + 1)
+            self._since, self._reached = since, reached
+            self._files = number, count + 1
+        self._thin(count + 1)
         return info
 
     def _thin(self, count: int) -> None:
@@ -300,6 +311,7 @@ class Checkpoint:
         keep = self._keep
         if keep is None or count < 2 * keep:
             return
+        self._files = None
         try:
             thin(self.directory, lambda entries: directories.to_keep(entries, keep), patience=PATIENCE, sync=self._sync)
         except (OSError, SnapshotError) as error:

@@ -1,12 +1,14 @@
 """A directory of checkpoints: its files, which of them are kept, and what changed from one to another.
 
 Each file is one snapshot of all arrays, named by a number that goes up. Its state is what :class:`Checkpoint` notes:
-the step, how many are kept, and the user's own. A full snapshot may lie below those that are kept, because they are
+the step, how many are kept, since which file the steps of one run of a program rise and how far they have come, and the
+user's own. A full snapshot may lie below those that are kept, because they are
 diffs over it; it is not listed.
 """
 
 from __future__ import annotations
 
+import bisect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ from dirtylog.sinks.snapshot.chain import Layer, StrPath, follow, settled
 from dirtylog.sinks.snapshot.footer import Footer
 from dirtylog.sinks.snapshot.space import arrays_of
 
-__all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "to_keep"]
+__all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "newest", "to_keep"]
 
 _NAME = re.compile(r"(\d{10})\.ckpt")
 
@@ -78,6 +80,16 @@ def files(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
+def newest(directory: str) -> tuple[int, int]:
+    """Return the number of the newest checkpoint file, 0 if there is none, and how many files there are."""
+    there = files(directory)
+    return (_number(there[-1]) if there else 0), len(there)
+
+
+def _number(path: str) -> int:
+    return int(os.path.basename(path)[:10])
+
+
 def about(path: str) -> dict[str, Any]:
     """Return what was noted with a checkpoint."""
     return _noted(snapshot.info(path))
@@ -85,7 +97,10 @@ def about(path: str) -> dict[str, Any]:
 
 def _noted(info: Info) -> dict[str, Any]:
     state = info.state
-    if not isinstance(state, dict) or set(state) != {"step", "keep", "user"}:
+    if not isinstance(state, dict) or set(state) != {"step", "keep", "since", "reached", "user"} or not all(
+        type(state[key]) is int or (state[key] is None and key in ("step", "keep"))
+        for key in ("step", "keep", "since", "reached")
+    ):  # fmt: skip
         raise SnapshotError(f"{info.path}: this snapshot was not written by a Checkpoint; move it to another directory")
     return state
 
@@ -101,7 +116,7 @@ def _kept_files(directory: str) -> list[str]:
 
 def kept(directory: str) -> list[tuple[int | None, str]]:
     """List the steps that are kept and their files, oldest first; what the thread saved has none."""
-    return [(about(path)["step"], path) for path in _kept_files(directory)]
+    return [(_step(path), path) for path in _kept_files(directory)]
 
 
 def find(directory: StrPath, step: int | None) -> str:
@@ -111,15 +126,32 @@ def find(directory: StrPath, step: int | None) -> str:
     ------
     KeyError
         There is none.
+
+    Notes
+    -----
+    Reads the footer of the newest, and for a step O(log files) more of each run of a program, newest first.
     """
-    there = kept(os.path.abspath(os.fspath(directory)))
-    for number, path in reversed(there):
-        if step is None or number == step:
-            return path
+    there = _kept_files(os.path.abspath(os.fspath(directory)))
+    if there and step is None:
+        return there[-1]
+    end = len(there)
+    while end and step is not None:
+        # Of one run of a program, and as long as its steps rise, what was reached rises from file to file.
+        first = bisect.bisect_left(there, about(there[end - 1])["since"], 0, end, key=_number)
+        at = bisect.bisect_left(there, step, first, end, key=lambda path: about(path)["reached"])
+        if at < end and about(there[at])["step"] == step:
+            return there[at]
+        # The run before; whatever a file says, this comes to an end.
+        end = min(first, end - 1)
     raise KeyError(
         f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}") +
-        f"; it has those of {[number for number, _ in there if number is not None][-10:]}"
+        f"; it has those of {[number for number in map(_step, there[-10:]) if number is not None]}"
     )  # fmt: skip
+
+
+def _step(path: str) -> int | None:
+    step: int | None = about(path)["step"]
+    return step
 
 
 def history(directory: StrPath) -> list[Record]:

@@ -1,5 +1,6 @@
 """What every test shares: repeatable examples, no thread left behind, stress switches, and what is real here."""
 
+import gc
 import os
 import shutil
 import threading
@@ -29,6 +30,12 @@ def no_thread_is_left_behind():
     yield
     left = [thread for thread in threading.enumerate() if thread not in before and thread.is_alive()]
     assert not left, f"still running: {left}"
+
+
+def pytest_collection_finish():
+    """Set aside what is there for good: thousands of tests, which every collection of garbage would look through."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

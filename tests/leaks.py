@@ -6,12 +6,14 @@ import importlib.util
 import inspect
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+
+if __package__:  # and not where this is the process itself
+    from . import warm
 
 ROOT = Path(__file__).parent.parent
 BATCHES = 4
@@ -66,9 +68,8 @@ def assert_nothing_leaks(run, *arguments, rounds=1000, memory=True):
     """
     batch = rounds // BATCHES
     task = json.dumps([inspect.getfile(run), run.__name__, batch, arguments])
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), task], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    here = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__main__')"
+    done = warm.run(here, task, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     samples = json.loads(done.stdout)
     if not memory:

@@ -4,14 +4,14 @@ import ctypes
 import mmap
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import dirtylog as dl
 from dirtylog.sources.memory import _tracking
+
+from .. import warm
 
 PAGE = mmap.PAGESIZE
 MAYMOVE, FIXED, DONTUNMAP = 1, 2, 4
@@ -36,7 +36,7 @@ from dirtylog.sources.memory import _tracking
 PAGE = mmap.PAGESIZE
 signal.alarm(60)
 """
-    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=False)
+    done = warm.run(prelude + code)
     assert done.returncode == returncode, (done.returncode, done.stdout, done.stderr)
     return done.stdout
 

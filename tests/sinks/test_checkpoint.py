@@ -1,8 +1,6 @@
 """Checkpoint: all arrays of one step or none, only what changed, and no more than is kept."""
 
 import os
-import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -14,6 +12,8 @@ import dirtylog as dl
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import directory, export
 from dirtylog.sinks.snapshot import SnapshotError, staged
+
+from .. import warm
 
 
 def arrays():
@@ -221,14 +221,10 @@ with dl.Checkpoint(sys.argv[1], {"w": w, "b": b}, keep=3, sync=False) as checkpo
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_kill_at_a_random_moment_leaves_all_arrays_of_one_step(tmp_path, seed):
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, str(tmp_path)], stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
-    with process:
+    with warm.started(TRAINING, tmp_path) as process:
         for _ in range(3 + 5 * seed):
             last = int(process.stdout.readline())
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
     steps = dl.Checkpoint.steps(tmp_path)
     assert steps[-1] >= last
     for step in steps:

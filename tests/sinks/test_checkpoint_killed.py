@@ -1,9 +1,6 @@
 """kill -9 of a program like a training run, at random moments: all arrays restore to one and the same step."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,9 @@ import pytest
 import dirtylog as dl
 from dirtylog.sinks import snapshot
 
+from .. import warm
+
 PROGRAM = Path(__file__).with_name("training.py")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +24,8 @@ def training():
 
 def kill_and_look(training, directory, words):
     """Kill it when it has said so many bytes; return how many checkpoints there were, all of one step each."""
-    process = subprocess.Popen([sys.executable, PROGRAM, str(directory)], stdout=subprocess.PIPE, env=ENVIRONMENT)
-    with process:
+    code = f"import runpy; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    with warm.started(code, directory) as process:
         for _ in range(words):
             assert process.stdout.read(1) == b"."
         process.kill()

@@ -12,6 +12,8 @@ from dirtylog.sinks.profile import Profiler
 from dirtylog.sinks.profile.own_memory import Area
 from dirtylog.sinks.rate import Peak
 
+from .. import warm
+
 PAGE = 4096
 
 # ---- accounting, over areas and a clock of the test's own -----------------------------------------
@@ -242,10 +244,9 @@ def launch(tmp_path, attaching, unprofiled):
     def launch(program, *args, command="profile", options=(), plain=False):
         script = tmp_path / "program.py"
         script.write_text(textwrap.dedent(program), encoding="utf-8")
-        launcher = [] if plain else ["-c", LAUNCHER.format(command=command), *options]
-        return subprocess.run(
-            [sys.executable, *launcher, str(script), *args], capture_output=True, text=True, timeout=120, input="in\n"
-        )
+        if plain:
+            return subprocess.run([sys.executable, script, *args], capture_output=True, text=True, input="in\n")
+        return warm.run(LAUNCHER.format(command=command), *options, script, *args, input="in\n")
 
     return launch
 
@@ -344,8 +345,8 @@ def test_a_program_can_be_recorded(launch, tmp_path):
 )
 def test_modules_code_and_commands_run_too(launch, tmp_path, words):
     (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:]); sys.exit(5)")
-    command = [sys.executable, "-m", "dirtylog", "profile", "--output", "report", *words, "-x", "--", "y"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    code = "import sys; from dirtylog import cli; sys.exit(cli.main())"
+    result = warm.run(code, "profile", "--output", "report", *words, "-x", "--", "y", cwd=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (5, "['-x', '--', 'y']\n", "")
     assert "dirtied per second" in (tmp_path / "report").read_text()
 

@@ -16,7 +16,10 @@ from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
 from dirtylog.sinks._pageio import rename_noreplace
 from dirtylog.sinks.snapshot import clean, rebase, restore, save, save_diff, staged, verify
 
+from .. import warm
+
 NPAGES = 64
+ROOT = Path(__file__).parents[2]
 
 
 def states(seed, n):
@@ -189,7 +192,7 @@ KILLED = """
 import json, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import test_snapshot_crash as t
+import tests.sinks.test_snapshot_crash as t
 moments, dirty = t.states(1, 3)
 statuses = []
 for directory, at, after in json.loads(sys.argv[2]):
@@ -212,12 +215,7 @@ def test_a_kill_before_or_after_any_system_call_leaves_a_chain_that_restores(tmp
     taken = count_steps(tmp_path / "count", moments, dirty, monkeypatch)
     assert taken > 20
     plan = [(str(tmp_path / f"{at}{after}"), at, after) for at in range(1, taken + 1) for after in (False, True)]
-    here = Path(__file__).parent
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(here), json.dumps(plan)],
-        capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )  # fmt: skip
+    process = warm.run(KILLED, ROOT, json.dumps(plan))
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout) == [signal.SIGKILL] * len(plan)
     for directory, _, _ in plan:
@@ -244,7 +242,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import test_snapshot_crash as t
+import tests.sinks.test_snapshot_crash as t
 moments, dirty = t.states(3, 40)
 directory = Path(sys.argv[2])
 def said(*_):
@@ -261,12 +259,7 @@ for i in range(1, 40):
 def test_a_kill_at_a_random_moment_leaves_a_chain_that_restores(tmp_path, seed):
     moments, _ = states(3, 40)
     rng = np.random.default_rng(seed)
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    with process:
+    with warm.started(WRITER, ROOT, tmp_path) as process:
         # The writer says when it gets on; after so many words it is shot, wherever it is by then.
         for _ in range(int(rng.integers(3, 75))):
             assert process.stdout.read(1) == b"."

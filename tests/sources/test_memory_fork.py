@@ -7,8 +7,14 @@ import pytest
 
 from dirtylog.sources.memory import _tracking
 
+from .. import warm
 
-def run(code, backend):
+
+def interpreted(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def run(code, backend, begun=warm.run):
     """In a process of its own: fork() in one that has threads is deprecated."""
     prelude = f"""
 import mmap, os, signal, sys, threading, warnings
@@ -36,7 +42,7 @@ def in_child(work):
 array = dl.empty((8, PAGE), np.uint8)
 array[:] = 7
 """
-    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=False)
+    done = begun(prelude + code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -123,7 +129,8 @@ print(kind())
     best = "userfaultfd" if not _tracking.probe("userfaultfd") else "mprotect"
     if _tracking.probe(best):
         pytest.skip("compare is the only back end here")
-    assert run(code, best) == f"True\ncompare\n('compare', ['{refusal}'])\n"
+    # One that has not been forked itself, as every warm one was.
+    assert run(code, best, interpreted) == f"True\ncompare\n('compare', ['{refusal}'])\n"
 
 
 def test_a_child_that_forgets_the_parents_tracker_is_silent(backend):

@@ -3,14 +3,14 @@
 import ctypes
 import mmap
 import platform
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import dirtylog as dl
 from dirtylog.sources.memory import _tracking
+
+from .. import warm
 
 PAGE = mmap.PAGESIZE
 REFUSAL = _tracking.probe("mprotect")
@@ -44,7 +44,7 @@ def array_of(npages):
     array[:] = 7
     return array
 """
-    done = subprocess.run([sys.executable, "-c", prelude + code], capture_output=True, text=True, check=False)
+    done = warm.run(prelude + code)
     assert done.returncode == returncode, (done.returncode, done.stderr)
     return done.stdout
 

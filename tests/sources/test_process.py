@@ -17,6 +17,7 @@ from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
 from dirtylog.sources.process import _remote
 from dirtylog.sources.process.regions import mappings
 
+from .. import warm
 from ..leaks import descriptors
 
 PUPPET = Path(__file__).with_name("puppet.py")
@@ -407,16 +408,9 @@ def test_a_watcher_that_is_killed_at_any_step_leaves_the_process_as_it_was(puppe
     descriptor, _, calls = _remote.inject(puppet.pid, puppet.pid)
     os.close(descriptor)
     assert calls > 10
-    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1])}
     for step in range(1, calls + 1):
-        watcher = subprocess.Popen(
-            [sys.executable, "-c", WATCHER, str(puppet.pid), str(step)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        with watcher:
-            assert watcher.stdout.readline() == "begin\n"
+        with warm.started(WATCHER, puppet.pid, step) as watcher:
+            assert watcher.stdout.readline() == b"begin\n"
             helper = None
             while helper is None:
                 for child in children_of(watcher.pid):

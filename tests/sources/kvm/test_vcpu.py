@@ -5,8 +5,6 @@ import errno
 import mmap
 import os
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -14,6 +12,7 @@ import pytest
 
 from dirtylog.sources import kvm
 
+from ... import warm
 from .guests import PAGE, needs_kvm
 
 pytestmark = needs_kvm
@@ -316,7 +315,7 @@ with kvm.Kvm() as system, system.create_vm() as vm:
     {end}
     thread.join()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = warm.run(code)
     assert (done.returncode, done.stdout) == (0, "INTR True\n"), done.stderr
 
 

@@ -15,8 +15,9 @@ import pytest
 import dirtylog as dl
 from dirtylog import cli
 from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import processes
 from dirtylog.sinks.snapshot.processes import diff_process, process_of, save_process
-from dirtylog.sources.process import freezing
+from dirtylog.sources.process import Area, freezing
 from dirtylog.sources.process.contents import held_pages
 
 from ..sources.test_process import PAGE, Puppet
@@ -97,6 +98,32 @@ def test_a_process_that_maps_more_than_there_is_room_for_asks_for_a_full_snapsho
     with pytest.raises(dl.DirtyLogError, match="save a full one again"):
         diff_process(tmp_path / "one", puppet.pid, sync=False, parent=base.path)
     assert os.listdir(tmp_path) == ["base"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_memory_keeps_its_numbers_and_what_is_new_gets_numbers_that_nobody_has(seed):
+    rng = np.random.default_rng(seed)
+
+    def stretches_of(mapped):
+        edges = np.flatnonzero(np.diff(mapped.astype(np.int8), prepend=0, append=0)).reshape(-1, 2) * PAGE
+        return [(start, end, Area(start, end, True, False, "")) for start, end in edges.tolist()]
+
+    def numbers(regions):
+        return {
+            region.start // PAGE + page: region.first_page + page for region in regions for page in range(region.npages)
+        }
+
+    regions, before = [], {}
+    for _ in range(6):
+        mapped = rng.random(80) < rng.choice([0.1, 0.5, 0.9])
+        regions = processes._number(stretches_of(mapped), regions, 4096, 1)
+        after = numbers(regions)
+        assert sorted(after) == np.flatnonzero(mapped).tolist()
+        assert len(set(after.values())) == len(after)
+        assert {page: after[page] for page in after.keys() & before.keys()} == {
+            page: before[page] for page in after.keys() & before.keys()
+        }
+        before = after
 
 
 def test_a_diff_over_something_else_is_refused(puppet, tmp_path):

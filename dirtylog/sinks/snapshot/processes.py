@@ -129,17 +129,19 @@ def _number(areas: list[tuple[int, int, Area]], before: list[Region], npages: in
     numbered: list[Region] = []
     new: list[tuple[int, int, Area]] = []
     old = sorted(before, key=lambda region: region.start)
+    starts, ends = [region.start for region in old], [region.end for region in old]
     for start, end, area in areas:
-        for region in old:
+        known = slice(bisect.bisect_right(ends, start), bisect.bisect_left(starts, end))
+        for region in old[known]:
             low, high = max(start, region.start), min(end, region.end)
-            if low < high:
-                first = region.first_page + (low - region.start) // PAGE_SIZE
-                count = (high - low) // PAGE_SIZE
-                numbered.append(Region(low, high, first, count, area.kind, area.name, pid))
-        taken = [(region.start, region.end) for region in old]
+            first = region.first_page + (low - region.start) // PAGE_SIZE
+            count = (high - low) // PAGE_SIZE
+            numbered.append(Region(low, high, first, count, area.kind, area.name, pid))
+        taken = list(zip(starts[known], ends[known], strict=True))
         new += [(low, high, area) for low, high in subtract((start, end), taken)]
     used = sorted((region.first_page, region.first_page + region.npages) for region in numbered)
-    free = list(subtract((0, npages), used))
+    # The spare numbers lie at the end: look there first, and through what was given back only when they are used up.
+    free = list(subtract((0, npages), used))[::-1]
     for start, end, area in new:
         count = (end - start) // PAGE_SIZE
         for place, (first, last) in enumerate(free):

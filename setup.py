@@ -37,7 +37,7 @@ C_SOURCES = {
         for name in ("_spans", "_registry", "_maps", "_uffd", "_faults", "_mprotect")
     ],
     "dirtylog.sources.process._remote": [
-        f"dirtylog/sources/process/_{name}.c" for name in ("stops", "inject", "launch")
+        f"dirtylog/sources/process/_{name}.c" for name in ("family", "stops", "inject", "launch")
     ],
 }
 # Modules that wait for the kernel, whose time is not spent in their own code. -O3 takes gcc three times as long.

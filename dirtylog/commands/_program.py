@@ -8,6 +8,7 @@ import platform
 import resource
 import shlex
 import signal
+import socket
 import stat
 import sys
 import time
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from dirtylog.commands._numbers import LONGEST, more_than
-from dirtylog.errors import DirtyLogError
+from dirtylog.commands._terminal import show_note
+from dirtylog.errors import BackendUnavailable, DirtyLogError
 
 if TYPE_CHECKING:
     from dirtylog import DirtyPages, Process
@@ -43,6 +45,8 @@ PROGRAM is one of
   -c CODE ARGS        Python code
   -- COMMAND ARGS     any other command
 """
+# Seconds that a program may take to name its arrays.
+PATIENCE = 5.0
 PYTHON_ENDINGS = (".py", ".pyw", ".pyz", ".pyc")
 
 
@@ -95,6 +99,9 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     add_watch_arguments(parser)
     parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
     add_agent_argument(parser)
+    parser.add_argument(
+        "--arrays", action="store_true", help="name the arrays of a Python program: a thread of ours in it is asked"
+    )
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help=argparse.SUPPRESS)
     parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help=argparse.SUPPRESS)
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program, and its arguments")
@@ -120,7 +127,7 @@ def write_report(text: str, output: IO[str] | None) -> None:
 
 
 def _words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Return the words to execute, and what the program opens when it begins to be itself."""
+    """Return the interpreter of a Python program, with its options, or nothing; and the words of the program."""
     words = list(args.program)
     for option, rest in (("-m", args.module), ("-c", args.code)):
         if rest is not None:
@@ -130,8 +137,8 @@ def _words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     if not words or (words[0] in ("-m", "-c") and len(words) < 2):
         raise DirtyLogError("there is no program to watch: name one after the options, or a running process by --pid")
     if words[0] not in ("-m", "-c") and (named or not _is_python(words[0])):
-        return words, []
-    return [sys.executable, *_own_options(), *words], _begins(words)
+        return [], words
+    return [sys.executable, *_own_options()], words
 
 
 def _own_options() -> list[str]:
@@ -155,10 +162,10 @@ def _is_python(name: str) -> bool:
     return path.is_file() and not os.access(path, os.X_OK)
 
 
-def _begins(words: list[str]) -> list[str]:
-    """Paths that Python opens when its own start is over: the script, or what -m finds; nothing for -c."""
+def _begins(words: list[str], naming: list[str]) -> list[str]:
+    """Paths that Python opens when its own start is over: the script, or what -m finds; nothing for -c alone."""
     if words[0] == "-c":
-        return []
+        return naming[:1]
     if words[0] != "-m":
         absolute = os.path.abspath(words[0])
         return [words[0], absolute, f"*{absolute}/"]
@@ -297,36 +304,66 @@ def _counted(duration: float | None, started: float) -> Iterator[int]:
 def _watch_started(
     args: argparse.Namespace, begin: Callable[[Process, Names], Sampling], done: Callable[[str | None], None]
 ) -> int:
-    from dirtylog.sources.process import _remote
-    from dirtylog.sources.process.launch import launch
+    from dirtylog.sources.process import _remote, inside
+    from dirtylog.sources.process.handover import Connection
+    from dirtylog.sources.process.launch import launch, launch_helping
     from dirtylog.sources.process.naming import Names
 
-    words, begins = _words(args)
+    python, words = _words(args)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+    if args.arrays and not python:
+        raise DirtyLogError("--arrays is about a Python program; for another leave it out")
     sampling: list[Sampling] = []
-
-    def before(process: Process) -> None:
-        # From its first step on: it may say that it is ready before `launch` returns.
-        _remote.pass_signals(process.pid)
-        sampling.append(begin(process, Names(process.pid)))
 
     with ExitStack() as stack:
         stack.callback(_remote.pass_signals, 0)
-        program = stack.enter_context(launch(words, begins=begins, before=before))
-        started = time.monotonic()
-        for count in _counted(args.duration, started) if program.process is not None else ():
+        asking, theirs = (stack.enter_context(each) for each in socket.socketpair()) if args.arrays else (None, None)
+        naming = []
+        if theirs is not None:
+            theirs.set_inheritable(True)
+            naming = [inside.__file__, "--name", str(theirs.fileno()), "--"]
+
+        def before(process: Process) -> None:
+            # From its first step on: it may say that it is ready before `launch` returns.
+            _remote.pass_signals(process.pid)
+            arrays = Connection(asking, process.pid, PATIENCE).arrays if asking is not None else None
+            sampling.append(begin(process, Names(process.pid, arrays)))
+
+        try:
+            program = launch([*python, *naming, *words], begins=_begins(words, naming) if python else (), before=before)
+        except BackendUnavailable as error:
+            if not python:
+                raise BackendUnavailable(
+                    error.facility, error.probed, "only a Python program can be watched without ptrace: it hands over"
+                ) from error
+            show_note(f"dirtylog: {error.probed}; so the program hands its memory over by itself")
+            program = launch_helping(python, words, naming=naming[1:-1], before=before, why=error.probed)
+        if theirs is not None:
+            theirs.close()  # so that its end is seen by who asks
+        stack.enter_context(program)
+        process = program.process
+        missed = None
+        started = last = time.monotonic()
+        for count in _counted(args.duration, started) if process is not None else ():
             left = sampling[0].next_sample(count)
             if args.duration is not None:
                 left = min(left, max(0.0, started + args.duration - time.monotonic()))
             ended = program.wait(left)
-            sampling[0].sample()
+            try:
+                sampling[0].sample()
+            except DirtyLogError as error:
+                if process is None or process.alive:
+                    raise
+                missed = f"{error}: the last {time.monotonic() - last:.2f} s are not in it"
+                break
+            last = time.monotonic()
             if ended:
                 break
-        if program.process is not None:
-            missed = _missed(program.process, None)
-            program.process.close()
+        if process is not None:
+            missed = _missed(process, missed)
+            program.let_end()
             done(missed)
         while not program.wait(LONGEST):
             pass

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     missed: list[str | None] = []
     # What record_program asks of a command line: there is no program to start.
-    args.program, args.module, args.code = [], None, None
+    args.program, args.module, args.code, args.arrays = [], None, None, False
     with TemporaryDirectory(prefix="dirtylog-rate-") as directory:
         args.trace = os.path.join(directory, f"process-{args.pid}")
         record_program(args, args.trace, lambda _, why: missed.append(why))

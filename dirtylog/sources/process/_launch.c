@@ -20,47 +20,8 @@
 
 #include "sources/process/_ptrace.h"
 
-#define KCMP_VM 1
 /* An interpreter's start has some hundred; a program that never opens what it was said to open is watched from here. */
 #define MOST_CALLS 200000
-
-static const int passed[] = {SIGINT, SIGQUIT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGWINCH};
-enum { PASSED = sizeof(passed) / sizeof(passed[0]) };
-static struct sigaction before_passing[PASSED];
-static volatile sig_atomic_t receiver;
-
-static void pass(int number, siginfo_t *info, void *context)
-{
-    int error = errno, to = receiver;
-
-    (void)context;
-    if (to > 0 && info->si_code != SI_KERNEL && info->si_pid != to)
-        kill(to, number);
-    errno = error;
-}
-
-int dl_pass_signals(int pid)
-{
-    struct sigaction now = {.sa_sigaction = pass, .sa_flags = SA_SIGINFO | SA_RESTART}, old;
-
-    if (pid && receiver)
-        return -EBUSY;
-    receiver = pid;
-    sigfillset(&now.sa_mask);
-    for (int i = 0; i < PASSED; i++) {
-        if (!pid) {
-            sigaction(passed[i], &before_passing[i], NULL);
-            continue;
-        }
-        if (sigaction(passed[i], NULL, &old) < 0)
-            return -errno;
-        before_passing[i] = old;
-        /* Who ignores a signal has told its children to (nohup). */
-        if (old.sa_handler != SIG_IGN && sigaction(passed[i], &now, NULL) < 0)
-            return -errno;
-    }
-    return 0;
-}
 
 static int wait_for(int pid, int *status)
 {
@@ -282,13 +243,6 @@ int dl_launch_go(int pid)
     return ptrace(PTRACE_DETACH, pid, 0, 0) < 0 ? -errno : 0;
 }
 
-int dl_same_memory(int pid, int other)
-{
-    long answer = syscall(SYS_kcmp, pid, other, KCMP_VM, 0, 0);
-
-    return answer < 0 ? -errno : answer == 0;
-}
-
 #else /* needs the registers of another architecture */
 
 int dl_launch(struct dl_launch *launch)
@@ -300,19 +254,6 @@ int dl_launch(struct dl_launch *launch)
 }
 
 int dl_launch_go(int pid)
-{
-    (void)pid;
-    return -ENOSYS;
-}
-
-int dl_same_memory(int pid, int other)
-{
-    (void)pid;
-    (void)other;
-    return -ENOSYS;
-}
-
-int dl_pass_signals(int pid)
 {
     (void)pid;
     return -ENOSYS;

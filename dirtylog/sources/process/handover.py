@@ -8,8 +8,8 @@ import os
 import socket
 import struct
 
-from dirtylog.errors import DirtyLogError
-from dirtylog.sources.process.inside import GREETING, LENGTH, MAGIC, NAMES, Found
+from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sources.process.inside import GREETING, LENGTH, MAGIC, NAMES, REFUSED, Found
 
 __all__ = ["Connection", "Found", "receive"]
 
@@ -53,6 +53,9 @@ def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
     try:
+        if len(data) == GREETING.size and data[:8] == REFUSED:
+            why = os.strerror(GREETING.unpack(data)[1])
+            raise BackendUnavailable("userfaultfd", f"userfaultfd(UFFD_USER_MODE_ONLY) in process {pid}: {why}")
         if len(data) != GREETING.size or data[:8] != MAGIC or len(descriptors) != 2:
             raise DirtyLogError(
                 f"who answers at {connection.getpeername() or 'the socket'!r} is not a dirtylog agent: it sent "

@@ -1,7 +1,13 @@
 """What runs inside of a process that helps: it hands a userfaultfd over, and says where its arrays are.
 
 The standard library alone, so that it can be run by its path: a program that is started with it then has no module of
-ours but this, and none that it did not import itself.
+ours but this, and none that it did not import itself::
+
+    python inside.py [--give DESCRIPTOR] [--name DESCRIPTOR] -- script.py|-m MODULE|-c CODE ARGUMENTS
+
+Each descriptor is a connected Unix socket. Through the first, it hands over, waits for a byte before the program
+begins, and says when the program's code has ended; then it waits until the other end has looked, and hangs up. Through
+the second, a thread answers where the program's arrays are.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import threading
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["GREETING", "MAGIC", "answer", "find_arrays", "send_descriptors", "userfaultfd"]
@@ -28,7 +35,10 @@ __all__ = ["GREETING", "MAGIC", "answer", "find_arrays", "send_descriptors", "us
 # What an agent says with its two descriptors, a userfaultfd and its pagemap: this, and its process id.
 GREETING = struct.Struct("<8sI")
 MAGIC = b"dirtylog"
+REFUSED = b"refused\0"
 NAMES = b"names\n"
+GO = b"g"
+ENDED = b"e"
 LENGTH = struct.Struct("<I")
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 USER_MODE_ONLY = 1
@@ -315,3 +325,59 @@ def _site(address: int) -> str:
         return f" ({os.path.basename(file)}:{line})"
     except Exception:
         return ""
+
+
+# ---- running a program with it ------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Hand over, then be the program."""
+    import runpy
+
+    split = sys.argv.index("--")
+    options = dict(zip(sys.argv[1:split:2], map(int, sys.argv[2:split:2]), strict=True))
+    words = sys.argv[split + 1 :]
+    owner = os.getpid()
+    if "--name" in options:
+        asking = _inherited(options["--name"])
+        threading.Thread(target=answer, args=(None, [asking]), name="dirtylog agent", daemon=True).start()
+    telling = _inherited(options["--give"]) if "--give" in options else None
+    if telling is not None:
+        try:
+            send_descriptors(telling)
+        except OSError as error:
+            telling.sendall(GREETING.pack(REFUSED, error.errno or 0))
+        if telling.recv(1) != GO:
+            sys.exit(127)  # nobody watches: it is started in another way, or not at all
+    try:
+        if words[0] == "-c":
+            sys.argv, sys.path[0] = ["-c", *words[2:]], ""
+            program = types.ModuleType("__main__")
+            sys.modules["__main__"] = program
+            exec(compile(words[1], "<string>", "exec"), vars(program))
+        elif words[0] == "-m":
+            sys.argv, sys.path[0] = words[1:], os.getcwd()
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = words, os.path.dirname(os.path.realpath(words[0]))
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        if telling is not None and os.getpid() == owner:
+            _say_the_end(telling)
+
+
+def _inherited(descriptor: int) -> socket.socket:
+    os.set_inheritable(descriptor, False)
+    return socket.socket(fileno=descriptor)
+
+
+def _say_the_end(telling: socket.socket) -> None:
+    """What was written last is lost with the memory: whoever watches looks at it now."""
+    with telling, suppress(OSError):  # nobody is there any more
+        telling.settimeout(10)
+        telling.send(ENDED, socket.MSG_NOSIGNAL)  # the program may have chosen to be ended by SIGPIPE
+        telling.recv(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import select as selecting
 import signal
+import socket
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
-from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
-from dirtylog.sources.process import _remote
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources.process import _remote, inside
 from dirtylog.sources.process.attaching import enter, watch_of
+from dirtylog.sources.process.handover import receive
 from dirtylog.sources.process.members import Member
 from dirtylog.sources.process.process import Process
 from dirtylog.sources.process.regions import Area, choose
 
-__all__ = ["Program", "launch", "look_meanwhile"]
+__all__ = ["Program", "launch", "launch_helping", "look_meanwhile"]
 
 # 8 TiB of pages: a program may reserve more than it ever writes, and each stretch gets pages of its own.
 SPARE = 1 << 31
@@ -40,7 +42,11 @@ class Program:
     program run on, unwatched.
     """
 
-    def __init__(self, pid: int, process: Process | None, status: int | None) -> None:
+    def __init__(
+        self, pid: int, process: Process | None, status: int | None, telling: socket.socket | None = None
+    ) -> None:
+        # Where a program that helps says that its code has ended, and then waits for us.
+        self._telling = telling
         self.pid: int = pid
         self.process: Process | None = process
         self._status = status
@@ -52,11 +58,18 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         """Stop watching."""
-        if self.process is not None:
-            self.process.close()
+        self.let_end()
         if self._watching >= 0:
             os.close(self._watching)
             self._watching = -1
+
+    def let_end(self) -> None:
+        """Stop watching; a program that helps, and waited for the last look, ends."""
+        if self.process is not None:
+            self.process.close()
+        if self._telling is not None:
+            self._telling.close()
+            self._telling = None
 
     def poll(self) -> int | None:
         """Return how it ended, as `os.waitpid` does, or None while it runs."""
@@ -67,7 +80,10 @@ class Program:
         return self._status
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, at most so long; return whether it has. Looks at its memory meanwhile."""
+        """Wait until it has ended, at most so long; return whether it has. Looks at its memory meanwhile.
+
+        A program that helps has ended when its code has; it waits for :meth:`let_end`.
+        """
         until = time.monotonic() + seconds
         nap = 0.0
         while self.poll() is None:
@@ -75,9 +91,20 @@ class Program:
             if left <= 0:
                 return False
             if self.process is not None and not self.process.closed:
-                nap = look_meanwhile(self.process)
+                try:
+                    nap = look_meanwhile(self.process)
+                except DirtyLogError:
+                    if self.process.alive:
+                        raise
+                    return True  # killed, or another program by now, with nobody to keep its memory
                 left = min(left, nap)
-            selecting.select([self._watching], [], [], max(0.0, min(left, threading.TIMEOUT_MAX)))
+            watched: list[int | socket.socket] = [
+                self._watching,
+                *([self._telling] if self._telling is not None else []),
+            ]
+            ready = selecting.select(watched, [], [], max(0.0, min(left, threading.TIMEOUT_MAX)))[0]
+            if self._telling in ready:
+                return True
         return True
 
 
@@ -195,6 +222,87 @@ def launch(
         os.waitpid(pid, 0)
         raise
     return Program(pid, process, None)
+
+
+def launch_helping(
+    python: Sequence[str],
+    words: Sequence[str],
+    select: str | Callable[[Area], bool] | None = None,
+    *,
+    before: Callable[[Process], object] | None = None,
+    follow_children: bool = True,
+    trust_shared: bool = False,
+    naming: Sequence[str] = (),
+    why: str = "",
+) -> Program:
+    """Start a Python program that hands its memory over by itself: where nobody may trace.
+
+    Parameters
+    ----------
+    python : sequence of str
+        The interpreter, and its options.
+    words : sequence of str
+        The script, or ``-m`` and a module, or ``-c`` and code; and arguments.
+    select, before, follow_children, trust_shared
+        As for :func:`launch`.
+    naming : sequence of str
+        More options of :mod:`dirtylog.sources.process.inside`.
+    why : str
+        Why it is not traced, for the error.
+
+    Returns
+    -------
+    Program
+        The watch begins where the program's code begins.
+
+    Raises
+    ------
+    OSError
+        It cannot be executed.
+    BackendUnavailable
+        It cannot be watched in this way either.
+
+    Notes
+    -----
+    One module of ours runs in it, :mod:`dirtylog.sources.process.inside`. Its memory ends with
+    it: of a program that is killed, that calls ``os._exit`` or that executes another, what it wrote
+    after the last look is not known.
+    """
+    chosen = select or _all_but_stacks
+    ours, theirs = socket.socketpair()
+    with ExitStack() as stack:
+        stack.callback(ours.close)
+        with theirs:
+            theirs.set_inheritable(True)
+            command = [*python, inside.__file__, "--give", str(theirs.fileno()), *naming, "--", *words]
+            # Python ignores these two; a program expects what its shell would have given it.
+            pid = os.posix_spawnp(command[0], command, os.environ, setsigdef=[signal.SIGPIPE, signal.SIGXFSZ])
+        stack.callback(os.waitpid, pid, 0)
+        stack.callback(_kill, pid)
+        try:
+            descriptor, pagemap = receive(ours, pid)
+        except BackendUnavailable as error:
+            raise BackendUnavailable("watching a program", "; ".join(filter(None, [why, str(error)]))) from error
+        watch = watch_of(pid, descriptor, pagemap)
+        stack.callback(watch.close)
+        process = Process(
+            Member(pid, watch, choose(pid, chosen), sparse=True),
+            stopped=0.0,
+            spare=SPARE,
+            trust_shared=trust_shared,
+            enter=(lambda child: enter(child, chosen)[0]) if follow_children else None,
+        )
+        if before is not None:
+            before(process)
+        ours.setblocking(True)
+        ours.sendall(inside.GO)
+        stack.pop_all()
+    return Program(pid, process, None, ours)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _all_but_stacks(area: Area) -> bool:

@@ -46,7 +46,8 @@ class Names:
     Notes
     -----
     Memory that is new is looked at once, a few hundred bytes of it, to tell the arenas of glibc,
-    pymalloc and mimalloc. For one thread.
+    pymalloc and mimalloc. A program is asked for its arrays when memory of a MiB has come: looking
+    through its objects writes to the pages where they are counted. For one thread.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Names:
         self._ask = arrays
         self._clock = clock
         self._again = float("-inf")
+        self._asking = True
         self._arrays: list[Found] = []
         self._looked_at: dict[tuple[int, int, int], str] = {}
         self._stacks: dict[tuple[int, int], str] = {}
@@ -74,15 +76,18 @@ class Names:
 
     def _refresh(self, regions: Sequence[Region]) -> None:
         now = self._clock()
-        if self._ask is not None and now >= self._again:
+        unknown = [region for region in regions if self._key(region) not in self._looked_at]
+        # Looking through its objects writes to the pages where they are counted: only where there is more than before.
+        self._asking |= any(region.npages * PAGE_SIZE >= _MIB for region in unknown)
+        if self._ask is not None and self._asking and now >= self._again:
+            self._asking = False
             try:
                 self._arrays = sorted(self._ask(), key=lambda found: found[1])
             except OSError:
                 self._ask = None  # the program has ended, what it had is known
             after = self._clock()
             self._again = after + max(1.0, _SHARE * (after - now))
-        new = {region.pid or self._pid for region in regions if self._key(region) not in self._looked_at}
-        for pid in new:
+        for pid in {region.pid or self._pid for region in unknown}:
             self._look_at([region for region in regions if (region.pid or self._pid) == pid], pid)
 
     def _key(self, region: Region) -> tuple[int, int, int]:

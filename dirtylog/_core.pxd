@@ -1,14 +1,9 @@
 # The dirty bitmap, for extension modules that mark and harvest without the GIL.
 from libc.stdint cimport uint64_t
 
-from dirtylog._bits.blocks cimport Block, dl_bitmap
+from dirtylog._bits.bitmap cimport dl_bitmap, dl_mark, dl_mark_mask, dl_mark_range
+from dirtylog._bits.blocks cimport Block
 from dirtylog._bits.pages cimport DirtyPages
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    void dl_mark(const dl_bitmap *bitmap, uint64_t page)
-    void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
-    void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
 
 
 cdef class DirtyBitmap:

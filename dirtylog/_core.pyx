@@ -9,17 +9,36 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from dirtylog._bits.atomic cimport dl_load_relaxed
+from dirtylog._bits.batch cimport (
+    dl_check_batch,
+    dl_clear_dense,
+    dl_clear_range,
+    dl_clear_sparse,
+    dl_mark_batch,
+    dl_merge_dense,
+    dl_merge_sparse,
+)
+from dirtylog._bits.bitmap cimport (
+    DL_GROUP_WORDS,
+    DL_LINE_WORDS,
+    dl_groups_for,
+    dl_mark,
+    dl_mark_range,
+)
+from dirtylog._bits.bits cimport dl_bit, dl_ffs, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
     Block,
     block_new,
     block_of_buffer,
-    dl_kernels,
     export_words,
     kernels,
     no_words,
 )
-
 from dirtylog._bits.pages cimport DirtyPages
+from dirtylog._bits.sets cimport dl_scatter
+from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
+from dirtylog._bits.simd cimport dl_kernels
 from dirtylog._bits.taking cimport take_pages
 from dirtylog._bits.words cimport check_apart
 
@@ -40,44 +59,6 @@ from dirtylog._bits.words import (
 cdef extern from "Python.h":
     # With NULL for the exception a number past the range is cut to its end, which no page reaches.
     Py_ssize_t PyNumber_AsSsize_t(object number, PyObject *exception) except? -1
-
-
-cdef extern from "dirtylog/atomic.h" nogil:
-    uint64_t dl_load_relaxed(const uint64_t *word)
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    unsigned dl_ffs(uint64_t mask)
-    uint64_t dl_bit(uint64_t page)
-    uint64_t dl_words_for(uint64_t npages)
-    uint64_t dl_tail_mask(uint64_t npages)
-
-
-cdef extern from "_bits/signals.h":
-    bint dl_signals_raise() noexcept
-    int dl_raised() except -1
-
-
-cdef extern from "_bits/batch.h" nogil:
-    size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
-    size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
-    void dl_merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
-                         uint64_t first_page)
-    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
-                        uint64_t first_page)
-    void dl_clear_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n)
-    void dl_clear_dense(const dl_bitmap *bitmap, const uint64_t *words)
-    void dl_clear_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-
-
-cdef extern from "_bits/sets.h" nogil:
-    void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    cdef enum:
-        DL_LINE_WORDS, DL_GROUP_WORDS
-    uint64_t dl_groups_for(uint64_t npages)
 
 
 __all__ = [
@@ -541,7 +522,7 @@ cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept n
         memcpy(out, pages.dense.words, nwords * 8)
     else:
         memset(out, 0, nwords * 8)
-        scatter(pages.numbers.words, pages.masks.words, pages.entries, out)
+        dl_scatter(pages.numbers.words, pages.masks.words, pages.entries, out)
 
 
 # The module that people know it by, in tracebacks and help().

@@ -6,7 +6,11 @@ from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from dirtylog._core cimport DirtyBitmap, dl_bitmap, dl_mark, dl_mark_range
+from dirtylog._bits.atomic cimport dl_load_relaxed
+from dirtylog._bits.batch cimport dl_check_batch, dl_mark_batch
+from dirtylog._bits.bitmap cimport dl_bitmap, dl_harvest, dl_mark, dl_mark_range
+from dirtylog._bits.bits cimport dl_bit
+from dirtylog._core cimport DirtyBitmap
 
 
 cdef extern from "dirtylog/capi.h" nogil:
@@ -23,17 +27,6 @@ cdef extern from "dirtylog/capi.h" nogil:
         int (*mark_pages)(const dirtylog_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil
         int (*is_dirty)(const dirtylog_bitmap *bitmap, uint64_t page) noexcept nogil
         uint64_t (*harvest)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
-
-
-cdef extern from "_bits/batch.h" nogil:
-    size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npages)
-    size_t dl_mark_batch(const dl_bitmap *bitmap, const int64_t *pages, size_t n)
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    uint64_t dl_bit(uint64_t page)
-    uint64_t dl_load_relaxed(const uint64_t *word)
-    uint64_t dl_harvest(const dl_bitmap *b, uint64_t *out)
 
 
 __all__: list[str] = []

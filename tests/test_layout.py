@@ -390,3 +390,22 @@ def test_a_public_name_says_a_module_that_is_public(module):
         if said is not None and said.startswith("dirtylog"):
             assert said in PUBLIC, f"{module}.{name} says {said}"
             assert getattr(import_module(said), value.__name__) is value
+
+
+def files_with(*ends):
+    return [path for end in ends for path in sorted(PACKAGE.rglob(f"*{end}"))]
+
+
+def test_atomic_builtins_are_in_one_header():
+    """Whoever reads about a memory order there knows where all of them are."""
+    found = [path.name for path in files_with(".h", ".c", ".pyx", ".pxd") if "__atomic_" in path.read_text()]
+    assert found == ["atomic.h"]
+
+
+def test_each_header_of_ours_is_declared_to_cython_once():
+    declared = {}
+    for path in files_with(".pyx", ".pxd"):
+        for header in re.findall(r'(?m)^cdef extern from "((?:dirtylog|_bits|sources|vm)/.*?)"', path.read_text()):
+            declared.setdefault(header, set()).add(path.relative_to(PACKAGE).with_suffix("").as_posix())
+    assert {header: where for header, where in declared.items() if len(where) > 1} == {}
+    assert len(declared) > 15

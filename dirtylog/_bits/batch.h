@@ -96,9 +96,8 @@ static inline void dl_clear_dense(const struct dl_bitmap *bitmap, const uint64_t
 /* `count` of at least 1. */
 static inline void dl_clear_range(const struct dl_bitmap *bitmap, uint64_t first, uint64_t count)
 {
-    uint64_t last = first + count - 1;
-    for (uint64_t word = first / DL_WORD_PAGES; word <= last / DL_WORD_PAGES; word++)
-        dl_clear_word(bitmap, word, dl_mask_part(word * DL_WORD_PAGES, first, last));
+    for (struct dl_part part = dl_part_first(first, first + count); part.mask; dl_part_next(&part))
+        dl_clear_word(bitmap, part.word, part.mask);
 }
 
 #endif /* DIRTYLOG_BATCH_H */

@@ -21,10 +21,8 @@ from cpython.buffer cimport (
 )
 from libc.stdint cimport int64_t, uint64_t
 
-
-cdef extern from "_bits/simd.h" nogil:
-    const dl_kernels *dl_kernels_find(const char *name)
-    const dl_kernels *dl_kernels_at(size_t i)
+from dirtylog._bits.runs cimport dl_count_runs, dl_runs
+from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find
 
 
 cdef extern from "_bits/memory.h" nogil:
@@ -32,12 +30,6 @@ cdef extern from "_bits/memory.h" nogil:
     uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
     void dl_words_free(uint64_t *words, size_t mapped_bytes)
     void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
-
-
-cdef extern from "_bits/runs.h" nogil:
-    size_t dl_count_runs(const dl_kernels *k, const uint64_t *words, size_t n)
-    size_t dl_runs(const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out, size_t capacity)
-
 
 __all__: list[str] = []
 

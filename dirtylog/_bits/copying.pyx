@@ -11,16 +11,14 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from libc.stdint cimport int64_t
 from libc.string cimport memcpy, memset
 
+from dirtylog._bits.content cimport dl_is_zero
+
 __all__ = ["copy_extents", "gather", "scatter", "zero_extents"]
 
 
 # What `zero_extents` looks at before it writes: no memory is committed for a whole page of so many bytes.
 cdef enum:
     LOOKED_AT = 4096
-
-
-cdef extern from "_bits/content.h" nogil:
-    int dl_is_zero(const unsigned char *data, size_t nbytes)
 
 
 cdef extern from "_bits/stream.h" nogil:

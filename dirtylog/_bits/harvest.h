@@ -69,15 +69,13 @@ static inline void dl_take_words(struct dl_basket *basket, uint64_t *words, uint
 /* Pages [first, end) word by word, the first and the last perhaps in part. */
 static inline void dl_take_part(struct dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
 {
-    if (first >= end)
-        return;
-    for (uint64_t word = first / DL_WORD_PAGES; word <= (end - 1) / DL_WORD_PAGES; word++) {
-        uint64_t mask = dl_mask_part(word * DL_WORD_PAGES, first, end - 1);
-        uint64_t bits = basket->clear ? dl_harvest_mask(&words[word], mask) : dl_load_relaxed(&words[word]) & mask;
+    for (struct dl_part part = dl_part_first(first, end); part.mask; dl_part_next(&part)) {
+        uint64_t *word = &words[part.word];
+        uint64_t bits = basket->clear ? dl_harvest_mask(word, part.mask) : dl_load_relaxed(word) & part.mask;
         if (basket->out) {
-            basket->out[word] = bits;
+            basket->out[part.word] = bits;
         } else if (bits) {
-            basket->numbers[basket->entries] = word;
+            basket->numbers[basket->entries] = part.word;
             basket->masks[basket->entries++] = bits;
         }
     }

@@ -1,7 +1,8 @@
 # What a source owes, for extension modules that take pages and may fail to hand them out.
 from libc.stdint cimport uint64_t
 
-from dirtylog._bits.blocks cimport Block, dl_bitmap
+from dirtylog._bits.bitmap cimport dl_bitmap
+from dirtylog._bits.blocks cimport Block
 from dirtylog._bits.pages cimport DirtyPages
 
 

@@ -5,39 +5,17 @@
 cimport cython
 from libc.stdint cimport uint64_t
 
-from dirtylog._bits.blocks cimport block_new, dl_kernels, kernels
+from dirtylog._bits.atomic cimport dl_exchange, dl_fetch_or, dl_load_acquire
+from dirtylog._bits.batch cimport dl_merge_dense, dl_merge_sparse
+from dirtylog._bits.bitmap cimport dl_groups_for, dl_mark_range
+from dirtylog._bits.bits cimport dl_words_for
+from dirtylog._bits.blocks cimport block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
+from dirtylog._bits.simd cimport dl_kernels
 from dirtylog._bits.taking cimport take_pages
 
 from dirtylog._bits.pages import check_geometry
-
-
-cdef extern from "_bits/signals.h":
-    bint dl_signals_raise() noexcept
-    int dl_raised() except -1
-
-
-cdef extern from "_bits/batch.h" nogil:
-    void dl_merge_sparse(const dl_bitmap *bitmap, const uint64_t *numbers, const uint64_t *masks, size_t n,
-                         uint64_t first_page)
-    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
-                        uint64_t first_page)
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    uint64_t dl_words_for(uint64_t npages)
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    uint64_t dl_groups_for(uint64_t npages)
-    void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-
-
-cdef extern from "dirtylog/atomic.h" nogil:
-    uint64_t dl_load_acquire(const uint64_t *word)
-    uint64_t dl_fetch_or(uint64_t *word, uint64_t bits)
-    uint64_t dl_exchange(uint64_t *word, uint64_t value)
-
 
 __all__ = ["Owed", "take_all"]
 

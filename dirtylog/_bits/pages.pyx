@@ -15,51 +15,39 @@ from cpython.object cimport PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
+from dirtylog._bits.bits cimport dl_bit, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
     Block,
     block_for_result,
     block_new,
     block_of_buffer,
-    dl_kernels,
     expand_words,
     kernels,
     new_numbers,
     no_words,
     runs_of_words,
 )
-
-
-cdef extern from "_bits/runs.h" nogil:
-    size_t dl_count_runs_sparse(const dl_kernels *k, const uint64_t *numbers, const uint64_t *masks, size_t n)
-    size_t dl_runs_sparse(const dl_kernels *k, const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,
-                          size_t capacity)
-
-
-cdef extern from "_bits/sets.h" nogil:
-    cdef enum:
-        DL_OR, DL_AND, DL_SUB, DL_XOR
-    void dl_combine_dense(int op, const uint64_t *a, const uint64_t *b, uint64_t *out, size_t n)
-    size_t dl_combine_sparse(int op, const uint64_t *na, const uint64_t *ma, size_t a, const uint64_t *nb,
-                             const uint64_t *mb, size_t b, uint64_t *numbers, uint64_t *masks)
-    size_t dl_select_sparse(int op, const uint64_t *na, const uint64_t *ma, size_t a, const uint64_t *dense,
-                            uint64_t *numbers, uint64_t *masks)
-    void dl_scatter(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
-    uint64_t dl_hash_dense(const uint64_t *words, size_t n)
-    uint64_t dl_hash_sparse(const uint64_t *numbers, const uint64_t *masks, size_t n)
-    size_t dl_words_of_indices(const int64_t *pages, size_t n)
-    void dl_sparse_of_indices(const int64_t *pages, size_t n, uint64_t *numbers, uint64_t *masks)
-    void dl_dense_of_indices(const int64_t *pages, size_t n, uint64_t *out)
-    size_t dl_check_runs(const int64_t *runs, size_t n, uint64_t npages)
-    size_t dl_words_of_runs(const int64_t *runs, size_t n)
-    size_t dl_sparse_of_runs(const int64_t *runs, size_t n, uint64_t *numbers, uint64_t *masks)
-    void dl_dense_of_runs(const int64_t *runs, size_t n, uint64_t *out)
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    uint64_t dl_bit(uint64_t page)
-    uint64_t dl_words_for(uint64_t npages)
-    uint64_t dl_tail_mask(uint64_t npages)
-
+from dirtylog._bits.runs cimport dl_count_runs_sparse, dl_runs_sparse
+from dirtylog._bits.sets cimport (
+    DL_AND,
+    DL_OR,
+    DL_SUB,
+    DL_XOR,
+    dl_check_runs,
+    dl_combine_dense,
+    dl_combine_sparse,
+    dl_dense_of_indices,
+    dl_dense_of_runs,
+    dl_hash_dense,
+    dl_hash_sparse,
+    dl_scatter,
+    dl_select_sparse,
+    dl_sparse_of_indices,
+    dl_sparse_of_runs,
+    dl_words_of_indices,
+    dl_words_of_runs,
+)
+from dirtylog._bits.simd cimport dl_kernels
 
 __all__ = ["DirtyPages"]
 

@@ -178,12 +178,12 @@ static inline size_t dl_sparse_of_runs(const int64_t *runs, size_t n, uint64_t *
         if (past <= first)
             continue;
         end = past;
-        for (uint64_t word = (uint64_t)first / DL_WORD_PAGES; word <= (uint64_t)(past - 1) / DL_WORD_PAGES; word++) {
-            uint64_t mask = dl_mask_part(word * DL_WORD_PAGES, (uint64_t)first, (uint64_t)past - 1);
-            if (count && numbers[count - 1] == word)
-                masks[count - 1] |= mask;
+        struct dl_part part = dl_part_first((uint64_t)first, (uint64_t)past);
+        for (; part.mask; dl_part_next(&part)) {
+            if (count && numbers[count - 1] == part.word)
+                masks[count - 1] |= part.mask;
             else
-                count = dl_put_entry(numbers, masks, count, word, mask);
+                count = dl_put_entry(numbers, masks, count, part.word, part.mask);
         }
     }
     return count;
@@ -193,8 +193,8 @@ static inline void dl_dense_of_runs(const int64_t *runs, size_t n, uint64_t *out
 {
     for (size_t i = 0; i < n; i++) {
         uint64_t first = (uint64_t)runs[2 * i], count = (uint64_t)runs[2 * i + 1];
-        for (uint64_t word = first / DL_WORD_PAGES; count && word <= (first + count - 1) / DL_WORD_PAGES; word++)
-            out[word] |= dl_mask_part(word * DL_WORD_PAGES, first, first + count - 1);
+        for (struct dl_part part = dl_part_first(first, first + count); part.mask; dl_part_next(&part))
+            out[part.word] |= part.mask;
     }
 }
 

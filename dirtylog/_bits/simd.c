@@ -62,6 +62,17 @@ DL_INLINE unsigned words_mask(const uint64_t *words, size_t at, size_t end, dl_l
     return mask;
 }
 
+/* The lines of [first_line, end_line) in one group, which has some of them. */
+DL_INLINE uint64_t group_part(uint64_t group, uint64_t first_line, uint64_t end_line)
+{
+    uint64_t start = group * DL_GROUP_LINES, lines = DL_ALL_PAGES;
+    if (first_line > start)
+        lines &= dl_mask_from((unsigned)(first_line - start));
+    if (end_line < start + DL_GROUP_LINES)
+        lines &= dl_mask_below((unsigned)(end_line - start));
+    return lines;
+}
+
 /* I4: the summary before the words. Eight groups are tested at once; `taken` has
  * room for eight more whenever there is another turn. */
 DL_INLINE size_t take_summary_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
@@ -73,7 +84,7 @@ DL_INLINE size_t take_summary_body(const struct dl_bitmap *b, uint64_t first_lin
     for (; group < end && n + DL_LINE_WORDS <= room; group += DL_LINE_WORDS) {
         for (unsigned mask = words_mask(b->summary, group, end, line_mask); mask; mask &= mask - 1) {
             uint64_t at = group + (uint64_t)__builtin_ctz(mask);
-            uint64_t part = dl_mask_part(at * DL_GROUP_LINES, first_line, end_line - 1);
+            uint64_t part = group_part(at, first_line, end_line);
             uint64_t lines = clear ? dl_summary_take(b, at, part) : dl_load_relaxed(&b->summary[at]) & part;
             taken[n].group = at;
             taken[n].lines = lines;

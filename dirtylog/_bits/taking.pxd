@@ -1,7 +1,7 @@
 # Taking pages out of a bitmap, for whoever has one.
 from libc.stdint cimport uint64_t
 
-from dirtylog._bits.blocks cimport dl_bitmap
+from dirtylog._bits.bitmap cimport dl_bitmap
 from dirtylog._bits.pages cimport DirtyPages
 
 # MemoryError: nothing has been taken (I5).

@@ -6,32 +6,19 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from dirtylog._bits.blocks cimport (
-    Block,
-    block_for_result,
-    block_new,
+from dirtylog._bits.bitmap cimport (
+    DL_GROUP_WORDS,
+    DL_LINE_WORDS,
     dl_bitmap,
-    dl_kernels,
+    dl_harvest_end,
+    dl_summary_untake,
     dl_taken,
-    kernels,
 )
-
+from dirtylog._bits.bits cimport dl_words_for
+from dirtylog._bits.blocks cimport Block, block_for_result, block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    uint64_t dl_words_for(uint64_t npages)
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    cdef enum:
-        DL_LINE_WORDS, DL_GROUP_WORDS
-    void dl_harvest_end()
-    void dl_summary_untake(const dl_bitmap *b, const dl_taken *taken, size_t n)
-
-
-cdef extern from "_bits/sets.h" nogil:
-    void scatter "dl_scatter"(const uint64_t *numbers, const uint64_t *masks, size_t n, uint64_t *out)
+from dirtylog._bits.sets cimport dl_scatter
+from dirtylog._bits.simd cimport dl_kernels
 
 
 cdef extern from "_bits/harvest.h" nogil:
@@ -56,7 +43,6 @@ cdef extern from "_bits/harvest.h" nogil:
                        size_t ntaken)
     uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
     void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
-
 
 __all__: list[str] = []
 
@@ -140,7 +126,7 @@ cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t first, uint64_t end, b
             dl_put_back(&basket, bits)  # I5
             raise
         with nogil:
-            scatter(basket.numbers, basket.masks, basket.entries, dense.words)
+            dl_scatter(basket.numbers, basket.masks, basket.entries, dense.words)
             basket.out = dense.words
             dl_take_foreign(&basket, bits.words, reached, stop)
     with nogil:

@@ -9,35 +9,23 @@ from cpython.number cimport PyNumber_Index
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from dirtylog._bits.batch cimport dl_merge_dense
+from dirtylog._bits.bitmap cimport dl_bitmap, dl_harvest_end
+from dirtylog._bits.bits cimport dl_ffs, dl_fls, dl_words_for
 from dirtylog._bits.blocks cimport (
     Block,
     block_new,
     block_of_buffer,
-    dl_bitmap,
-    dl_kernels,
     kernels,
     new_numbers,
 )
+from dirtylog._bits.content cimport dl_compare_pages, dl_copy_pages, dl_zero_pages
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
+from dirtylog._bits.simd cimport dl_kernels
 
 from dirtylog._bits.flat import flat_array
 from dirtylog._bits.geometry import of_one_layout
 from dirtylog._bits.pages import check_geometry
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    unsigned dl_ffs(uint64_t mask)
-    unsigned dl_fls(uint64_t mask)
-    uint64_t dl_words_for(uint64_t npages)
-
-
-cdef extern from "_bits/batch.h" nogil:
-    void dl_merge_dense(const dl_kernels *k, const dl_bitmap *bitmap, const uint64_t *words, size_t n,
-                        uint64_t first_page)
-
-
-cdef extern from "dirtylog/bitmap.h" nogil:
-    void dl_harvest_end()
 
 
 cdef extern from "_bits/live.h" nogil:
@@ -47,15 +35,6 @@ cdef extern from "_bits/live.h" nogil:
     size_t dl_live_indices(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out,
                            size_t room)
     size_t dl_live_runs(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out, size_t room)
-
-
-cdef extern from "_bits/content.h" nogil:
-    void dl_copy_pages(unsigned char *target, const unsigned char *source, size_t nbytes, size_t page_size,
-                       const uint64_t *words)
-    void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size,
-                          uint64_t *out)
-    void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
-
 
 __all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "zero_pages"]
 

@@ -19,7 +19,6 @@ from dirtylog._core cimport DirtyBitmap
 
 from dirtylog.errors import DirtyLogError
 
-
 __all__ = ["Account", "Gathering", "Leaving", "Observing", "Share"]
 
 

@@ -30,9 +30,9 @@ static inline void dl_guest_leave(struct dl_vcpu *vcpu) { pthread_mutex_unlock(&
 /* Bring a vCPU out of guest mode and keep it out until dl_guest_leave(). */
 static inline void dl_guest_kick(struct dl_vcpu *vcpu)
 {
-    __atomic_fetch_add(&vcpu->kickers, 1, __ATOMIC_RELAXED);
+    DL_RMW(fetch_add, &vcpu->kickers, 1, RELAXED);
     pthread_mutex_lock(&vcpu->guest);
-    __atomic_fetch_sub(&vcpu->kickers, 1, __ATOMIC_RELAXED);
+    DL_RMW(fetch_sub, &vcpu->kickers, 1, RELAXED);
 }
 
 static inline void dl_kick_all(struct dl_mmu *mmu)
@@ -58,7 +58,7 @@ static inline void dl_flush_generic(struct dl_mmu *mmu)
  * so an entry it tags with the new one saw the protection that came before. */
 static inline void dl_flush_generation(struct dl_mmu *mmu)
 {
-    __atomic_fetch_add(&mmu->generation, 1, __ATOMIC_SEQ_CST);
+    DL_RMW(fetch_add, &mmu->generation, 1, SEQ_CST);
     dl_kick_all(mmu);
     mmu->flushes++;
 }
@@ -115,7 +115,7 @@ static inline int dl_table_publish(struct dl_mmu *mmu, struct dl_slot_table *tab
     int error = dl_lock_acquire(mmu->mmu_lock);
     if (error)
         return error;
-    __atomic_store_n(&mmu->table, table, __ATOMIC_RELEASE);
+    DL_STORE(&mmu->table, table, RELEASE);
     dl_lock_release(mmu->mmu_lock);
     dl_flush_generic(mmu);
     free(old);

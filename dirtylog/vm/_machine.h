@@ -24,7 +24,7 @@
 #include <string.h>
 
 #include "_bits/memory.h"
-#include "dirtylog/protect.h"
+#include "vm/_harvest.h"
 #include "vm/_ring.h"
 
 /* How an architecture learns that a page was written. */
@@ -153,7 +153,7 @@ static inline int dl_lock_release(struct dl_lock *lock)
 static inline struct dl_slot_table *dl_table(const struct dl_mmu *mmu)
 {
     /* Pairs with the release in dl_table_publish(). */
-    return __atomic_load_n(&mmu->table, __ATOMIC_ACQUIRE);
+    return DL_LOAD(&mmu->table, ACQUIRE);
 }
 
 static inline struct dl_memslot *dl_slot_of_gfn(const struct dl_mmu *mmu, uint64_t gfn)

@@ -1,7 +1,7 @@
-# The model's C structures and functions (_mmu.h), for the one module that wraps them.
+# The model's C structures and functions (protect.h, _harvest.h, _mmu.h), for the one module that wraps them.
 from libc.stdint cimport uint32_t, uint64_t
 
-from dirtylog._core cimport dl_bitmap
+from dirtylog._bits.bitmap cimport dl_bitmap
 
 
 cdef extern from "dirtylog/protect.h" nogil:
@@ -15,6 +15,8 @@ cdef extern from "dirtylog/protect.h" nogil:
         uint64_t *huge
         uint64_t npages
 
+
+cdef extern from "vm/_harvest.h" nogil:
     struct dl_double_log:
         dl_bitmap marked
         uint64_t *snapshot

@@ -25,7 +25,7 @@ static inline void dl_store_apply(unsigned char *host, const struct dl_store *st
         break;
     default:
         /* vCPUs that touch one page at a time each count. */
-        __atomic_fetch_add(host, 1, __ATOMIC_RELAXED);
+        DL_RMW(fetch_add, host, 1, RELAXED);
     }
 }
 
@@ -146,8 +146,7 @@ static inline int dl_walk(const struct dl_mmu *mmu, struct dl_vcpu *vcpu, struct
         do {
             if (seen & DL_PTE_LOCK)
                 return DL_EXIT_RETRY;
-        } while (!__atomic_compare_exchange_n(pte, &seen, seen | DL_PTE_PRESENT | DL_PTE_DIRTY, 0, __ATOMIC_SEQ_CST,
-                                              __ATOMIC_ACQUIRE));
+        } while (!DL_COMPARE_EXCHANGE(pte, &seen, seen | DL_PTE_PRESENT | DL_PTE_DIRTY, SEQ_CST, ACQUIRE));
         return DL_STORED;
     case DL_BY_STORAGE_KEY:
         return DL_STORED;

@@ -187,7 +187,7 @@ static uint64_t harvest_part(uint64_t first, uint64_t last)
 {
     uint64_t pages = 0;
     for (uint64_t word = first / 64; word <= last / 64; word++) {
-        uint64_t mask = dl_harvest_mask(&words[word], dl_mask_part(word * 64, first, last));
+        uint64_t mask = dl_harvest_mask(&words[word], dl_part_first(word * 64 > first ? word * 64 : first, last + 1).mask);
         pages += (uint64_t)__builtin_popcountll(mask);
         copy_word(word, mask);
     }

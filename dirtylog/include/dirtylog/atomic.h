@@ -13,10 +13,13 @@
 
 #include <stdint.h>
 
+/* For any naturally aligned object of up to 8 bytes: pointers, counters and flags too. */
 #define DL_LOAD(p, order) __atomic_load_n((p), __ATOMIC_##order)
 #define DL_STORE(p, v, order) __atomic_store_n((p), (v), __ATOMIC_##order)
 #define DL_RMW(op, p, v, order) __atomic_##op((p), (v), __ATOMIC_##order)
 #define DL_EXCHANGE(p, v, order) __atomic_exchange_n((p), (v), __ATOMIC_##order)
+#define DL_COMPARE_EXCHANGE(p, expected, desired, order, failure_order)                                                \
+    __atomic_compare_exchange_n((p), (expected), (desired), 0, __ATOMIC_##order, __ATOMIC_##failure_order)
 #define DL_FENCE(order) __atomic_thread_fence(__ATOMIC_##order)
 
 static inline uint64_t dl_load_relaxed(const uint64_t *word) { return DL_LOAD(word, RELAXED); }
@@ -40,7 +43,7 @@ static inline void dl_fence_seq_cst(void) { DL_FENCE(SEQ_CST); }
 static inline void dl_fence_after_rmw(void)
 {
 #if defined(__x86_64__) || defined(__i386__)
-    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST); /* the compiler alone */
 #else
     DL_FENCE(SEQ_CST);
 #endif

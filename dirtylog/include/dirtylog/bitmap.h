@@ -34,18 +34,6 @@ struct dl_taken {
 static inline uint64_t dl_lines_for(uint64_t npages) { return (dl_words_for(npages) + DL_LINE_WORDS - 1) / DL_LINE_WORDS; }
 static inline uint64_t dl_groups_for(uint64_t npages) { return (dl_lines_for(npages) + DL_GROUP_LINES - 1) / DL_GROUP_LINES; }
 
-/* Bits [first, last] of one word that stand for [first, last] of a range, when
- * the word's own bits begin at `start`: the part of a range in one word. */
-static inline uint64_t dl_mask_part(uint64_t start, uint64_t first, uint64_t last)
-{
-    uint64_t mask = DL_ALL_PAGES;
-    if (first > start)
-        mask &= dl_mask_from((unsigned)(first - start));
-    if (last < start + 63)
-        mask &= dl_mask_below((unsigned)(last - start) + 1);
-    return mask;
-}
-
 /* ---- marking ------------------------------------------------------------ */
 
 /* I4: pairs with the exchange in dl_summary_take(). The leaf was set before
@@ -69,10 +57,9 @@ static inline void dl_summary_mark_words(const struct dl_bitmap *b, uint64_t fir
 {
     if (!b->summary)
         return;
-    first /= DL_LINE_WORDS;
-    last /= DL_LINE_WORDS;
-    for (uint64_t group = first / DL_GROUP_LINES; group <= last / DL_GROUP_LINES; group++)
-        dl_summary_mark(b, group, dl_mask_part(group * DL_GROUP_LINES, first, last));
+    struct dl_part part = dl_part_first(first / DL_LINE_WORDS, last / DL_LINE_WORDS + 1);
+    for (; part.mask; dl_part_next(&part))
+        dl_summary_mark(b, part.word, part.mask);
 }
 
 /* I3: fetch_or is a full barrier between the caller's store to the page and
@@ -91,25 +78,23 @@ static inline void dl_mark(const struct dl_bitmap *b, uint64_t page)
 /* `count` of at least 1. */
 static inline void dl_mark_range(const struct dl_bitmap *b, uint64_t first, uint64_t count)
 {
-    uint64_t last = first + count - 1;
-    uint64_t first_word = first / DL_WORD_PAGES, last_word = last / DL_WORD_PAGES;
-    for (uint64_t word = first_word; word <= last_word; word++) {
-        uint64_t mask = dl_mask_part(word * DL_WORD_PAGES, first, last);
+    struct dl_part part = dl_part_first(first, first + count);
+    for (; part.mask; dl_part_next(&part)) {
         /* A word that becomes all ones needs no read-modify-write: whatever
          * others mark in it meanwhile is part of the value stored, and a
          * harvester's exchange comes either before it or after. Release: who
          * sees the bits sees the pages' content (I3). That a mark of another
          * processor, overwritten here, is published with this one relies on
          * stores being seen by all others at once, as on x86 and Armv8. */
-        if (mask == DL_ALL_PAGES)
-            dl_store_release(&b->words[word], DL_ALL_PAGES);
+        if (part.mask == DL_ALL_PAGES)
+            dl_store_release(&b->words[part.word], DL_ALL_PAGES);
         else
-            dl_fetch_or(&b->words[word], mask);
+            dl_fetch_or(&b->words[part.word], part.mask);
     }
     /* I4: plain stores may still wait in the store buffer while the summary is
      * loaded; this fence stands for the barrier that fetch_or would have been. */
     dl_fence_seq_cst();
-    dl_summary_mark_words(b, first_word, last_word);
+    dl_summary_mark_words(b, first / DL_WORD_PAGES, part.last_word);
 }
 
 /* ---- a batch: one full fence, then test before set ----------------------- */

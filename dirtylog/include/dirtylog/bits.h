@@ -21,6 +21,37 @@ static inline uint64_t dl_mask_below(unsigned end) { return DL_ALL_PAGES >> (DL_
 
 static inline uint64_t dl_words_for(uint64_t npages) { return npages / DL_WORD_PAGES + (npages % DL_WORD_PAGES != 0); }
 
+/* A range of pages as its part in each word, from the first to the last:
+ *
+ *     for (struct dl_part part = dl_part_first(first, end); part.mask; dl_part_next(&part))
+ *         words[part.word] |= part.mask;
+ */
+struct dl_part {
+    uint64_t word, mask; /* which word, and the range's bits in it; 0 behind the last one */
+    uint64_t last_word, last_mask;
+};
+
+/* Of [first, end): no part if that is empty. */
+static inline struct dl_part dl_part_first(uint64_t first, uint64_t end)
+{
+    struct dl_part part = {first / DL_WORD_PAGES, 0, 0, 0};
+    if (first >= end)
+        return part;
+    part.last_word = (end - 1) / DL_WORD_PAGES;
+    part.last_mask = dl_mask_below((unsigned)((end - 1) % DL_WORD_PAGES) + 1);
+    part.mask = dl_mask_from((unsigned)(first % DL_WORD_PAGES));
+    if (part.word == part.last_word)
+        part.mask &= part.last_mask;
+    return part;
+}
+
+static inline void dl_part_next(struct dl_part *part)
+{
+    uint64_t word = part->word + 1;
+    part->mask = word < part->last_word ? DL_ALL_PAGES : word == part->last_word ? part->last_mask : 0;
+    part->word = word;
+}
+
 /* I7: the bits of the last word that stand for pages; all ones when it is full. */
 static inline uint64_t dl_tail_mask(uint64_t npages)
 {

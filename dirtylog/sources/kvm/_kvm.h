@@ -219,7 +219,7 @@ static inline int dl_kick_signal(void)
  * immediate_exit when it starts. */
 static inline void dl_interrupt(struct dl_runner *runner, uint8_t *run, int number)
 {
-    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], 1, __ATOMIC_SEQ_CST);
+    DL_STORE(&run[DL_RUN_IMMEDIATE_EXIT], 1, SEQ_CST);
     if (runner->running)
         pthread_kill(runner->thread, number);
 }
@@ -303,7 +303,7 @@ static inline int dl_run(int fd, struct dl_runner *runner, uint8_t *run, int num
         runner->kicked = 0;
     }
     runner->wanted = 0;
-    __atomic_store_n(&run[DL_RUN_IMMEDIATE_EXIT], (uint8_t)runner->kicked, __ATOMIC_SEQ_CST);
+    DL_STORE(&run[DL_RUN_IMMEDIATE_EXIT], (uint8_t)runner->kicked, SEQ_CST);
     pthread_cond_broadcast(&runner->left);
     pthread_mutex_unlock(&runner->lock);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -343,7 +343,7 @@ struct dl_ring_result {
 
 static inline uint32_t dl_ring_flags(const struct dl_ring *ring, uint32_t index)
 {
-    return __atomic_load_n(&ring->entries[index & (ring->size - 1)].flags, __ATOMIC_ACQUIRE);
+    return DL_LOAD(&ring->entries[index & (ring->size - 1)].flags, ACQUIRE);
 }
 
 /* Does an entry behind the free one at `fetch + drained` wait for us? The
@@ -387,7 +387,7 @@ again:
         struct dl_ring_entry *entry = &ring->entries[(ring->fetch + drained) & mask];
         /* Pairs with the write barrier (store-release with ACQ_REL) before the
          * flag in kvm_dirty_ring_push(): slot and offset are read after it. */
-        if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != DL_RING_DIRTY)
+        if (DL_LOAD(&entry->flags, ACQUIRE) != DL_RING_DIRTY)
             break;
         uint64_t offset = entry->offset;
         if (!slot || id != entry->slot) {
@@ -404,7 +404,7 @@ again:
         }
         /* Pairs with the acquire in kvm_dirty_gfn_harvested(): the kernel may
          * refill the entry once it has seen the flag, so we have read it. */
-        __atomic_store_n(&entry->flags, DL_RING_RESET, __ATOMIC_RELEASE);
+        DL_STORE(&entry->flags, DL_RING_RESET, RELEASE);
     }
     if (dl_ring_waits_behind(ring, drained)) {
         /* A running vCPU may have filled the free entry and those behind it

@@ -14,7 +14,8 @@ from libc.string cimport memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
-from dirtylog._bits.blocks cimport Block, block_new, dl_bitmap
+from dirtylog._bits.bitmap cimport dl_bitmap
+from dirtylog._bits.blocks cimport Block, block_new
 from dirtylog._bits.owed cimport Owed
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._core cimport DirtyBitmap

@@ -221,19 +221,11 @@ static int protect_runs(const uint64_t *taken, uint64_t nwords, uint64_t base)
 
 static int all_open(const struct dl_span *span, uint64_t first, uint64_t end)
 {
-    for (uint64_t page = first; page < end;) {
-        uint64_t at = page - span->first, stop = page - at % DL_WORD_PAGES + DL_WORD_PAGES;
-        uint64_t mask = dl_mask_from((unsigned)(at % DL_WORD_PAGES));
+    struct dl_part part = dl_part_first(first - span->first, end - span->first);
 
-        if (stop > end) {
-            stop = end;
-            mask &= dl_mask_below((unsigned)((end - 1 - span->first) % DL_WORD_PAGES) + 1);
-        }
-        if (mask & ~span->open[at / DL_WORD_PAGES])
-            return 0;
-        page = stop;
-    }
-    return 1;
+    while (part.mask && !(part.mask & ~span->open[part.word]))
+        dl_part_next(&part);
+    return !part.mask;
 }
 
 /* Lock held. Pages that are not mapped as we left them: who believed any of them protected reports all. */

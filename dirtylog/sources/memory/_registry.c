@@ -56,7 +56,7 @@ static void measure(struct dl_index *into, const struct dl_index *from, uint64_t
 
 static void publish(struct dl_registry *registry, struct dl_index *index)
 {
-    __atomic_store_n(&registry->now, index, __ATOMIC_RELEASE);
+    DL_STORE(&registry->now, index, RELEASE);
 }
 
 int dl_registry_add(struct dl_registry *registry, struct dl_span *span)

@@ -8,6 +8,7 @@
 #define DIRTYLOG_REGISTRY_H
 
 #include "_spans.h"
+#include "dirtylog/atomic.h"
 
 #define DL_REACH 64 /* entries that share one bound: a search passes over them together */
 
@@ -42,7 +43,7 @@ static inline uint64_t dl_registry_count(const struct dl_registry *registry)
 static inline struct dl_span *dl_registry_next(const struct dl_registry *registry, uint64_t *at, uint64_t first,
                                                uint64_t end)
 {
-    const struct dl_index *index = __atomic_load_n(&registry->now, __ATOMIC_ACQUIRE);
+    const struct dl_index *index = DL_LOAD(&registry->now, ACQUIRE);
 
     while (index && *at < index->count) {
         const struct dl_entry *entry = &index->entries[*at];

@@ -82,33 +82,14 @@ int dl_span_whole(const struct dl_span *span, uint64_t page_size);
 /* Plain stores: the words belong to whoever holds the engine's lock. */
 static inline void dl_words_set(uint64_t *words, uint64_t first, uint64_t end)
 {
-    uint64_t word = first / DL_WORD_PAGES, last = (end - 1) / DL_WORD_PAGES;
-    uint64_t head = dl_mask_from((unsigned)(first % DL_WORD_PAGES));
-    uint64_t tail = dl_mask_below((unsigned)((end - 1) % DL_WORD_PAGES) + 1);
-
-    if (word == last) {
-        words[word] |= head & tail;
-        return;
-    }
-    words[word] |= head;
-    while (++word < last)
-        words[word] = DL_ALL_PAGES;
-    words[last] |= tail;
+    for (struct dl_part part = dl_part_first(first, end); part.mask; dl_part_next(&part))
+        words[part.word] |= part.mask;
 }
 
 static inline void dl_words_clear(uint64_t *words, uint64_t first, uint64_t end)
 {
-    for (uint64_t page = first; page < end;) {
-        uint64_t stop = (page / DL_WORD_PAGES + 1) * DL_WORD_PAGES;
-        uint64_t mask = dl_mask_from((unsigned)(page % DL_WORD_PAGES));
-
-        if (stop > end) {
-            stop = end;
-            mask &= dl_mask_below((unsigned)((end - 1) % DL_WORD_PAGES) + 1);
-        }
-        words[page / DL_WORD_PAGES] &= ~mask;
-        page = stop;
-    }
+    for (struct dl_part part = dl_part_first(first, end); part.mask; dl_part_next(&part))
+        words[part.word] &= ~part.mask;
 }
 
 /* The part of [first, end) that lies in `span`; false when there is none. */
@@ -132,18 +113,13 @@ static inline void dl_span_mark(struct dl_span *span, uint64_t first, uint64_t e
 /* mprotect: mark those of [first, end), inside the span, that are protected and were not empty. */
 static inline void dl_span_mark_emptied(struct dl_span *span, uint64_t first, uint64_t end)
 {
-    for (uint64_t page = first - span->first; page < end - span->first;) {
-        uint64_t word = page / DL_WORD_PAGES, stop = (word + 1) * DL_WORD_PAGES;
-        uint64_t mask = dl_mask_from((unsigned)(page % DL_WORD_PAGES));
+    struct dl_part part = dl_part_first(first - span->first, end - span->first);
 
-        if (stop > end - span->first) {
-            stop = end - span->first;
-            mask &= dl_mask_below((unsigned)((stop - 1) % DL_WORD_PAGES) + 1);
-        }
-        mask &= ~(span->open[word] | span->empty[word]);
-        span->words[word] |= mask;
+    for (; part.mask; dl_part_next(&part)) {
+        uint64_t mask = part.mask & ~(span->open[part.word] | span->empty[part.word]);
+
+        span->words[part.word] |= mask;
         span->pending |= mask != 0;
-        page = stop;
     }
 }
 

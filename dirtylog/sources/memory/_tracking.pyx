@@ -9,18 +9,12 @@ from libc.string cimport strerror
 
 cimport cython
 
+from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport Block, block_new, no_words
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.sets cimport dl_pages_of_unaligned
 
 from dirtylog._bits.flat import flat_array
-
-
-cdef extern from "dirtylog/bits.h" nogil:
-    uint64_t dl_words_for(uint64_t npages)
-
-
-cdef extern from "_bits/sets.h" nogil:
-    void dl_pages_of_unaligned(uint64_t *words, size_t n, uint64_t npages)
 
 
 cdef extern from "sources/memory/_maps.h" nogil:

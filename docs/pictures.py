@@ -128,10 +128,7 @@ def heat_map() -> None:
         with Trace(path) as trace:
             plot.heat_map(trace, ax, rows=200, cmap=HEAT)
     ax.set_title(f"One array.sort() of {SORT_BYTES >> 20} MiB, seen in {epochs} harvests")
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    colorbar = figure.axes[1]
-    colorbar.set_ylabel("share of pages dirty")
-    colorbar.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.axes[1].set_ylabel("share of pages written")
     save(
         figure,
         "heat-map.svg",

@@ -64,10 +64,11 @@ def meter(args: argparse.Namespace) -> int:
     from collections import Counter
 
     from dirtylog.commands import _terminal
+    from dirtylog.sinks.rate import Peak
     from dirtylog.sinks.trace import Trace, what_if
     from dirtylog.sinks.trace.playback import samples, working_set
 
-    nbytes, peak, seconds = 0, 0.0, 0.0
+    nbytes, peak, seconds = 0, Peak(0.0), 0.0
     regions: Counter[str] = Counter()
     last: deque[Sample] = deque()
     with Trace(args.trace) as trace:
@@ -75,7 +76,7 @@ def meter(args: argparse.Namespace) -> int:
         for sample in samples(trace):
             size = sample.runs.count * trace.page_size
             nbytes += size
-            peak = max(peak, size / (sample.end - sample.start))
+            peak.add(sample.end, size)
             regions.update(
                 {name: count * trace.page_size for name, count in sample.runs.count_ranges(trace.regions).items()}
             )
@@ -91,7 +92,7 @@ def meter(args: argparse.Namespace) -> int:
                 "seconds": seconds,
                 "bytes": nbytes,
                 "bytes_per_second": mean,
-                "peak_bytes_per_second": peak,
+                "peak_bytes_per_second": peak.bytes_per_second,
                 "working_set_bytes": {f"{window:g}": size for window, size in sets.items()},
                 "regions_bytes": dict(regions),
                 "migrations": [asdict(forecast) for forecast in forecasts],
@@ -104,7 +105,7 @@ def meter(args: argparse.Namespace) -> int:
         ["figure", "value"],
         [
             ["mean per second", text(mean)],
-            ["peak per second", text(peak)],
+            ["peak per second", text(peak.bytes_per_second)],
             *([f"working set of the last {window:g} s", text(size)] for window, size in sets.items()),
             *([name, text(size)] for name, size in regions.most_common(10) if size),
         ],

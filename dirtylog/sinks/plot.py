@@ -6,17 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dirtylog._bits.strip import density
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.forecast import Forecast
 from dirtylog.sinks.trace import Trace
+from dirtylog.sinks.trace.digest import digest
+from dirtylog.sinks.trace.names import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["dirty_rate", "heat_map", "migration"]
 
-MAX_COLUMNS = 1000
+# Below this share a colour says no more than that something was written.
+LEAST = 1e-3
+# Okabe and Ito's: told apart by who does not see red or green.
+BLUE, VERMILION = "#0072B2", "#D55E00"
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -30,24 +34,100 @@ def _axes(ax: Axes | None) -> Axes:
 
 
 def heat_map(trace: Trace, ax: Axes | None = None, *, rows: int = 256, **kwargs: Any) -> Axes:
-    """Draw which pages were written when.
+    """Draw which pages were written when, region by region.
 
     Parameters
     ----------
     trace : Trace
-        Read from its beginning; its harvests are not disturbed.
+        Read once, from its beginning; its harvests are not disturbed.
     ax : Axes, optional
         Where to draw; pyplot's current Axes if left out.
     rows : int, default 256
-        Parts of the page space, from the bottom (page 0) to the top.
+        About so many parts of what was written, from the bottom (the first page) to
+        the top.
     **kwargs
         For :meth:`matplotlib.axes.Axes.pcolormesh`.
 
     Returns
     -------
     Axes
-        Seconds to the right, page numbers upwards, and by colour the share of
-        the pages that was dirty.
+        Seconds to the right; upwards the regions by name, or page numbers where the
+        trace has no regions; by colour, on a logarithmic scale, the share of a
+        part's pages that one harvest found written.
+
+    Raises
+    ------
+    BackendUnavailable
+        matplotlib is not installed.
+    ValueError
+        `rows` is less than 1.
+    TraceError
+        The trace is damaged.
+
+    Notes
+    -----
+    As in the page of :func:`dirtylog.sinks.report.report_html`: parts that were never
+    written are left out, regions that were hardly written share a band at the top,
+    and where a trace has more than 383 epochs, adjacent ones share a column, which
+    shows their mean.
+    """
+    if rows < 1:
+        raise ValueError(f"rows is {rows}; it must be 1 or more")
+    ax = _axes(ax)
+    facts = digest(trace)
+    plan = facts.map(rows)
+    ax.set(xlabel="seconds", title="Pages written")
+    if not plan.blocks:
+        return ax
+    from matplotlib.colors import LogNorm
+
+    shares = plan.cells / (plan.npages[:, None] * facts.column_epochs)
+    options: dict[str, Any] = {"cmap": "viridis_r", "norm": LogNorm(LEAST, 1), "rasterized": True}
+    if "vmin" in kwargs or "vmax" in kwargs:
+        del options["norm"]
+    mesh = ax.pcolormesh(
+        facts.edges,
+        plan.edges,
+        np.ma.masked_equal(np.where(shares > 0, np.maximum(shares, LEAST), 0), 0),
+        **options | kwargs,
+    )
+    if facts.regions == [""]:
+        places = np.unique(np.linspace(0, len(shares), 5).round().astype(int))
+        numbers = [*plan.first.tolist(), int(plan.last[-1])]
+        ax.set_yticks(plan.edges[places], [f"{numbers[place]:,}" for place in places])
+        ax.set_ylabel("page")
+    else:
+        names = [block.name or "pages of no region" for block in plan.blocks]
+        sizes = [block.npages * facts.page_size for block in plan.blocks]
+        middles = [(plan.edges[block.start] + plan.edges[block.end]) / 2 for block in plan.blocks]
+        ax.set_yticks(middles, short_names(names, sizes))
+        ax.tick_params(axis="y", length=0)
+        for block in plan.blocks[1:]:
+            ax.axhline(float(plan.edges[block.start]), color=ax.get_facecolor(), linewidth=1.5)
+    if ax.figure is not None:
+        bar = ax.figure.colorbar(mesh, ax=ax, label="share of pages written in a harvest")
+        if "norm" not in kwargs and "norm" in options:
+            bar.set_ticks([0.001, 0.01, 0.1, 1], labels=["0.1 %", "1 %", "10 %", "100 %"])
+            bar.minorticks_off()
+    return ax
+
+
+def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
+    """Draw how many bytes per second got dirty.
+
+    Parameters
+    ----------
+    trace : Trace
+        Read once, from its beginning; its harvests are not disturbed.
+    ax : Axes, optional
+        Where to draw; pyplot's current Axes if left out.
+    **kwargs
+        For :meth:`matplotlib.axes.Axes.stairs`.
+
+    Returns
+    -------
+    Axes
+        Seconds to the right, MiB per second upwards, over windows of one length.
 
     Raises
     ------
@@ -58,67 +138,17 @@ def heat_map(trace: Trace, ax: Axes | None = None, *, rows: int = 256, **kwargs:
 
     Notes
     -----
-    Where a trace has more than 1000 epochs, adjacent ones share a column, which
-    shows their mean.
+    Windows are as long as most epochs (or columns of adjacent epochs, of a trace that
+    has more than 383), and an epoch's pages count as even over its time: so a last
+    epoch of a few milliseconds makes no needle.
     """
     ax = _axes(ax)
-    together = max(1, -(-trace.length // MAX_COLUMNS))
-    times, columns, group = [0.0], [], []
-    for epoch in trace.epochs():
-        group.append(density(epoch.runs, rows))
-        if len(group) == together or epoch.number == trace.length:
-            columns.append(np.mean(group, axis=0))
-            times.append(epoch.time)
-            group = []
-    ax.set(xlabel="seconds", ylabel="page", title="Pages written")
-    if columns and len(columns[0]):
-        edges = np.linspace(0, trace.npages, len(columns[0]) + 1)
-        options = {"cmap": "inferno", "vmin": 0.0, "vmax": 1.0, "rasterized": True, **kwargs}
-        mesh = ax.pcolormesh(np.array(times), edges, np.array(columns).T, **options)
-        if ax.figure is not None:
-            ax.figure.colorbar(mesh, ax=ax, label="share of pages dirty")
-    return ax
-
-
-def dirty_rate(trace: Trace, ax: Axes | None = None, **kwargs: Any) -> Axes:
-    """Draw how many bytes per second got dirty.
-
-    Parameters
-    ----------
-    trace : Trace
-        Read from its beginning; its harvests are not disturbed.
-    ax : Axes, optional
-        Where to draw; pyplot's current Axes if left out.
-    **kwargs
-        For :meth:`matplotlib.axes.Axes.stairs`.
-
-    Returns
-    -------
-    Axes
-        Seconds to the right, MiB per second upwards.
-
-    Raises
-    ------
-    BackendUnavailable
-        matplotlib is not installed.
-    TraceError
-        The trace is damaged.
-    """
-    ax = _axes(ax)
-    times, rates, last, waiting = [0.0], [], 0.0, 0
-    for epoch in trace.epochs():
-        waiting += epoch.nbytes
-        if epoch.time > last:
-            rates.append(waiting / (epoch.time - last) / 2**20)
-            times.append(epoch.time)
-            last, waiting = epoch.time, 0
-        elif rates:
-            # A second epoch of the same moment is of the same stretch of time.
-            rates[-1] += waiting / (times[-1] - times[-2]) / 2**20
-            waiting = 0
+    facts = digest(trace)
+    edges, pages = facts.windows(facts.column_pages)
     ax.set(xlabel="seconds", ylabel="MiB dirtied per second", title="Dirty rate")
-    if rates:
-        ax.stairs(rates, times, **{"fill": True, "color": "#c2410c", "alpha": 0.8, **kwargs})
+    if len(pages):
+        rates = pages * facts.page_size / np.diff(edges) / 2**20
+        ax.stairs(rates, edges, **{"fill": True, "color": BLUE, "alpha": 0.8, **kwargs})
         ax.set_ylim(bottom=0)
     return ax
 
@@ -150,11 +180,11 @@ def migration(forecast: Forecast, ax: Axes | None = None, **kwargs: Any) -> Axes
     sent = [item.nbytes / 2**20 for item in forecast.rounds]
     seconds = [item.seconds for item in forecast.rounds]
     starts = np.cumsum([0.0, *seconds])
-    style = {"align": "edge", "color": "#0369a1", "edgecolor": "white", "linewidth": 0.5, **kwargs}
+    style = {"align": "edge", "color": BLUE, "edgecolor": "white", "linewidth": 0.5, **kwargs}
     ax.bar(starts[:-1], sent, width=seconds, label="sent while it runs", **style)
     rest = forecast.downtime * forecast.bandwidth / 2**20
     ax.bar(
-        starts[-1:], [rest], width=[forecast.downtime], label="sent while it is paused", **style | {"color": "#c2410c"}
+        starts[-1:], [rest], width=[forecast.downtime], label="sent while it is paused", **style | {"color": VERMILION}
     )
     ax.set(
         xlabel="seconds",

@@ -45,6 +45,18 @@ def test_rate_answers_in_json(trace, capsys):
     assert [(m["verdict"], len(m["rounds"])) for m in answer["migrations"]] == [("converges", 1)]
 
 
+def test_a_last_sample_of_a_few_milliseconds_makes_no_peak(tmp_path, capsys):
+    with Recorder(tmp_path / "steady", 4096) as recorder:
+        for i in range(1, 25):
+            recorder.write(i / 4, dl.DirtyPages.from_runs([[i * 50, 50]], 4096))
+        recorder.write(6.002, dl.DirtyPages.from_runs([[0, 40]], 4096))
+    assert run("rate", tmp_path / "steady", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bytes_per_second"] == pytest.approx(200 * 4096, rel=0.05)
+    # The second that ends with it holds five samples of fifty pages, not four.
+    assert answer["peak_bytes_per_second"] < 1.25 * 200 * 4096
+
+
 def test_rate_answers_people(trace, capsys):
     assert run("rate", trace) == 0
     text = " ".join(capsys.readouterr().out.split())

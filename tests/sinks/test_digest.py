@@ -135,6 +135,8 @@ def test_the_map_has_every_page_that_was_written_in_its_region_and_column(bucket
                 for row in range(block.start, block.end):
                     within = sum(plan.first[row] <= page <= plan.last[row] for page in mine)
                     assert within >= cells[row]
+    assert (np.diff(plan.edges) > 0).all()
+    assert not len(plan.first) or plan.edges[-1] == pytest.approx(1)
     # A row stands for as many pages as can be written in it.
     most = max(facts.column_epochs.tolist(), default=0)
     assert (plan.cells <= plan.npages[:, None] * most).all()
@@ -267,9 +269,15 @@ def test_names_are_short_and_apart():
         "[heap]",
     ]
     assert short_names(names, [1 << 20, 1 << 20, 64 << 20, 1, 1]) == [
-        "anonymous 1 MiB …0001000",
-        "anonymous 1 MiB …0005000",
+        "anonymous 1 MiB …0001",
+        "anonymous 1 MiB …0005",
         "anonymous 64 MiB",
         "w" * 19 + "…" + "w" * 6,
         "[heap]",
+    ]
+    assert short_names(names[:4], [1 << 20, 1 << 20, 64 << 20, 1], brief=True) == [
+        "1 MiB …0001",
+        "1 MiB …0005",
+        "64 MiB",
+        "w" * 10 + "…" + "w" * 6,
     ]

@@ -79,34 +79,57 @@ def trace(tmp_path):
 def test_the_heat_map_shows_which_pages_were_written_when(ax, trace):
     from dirtylog.sinks import plot
 
-    assert plot.heat_map(trace, ax, rows=4) is ax
+    assert plot.heat_map(trace, ax, rows=3) is ax
     mesh = ax.collections[0]
-    assert np.asarray(mesh.get_array()).reshape(4, 4).T.tolist() == [
-        [1, 1, 0, 0],
-        [0, 0, 0, 4 / 256],
-        [4 / 256, 0, 0, 0],
-        [0, 0, 0, 0],
+    # Three parts of the 516 pages that were written; from page 512 to page 1019 none ever was.
+    assert np.ma.filled(mesh.get_array(), 0).reshape(3, 3).tolist() == [
+        [1, 4 / 172, 0],
+        [1, 0, 0],
+        [168 / 172, 4 / 172, 0],
     ]
     coordinates = mesh.get_coordinates()
-    assert coordinates[0, :, 0].tolist() == [0, 1, 1.5, 1.5, 3]
-    assert coordinates[:, 0, 1].tolist() == [0, 256, 512, 768, 1024]
+    assert coordinates[0, :, 0].tolist() == [0, 1, 1.5, 3]
+    assert ax.get_ylabel() == "page"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["0", "172", "344", "1,023"]
 
 
-def test_many_epochs_share_columns(ax, trace, monkeypatch):
+def test_bands_of_the_heat_map_are_regions_by_name(ax, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
+    from dirtylog.sinks import plot
+    from dirtylog.sinks.trace import Recorder, Trace
+
+    with Recorder(tmp_path / "named", 1024) as recorder:
+        recorder.write(1.0, dl.DirtyPages.from_runs([[0, 4], [600, 100]], 1024))
+        recorder.regions.update({"heap at 0x1000": (0, 256), "unused": (256, 256), "model.weights": (512, 512)})
+    with Trace(tmp_path / "named") as trace:
+        plot.heat_map(trace, ax)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["heap", "model.weights"]
+    # The small one can be seen, and its name fits.
+    low, high = ax.get_yticks()
+    assert high - low > 0.4
+
+
+def test_the_scale_of_the_heat_map_is_the_reports_unless_another_is_asked_for(ax, trace):
     from dirtylog.sinks import plot
 
-    monkeypatch.setattr(plot, "MAX_COLUMNS", 2)
-    plot.heat_map(trace, ax, rows=2)
-    assert np.asarray(ax.collections[0].get_array()).reshape(2, 2).T.tolist() == [[0.5, 4 / 1024], [4 / 1024, 0]]
+    plot.heat_map(trace, ax)
+    norm = ax.collections[0].norm
+    assert (norm.vmin, norm.vmax) == (0.001, 1)
+    other = ax.figure.add_subplot()
+    plot.heat_map(trace, other, vmin=0.0, vmax=0.5, cmap="magma")
+    assert (other.collections[0].norm.vmin, other.collections[0].norm.vmax) == (0, 0.5)
+    with pytest.raises(ValueError, match="rows is 0"):
+        plot.heat_map(trace, ax, rows=0)
 
 
-def test_the_dirty_rate_is_bytes_by_time(ax, trace):
+def test_the_dirty_rate_is_bytes_by_time_over_windows_of_one_length(ax, trace):
     from dirtylog.sinks import plot
 
     assert plot.dirty_rate(trace, ax) is ax
     values, edges, _ = ax.patches[0].get_data()
-    assert edges.tolist() == [0, 1, 1.5, 3]
-    assert values.tolist() == [2.0, 8 * 4096 / 0.5 / 2**20, 0]
+    assert edges.tolist() == [0, 1, 2, 3]
+    # Eight pages in the half second after the first one, and none after that.
+    assert values.tolist() == [2.0, 8 * 4096 / 2**20, 0]
 
 
 def test_a_migration_has_a_bar_for_each_round_and_the_pause(ax):

@@ -73,7 +73,7 @@ def test_names_from_a_trace_end_no_element(text):
 
 def test_the_page_says_how_exact_it_is(text, tmp_path):
     assert "1 of 33 harvests are upper bounds" in text
-    assert "Not complete: a child" in text
+    assert '<dt>Not seen</dt><dd class="">a child</dd>' in text
     with Recorder(tmp_path / "exact", 4) as recorder:
         recorder.write(1.0, dl.DirtyPages.from_indices([1], 4))
     with Trace(tmp_path / "exact") as trace:

@@ -123,8 +123,6 @@ def _facts(trace: Trace, facts: Digest) -> str:
         exact = "every harvest is exact: it holds the pages that were written since the one before, and no others"
     if facts.sampled:
         exact += "; how often and how soon pages are written again is estimated from some of them"
-    if about.get("missed"):
-        exact += f". Not complete: {about['missed']}"
     size = size_text(max(facts.memory, facts.distinct) * facts.page_size)
     regions = f" in {len(facts.regions):,} regions" if trace.regions else ""
     rows = [
@@ -133,6 +131,7 @@ def _facts(trace: Trace, facts: Digest) -> str:
         ("Where", about.get("machine", ""), ""),
         ("How long", f"{facts.seconds:.4g} s, {facts.epochs:,} harvests, on average one every {interval:.3g} s", ""),
         ("How exact", exact, ""),
+        ("Not seen", about.get("missed", ""), ""),
         ("Memory", f"{size}{regions}{': ' + about['watched'] if about.get('watched') else ''}", ""),
     ]
     return "".join(
@@ -178,11 +177,16 @@ def _data(facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[s
                 plan.blocks,
                 full,
                 short_names(full, block_sizes),
-                short_names(full, block_sizes, 17),
+                short_names(full, block_sizes, brief=True),
                 strict=True,
             )
         ],
-        "rows": {"first": plan.first.tolist(), "last": plan.last.tolist(), "npages": plan.npages.tolist()},
+        "rows": {
+            "first": plan.first.tolist(),
+            "last": plan.last.tolist(),
+            "npages": plan.npages.tolist(),
+            "edges": _rounded(plan.edges),
+        },
         "grid": base64.b64encode(codes.tobytes()).decode(),
         "steps": STEPS,
         "windows": _rounded(edges),

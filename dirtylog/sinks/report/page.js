@@ -8,7 +8,7 @@
   const COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7FC9", "#8C6D31", "#8A94A3"];
   const escaped = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const sum = list => list.reduce((a, b) => a + b, 0);
-  const digits = value => value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toPrecision(3).replace(/\.?0+$/, "");
+  const digits = value => value >= 100 ? value.toFixed(0) : (value >= 10 ? value.toFixed(1) : value.toPrecision(3)).replace(/\.0*$|(\.\d*?)0+$/, "$1");
   function size(bytes) {
     const units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
     let i = 0;
@@ -83,11 +83,12 @@
     return sizes.length ? sum(sizes) / sizes.length : null;
   }
 
-  let from = 0, to = last, dark = false, ink, faint, line, paper;
+  let from = 0, to = last, dark = false, ink, faint, line, paper, blue;
   const narrow = () => document.documentElement.clientWidth < 640;
   let printing = false;
   function look() {
     dark = !printing && matchMedia("(prefers-color-scheme: dark)").matches && !matchMedia("print").matches;
+    blue = dark ? "#56B4E9" : "#0072B2";
     [ink, faint, line, paper] = dark ? ["#e6eaf0", "#9aa6b6", "#2c3644", "#10151d"] : ["#1a2230", "#5b6676", "#dde2e9", "#ffffff"];
   }
   const CONFIG = { responsive: true, displaylogo: false, displayModeBar: false, scrollZoom: false, doubleClick: "reset" };
@@ -109,16 +110,15 @@
 
   function drawMap() {
     const z = [], hover = [], y = [0], ticks = [], names = [], shapes = [];
-    const total = D.rows.first.length, whole = 1 / Math.max(1, D.blocks.length);
-    let at = 0;
+    const edges = D.rows.edges;
     D.blocks.forEach((block, b) => {
-      const height = 0.45 * whole + 0.55 * (block.end - block.start) / total, step = height / (block.end - block.start);
+      const low = edges[block.start], high = edges[block.end];
       if (D.named) {
-        ticks.push(at + height / 2);
+        ticks.push((low + high) / 2);
         names.push(escaped(narrow() ? block.brief : block.label));
       } else for (let i = 0; i <= 4; i++) {
         const r = Math.min(block.end - 1, Math.round(i * (block.end - block.start) / 4));
-        ticks.push(at + (i < 4 ? r : block.end) * step);
+        ticks.push(edges[i < 4 ? r : block.end]);
         names.push("page " + (i < 4 ? D.rows.first[r] : D.rows.last[r]).toLocaleString("en"));
       }
       for (let r = block.start; r < block.end; r++) {
@@ -130,15 +130,15 @@
             "<br>" + time(D.edges[c]) + " to " + time(D.edges[c + 1]) + (D.columnEpochs[c] > 1 ? ", " + D.columnEpochs[c] + " harvests" : "") +
             "<br>" + size(found * P) + " written, " + percent(part) + " of these pages" + (D.columnInexact[c] ? "<br>not exact: an upper bound" : ""));
         }
-        z.push(share); hover.push(said); at += step; y.push(at);
+        z.push(share); hover.push(said); y.push(edges[r + 1]);
       }
-      if (b) shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: at - height, y1: at - height, line: { color: paper, width: 2 } });
+      if (b) shapes.push({ type: "line", xref: "paper", x0: 0, x1: 1, y0: low, y1: low, line: { color: paper, width: 2 } });
     });
     D.columnInexact.forEach((bad, c) => { if (bad) shapes.push({ type: "rect", yref: "paper", y0: 0, y1: 1, x0: D.edges[c], x1: D.edges[c + 1], line: { width: 0 }, fillcolor: "rgba(213,94,0,.25)", layer: "below" }); });
     const bar = { title: { text: "share of pages written in a harvest", side: "right" }, tickvals: [-3, -2, -1, 0], ticktext: ["0.1 %", "1 %", "10 %", "100 %"], thickness: 12, outlinewidth: 0, tickfont: { color: faint, size: 11 } };
     if (narrow()) Object.assign(bar, { orientation: "h", y: 1, yanchor: "bottom", thickness: 8, title: { text: "share of pages written", side: "top" } });
     return Plotly.react("map", z.length ? [{ type: "heatmap", x: D.edges, y, z, text: hover, hoverinfo: "text", colorscale: "Viridis", reversescale: !dark, zmin: -3, zmax: 0, hoverongaps: false, colorbar: bar }] : [],
-      layout({ xaxis: timeAxis(), yaxis: { tickvals: ticks, ticktext: names, fixedrange: true, showgrid: false, zeroline: false, range: [0, Math.max(at, 1e-9)] }, shapes, plot_bgcolor: dark ? "#161d27" : "#f3f5f8", margin: { l: 40, r: 8, t: narrow() ? 56 : 8, b: 42 } }), CONFIG);
+      layout({ xaxis: timeAxis(), yaxis: { tickvals: ticks, ticktext: names, fixedrange: true, showgrid: false, zeroline: false, range: [0, 1] }, shapes, plot_bgcolor: dark ? "#161d27" : "#f3f5f8", margin: { l: 40, r: 8, t: narrow() ? 56 : 8, b: 42 } }), CONFIG);
   }
 
   const W = D.windows.length - 1, width = W > 0 ? D.windows[1] - D.windows[0] : 0;
@@ -154,16 +154,18 @@
     return means;
   }
   const long = Math.min(W, many * 10);
+  // A value for each window, drawn from its beginning to its end: the last is drawn to where it ends.
+  const steps = values => values.concat(values.slice(-1));
   function drawRate() {
     const said = middles.map((m, i) => time(D.windows[i]) + " to " + time(D.windows[i + 1]) + ": " + size(totals[i] * P / width) + " per second");
-    const traces = [{ type: "scatter", mode: "lines", name: "windows of " + time(width), x: middles, y: totals.map(t => MiB(t / width)), fill: "tozeroy", line: { shape: "hvh", width: 1, color: "#0072B2" }, fillcolor: "rgba(0,114,178,.35)", text: said, hoverinfo: "text" }];
+    const traces = [{ type: "scatter", mode: "lines", name: "windows of " + time(width), x: D.windows, y: steps(totals.map(t => MiB(t / width))), fill: "tozeroy", line: { shape: "hv", width: 1, color: blue }, fillcolor: dark ? "rgba(86,180,233,.35)" : "rgba(0,114,178,.35)", text: steps(said), hoverinfo: "text" }];
     if (many > 1 && many < W) traces.push({ type: "scatter", mode: "lines", name: "mean over " + time(many * width), x: middles.map(m => m - (many - 1) * width / 2), y: rolling(many), line: { width: 2, color: "#E69F00" }, hoverinfo: "skip" });
     if (long > many && long < W) traces.push({ type: "scatter", mode: "lines", name: "mean over " + time(long * width), x: middles.map(m => m - (long - 1) * width / 2), y: rolling(long), line: { width: 2, dash: "dash", color: "#D55E00" }, hoverinfo: "skip" });
     return Plotly.react("rate", W > 0 ? traces : [], layout({ showlegend: true, xaxis: timeAxis({ title: "", rangeslider: { visible: true, thickness: 0.16, bgcolor: dark ? "#161d27" : "#f3f5f8", bordercolor: line, borderwidth: 1, range: [0, last] } }), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true }, margin: { l: 56, r: 12, t: 28, b: 24 } }), CONFIG);
   }
   function drawRegions() {
-    const traces = D.regionNames.map((name, i) => ({ type: "scatter", mode: "lines", stackgroup: "all", name: escaped(name), x: middles, y: D.regionPages[i].map(v => MiB(v / width)), line: { shape: "hvh", width: 0.5, color: COLOURS[i % 9] }, fillcolor: COLOURS[i % 9], text: D.regionPages[i].map(v => escaped(name) + ": " + size(v * P / width) + " per second"), hoverinfo: "text" }));
-    return Plotly.react("regions", W > 0 ? traces : [], layout({ showlegend: true, xaxis: timeAxis(), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true } }), CONFIG);
+    const traces = D.regionNames.map((name, i) => ({ type: "scatter", mode: "lines", stackgroup: "all", name: escaped(name), x: D.windows, y: steps(D.regionPages[i].map(v => MiB(v / width))), line: { shape: "hv", width: 0.5, color: COLOURS[i % 9] }, fillcolor: COLOURS[i % 9], text: steps(D.regionPages[i].map(v => escaped(name) + ": " + size(v * P / width) + " per second")), hoverinfo: "text" }));
+    return Plotly.react("regions", W > 0 ? traces : [], layout({ showlegend: true, legend: Object.assign({ orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 }, traceorder: "normal" }, narrow() ? { entrywidth: 0.48, entrywidthmode: "fraction" } : {}), xaxis: timeAxis(), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true } }), CONFIG);
   }
 
   // ---- what follows the chosen time ----
@@ -188,7 +190,7 @@
   let points = [], chosen = [0, last];
   function small(id, x, y, said, title, ytitle, more) {
     if (more.type === "bar") more.textposition = "none";
-    return Plotly.react(id, [Object.assign({ x, y, text: said, hoverinfo: "text", marker: { color: "#0072B2" }, line: { color: "#0072B2", width: 2 } }, more)],
+    return Plotly.react(id, [Object.assign({ x, y, text: said, hoverinfo: "text", marker: { color: blue }, line: { color: blue, width: 2 } }, more)],
       layout({ dragmode: false, xaxis: { title, type: more.type === "bar" ? "category" : "log", dtick: more.type === "bar" ? undefined : 1, fixedrange: true }, yaxis: { title: ytitle, rangemode: "tozero", fixedrange: true, ticksuffix: ytitle === "share" ? " %" : "" } }), CONFIG);
   }
   function update() {
@@ -236,7 +238,7 @@
     $("verdict").textContent = found.verdict === "converges" ? "It converges: " + many + " in " + time(found.clock) + ", then a pause of " + time(found.downtime) + "." :
       found.verdict === "unknown" ? "Unknown: round " + (rounds.length + 1) + " would last from " + time(start + found.clock) + " to " + time(start + found.clock + found.downtime) + ", and the recording ends at " + time(last) + ". A higher bandwidth or a longer recording would tell." :
         "It does not converge: after " + many + " " + size(found.rest * P) + " are left, a pause of " + time(found.downtime) + ".";
-    const bars = rounds.map((r, i) => Object.assign({ name: "round " + (i + 1), colour: COLOURS[0] }, r));
+    const bars = rounds.map((r, i) => Object.assign({ name: "round " + (i + 1), colour: blue }, r));
     bars.push(found.verdict === "unknown" ? { name: "round " + (rounds.length + 1) + ": unknown", pages: found.rest, seconds: found.downtime, colour: COLOURS[8] } : { name: "pause", pages: found.rest, seconds: found.downtime, colour: COLOURS[5] });
     $("rounds").forecast = found;
     return Plotly.react("rounds", [{ type: "bar", x: bars.map(r => r.name), y: bars.map(r => MiB(r.pages)), text: bars.map(r => r.name + ": " + size(r.pages * P) + " in " + time(r.seconds)), textposition: "none", hoverinfo: "text", marker: { color: bars.map(r => r.colour) } }],
@@ -263,7 +265,8 @@
   const place = location.hash.match(/^#t=([\d.]+),([\d.]+)$/);
   if (place) { from = Math.min(last, Number(place[1])); to = Math.min(last, Number(place[2])); if (!(to > from)) { from = 0; to = last; } }
   for (const s of D.rhythms) $("every").append(new Option(time(s), s));
-  $("every").value = D.rhythms.filter(s => s <= 10).pop() || D.rhythms[0];
+  // Of few snapshots the mean says little.
+  $("every").value = D.rhythms.filter(s => s <= 10 && 3 * s <= last).pop() || D.rhythms[0];
   $("every").addEventListener("change", showSnapshot);
   for (const [id, values, at] of [["bw", D.speeds, D.speed], ["dt", D.pauses, D.pause]]) Object.assign($(id), { min: 0, max: values.length - 1, step: 1, value: at });
   for (const id of ["bw", "dt"]) $(id).addEventListener("input", migrate);

@@ -67,7 +67,7 @@ class Block:
     written: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Map:
     """Page writes by place and time: only what was ever written has rows.
 
@@ -79,6 +79,9 @@ class Map:
         Of each row: its first and last page, and how many pages it stands for.
     cells : array of int64, shape (rows, columns)
         Page writes: a page counts once in each epoch that reports it.
+    edges : array of float64
+        Where each row is drawn, from 0 to 1: a region of few rows has room for its
+        name.
     """
 
     blocks: list[Block]
@@ -86,6 +89,15 @@ class Map:
     last: Integers
     npages: Integers
     cells: Integers
+
+    @cached_property
+    def edges(self) -> Floats:
+        """Where each row is drawn, from 0 to 1: a region of few rows has room for its name."""
+        heights = np.zeros(len(self.first))
+        for block in self.blocks:
+            n = block.end - block.start
+            heights[block.start : block.end] = 0.45 / len(self.blocks) / n + 0.55 / len(self.first)
+        return np.concatenate([[0.0], np.cumsum(heights)])
 
 
 @dataclass(slots=True)
@@ -323,13 +335,16 @@ class Digest:
         """Lay out what was written in so many rows, with room for so many regions by name.
 
         The regions that were written most have rows in proportion to the square
-        root of the pages written in them; the others share a few rows at the end.
+        root of the pages written in them; the others, and those of less than a
+        thousandth of all writes, share a few rows at the end.
         """
         touched = np.unique(np.concatenate([column.ids for column in self._columns] or [np.zeros(0, np.int64)]))
         owners = self._owners(touched)
         region_of, sizes = self.region_of[owners], self.sizes()
         written = self.written()
-        shown = sorted(list(written)[:regions])
+        # A region of less than a thousandth of all writes would be seen by its name alone.
+        least = sum(written.values()) // 1000
+        shown = sorted([i for i, found in written.items() if found > least][:regions])
         if len(written) == len(shown) + 1:
             shown = sorted(written)
         groups = [(self.regions[i], np.flatnonzero(region_of == i), [i]) for i in shown]

@@ -19,15 +19,19 @@ def without_address(name: str) -> str:
     return name if found is None or found[1] in NAMELESS else found[1]
 
 
-def short_names(names: Sequence[str], sizes: Sequence[int], longest: int = 26) -> list[str]:
+def short_names(names: Sequence[str], sizes: Sequence[int], *, brief: bool = False) -> list[str]:
     """Shorten the names of regions, and keep them apart: by size in bytes what has no name, then by address."""
+    longest = 17 if brief else 26
     parts = [_PLACED.fullmatch(name) for name in names]
     bases = []
     for name, size, part in zip(names, sizes, parts, strict=True):
         base = part[1] if part else name
-        bases.append(f"{base} {size_text(size)}" if part and base in NAMELESS else base)
+        if part and base in NAMELESS:
+            base = size_text(size) if brief else f"{base} {size_text(size)}"
+        bases.append(base)
     often = Counter(bases)
-    tails = [f" …{part[2][-7:]}" if part and often[base] > 1 else "" for base, part in zip(bases, parts, strict=True)]
+    # An address ends in three zeros.
+    tails = [f" …{part[2][-7:-3]}" if part and often[base] > 1 else "" for base, part in zip(bases, parts, strict=True)]
     return [
         (base if len(base) + len(tail) <= longest else f"{base[: longest - len(tail) - 7]}…{base[-6:]}") + tail
         for base, tail in zip(bases, tails, strict=True)

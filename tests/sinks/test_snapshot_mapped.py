@@ -184,6 +184,29 @@ def test_a_diff_is_read_at_a_glance(tmp_path, monkeypatch):
     assert looked == ["s0"]
 
 
+def test_a_diff_that_is_another_one_or_damaged_is_refused_by_name(tmp_path):
+    path, _ = chain_of(tmp_path)
+    (tmp_path / "other").mkdir()
+    chain_of(tmp_path / "other", seed=1)
+    whole = (tmp_path / "s5").read_bytes()
+    other = (tmp_path / "other" / "s5").read_bytes()
+    # In the set of pages, where it stays in order, and in the digests.
+    header = int.from_bytes(whole[-40:-32], "little")
+    footer = index.footers.footer_offset(300 * 4096 - 700)
+    flips = [footer + header, footer + header + 8, len(whole) - 65]
+    damaged = []
+    for at in flips:
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        damaged.append(bytes(changed))
+    for content in (other, *damaged, whole[:-1], b""):
+        (tmp_path / "s5").write_bytes(content)
+        with pytest.raises(SnapshotError, match="s5"):
+            snapshot.open(path)
+    (tmp_path / "s5").write_bytes(whole)
+    snapshot.open(path).close()
+
+
 def test_a_file_that_was_replaced_is_not_laid(tmp_path):
     path, memory = chain_of(tmp_path)
     opened = snapshot.open(path)

@@ -6,12 +6,22 @@ import numpy.typing as npt
 
 from dirtylog._typing import Memory as MemoryLike
 
-__all__ = ["Memory", "RunTable", "diff_header", "read_footer", "read_parts"]
+__all__ = ["Memory", "RunTable", "diff_header", "follow_diffs", "read_parts"]
 
-def read_footer(path: str, offset: int, room: int) -> bytes | None: ...
 def diff_header(
     text: bytes, nbytes: int, size: bytes, regions: bytes
 ) -> tuple[int, int, str, str, str | None, int] | None: ...
+def follow_diffs(
+    table: RunTable,
+    directory: str,
+    parent: tuple[str, str],
+    geometry: tuple[int, int, int, int, int],
+    alike: tuple[bytes, bytes],
+    files: list[tuple[str, str]],
+    digests: set[str],
+    identities: set[str],
+    most: int,
+) -> tuple[str, str]: ...
 def read_parts(
     path: str, digest: bytes, footer: int, buffer: MemoryLike, begin: int, extents: npt.NDArray[np.int64]
 ) -> bool: ...

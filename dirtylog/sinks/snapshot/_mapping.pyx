@@ -7,12 +7,14 @@ a file against its size and digest each time it is opened, before any of it is m
 """
 
 import os
+from hashlib import blake2b
 
 import numpy as np
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINTR, ENODATA, ENOENT, errno
 from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
 from libc.stdlib cimport free, malloc, realloc
@@ -21,7 +23,7 @@ from posix.types cimport mode_t, off_t
 
 from dirtylog._bits.copying cimport HeldBuffer, check_plain, extents_pointer, hold
 
-__all__ = ["Memory", "RunTable", "diff_header", "read_footer", "read_parts"]
+__all__ = ["Memory", "RunTable", "diff_header", "follow_diffs", "read_parts"]
 
 # What stands at the end of a file, and where its digest lies there.
 cdef enum:
@@ -29,6 +31,9 @@ cdef enum:
     SMALL_FOOTER = 4096
     DIGEST_AT = 40
     DIGEST_BYTES = 16
+    FORMAT_VERSION = 2
+    # A footer that is read in one go; a longer one is read in blocks.
+    MAX_TAIL = 1048576
 
 
 cdef extern from "<fcntl.h>" nogil:
@@ -139,25 +144,8 @@ cdef int copy_parts(int fd, char *target, const int64_t *extents, Py_ssize_t n, 
     return 0
 
 
-def read_footer(path, int64_t offset, Py_ssize_t room):
-    """Read a file from `offset` to its end.
-
-    Parameters
-    ----------
-    path : str
-        The file.
-    offset : int
-        Where its footer begins if it is of the size that is expected.
-    room : int
-        How many bytes there may be.
-
-    Returns
-    -------
-    bytes or None
-        None: there is no such file, or what it is needs a closer look.
-    """
-    cdef bytes name = os.fsencode(path)
-    cdef const char *text = name
+cdef bytes footer_of(const char *path, int64_t offset, Py_ssize_t room):
+    """Read a file from `offset` to its end; None if it has fewer bytes there than a trailer, or more than `room`."""
     cdef char small[SMALL_FOOTER]
     cdef off_t size = 0
     cdef ssize_t done
@@ -166,7 +154,7 @@ def read_footer(path, int64_t offset, Py_ssize_t room):
     cdef char *into
     with nogil:
         # Not blocking: a name in a directory that somebody else fills may be a pipe.
-        fd = open(text, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
+        fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
         done = pread(fd, small, SMALL_FOOTER, offset) if fd >= 0 else -1
         if fd >= 0 and done < SMALL_FOOTER:
             # The usual case, and all of it: a read that is short has met the end of the file.
@@ -176,7 +164,7 @@ def read_footer(path, int64_t offset, Py_ssize_t room):
         return PyBytes_FromStringAndSize(small, done) if done >= TRAILER_BYTES and done <= room else None
     close(fd)
     with nogil:
-        fd = open_regular(text, &size)
+        fd = open_regular(path, &size)
     if fd < 0:
         return None
     if not TRAILER_BYTES <= size - offset <= room:
@@ -247,6 +235,64 @@ cdef bint either(Scanner *scanner, const char *one, size_t n, const char *other,
     return False
 
 
+cdef struct Header:
+    int64_t count
+    int64_t rows
+    int64_t state
+    const char *parent
+    Py_ssize_t parent_bytes
+    const char *digest
+    const char *holds  # NULL where there is none
+
+
+cdef bint scan_header(bytes text, Py_ssize_t nbytes, bytes size, bytes regions, Header *found) noexcept:
+    """Read the header of a diff that differs from its child's in its own numbers and names alone.
+
+    False: it is anything else than what a writer writes for a plain name, so it needs a closer look.
+    """
+    cdef Scanner scanner
+    if not 16 <= nbytes <= len(text) or nbytes % 16:
+        return False
+    scanner.at = PyBytes_AS_STRING(text)
+    scanner.end = scanner.at + nbytes
+    scanner.good = True
+    literal(&scanner, b'{"format":"dirtylog-snapshot","id":"', 36)
+    word(&scanner, 32, 32, True)
+    literal(&scanner, b'","kind":"diff"', 15)
+    literal(&scanner, PyBytes_AS_STRING(size), <size_t>len(size))
+    literal(&scanner, b',"count":', 9)
+    found.count = number(&scanner)
+    literal(&scanner, b',"rows":', 8)
+    found.rows = number(&scanner)
+    literal(&scanner, b',"exact":', 9)
+    either(&scanner, b"true", 4, b"false", 5)
+    literal(&scanner, b',"parent":"', 11)
+    found.parent = word(&scanner, 1, 200, False)
+    found.parent_bytes = scanner.at - found.parent
+    literal(&scanner, b'","parent_digest":"', 19)
+    found.digest = word(&scanner, 32, 32, True)
+    found.holds = NULL
+    if not either(&scanner, b'","holds":null,"time":', 22, b'","holds":"', 11):
+        found.holds = word(&scanner, 32, 32, True)
+        literal(&scanner, b'","time":', 9)
+    number(&scanner)
+    if not either(&scanner, b',"epoch":null,"algorithm":"', 27, b',"epoch":', 9):
+        number(&scanner)
+        literal(&scanner, b',"algorithm":"', 14)
+    either(&scanner, b"xxh3_128", 8, b"blake2b_128", 11)
+    literal(&scanner, PyBytes_AS_STRING(regions), <size_t>len(regions))
+    literal(&scanner, b',"state":', 9)
+    found.state = number(&scanner)
+    literal(&scanner, b"}", 1)
+    # Filled up with fewer than 16 spaces, and a line feed.
+    if scanner.end - scanner.at > 16:
+        scanner.good = False
+    while scanner.good and scanner.end - scanner.at > 1:
+        literal(&scanner, b" ", 1)
+    literal(&scanner, b"\n", 1)
+    return scanner.good
+
+
 def diff_header(bytes text not None, Py_ssize_t nbytes, bytes size not None, bytes regions not None):
     """Read the header of a diff that differs from its child's in its own numbers and names alone.
 
@@ -265,54 +311,11 @@ def diff_header(bytes text not None, Py_ssize_t nbytes, bytes size not None, byt
         Pages, runs, the parent's name and digest, what the file holds (or None), and bytes of state. None: it is
         anything else than what a writer writes for a plain name, so it needs a closer look.
     """
-    cdef Scanner scanner
-    cdef const char *parent
-    cdef const char *digest
-    cdef const char *holds = NULL
-    cdef Py_ssize_t parent_bytes
-    cdef int64_t count, rows, state
-    if not 16 <= nbytes <= len(text) or nbytes % 16:
+    cdef Header found
+    if not scan_header(text, nbytes, size, regions, &found):
         return None
-    scanner.at = PyBytes_AS_STRING(text)
-    scanner.end = scanner.at + nbytes
-    scanner.good = True
-    literal(&scanner, b'{"format":"dirtylog-snapshot","id":"', 36)
-    word(&scanner, 32, 32, True)
-    literal(&scanner, b'","kind":"diff"', 15)
-    literal(&scanner, PyBytes_AS_STRING(size), <size_t>len(size))
-    literal(&scanner, b',"count":', 9)
-    count = number(&scanner)
-    literal(&scanner, b',"rows":', 8)
-    rows = number(&scanner)
-    literal(&scanner, b',"exact":', 9)
-    either(&scanner, b"true", 4, b"false", 5)
-    literal(&scanner, b',"parent":"', 11)
-    parent = word(&scanner, 1, 200, False)
-    parent_bytes = scanner.at - parent
-    literal(&scanner, b'","parent_digest":"', 19)
-    digest = word(&scanner, 32, 32, True)
-    if not either(&scanner, b'","holds":null,"time":', 22, b'","holds":"', 11):
-        holds = word(&scanner, 32, 32, True)
-        literal(&scanner, b'","time":', 9)
-    number(&scanner)
-    if not either(&scanner, b',"epoch":null,"algorithm":"', 27, b',"epoch":', 9):
-        number(&scanner)
-        literal(&scanner, b',"algorithm":"', 14)
-    either(&scanner, b"xxh3_128", 8, b"blake2b_128", 11)
-    literal(&scanner, PyBytes_AS_STRING(regions), <size_t>len(regions))
-    literal(&scanner, b',"state":', 9)
-    state = number(&scanner)
-    literal(&scanner, b"}", 1)
-    # Filled up with fewer than 16 spaces, and a line feed.
-    if scanner.end - scanner.at > 16:
-        scanner.good = False
-    while scanner.good and scanner.end - scanner.at > 1:
-        literal(&scanner, b" ", 1)
-    literal(&scanner, b"\n", 1)
-    if not scanner.good:
-        return None
-    return (count, rows, parent[:parent_bytes].decode(), digest[:32].decode(),
-            None if holds == NULL else holds[:32].decode(), state)
+    return (found.count, found.rows, found.parent[:found.parent_bytes].decode(), found.digest[:32].decode(),
+            None if found.holds == NULL else found.holds[:32].decode(), found.state)
 
 
 # ---- which file of a chain has which page ---------------------------------------------------------------------------
@@ -358,6 +361,22 @@ cdef size_t merge(const Row *newer, size_t n, const Row *older, size_t m, Row *o
     return made
 
 
+cdef bint ascending(const int64_t *runs, Py_ssize_t rows, int64_t npages, int64_t *count, int64_t *past) noexcept nogil:
+    """Say whether runs are in bounds, ascending and apart; how many pages they have, and which is after the last."""
+    cdef int64_t first, length
+    cdef Py_ssize_t i
+    count[0] = 0
+    past[0] = -1
+    for i in range(rows):
+        first = runs[2 * i]
+        length = runs[2 * i + 1]
+        if first <= past[0] or length <= 0 or first > npages or length > npages - first:
+            return False
+        past[0] = first + length
+        count[0] += length
+    return True
+
+
 @cython.final
 cdef class RunTable:
     """The runs of pages that the files of a chain hold, newest file first; composed, they say who has which page.
@@ -399,6 +418,16 @@ cdef class RunTable:
             self.capacity = capacity
         return 1
 
+    cdef int append(self, const int64_t *runs, Py_ssize_t rows, int64_t file) except -1:
+        """Add the runs of a file, which were checked."""
+        cdef Py_ssize_t i
+        if self.reserve(<size_t>rows):
+            for i in range(rows):
+                self.rows[self.used] = Row(runs[2 * i], runs[2 * i + 1], file)
+                self.used += 1
+            self.ends.append(self.used)
+        return 0
+
     def take(self, bytes text not None, Py_ssize_t at, Py_ssize_t rows, int64_t npages, int64_t file):
         """Add the runs of a file, as pairs of int64 in its footer, checked.
 
@@ -418,24 +447,12 @@ cdef class RunTable:
         tuple of int, or None
             How many pages, and the page after the last; None if they are not in bounds, ascending and apart.
         """
-        cdef const int64_t *runs
-        cdef int64_t past = -1, count = 0, first, length
-        cdef Py_ssize_t i
+        cdef int64_t count, past
         if at < 0 or rows < 0 or at % 8 or rows > (len(text) - at) // 16:
             return None
-        runs = <const int64_t *>(PyBytes_AS_STRING(text) + at)
-        for i in range(rows):
-            first = runs[2 * i]
-            length = runs[2 * i + 1]
-            if first <= past or length <= 0 or first > npages or length > npages - first:
-                return None
-            past = first + length
-            count += length
-        if self.reserve(<size_t>rows):
-            for i in range(rows):
-                self.rows[self.used] = Row(runs[2 * i], runs[2 * i + 1], file)
-                self.used += 1
-            self.ends.append(self.used)
+        if not ascending(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, npages, &count, &past):
+            return None
+        self.append(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, file)
         return count, past
 
     def add(self, blocks, int64_t file):
@@ -504,6 +521,113 @@ cdef class RunTable:
             free(starts)
             free(source)
             free(target)
+
+
+# What is alike in all files of a chain.
+cdef struct Space:
+    int64_t footer  # where a footer begins
+    int64_t npages
+    int64_t page_size
+    int64_t short  # by so much the last page is short of a whole one
+    int64_t window  # bytes for which there is one digest
+
+
+cdef Py_ssize_t judge(bytes text, bytes size, bytes regions, const Space *space, Header *found) noexcept:
+    """Check all of a footer but its digest; return the length of its header, or 0 if it needs a closer look."""
+    cdef const char *start = PyBytes_AS_STRING(text)
+    cdef int64_t length = len(text) - TRAILER_BYTES
+    # Version, footer, header and length; on a machine that has the other byte order all footers need a closer look.
+    cdef int64_t[4] numbers
+    cdef int64_t count, past, held
+    memcpy(numbers, start + length + 8, sizeof(numbers))
+    if memcmp(start + length, b"dirtylog", 8) or memcmp(start + length + 56, b"SNAPEND\n", 8):
+        return 0
+    if numbers[0] != FORMAT_VERSION or numbers[1] != space.footer or numbers[3] != length:
+        return 0
+    if not 0 < numbers[2] <= length or not scan_header(text, <Py_ssize_t>numbers[2], size, regions, found):
+        return 0
+    # In words of a bitmap where those are shorter than the runs.
+    if found.rows > length or found.state > length or 16 * found.rows > 8 * ((space.npages + 63) // 64):
+        return 0
+    if numbers[2] + 16 * found.rows > length:
+        return 0
+    if not ascending(<const int64_t *>(start + numbers[2]), <Py_ssize_t>found.rows, space.npages, &count, &past):
+        return 0
+    held = count * space.page_size - (space.short if past == space.npages else 0)
+    held = DIGEST_BYTES * ((held + space.window - 1) // space.window)
+    if count != found.count or numbers[2] + 16 * found.rows + held + found.state != length:
+        return 0
+    return <Py_ssize_t>numbers[2]
+
+
+def follow_diffs(RunTable table not None, str directory not None, parent, geometry, alike, list files not None,
+                 set digests not None, set identities not None, Py_ssize_t most):
+    """Go up a chain for as long as its files are diffs that differ from their children in numbers and names alone.
+
+    Parameters
+    ----------
+    table : RunTable
+        Gets the runs of each.
+    directory : str
+        Where the files are.
+    parent : tuple of str
+        Name of the first, and what its child noted of it.
+    geometry : tuple of int
+        Where a footer begins, pages, bytes per page, bytes by which the last page is short, bytes per digest.
+    alike : tuple of bytes
+        What stands in all their headers, see :func:`diff_header`.
+    files, digests, identities : list, set, set
+        What was found: path and digest of each; all digests; and what children note of them.
+    most : int
+        How many files there may be.
+
+    Returns
+    -------
+    tuple of str
+        The first that needs a closer look, as `parent`.
+
+    Notes
+    -----
+    Three system calls and a digest per file.
+    """
+    cdef Space space
+    cdef Header found
+    cdef bytes text, size, regions, trailer
+    cdef Py_ssize_t header
+    cdef str name, noted, number, holds
+    cdef bytes folder = os.fsencode(directory) + b"/"
+    cdef bytes path
+    space.footer, space.npages, space.page_size, space.short, space.window = geometry
+    size, regions = alike
+    name, noted = parent
+    path = folder + os.fsencode(name)
+    while len(files) < most:
+        PyErr_CheckSignals()
+        text = footer_of(path, space.footer, MAX_TAIL)
+        if text is None:
+            break
+        header = judge(text, size, regions, &space, &found)
+        if header == 0:
+            break
+        trailer = text[-TRAILER_BYTES:]
+        digest = blake2b(trailer[:DIGEST_AT], digest_size=DIGEST_BYTES)
+        digest.update(text[:-TRAILER_BYTES])
+        expected = trailer[DIGEST_AT : DIGEST_AT + DIGEST_BYTES]
+        if digest.digest() != expected:
+            break
+        number = expected.hex()
+        holds = number if found.holds == NULL else found.holds[:32].decode("ascii")
+        if noted not in (number, holds) or number in digests:
+            break
+        digests.add(number)
+        identities.add(number)
+        identities.add(holds)
+        files.append((f"{directory}/{name}", number))
+        table.append(<const int64_t *>(PyBytes_AS_STRING(text) + header), <Py_ssize_t>found.rows, -len(files))
+        path = folder + found.parent[:found.parent_bytes]
+        name = found.parent[:found.parent_bytes].decode("ascii")
+        noted = found.digest[:32].decode("ascii")
+    return name, noted
 
 
 # ---- reading and mapping --------------------------------------------------------------------------------------------

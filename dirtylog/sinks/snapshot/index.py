@@ -1,24 +1,24 @@
 """Says which file of a chain has which page, from the footers alone: what is mapped and read in parts goes by it.
 
-Most files of a chain are diffs whose headers differ from their child's in a few numbers. Those are read in one system
-call, compared with the child's header, and their runs are composed in C: a thousand files take some
-ten milliseconds. Whatever does not match is read and judged by :class:`~dirtylog.sinks.snapshot.chain.Layer`.
+Most files of a chain are diffs whose headers differ from their child's in a few numbers. Those are opened, read in one
+system call, compared with the child's header and followed in C: a thousand files take about ten milliseconds. Whatever
+does not match is read and judged by :class:`~dirtylog.sinks.snapshot.chain.Layer`. Which file has which page is worked
+out when it is first asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from dirtylog.sinks.extents import WINDOW
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot._mapping import RunTable, diff_header, read_footer
+from dirtylog.sinks.snapshot._mapping import RunTable, follow_diffs
 from dirtylog.sinks.snapshot.chain import MAX_CHAIN, ChainMovedError, Info, Layer, Link, describe, find, still_there
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 
@@ -26,11 +26,9 @@ __all__ = ["MAX_ROWS", "Index", "index"]
 
 # Runs that are composed: 24 bytes each, and 96 for a moment. A chain with more of them is laid file by file.
 MAX_ROWS = 200_000
-# A footer that is read in one go; a longer one is read in blocks.
-MAX_TAIL = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Index:
     """A chain as it was when it was looked through.
 
@@ -44,16 +42,32 @@ class Index:
         What the snapshot is.
     identity : str
         What its children note of it: the same memory has the same.
-    rows : int64 array of shape (n, 3), or None
-        First page, number of pages, and number of the file in `files`, for every page that a diff holds: ascending,
-        each page once. The base has the others. None: there are more than :data:`MAX_ROWS`.
+    table : RunTable
+        The runs of pages that each file holds.
     """
 
     files: list[tuple[str, str]]
     footer: Footer
     info: Info
     identity: str
-    rows: npt.NDArray[np.int64] | None
+    table: RunTable
+
+    @cached_property
+    def rows(self) -> npt.NDArray[np.int64] | None:
+        """Say which file has which page, of those that a diff holds; the base has the others.
+
+        Returns
+        -------
+        int64 array of shape (n, 3), or None
+            First page, number of pages, and number of the file in `files`: ascending, each page once. None: there are
+            more than :data:`MAX_ROWS`.
+        """
+        if self.table.full:
+            return None
+        rows: npt.NDArray[np.int64] = self.table.composed()
+        # Numbered from the tip on, below zero, before it was known how many there are.
+        rows[:, 2] += len(self.files)
+        return rows
 
     def extents(self, begin: int, end: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
         """Say which bytes of each file make bytes `begin` to `end` of the memory.
@@ -107,11 +121,10 @@ class _Walk:
             self.identity: str = layer.identity
             self.parent: tuple[str, str] | None = None
             self._judged(path, layer)
-        self.offset: int = footers.footer_offset(self.tip.nbytes)
-        self.page_size: int = self.tip.page_size
-        self.npages: int = self.tip.npages
-        # By so much the last page is short of a whole one.
-        self.short: int = self.npages * self.page_size - self.tip.nbytes
+        npages, page_size = self.tip.npages, self.tip.page_size
+        self.geometry: tuple[int, int, int, int, int] = (
+            footers.footer_offset(self.tip.nbytes), npages, page_size, npages * page_size - self.tip.nbytes, WINDOW,
+        )  # fmt: skip
         self.alike: tuple[bytes, bytes] = _alike(self.tip)
 
     def _note(self, path: str, digest: str, identity: str) -> None:
@@ -133,46 +146,15 @@ class _Walk:
             if not self.table.full:
                 self.table.add(layer.blocks(), -len(self.files))
 
-    def _glanced(self, path: str, noted: str) -> bool:
-        """Take a diff that is like its child in all but numbers; False: it needs a closer look."""
-        text = read_footer(path, self.offset, MAX_TAIL)
-        if text is None:
-            return False
-        magic, version, offset, header, length, expected, end = footers.TRAILER.unpack_from(text, len(text) - 64)
-        if (magic, version, offset, end) != (footers.MAGIC, footers.VERSION, self.offset, footers.END):
-            return False
-        if length + 64 != len(text):
-            return False
-        found = diff_header(text, header, *self.alike) if header <= length else None
-        if found is None:
-            return False
-        digest = hashlib.blake2b(text[-64:-24], digest_size=footers.DIGEST_BYTES)
-        digest.update(text[:-64])
-        if digest.digest() != expected:
-            return False
-        count, runs, parent, parent_digest, holds, state = found
-        number, npages = expected.hex(), self.npages
-        if noted not in (number, holds) or 16 * runs > 8 * -(-npages // 64) or state > footers.MAX_STATE_BYTES:
-            return False
-        taken = self.table.take(text, header, runs, npages, -len(self.files) - 1)
-        if taken is None:
-            return False
-        held = taken[0] * self.page_size - (self.short if taken[1] == npages else 0)
-        if taken[0] != count or header + 16 * runs + footers.DIGEST_BYTES * -(-held // WINDOW) + state != length:
-            raise SnapshotError(f"{path}: the footer cannot be used: the sections do not add up")
-        self._note(path, number, holds or number)
-        self.parent = parent, parent_digest
-        return True
-
     def step(self) -> bool:
         """Go to the parent; False at the base."""
         if self.parent is None:
             return False
-        name, noted = self.parent
         directory = os.path.dirname(self.files[-1][0])
-        path = f"{directory}/{name}"
-        if self._glanced(path, noted):
-            return True
+        name, noted = follow_diffs(
+            self.table, directory, self.parent, self.geometry, self.alike,
+            self.files, self.digests, self.identities, MAX_CHAIN,
+        )  # fmt: skip
         path, layer, reason = find(name, noted, self.identities, [directory, *self.search])
         if layer is None:
             raise SnapshotError(f"{self.files[-1][0]}: {reason}")
@@ -182,13 +164,7 @@ class _Walk:
 
     def finish(self) -> Index:
         """Say what was found."""
-        count = len(self.files)
-        rows: Any = None
-        if not self.table.full:
-            rows = self.table.composed()
-            # Numbered from the tip on, below zero, before it was known how many there are.
-            rows[:, 2] += count
-        return Index(self.files[::-1], self.tip, self.info, self.identity, rows)
+        return Index(self.files[::-1], self.tip, self.info, self.identity, self.table)
 
 
 def index(path: str, search: Sequence[str] = ()) -> Index:

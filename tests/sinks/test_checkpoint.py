@@ -53,6 +53,56 @@ def test_every_step_loads_as_it_was(tmp_path, backend):
     assert (into["w"] == these["w"]).all()
 
 
+def test_loaded_arrays_are_mapped_and_belong_to_this_process_alone(tmp_path):
+    these = {"w": np.arange(1 << 17, dtype=np.float64), "b": np.ones(5)}
+    with open_checkpoint(tmp_path, these) as checkpoint:
+        checkpoint.save(step=0)
+    found = dl.Checkpoint.load(tmp_path)
+    address = found["w"].ctypes.data
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [(*(int(each, 16) for each in line[0].split("-")), line[-1]) for line in maps]
+    assert [path for start, end, path in ranges if start <= address < end] == [str(tmp_path / "0000000001.ckpt")]
+    found["w"][7] = -1
+    again = dl.Checkpoint.load(tmp_path)
+    assert again["w"][7] == 7
+    # The memory stays for as long as one array does, whatever becomes of the files.
+    bias = again.pop("b")
+    del again
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert bias.tolist() == [1] * 5
+    assert found["w"][-1] == (1 << 17) - 1
+
+
+def test_a_program_goes_on_with_the_arrays_that_it_loaded(tmp_path):
+    these, moments = arrays(), []
+    with open_checkpoint(tmp_path, these) as checkpoint:
+        checkpoint.save(step=0)
+    for step in range(1, 5):
+        these = dl.Checkpoint.load(tmp_path)
+        with open_checkpoint(tmp_path, these, keep=2) as checkpoint:
+            write(these, step)
+            checkpoint.save(step=step)
+            write(these, 10 + step)
+            moments.append({name: array.copy("K") for name, array in these.items()})
+            assert checkpoint.save(step=10 + step).kind == "diff"
+        for name, array in dl.Checkpoint.load(tmp_path).items():
+            assert (array == moments[-1][name]).all()
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_flipped_bit_is_found_when_that_is_asked_for(tmp_path, into):
+    these = arrays()
+    with open_checkpoint(tmp_path, these) as checkpoint:
+        these["w"][:] = 1
+        checkpoint.save(step=0)
+    with (tmp_path / "0000000001.ckpt").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff")
+    with pytest.raises(SnapshotError, match="does not match its digest"):
+        dl.Checkpoint.load(tmp_path, verify=True, into=arrays() if into else None)
+
+
 def test_a_checkpoint_writes_what_changed(tmp_path):
     w = dl.zeros((1 << 20,), np.uint8)
     w[:] = 1

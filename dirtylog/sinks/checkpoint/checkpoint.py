@@ -407,9 +407,13 @@ class Checkpoint:
 
     @staticmethod
     def load(
-        directory: str | os.PathLike[str], step: int | None = None, *, into: Mapping[str, Memory] | None = None
+        directory: str | os.PathLike[str],
+        step: int | None = None,
+        *,
+        into: Mapping[str, Memory] | None = None,
+        verify: bool = False,
     ) -> Any:
-        """Read the arrays of a checkpoint.
+        """Map the arrays of a checkpoint, which takes milliseconds; their bytes are read when they are used.
 
         Parameters
         ----------
@@ -418,12 +422,14 @@ class Checkpoint:
         step : int, optional
             Which one; the latest by default.
         into : mapping of str to array, optional
-            Arrays of the same names and sizes to fill in place.
+            Arrays of the same names and sizes to fill in place: all is read, and checked on the way.
+        verify : bool
+            Check every byte first. Without, what is mapped is checked only as far as the files' sizes and page sets.
 
         Returns
         -------
         dict of str to array
-            New arrays, or `into`.
+            Writable arrays of this process alone, or `into`.
 
         Raises
         ------
@@ -431,8 +437,22 @@ class Checkpoint:
             There is none of that step, or it is not kept any more.
         SnapshotError
             It is damaged.
+
+        Notes
+        -----
+        What you write to the arrays is copied on write; the files never change. Go on with them: they are tracked like
+        any others. The memory lives for as long as one of the arrays does, also when the checkpoint is merged or
+        removed meanwhile. Whoever *cuts* one of its files ends the process at the next access to it, as with any
+        mapping. Loading is O(files of the chain), and short runs of pages are copied at once:
+        :class:`~dirtylog.sinks.snapshot.Mapped`.
         """
-        return snapshot.restore(Checkpoint._path(directory, step), out=into)
+        path = Checkpoint._path(directory, step)
+        if into is not None:
+            if verify:
+                snapshot.verify(path)
+            return snapshot.restore(path, out=into)
+        with snapshot.open(path, verify=verify) as mapped:
+            return mapped.restored()
 
     @staticmethod
     def state_of(directory: str | os.PathLike[str], step: int | None = None) -> Any:

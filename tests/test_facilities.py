@@ -10,12 +10,18 @@ def header(config):
     return lines
 
 
+@pytest.fixture(scope="module")
+def said(request):
+    """The header of this run: each probe is asked once."""
+    return header(request.config)
+
+
 @pytest.mark.parametrize(
     "facility",
     ["KVM", "userfaultfd", "PAGEMAP_SCAN", "mprotect", "soft-dirty", "SIMD", "C compiler", "spin", "browser"],
 )
-def test_the_header_of_a_run_has_the_probes_answer(facility, request):
-    answers = [line for line in header(request.config) if line.startswith(f"{facility}: ")]
+def test_the_header_of_a_run_has_the_probes_answer(facility, said):
+    answers = [line for line in said if line.startswith(f"{facility}: ")]
     assert len(answers) == 1
     assert answers[0].startswith((f"{facility}: yes, ", f"{facility}: no, "))
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from .. import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("words", "pickle", "shared", "ring", "footer", "snapshot", "trace", "migration")
 NEEDS = {"footer": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
@@ -15,11 +17,15 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+def fuzz(*arguments):
+    return warm.run("import runpy; runpy.run_module('fuzz', run_name='__main__', alter_sys=True)", *arguments, cwd=ROOT)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")
-    done = python("-m", "fuzz", target, "--replay", "--findings", str(tmp_path))
+    done = fuzz(target, "--replay", "--findings", str(tmp_path))
     assert done.returncode == 0, done.stderr
     accepted = int(done.stdout.split()[1])
     assert accepted > 0, done.stdout
@@ -29,7 +35,7 @@ def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
 def test_hundreds_of_new_inputs_are_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")
-    done = python("-m", "fuzz", target, "--engine", "own", "--runs", "400", "--findings", str(tmp_path))
+    done = fuzz(target, "--engine", "own", "--runs", "400", "--findings", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert f"{target}: 400 inputs" in done.stdout
 

@@ -201,10 +201,10 @@ def test_a_pipe_in_place_of_a_file_does_not_hang(base):
 
 
 def test_runs_that_do_not_ascend_or_leave_the_memory_are_refused(tmp_path):
-    npages = 1 << 16
+    npages = 1 << 13
     memory = np.zeros(npages * 512, np.uint8)
     memory[[0, 512 * 4000]] = 1
-    save(tmp_path / "base", memory, page_size=512)
+    save(tmp_path / "base", memory, page_size=512, sync=False)
     raw = (tmp_path / "base").read_bytes()
     *fields, _, _ = footers.TRAILER.unpack(raw[-64:])
     offset, header = fields[2:4]

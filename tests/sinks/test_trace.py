@@ -267,8 +267,8 @@ def test_a_row_group_that_would_fill_memory_is_refused(path, monkeypatch):
 
 
 def test_a_page_that_unpacks_to_more_than_the_footer_says_is_refused_before_it_is_unpacked(path):
-    """The footer is made to speak of 1000 rows; the pages still unpack to 16 Mi rows, half a GiB."""
-    rows = 1 << 24
+    """The footer is made to speak of 1000 rows; the pages still unpack to 4 Mi rows, 132 MiB."""
+    rows = 1 << 22
     names = list(layout.COLUMNS)
     schema = pa.schema([pa.field(name, pa.type_for_alias(kind), False) for name, kind in layout.COLUMNS.items()])
     columns = [np.zeros(rows), np.ones(rows, np.int64), *[np.zeros(rows, np.int64)] * 2, np.ones(rows, bool)]

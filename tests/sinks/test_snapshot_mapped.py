@@ -300,3 +300,56 @@ def test_a_child_of_a_fork_has_its_own_memory(tmp_path):
         assert os.read(read, 1) == b"y"
         assert array[1] == memory[1]
         os.close(read), os.close(write)
+
+
+@pytest.mark.parametrize("limit", [index.MAX_ROWS, 20])
+@pytest.mark.parametrize("named", [False, True])
+def test_restoring_only_some_pages_leaves_the_others(tmp_path, monkeypatch, named, limit):
+    path, memory = chain_of(tmp_path, named=named)
+    monkeypatch.setattr(index, "MAX_ROWS", limit)
+    junk = np.full(memory.nbytes, 7, np.uint8)
+    out = {"a": junk[: 100 * 4096], "b": junk[100 * 4096 :]} if named else junk
+    back = DirtyPages.from_indices([0, 5, 6, 7, 99, 100, 120, 299], 300)
+    assert snapshot.restore(path, out=out, only=back) is out
+    wanted = np.full(memory.nbytes, 7, np.uint8)
+    for page in back:
+        wanted[page * 4096 : page * 4096 + 4096] = memory[page * 4096 : page * 4096 + 4096]
+    assert (junk == wanted).all()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_restoring_what_a_tracker_saw_starts_it_clean(tmp_path, named):
+    path, memory = chain_of(tmp_path, named=named)
+    whole = dl.zeros(300 * 4096, "uint8")[: memory.nbytes]
+    whole[:] = memory
+    out = {"a": whole[: 100 * 4096], "b": whole[100 * 4096 :]} if named else whole
+    # Pages that are not dirty are not looked at: a difference that nobody reported stays.
+    whole[50 * 4096] ^= 1
+    with dl.track(whole[: 100 * 4096]) as one, dl.track(whole[100 * 4096 :]) as other, dl.track(whole) as both:
+        whole[[3 * 4096, 130 * 4096, memory.nbytes - 1]] ^= 1
+        snapshot.restore(path, out=out, only={"a": one, "b": other} if named else both)
+        assert (whole != memory).nonzero()[0].tolist() == [50 * 4096]
+        for tracker in (one, other) if named else (both,):
+            assert not tracker.peek()
+
+
+def test_restoring_only_some_pages_needs_memory_that_fits(tmp_path):
+    path, memory = chain_of(tmp_path, named=True)
+    out = {"a": memory[: 100 * 4096].copy(), "b": memory[100 * 4096 :].copy()}
+    some = DirtyPages.from_indices([1], 5)
+    with pytest.raises(ValueError, match="pass it as out="):
+        snapshot.restore(path, only=some)
+    with pytest.raises(ValueError, match="the pages are 5"):
+        snapshot.restore(path, out=out, only=some)
+    with pytest.raises(ValueError, match="the array 'b' of"):
+        snapshot.restore(path, out=out, only={"b": some})
+    with pytest.raises(ValueError, match="only has"):
+        snapshot.restore(path, out=out, only={"c": some})
+
+
+def test_bytes_of_a_chain_are_found_by_range():
+    starts, stops = np.array([0, 10, 30]), np.array([10, 20, 31])
+    wanted = np.array([[5, 7], [19, 12], [40, 3]])
+    at, found = index.overlap(starts, stops, wanted)
+    assert at.tolist() == [0, 1, 1, 2]
+    assert found.tolist() == [[5, 5], [10, 2], [19, 1], [30, 1]]

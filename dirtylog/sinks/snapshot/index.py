@@ -22,7 +22,7 @@ from dirtylog.sinks.snapshot._mapping import RunTable, follow_diffs
 from dirtylog.sinks.snapshot.chain import MAX_CHAIN, ChainMovedError, Info, Layer, Link, describe, find, still_there
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 
-__all__ = ["MAX_ROWS", "Index", "index"]
+__all__ = ["MAX_ROWS", "Index", "index", "overlap"]
 
 # Runs that are composed: 24 bytes each, and 96 for a moment. A chain with more of them is laid file by file.
 MAX_ROWS = 200_000
@@ -69,32 +69,64 @@ class Index:
         rows[:, 2] += len(self.files)
         return rows
 
-    def extents(self, begin: int, end: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
-        """Say which bytes of each file make bytes `begin` to `end` of the memory.
+    @cached_property
+    def _cover(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Say which bytes each file gives: first, the one after the last, the file's number; no byte is left out."""
+        rows = self.rows
+        assert rows is not None
+        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
+        size, nbytes = self.footer.page_size, self.footer.nbytes
+        starts, stops = rows[:, 0] * size, np.minimum((rows[:, 0] + rows[:, 1]) * size, nbytes)
+        # Of the base is what no diff holds.
+        before, after = np.append(0, stops), np.append(starts, nbytes)
+        gaps = before < after
+        starts, stops = np.append(starts, before[gaps]), np.append(stops, after[gaps])
+        numbers = np.append(rows[:, 2], np.zeros(np.count_nonzero(gaps), np.int64))
+        order = np.argsort(starts, kind="stable")
+        return starts[order], stops[order], numbers[order]
+
+    def extents(self, wanted: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """Say which bytes of each file make the bytes that are wanted.
+
+        Parameters
+        ----------
+        wanted : int64 array of shape (n, 2)
+            Offsets and lengths in the memory, ascending and apart.
 
         Returns
         -------
         list of tuple
             Number of the file, and its extents (offset, length), ascending; each byte once.
+
+        Notes
+        -----
+        O(wanted * log runs + what is found), once the runs are composed.
         """
-        assert self.rows is not None
-        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
-        size = self.footer.page_size
-        ends = (self.rows[:, 0] + self.rows[:, 1]) * size
-        part = slice(int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(self.rows[:, 0] * size, end)))
-        rows, stops = self.rows[part], np.minimum(ends[part], end)
-        starts = np.maximum(rows[:, 0] * size, begin)
-        gaps = np.stack([np.append(begin, stops), np.append(starts, end)], axis=1)
-        gaps = gaps[gaps[:, 0] < gaps[:, 1]]
-        found = [(0, np.stack([gaps[:, 0], gaps[:, 1] - gaps[:, 0]], axis=1))] if len(gaps) else []
-        order = np.argsort(rows[:, 2], kind="stable")
-        numbers = rows[order, 2]
-        extents = np.stack([starts, stops - starts], axis=1)[order]
+        starts, stops, numbers = self._cover
+        at, found = overlap(starts, stops, wanted)
+        order = np.argsort(numbers[at], kind="stable")
+        numbers, found = numbers[at][order], found[order]
         cuts = np.flatnonzero(np.diff(numbers)) + 1
-        for first, own in zip(np.append(0, cuts), np.split(extents, cuts), strict=True):
-            if len(own):
-                found.append((int(numbers[first]), own))
-        return found
+        parts = zip(np.append(0, cuts), np.split(found, cuts), strict=True)
+        return [(int(numbers[first]), own) for first, own in parts if len(own)]
+
+
+def overlap(
+    starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return what ranges and extents have in common: the number of the range, and the common extent.
+
+    Both ascending and apart, and so is the answer.
+    """
+    ends = wanted.sum(axis=1)
+    low = np.searchsorted(stops, wanted[:, 0], "right")
+    counts = np.maximum(np.searchsorted(starts, ends, "left") - low, 0)
+    which = np.repeat(np.arange(len(wanted)), counts)
+    at = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+    begin = np.maximum(starts[at], wanted[which, 0])
+    length = np.minimum(stops[at], ends[which]) - begin
+    some = length > 0
+    return at[some], np.stack([begin, length], axis=1)[some]
 
 
 def _alike(footer: Footer) -> tuple[bytes, bytes]:

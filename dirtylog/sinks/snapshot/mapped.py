@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from dirtylog.sinks.snapshot._mapping import Memory
 from dirtylog.sinks.snapshot.chain import ChainMovedError, Info, Layer, StrPath, checked_path, directories_of, settled
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.index import Index, index
+from dirtylog.sinks.snapshot.parts import Written, extents_of, put_back
 from dirtylog.sinks.snapshot.space import NAMELESS, arrays_of
 
 __all__ = ["Mapped", "open"]
@@ -33,16 +34,6 @@ GIVEN_BACK = 64
 # A shorter run of a diff is copied when it is laid: a mapping costs as much as copying so many pages, or more.
 MAPPED_FROM = 4
 _EMPTY = np.empty((0, 2), np.int64)
-
-
-class Dirty(Protocol):
-    """A source whose pages are those of the mapped memory: a tracker of it."""
-
-    def harvest(self) -> DirtyPages:
-        """Take what was written."""
-
-    def peek(self) -> DirtyPages:
-        """Look at what was written."""
 
 
 def _spare_mappings() -> int:
@@ -90,7 +81,7 @@ class _Layout:
             self._file_by_file(found)
             return
         nbytes = found.footer.nbytes
-        layers = [each for each in found.extents(0, nbytes) if each[0]]
+        layers = [each for each in found.extents(np.array([[0, nbytes]])) if each[0]]
         lengths = np.concatenate([np.empty(0, np.int64), *(extents[:, 1] for _, extents in layers)])
         # A run in the middle of another mapping makes two more. Half of what may be made is left to others.
         budget = _spare_mappings() // 4
@@ -248,7 +239,7 @@ class Mapped:
 
     # ---- putting back -----------------------------------------------------------------------------------------------
 
-    def reset(self, dirty: DirtyPages | Dirty | None = None) -> DirtyPages:
+    def reset(self, dirty: DirtyPages | Written | None = None) -> DirtyPages:
         """Put back what the snapshot has, in the pages that were written and in no others.
 
         Parameters
@@ -296,27 +287,10 @@ class Mapped:
             everything = DirtyPages._all(self.npages, self.page_size, exact=True)
             self._put_back(everything, array)
             return everything
-        if isinstance(dirty, DirtyPages):
-            self._put_back(dirty, array)
-            return dirty
-        pages = dirty.peek()
-        self._put_back(pages, array)
-        done = pages
-        # What was written between the two looks is put back as well, and so on: nothing is dropped.
-        late = dirty.harvest() - pages
-        while late:
-            self._put_back(late, array)
-            done |= late
-            late = dirty.harvest() - late
-        return done
+        return put_back(dirty, lambda pages: self._put_back(pages, array))
 
     def _put_back(self, pages: DirtyPages, array: npt.NDArray[np.uint8]) -> None:
-        if pages.npages != -(-self.nbytes // pages.page_size):
-            raise ValueError(
-                f"the pages are {pages.npages} of {pages.page_size} bytes; the memory of {self.nbytes} bytes has "
-                f"{-(-self.nbytes // pages.page_size)}"
-            )
-        extents = pages.byte_runs(self.nbytes)
+        extents = extents_of(pages, self.nbytes, "the memory")
         assert self._layout is not None
         long = extents[:, 1] >= GIVEN_BACK * mmap.PAGESIZE
         if long.any():

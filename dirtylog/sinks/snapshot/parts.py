@@ -3,53 +3,114 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents
+from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot._mapping import read_parts
 from dirtylog.sinks.snapshot.chain import ChainMovedError, Layer, StrPath, checked_path, directories_of, settled
-from dirtylog.sinks.snapshot.index import Index, index
-from dirtylog.sinks.snapshot.space import arrays_of
+from dirtylog.sinks.snapshot.index import Index, index, overlap
+from dirtylog.sinks.snapshot.space import Space, arrays_of
 
-__all__ = ["read"]
+__all__ = ["Written", "extents_of", "fetch", "put_back", "read"]
 
 
 def _view(data: Any) -> memoryview:
     return memoryview(data)
 
 
-def _fill(found: Index, begin: int, out: memoryview) -> None:
-    """Read bytes of the memory, from `begin` on, each from the newest file that holds it."""
-    end = begin + len(out)
-    if found.rows is None:
-        _fill_file_by_file(found, begin, out)
+class Written(Protocol):
+    """A source whose pages are those of the memory: a tracker of it."""
+
+    def harvest(self) -> DirtyPages:
+        """Take what was written."""
+
+    def peek(self) -> DirtyPages:
+        """Look at what was written."""
+
+
+def put_back(written: DirtyPages | Written, put: Callable[[DirtyPages], object]) -> DirtyPages:
+    """Call `put` for pages, or for what a tracker reports, which then starts clean; return all of them.
+
+    Pages are put back while they are still writable, so nothing faults, and harvested afterwards.
+    """
+    if isinstance(written, DirtyPages):
+        put(written)
+        return written
+    done = late = written.peek()
+    while late:
+        put(late)
+        # What was written between the two looks is put back as well, and so on: nothing is dropped.
+        late = written.harvest() - late
+        done |= late
+    return done
+
+
+def extents_of(pages: DirtyPages, nbytes: int, what: str) -> npt.NDArray[np.int64]:
+    """Return where pages of memory lie in it (I9).
+
+    Raises
+    ------
+    ValueError
+        They are of other memory.
+    """
+    npages = -(-nbytes // pages.page_size)
+    if pages.npages != npages:
+        raise ValueError(
+            f"the pages are {pages.npages} of {pages.page_size} bytes; {what} of {nbytes} bytes has {npages}"
+        )
+    return pages.byte_runs(nbytes)
+
+
+def _each(found: Index, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[str, str, npt.NDArray[np.int64]]]:
+    """Go through the files that hold what is wanted, oldest first: path, digest, and extents to lay over the others."""
+    if found.rows is not None:
+        for number, extents in found.extents(wanted):
+            yield *found.files[number], extents
         return
-    offset = footers.footer_offset(found.footer.nbytes)
-    for number, extents in found.extents(begin, end):
-        path, digest = found.files[number]
-        if not read_parts(path, bytes.fromhex(digest), offset, out, begin, extents):
-            raise ChainMovedError(path)
-
-
-def _fill_file_by_file(found: Index, begin: int, out: memoryview) -> None:
-    """Read one file over the other: for more runs than are kept in order."""
-    end = begin + len(out)
+    # More runs than are kept in order: one file over the other.
     for number, (path, digest) in enumerate(found.files):
         with Layer(path, digest) as layer:
             # The base has all pages: those it does not hold are zero in it.
             blocks = layer.blocks() if number else iter([np.array([[0, layer.footer.npages]])])
             for block in blocks:
-                low = np.maximum(block[:, 0] * layer.footer.page_size, begin)
-                high = np.minimum(block.sum(axis=1) * layer.footer.page_size, end)
-                for first, last in np.stack([low, high], axis=1)[low < high].tolist():
-                    part = np.array([[first, last - first]])
-                    read_extents(layer.descriptor, out[first - begin : last - begin], part, packed=True, name=path)
+                size = layer.footer.page_size
+                _, extents = overlap(block[:, 0] * size, block.sum(axis=1) * size, wanted)
+                if len(extents):
+                    yield path, digest, extents
+
+
+def _fill(found: Index, begin: int, out: memoryview) -> None:
+    """Read bytes of the memory, from `begin` on, each from the newest file that holds it."""
+    offset = footers.footer_offset(found.footer.nbytes)
+    for path, digest, extents in _each(found, np.array([[begin, len(out)]])):
+        if not read_parts(path, bytes.fromhex(digest), offset, out, begin, extents):
+            raise ChainMovedError(path)
+
+
+def fetch(found: Index, wanted: npt.NDArray[np.int64], space: Space) -> None:
+    """Read extents of the memory into it.
+
+    Raises
+    ------
+    ChainMovedError
+        A writer replaced a file meanwhile.
+    """
+    staging = memoryview(bytearray(WINDOW))
+    for path, digest, extents in _each(found, wanted):
+        with Layer(path, digest) as layer:
+            packed = PackedExtents.of_extents(extents)
+            for begin, end, window in packed.windows():
+                part = staging[: end - begin]
+                read_extents(layer.descriptor, part, window, packed=True, name=path)
+                space.scatter(part, window)
 
 
 def _numbers(rows: Any, length: int) -> npt.NDArray[np.int64]:

@@ -25,6 +25,7 @@ from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding
 from dirtylog.sinks.checkpoint.directory import Change, Record
 from dirtylog.sinks.snapshot import Info, SnapshotError
+from dirtylog.sinks.snapshot.moment import check_moment
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.upkeep import thin
 from dirtylog.sources.memory import Tracker, track
@@ -73,11 +74,14 @@ class Checkpoint:
         ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``; by default the first if it is there.
     sync : bool
         Survive a power cut (fsync), not only the end of this process.
+    moment : str
+        ``"copy"``: :attr:`lock` is held until all is written. ``"fork"`` (Linux): until a child process has the memory,
+        which takes milliseconds; then writers go on while the child writes. See :func:`dirtylog.sinks.snapshot.save`.
 
     Raises
     ------
     ValueError
-        `every`, `keep`, `full_every` or an array will not do.
+        `every`, `keep`, `full_every`, `moment` or an array will not do.
 
     Notes
     -----
@@ -111,6 +115,7 @@ class Checkpoint:
         backend: str = "auto",
         digest: str | None = None,
         sync: bool = True,
+        moment: str = "copy",
     ) -> None:
         if every is not None and not 0 < every < threading.TIMEOUT_MAX:
             raise ValueError(f"every is {every}; it must be a number of seconds above 0")
@@ -120,8 +125,13 @@ class Checkpoint:
             raise ValueError(f"full_every is {full_every!r}; it must be a number from 1")
         if not isinstance(arrays, Mapping) or not arrays:
             raise ValueError("arrays must be a mapping of names to at least one array")
+        check_moment(moment, Space(arrays, PAGE_SIZE))
         self.directory: str = os.path.abspath(os.fspath(directory))
         self.lock: threading.RLock = threading.RLock()
+        # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
+        # nobody who holds this one waits for `lock`.
+        self._saving = threading.RLock()
+        self._moment = moment
         self._keep = keep
         self._full_every = full_every
         self._backend = backend
@@ -198,10 +208,10 @@ class Checkpoint:
         """
         if not isinstance(arrays, Mapping):
             raise ValueError("arrays must be a mapping of names to arrays")
-        with self.lock:
+        with self.lock, self._saving:
             if self.closed:
                 raise ValueError("the checkpoint is closed")
-            Space({**self._arrays, **arrays}, PAGE_SIZE)
+            check_moment(self._moment, Space({**self._arrays, **arrays}, PAGE_SIZE))
             self._take(arrays)
 
     @property
@@ -212,9 +222,11 @@ class Checkpoint:
     def _run(self, every: float) -> None:
         while not self._ended.wait(every):
             try:
-                with self.lock:
-                    if not self._ended.is_set():
-                        self._save(None, None)
+                with ExitStack() as until_taken:
+                    until_taken.enter_context(self.lock)
+                    with self._saving:
+                        if not self._ended.is_set():
+                            self._save(None, None, until_taken)
             except Exception as error:
                 self._note(error)
 
@@ -267,17 +279,20 @@ class Checkpoint:
         Exception
             What the background thread met since the last call.
         """
-        with self.lock:
-            if self.closed:
-                raise ValueError("the checkpoint is closed")
-            self._raise_earlier()
-            self._check_bindings()
-            number = self._step + 1 if step is None else step
-            if not isinstance(number, int) or number < 0:
-                raise ValueError(f"step is {step!r}; it must be a number from 0")
-            return self._save(number, state)
+        with ExitStack() as until_taken:
+            until_taken.enter_context(self.lock)
+            with self._saving:
+                if self.closed:
+                    raise ValueError("the checkpoint is closed")
+                self._raise_earlier()
+                self._check_bindings()
+                number = self._step + 1 if step is None else step
+                if not isinstance(number, int) or number < 0:
+                    raise ValueError(f"step is {step!r}; it must be a number from 0")
+                return self._save(number, state, until_taken)
 
-    def _save(self, step: int | None, state: object) -> Info:
+    def _save(self, step: int | None, state: object, until_taken: ExitStack | None = None) -> Info:
+        """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
         last, count = self._files or directories.newest(self.directory)
         # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
         number, self._files = last + 1, None
@@ -292,7 +307,9 @@ class Checkpoint:
             pages = {name: epochs.enter_context(each.observer.collect()).pages for name, each in self._held.items()}
             page_size = next(iter(pages.values())).page_size
             layout = [(row[0], row[4], row[5]) for row in Space(self._arrays, page_size).rows()]
-            options: Any = {"state": about, "digest": self._digest, "sync": self._sync}
+            options: Any = {"state": about, "digest": self._digest, "sync": self._sync, "moment": self._moment}
+            if self._moment == "fork" and until_taken is not None:
+                options["progress"] = lambda *_: until_taken.close()
             full = self._parent is None or layout != self._layout or self._diffs >= self._full_every
             if full or self._parent is None:
                 info = snapshot.save(path, self._arrays, page_size=page_size, **options)
@@ -323,7 +340,7 @@ class Checkpoint:
         self._ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with self.lock:
+        with self.lock, self._saving:
             for held in self._held.values():
                 held.tracker.close()
             self._raise_earlier()

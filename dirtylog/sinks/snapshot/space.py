@@ -204,7 +204,7 @@ class Space:
             held.append(runs + np.array([region.start // self.page_size, 0]))
         return DirtyPages.from_runs(np.concatenate(held), self.npages, self.page_size)
 
-    def _parts(self, extents: npt.NDArray[np.int64]) -> Iterator[tuple[Region, npt.NDArray[np.int64], int, int]]:
+    def parts(self, extents: npt.NDArray[np.int64]) -> Iterator[tuple[Region, npt.NDArray[np.int64], int, int]]:
         """Cut extents at the regions: region, its extents, where they lie in the packed stream, and zeros behind."""
         begin, end = int(extents[0, 0]), int(extents[-1].sum())
         at = 0
@@ -231,7 +231,7 @@ class Space:
         if len(self.regions) == 1:
             gather(self.regions[0].view, extents, packed)
             return
-        for region, own, at, padding in self._parts(extents):
+        for region, own, at, padding in self.parts(extents):
             end = at + int(own[:, 1].sum())
             gather(region.view, own, packed[at:end])
             np.frombuffer(packed, np.uint8)[end : end + padding] = 0
@@ -241,7 +241,7 @@ class Space:
         if len(self.regions) == 1:
             scatter(packed, extents, self.regions[0].view)
             return
-        for region, own, at, _ in self._parts(extents):
+        for region, own, at, _ in self.parts(extents):
             scatter(packed[at : at + int(own[:, 1].sum())], own, region.view)
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import secrets
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._pageio import write_extents
+from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
@@ -29,6 +30,7 @@ from dirtylog.sinks.snapshot.chain import (
     still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
+from dirtylog.sinks.snapshot.moment import check_moment, write_by_child
 from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
@@ -66,6 +68,12 @@ class How:
     mode: int | None
     state: object
     progress: Progress | None
+    moment: str = "copy"
+
+    def told(self, done: int, total: int) -> None:
+        """Say how far it is."""
+        if self.progress is not None:
+            self.progress(done, total)
 
 
 # Snapshots whose writer was interrupted after they had got their names: the call raised, the epoch was rolled back, and
@@ -132,8 +140,7 @@ def write(
     vouch: Callable[[], object] = lambda: None,
 ) -> Info:
     """Write the pages of a source as a snapshot; `vouch` is called before it gets its name, and may refuse."""
-    replace = how.replace or _interrupted(path)
-    how = How(how.epoch, how.digest, how.sync, replace, how.mode, how.state, how.progress)
+    how = dataclasses.replace(how, replace=_interrupted(path) or how.replace)
     check_target(path, how)
     state = footers.encode_state(how.state)
     packed = PackedExtents(pages, source.nbytes)
@@ -147,14 +154,22 @@ def write(
     with own_change(directory):
         staged = Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode)
     with staged:
+        by_child = how.moment == "fork"
+        if by_child:
+            assert isinstance(source, Space)
+            write_by_child(source, staged.descriptor, packed.extents, path, lambda: how.told(0, packed.total))
         for begin, end, extents in packed.windows():
-            # Copied once, digested and written from the copy: the memory may change all the while.
             part = staging[: end - begin]
-            source.gather(extents, part)
-            chunks.append(digest(part))
-            write_extents(staged.descriptor, part, extents, packed=True, name=path)
-            if how.progress is not None:
-                how.progress(end, packed.total)
+            if by_child:
+                # The memory has gone on: what the child has written is the moment.
+                read_extents(staged.descriptor, part, extents, packed=True, name=path)
+                chunks.append(digest(part))
+            else:
+                # Copied once, digested and written from the copy: the memory may change all the while.
+                source.gather(extents, part)
+                chunks.append(digest(part))
+                write_extents(staged.descriptor, part, extents, packed=True, name=path)
+            how.told(end, packed.total)
         footer = Footer(
             id=identity,
             kind="full" if parent is None else "diff",
@@ -195,6 +210,7 @@ def save(
     sync: bool = True,
     replace: bool = False,
     mode: int | None = None,
+    moment: str = "copy",
     progress: Progress | None = None,
 ) -> Info:
     """Write a full snapshot of memory; pages that are zero become holes.
@@ -220,6 +236,9 @@ def save(
         Take the place of a snapshot of that name. Its diffs cannot be restored any more.
     mode : int, optional
         Permissions of the file. By default 0600, for memory may hold secrets, or those of the file it replaces.
+    moment : str
+        ``"copy"``: what a page holds when it is copied. ``"fork"`` (Linux): what it holds when this is called, for a
+        child process then has the memory and writes it. Writers may go on once `progress` is called with 0 bytes.
     progress : callable, optional
         Called with the bytes written and the bytes to write, once a MiB.
 
@@ -239,6 +258,12 @@ def save(
     O(memory). For memory that is written meanwhile, collect the epoch first and save afterwards (I3): what changes
     during the copy is in the next epoch. Allocates 1 MiB and a bitmap. The GIL is released during the copies.
 
+    The child of ``moment="fork"`` does nothing but write, in C: it needs no lock that another thread may have held,
+    runs no handler of a fork, and sends no signal at its end. This call returns when all is written. Meanwhile the
+    first write of this process to each page copies it, so memory may double. If the child is killed, the call raises
+    and there is no snapshot. A full snapshot then has its zero pages written out. Memory shared with others is refused,
+    for a fork does not hold it still; memory with ``MADV_WIPEONFORK`` is zero in a child.
+
     Examples
     --------
     >>> import tempfile, numpy as np
@@ -253,9 +278,11 @@ def save(
     (True, 1, 1)
     """
     name = checked_path(path)
-    how = How(epoch, digest, sync, replace, mode, state, progress)
+    how = How(epoch, digest, sync, replace, mode, state, progress, moment)
     space = Space(memory, page_size)
-    return write(name, space, space.nonzero(), None, how)
+    check_moment(moment, space)
+    held = space.nonzero() if moment == "copy" else DirtyPages._all(space.npages, page_size, exact=True)
+    return write(name, space, held, None, how)
 
 
 def parent_link(
@@ -341,6 +368,7 @@ def save_diff(
     sync: bool = True,
     replace: bool = False,
     mode: int | None = None,
+    moment: str = "copy",
     search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
@@ -348,7 +376,7 @@ def save_diff(
 
     Parameters
     ----------
-    path, memory, state, epoch, digest, sync, replace, mode, progress
+    path, memory, state, epoch, digest, sync, replace, mode, moment, progress
         As for :func:`save`. `memory` is all of it, not only what changed; arrays by name are those of the parent. An
         `epoch` is later than the parent's, where both are noted.
     pages : DirtyPages, or mapping of str to DirtyPages
@@ -382,11 +410,12 @@ def save_diff(
     the call raises all the same; the same call again then replaces that file.
     """
     name = checked_path(path)
-    how = How(epoch, digest, sync, replace, mode, state, progress)
+    how = How(epoch, digest, sync, replace, mode, state, progress, moment)
     first = next(iter(pages.values()), None) if isinstance(pages, Mapping) else pages
     if not isinstance(first, DirtyPages):
         raise TypeError(f"pages is {type(first).__name__}; DirtyPages are needed")
     space = Space(memory, first.page_size)
     held = space.pages(pages)
+    check_moment(moment, space)
     link, vouch = parent_link(name, parent, space, how, search)
     return write(name, space, held, link, how, vouch)

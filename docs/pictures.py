@@ -3,8 +3,8 @@
     python -m docs.pictures                     # all of them, about half a minute
     python -m docs.pictures heat-map            # one
 
-Needs the extras cli, plot, trace and bench. The pictures are checked in, for a reader has no time to make them. Each is
-a dark card of its own, so that it reads the same on a light page and on a dark one.
+Needs the extras cli, plot, trace and bench, and chromium for the report. The pictures are checked in, for a reader
+has no time to make them. Each is a dark card of its own, so that it reads the same on a light page and on a dark one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -396,6 +397,55 @@ def qemu() -> None:
     save(figure, "qemu.svg", "Pages that the firmware of a QEMU guest writes while it starts, over time")
 
 
+# ---- the page of a trace ------------------------------------------------------------------------------------
+
+TRAINING = """\
+import time
+import numpy as np
+
+random = np.random.default_rng(1)
+data = random.random(4 << 20)  # 32 MiB
+weights, moment = np.zeros(8 << 20, "f4"), np.zeros(8 << 20, "f4")
+for epoch in range(4):
+    for step in range(16):
+        part = slice(step << 19, (step + 1) << 19)
+        moment[random.integers(0, moment.size, 500)] += 1
+        weights[part] -= 0.1 * moment[part]
+        time.sleep(0.08)
+    checkpoint = weights.copy()
+    time.sleep(0.4)
+"""
+
+
+def report() -> None:
+    """Record a program, with the names of its arrays, and photograph the page of the trace."""
+    from dirtylog.sinks.trace import Trace
+
+    with tempfile.TemporaryDirectory() as directory:
+
+        def run(*command: str) -> None:
+            subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        (Path(directory) / "training.py").write_text(TRAINING)
+        dirtylog = [sys.executable, "-m", "dirtylog"]
+        run(*dirtylog, "record", "--arrays", "--interval", "0.1", "training.trace", "training.py")
+        with Trace(Path(directory) / "training.trace") as trace:
+            if not any(name.startswith("weights") for name in trace.regions):
+                raise RuntimeError("the program was too busy to say what its arrays are called: try again")
+        run(*dirtylog, "report", "training.trace")
+        browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if browser is None:
+            raise RuntimeError("a picture of the report needs a browser: install chromium")
+        root = ["--no-sandbox"] if os.geteuid() == 0 else []
+        profile = f"--user-data-dir={directory}/profile"
+        # All charts have been drawn when so much of the page's own time is over.
+        size = ["--window-size=1100,1640", "--hide-scrollbars", "--virtual-time-budget=20000"]
+        picture = STATIC / "report.png"
+        page = (Path(directory) / "training.html").as_uri()
+        run(browser, *root, "--headless", "--disable-gpu", profile, *size, f"--screenshot={picture}", page)
+    print(f"{picture.relative_to(STATIC.parents[1])}: {picture.stat().st_size // 1024 + 1} KiB")
+
+
 PICTURES: dict[str, Callable[[], None]] = {
     "heat-map": heat_map,
     "info": info,
@@ -403,6 +453,7 @@ PICTURES: dict[str, Callable[[], None]] = {
     "price-of-writers": price_of_writers,
     "child-saves": child_saves,
     "qemu": qemu,
+    "report": report,
 }
 
 

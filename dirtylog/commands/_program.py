@@ -227,7 +227,7 @@ def record_program(
     samplers: list[Sampler] = []
 
     def begin(process: Process, names: Names) -> Sampler:
-        recorder.about.update(about(process.pid))
+        recorder.about.update(about(args, process.pid))
         recorder.about["watched"] = (
             "private memory that can be written, without stacks"
             if args.pid is None
@@ -250,12 +250,16 @@ def record_program(
             recorder.abort()
 
 
-def about(pid: int) -> dict[str, str]:
+def about(args: argparse.Namespace, pid: int) -> dict[str, str]:
     """Say what is recorded, when, and on what kind of machine; its name is nobody's business."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    if args.pid is None:
+        python, words = _words(args)
+        words = [*(["python"] if python else []), *words]
+    else:
+        words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
     system = platform.uname()
     return {
-        "command": shlex.join(os.fsdecode(word) for word in words).encode(errors="replace").decode()[:500],
+        "command": shlex.join(words).encode(errors="replace").decode()[:500],
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{system.system} {system.release}, {system.machine}, {os.cpu_count()} CPUs",
     }

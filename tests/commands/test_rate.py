@@ -12,7 +12,7 @@ import dirtylog as dl
 
 pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
 
-from dirtylog.sinks.trace import Recorder, TraceError
+from dirtylog.sinks.trace import Recorder, Trace, TraceError
 
 
 @pytest.fixture
@@ -95,6 +95,9 @@ def test_record_says_in_json_what_it_has_recorded(tmp_path, unprofiled):
     assert answer["trace"] == words[2]
     assert answer["samples"] >= 1
     assert answer["dirtied_bytes"] >= 1 << 24
+    with Trace(words[2]) as trace:
+        assert trace.about["command"] == f"python {script}"
+        assert set(trace.about) == {"command", "started", "machine", "watched"}
 
 
 def test_a_running_process_is_metered_from_outside(capsys, unprofiled):

@@ -260,6 +260,16 @@ def test_what_was_recorded_when_and_where_is_in_the_trace(tmp_path):
         assert trace.about == {"command": "./server --port 1"}
 
 
+def test_what_was_at_one_place_one_after_the_other_is_counted():
+    names = ["anonymous at 0x7f0000001000", "anonymous at 0x7f0000001000, page 9", "a" * 99 + "b", "a" * 99 + "b"]
+    assert short_names(names, [4096] * 4) == [
+        "anonymous 4 KiB …0001",
+        "anonymous 4 KiB …0001 (2)",
+        "a" * 19 + "…aaaaab",
+        "a" * 19 + "…aaaaab (2)",
+    ]
+
+
 def test_names_are_short_and_apart():
     names = [
         "anonymous at 0x7f0000001000",

@@ -97,7 +97,7 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
         "hashes": " ".join(f"'sha256-{digest}'" for digest in hashes),
         "page_size": f"{facts.page_size:,}",
         "facts": _facts(trace, facts),
-        "folded": f"Regions that were never written, {folded:.0%} of the page space, are left out."
+        "folded": f"Regions that were never written, {100 * folded:.0f} % of the page space, are left out."
         if folded >= 0.005
         else "",
         "memory": size_text(facts.npages * facts.page_size),

@@ -160,7 +160,7 @@
     const said = middles.map((m, i) => time(D.windows[i]) + " to " + time(D.windows[i + 1]) + ": " + size(totals[i] * P / width) + " per second");
     const traces = [{ type: "scatter", mode: "lines", name: "windows of " + time(width), x: D.windows, y: steps(totals.map(t => MiB(t / width))), fill: "tozeroy", line: { shape: "hv", width: 1, color: blue }, fillcolor: dark ? "rgba(86,180,233,.35)" : "rgba(0,114,178,.35)", text: steps(said), hoverinfo: "text" }];
     if (many > 1 && many < W) traces.push({ type: "scatter", mode: "lines", name: "mean over " + time(many * width), x: middles.map(m => m - (many - 1) * width / 2), y: rolling(many), line: { width: 2, color: "#E69F00" }, hoverinfo: "skip" });
-    if (long > many && long < W) traces.push({ type: "scatter", mode: "lines", name: "mean over " + time(long * width), x: middles.map(m => m - (long - 1) * width / 2), y: rolling(long), line: { width: 2, dash: "dash", color: "#D55E00" }, hoverinfo: "skip" });
+    if (long > many && long < W / 2) traces.push({ type: "scatter", mode: "lines", name: "mean over " + time(long * width), x: middles.map(m => m - (long - 1) * width / 2), y: rolling(long), line: { width: 2, dash: "dash", color: "#D55E00" }, hoverinfo: "skip" });
     return Plotly.react("rate", W > 0 ? traces : [], layout({ showlegend: true, xaxis: timeAxis({ title: "", rangeslider: { visible: true, thickness: 0.16, bgcolor: dark ? "#161d27" : "#f3f5f8", bordercolor: line, borderwidth: 1, range: [0, last] } }), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true }, margin: { l: 56, r: 12, t: 28, b: 24 } }), CONFIG);
   }
   function drawRegions() {
@@ -276,7 +276,7 @@
     button.addEventListener("click", () => { $("bw").value = D.speeds.indexOf(b); migrate(); });
     $("presets").append(button, " ");
   }
-  $("rate-note").textContent = W > 0 ? "The steps are windows of " + time(width) + "; the peak is taken over windows of " + time(many * width) + "." : "";
+  $("rate-note").textContent = W > 0 ? "The steps are windows of " + time(width) + "; the peak above is over windows of " + time(Math.max(1, D.interval)) + "." : "";
   $("all").addEventListener("click", () => choose(0, last));
   draw().then(() => {
     for (const id of TIMED) $(id).on("plotly_relayout", event => {

@@ -32,10 +32,17 @@ def short_names(names: Sequence[str], sizes: Sequence[int], *, brief: bool = Fal
     often = Counter(bases)
     # An address ends in three zeros.
     tails = [f" …{part[2][-7:-3]}" if part and often[base] > 1 else "" for base, part in zip(bases, parts, strict=True)]
-    return [
+    short = [
         (base if len(base) + len(tail) <= longest else f"{base[: longest - len(tail) - 7]}…{base[-6:]}") + tail
         for base, tail in zip(bases, tails, strict=True)
     ]
+    # What still has one name, of one size at one address after the other, is counted.
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(short):
+        seen[name] += 1
+        if seen[name] > 1:
+            short[i] = f"{name} ({seen[name]})"
+    return short
 
 
 def size_text(nbytes: float) -> str:

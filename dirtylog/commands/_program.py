@@ -12,6 +12,7 @@ import socket
 import stat
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,8 +57,8 @@ class Sampling(Protocol):
     def next_sample(self, after: int) -> float:
         """Seconds until a sample is due, after so many."""
 
-    def sample(self) -> DirtyPages:
-        """Take one."""
+    def sample(self, look: tuple[float, DirtyPages] | None = None) -> DirtyPages:
+        """Take one; the last one, when the program has ended after that look."""
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,11 +164,13 @@ def _is_python(name: str) -> bool:
 
 
 def _begins(words: list[str], naming: list[str]) -> list[str]:
-    """Paths that Python opens when its own start is over: the script, or what -m finds; nothing for -c alone."""
+    """Paths that Python reads when its own start is over: the script, or what -m finds; nothing for -c alone."""
     if words[0] == "-c":
-        return naming[:1]
+        return [f"!{name}" for name in naming[:1]]
     if words[0] != "-m":
         absolute = os.path.abspath(words[0])
+        if os.path.isfile(absolute) and not zipfile.is_zipfile(absolute):
+            return [f"!{words[0]}", f"!{absolute}"]
         return [words[0], absolute, f"*{absolute}/"]
     *packages, leaf = words[1].split(".")
     folder = "/".join(["", *packages])
@@ -284,7 +287,7 @@ def _watch_running(
                 if args.duration is not None:
                     until = min(until, started + args.duration)
                 while (left := until - time.monotonic()) > 0:
-                    time.sleep(min(left, look_meanwhile(process)))
+                    time.sleep(min(left, look_meanwhile(process)[0]))
                 sampling.sample()
                 last = time.monotonic()
         except KeyboardInterrupt:
@@ -356,7 +359,7 @@ def _watch_started(
                 left = min(left, max(0.0, started + args.duration - time.monotonic()))
             ended = program.wait(left)
             try:
-                sampling[0].sample()
+                sampling[0].sample(program.looks.before(time.monotonic()) if ended else None)
             except DirtyLogError as error:
                 if process is None or process.alive:
                     raise

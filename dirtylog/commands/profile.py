@@ -62,6 +62,18 @@ def run(args: argparse.Namespace) -> int:
             output.close()
 
 
+def ending_text(profile: Profile) -> list[str]:
+    """Say what the end of the program wrote, if it was seen apart."""
+    from dirtylog.commands._terminal import bytes_text, seconds_text
+
+    if not profile.ending.get("dirtied_bytes"):
+        return []
+    return [
+        f"its end: {bytes_text(profile.ending['dirtied_bytes'])} in the last "
+        f"{seconds_text(profile.ending['seconds'])}, in the total and in neither mean nor peak"
+    ]
+
+
 def report_text(profile: Profile) -> str:
     """Lay the report out in plain text."""
     from dirtylog.commands._terminal import bytes_text, plain_table
@@ -72,6 +84,7 @@ def report_text(profile: Profile) -> str:
         f"dirtylog: {bound}{bytes_text(profile.bytes_per_second)} dirtied per second "
         f"(peak {bytes_text(profile.peak_bytes_per_second)}), {bytes_text(profile.dirtied_bytes)} "
         f"in {profile.seconds:.2f} s and {profile.samples} samples",
+        *ending_text(profile),
         f"overhead: about {overhead['share']:.1%} ({overhead['first_writes_seconds']:.3f} s in first writes to pages), "
         f"and {overhead['sampling_seconds']:.3f} s of sampling beside it",
         "",

@@ -62,6 +62,10 @@ class Profile:
         writes to its pages took (estimated from a measured price); the share of
         the time watched that this cost the program itself, which from outside is
         its first writes alone.
+    ending : dict of str to float
+        `seconds` from the last look at a program until it had ended, and its
+        `dirtied_bytes`: an interpreter that takes itself down writes to most of what it has.
+        They are in `dirtied_bytes` and `seconds`, and not in the mean and the peak.
     """
 
     seconds: float
@@ -74,6 +78,7 @@ class Profile:
     snapshots: list[Snapshots] = field(default_factory=list)
     mappings: list[Hot] = field(default_factory=list)
     overhead: dict[str, float] = field(default_factory=dict)
+    ending: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain dicts and lists, for JSON."""
@@ -123,6 +128,7 @@ class Account:
         self._dirtied: dict[Hashable, int] = defaultdict(int)
         self._seen = self._samples = 0
         self._exact = True
+        self._ending = (0.0, 0)
         self.busy: float = 0.0
         self.price: float = 0.0
         self.start: float = 0.0
@@ -134,12 +140,21 @@ class Account:
         self.start = self.last = now
         self._peak = Peak(now, max(1.0, self.interval))
 
-    def add(self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]]) -> None:
-        """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages."""
+    def add(
+        self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]], *, ending: bool = False
+    ) -> None:
+        """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages.
+
+        `ending`: what a program did in the moment of its end, which is no part of how it was while it ran.
+        """
         self._samples += 1
         self._seen += pages.nbytes
         self._exact = self._exact and pages.exact
-        self._peak.add(now, pages.nbytes)
+        # One that is not short is no moment: nobody knows then what of it was the end.
+        if ending and now - self.last < (self.last - self.start) / 2:
+            self._ending = (now - self.last, pages.nbytes)
+        else:
+            self._peak.add(now, pages.nbytes)
         for key, count in count_ranges(pages.runs(), places).items():
             if count:
                 self._dirtied[key] += count * pages.page_size
@@ -151,6 +166,7 @@ class Account:
     def sum_up(self, page_size: int, about: Callable[[Any], tuple[str, int, int]], *, inside: bool) -> Profile:
         """Return the profile; `about` gives a key's name, address and size; `inside`: sampling cost the program too."""
         seconds = max(self.last - self.start, 1e-9)
+        running = max(seconds - self._ending[0], 1e-9)
         faults = self._seen / (page_size or 1) * self.price
         hot = sorted(self._dirtied.items(), key=lambda item: -item[1])
         return Profile(
@@ -158,10 +174,11 @@ class Account:
             samples=self._samples,
             page_size=page_size,
             dirtied_bytes=self._seen,
-            bytes_per_second=self._seen / seconds,
+            bytes_per_second=(self._seen - self._ending[1]) / running,
             peak_bytes_per_second=self._peak.bytes_per_second,
             exact=self._exact,
             snapshots=[rhythm.summary() for rhythm in self._rhythms],
+            ending={"seconds": self._ending[0], "dirtied_bytes": self._ending[1]},
             mappings=[Hot(*about(key), dirtied, dirtied / (self._seen or 1)) for key, dirtied in hot],
             overhead={
                 "sampling_seconds": self.busy,

@@ -116,8 +116,20 @@ class Sampler:
         """Return the seconds until a sample is due, `after` so many. Counted from the start: delays do not add up."""
         return max(0.0, self._account.start + (after + 1) * self._account.interval - self._clock())
 
-    def sample(self) -> DirtyPages:
+    def sample(self, look: tuple[float, DirtyPages] | None = None) -> DirtyPages:
         """Harvest, and count what was written since the last sample.
+
+        Parameters
+        ----------
+        look : tuple of float and DirtyPages, optional
+            For the last sample of a program that has ended: when it was looked at last, by
+            `clock`, and what it had written by then. What came after is a sample of its own:
+            in the total, and in neither the mean nor the peak.
+
+        Returns
+        -------
+        DirtyPages
+            All that was written since the last sample.
 
         Raises
         ------
@@ -134,14 +146,19 @@ class Sampler:
         used = self._process.used_pages
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
+        parts = [(now, pages)]
+        if look is not None and look[0] > self._account.last:
+            before = DirtyPages.from_runs(look[1].runs(), used, pages.page_size, exact=pages.exact) & pages
+            parts = [(look[0], before), (now, pages - before)]
         places = {self._key(region): (region.first_page, region.npages) for region in regions}
         self._called.update((self._key(region), region.name) for region in regions)
         self._seen.update(dict.fromkeys(places, self._samples))
         self._places.update(places)
         self._samples += 1
-        self._account.add(now, pages, places)
-        if self._on_sample is not None:
-            self._on_sample(now - self._account.start, pages)
+        for number, (moment, part) in enumerate(parts):
+            self._account.add(moment, part, places, ending=number == 1)
+            if self._on_sample is not None:
+                self._on_sample(moment - self._account.start, part)
         self._account.busy += time.thread_time() - began
         return pages
 

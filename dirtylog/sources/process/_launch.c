@@ -22,6 +22,9 @@
 
 /* An interpreter's start has some hundred; a program that never opens what it was said to open is watched from here. */
 #define MOST_CALLS 200000
+/* A script is looked at first (whether it is an archive) and opened some twenty calls later; then read and closed. */
+#define CALLS_AFTER_A_LOOK 100
+#define CALLS_TO_READ 20000
 
 static int wait_for(int pid, int *status)
 {
@@ -50,19 +53,24 @@ static void become(struct dl_launch *launch, int go, int answer, const sigset_t 
     _exit(127);
 }
 
-/* Whether the call that the thread has begun opens a file that the watch waits for. */
+enum { OTHER, LOOKS, OPENS };
+
+/* Whether the call that the thread has begun opens a file that the watch waits for, or only looks what kind it is of. */
 static int opens(const struct dl_launch *launch, const struct user_regs_struct *regs)
 {
     char path[4096];
     size_t have = 0;
-    uint64_t at;
+    uint64_t at, flags;
 
-    if (regs->orig_rax == SYS_openat)
+    if (regs->orig_rax == SYS_openat) {
         at = regs->rsi;
-    else if (regs->orig_rax == SYS_open)
+        flags = regs->rdx;
+    } else if (regs->orig_rax == SYS_open) {
         at = regs->rdi;
-    else
-        return 0;
+        flags = regs->rsi;
+    } else {
+        return OTHER;
+    }
     while (have < sizeof(path) - 1) {
         size_t length = 256 - (at + have) % 256; /* never across a page that may not be there */
         if (length > sizeof(path) - 1 - have)
@@ -71,27 +79,31 @@ static int opens(const struct dl_launch *launch, const struct user_regs_struct *
         ssize_t got = process_vm_readv(launch->in.pid, &here, 1, &there, 1, 0);
 
         if (got <= 0)
-            return 0;
+            return OTHER;
         if (memchr(path + have, 0, (size_t)got))
             break;
         have += (size_t)got;
     }
     path[sizeof(path) - 1] = 0;
     for (char **part = launch->begins; *part; part++) {
-        size_t length = strlen(*part), all = strlen(path);
+        int script = (*part)[0] == '!';
+        const char *name = *part + script;
+        size_t length = strlen(name), all = strlen(path);
         /* A whole path, or, after "*", a part of one. */
-        if ((*part)[0] == '*' ? strstr(path, *part + 1) != NULL : length == all && !memcmp(path, *part, all))
-            return 1;
+        if (name[0] == '*' ? strstr(path, name + 1) != NULL : length == all && !memcmp(path, name, all))
+            return script && flags & O_CLOEXEC ? LOOKS : OPENS;
     }
-    return 0;
+    return OTHER;
 }
 
-/* Go on from the end of execve to the end of the call where the watch begins; 1 when the program has ended. */
+/* Go on from the end of execve to the end of the call where the watch begins; 1 when the program has ended. That is the
+ * call which closes the file that was waited for: it is read by then, and what comes next is the program's. */
 static int go_to_begin(struct dl_launch *launch)
 {
     struct dl_injection *in = &launch->in;
     struct user_regs_struct regs;
     int signal = 0, inside = 1, reached = !launch->begins; /* execve itself is a call that has not ended yet */
+    int opened = 0, closing = -1, patience = 0;
 
     for (int stops = 0;;) {
         long request = PTRACE_SYSCALL;
@@ -109,12 +121,23 @@ static int go_to_begin(struct dl_launch *launch)
         signal = 0;
         if (WSTOPSIG(launch->status) == (SIGTRAP | 0x80)) {
             inside = !inside;
-            if (!inside && (reached || ++stops > MOST_CALLS))
-                return 0;
-            if (inside && launch->begins) {
-                if (dl_tracer(in, PTRACE_GETREGS, 0, &regs) < 0)
-                    return -errno;
-                reached = opens(launch, &regs);
+            if ((opened || (inside && launch->begins)) && dl_tracer(in, PTRACE_GETREGS, 0, &regs) < 0)
+                return -errno;
+            if (inside && closing >= 0) {
+                reached = regs.orig_rax == SYS_close && (int)regs.rdi == closing;
+            } else if (inside && launch->begins) {
+                int what = opens(launch, &regs);
+                opened = what == OPENS;
+                if (what == LOOKS && !patience)
+                    patience = CALLS_AFTER_A_LOOK;
+            } else if (!inside) {
+                if (opened && (long)regs.rax >= 0) {
+                    closing = (int)regs.rax;
+                    patience = CALLS_TO_READ;
+                }
+                opened = 0;
+                if (reached || ++stops > MOST_CALLS || (patience && !--patience))
+                    return 0;
             }
         } else if (launch->status >> 16 == PTRACE_EVENT_STOP) {
             int why = WSTOPSIG(launch->status);

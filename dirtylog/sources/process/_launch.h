@@ -6,7 +6,8 @@
 
 struct dl_launch {
     char **words;           /* the program and its arguments, ended by NULL */
-    char **begins;          /* NULL, or parts of paths, ended by NULL: the watch begins when the program opens one */
+    char **begins;          /* NULL, or parts of paths, ended by NULL: the watch begins when the program has read one;
+                               after "!", when it was opened without O_CLOEXEC, as Python opens a script to run it */
     struct dl_injection in; /* pid, uffd, keeper, error and step are the answer */
     int refused;            /* errno of execvp, or 0 */
     int ended;              /* it ended before the watch began; `status` is that of waitpid */

@@ -195,8 +195,9 @@ def launch(words, begins=None):
     words : list of bytes
         The program, found on PATH, and its arguments.
     begins : list of bytes, optional
-        Paths, or parts of paths after ``*``: it is stopped when it has opened one
-        of them. Otherwise at its very start.
+        Paths, or parts of paths after ``*``: it is stopped when it has opened, read
+        and closed one of them; after ``!``, one that it opened without O_CLOEXEC.
+        Otherwise at its very start.
 
     Returns
     -------

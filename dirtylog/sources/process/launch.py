@@ -9,9 +9,11 @@ import socket
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.sources.process import _remote, inside
 from dirtylog.sources.process.attaching import enter, watch_of
@@ -24,6 +26,31 @@ __all__ = ["Program", "launch", "launch_helping", "look_meanwhile"]
 
 # 8 TiB of pages: a program may reserve more than it ever writes, and each stretch gets pages of its own.
 SPARE = 1 << 31
+
+
+# Seconds that an interpreter may take to take itself down; most need a tenth of it.
+MOMENT = 0.1
+
+
+class Looks:
+    """What was seen at the latest looks at a program: what came after one is what it did at its very end."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[float, DirtyPages]] = deque()
+
+    def __len__(self) -> int:
+        """How many are kept."""
+        return len(self._kept)
+
+    def add(self, moment: float, pages: DirtyPages) -> None:
+        """Keep one more; older ones go when a later one is old enough."""
+        self._kept.append((moment, pages))
+        while len(self._kept) > 1 and self._kept[1][0] <= moment - MOMENT:
+            self._kept.popleft()
+
+    def before(self, end: float) -> tuple[float, DirtyPages] | None:
+        """Return the last look that was a moment before the end."""
+        return next((look for look in reversed(self._kept) if look[0] <= end - MOMENT), None)
 
 
 class Program:
@@ -51,6 +78,7 @@ class Program:
         self.process: Process | None = process
         self._status = status
         self._watching = os.pidfd_open(pid) if status is None else -1
+        self.looks: Looks = Looks()
 
     def __enter__(self) -> Program:
         """Return itself."""
@@ -92,7 +120,8 @@ class Program:
                 return False
             if self.process is not None and not self.process.closed:
                 try:
-                    nap = look_meanwhile(self.process)
+                    nap, moment, pages = look_meanwhile(self.process)
+                    self.looks.add(moment, pages)
                 except DirtyLogError:
                     if self.process.alive:
                         raise
@@ -108,24 +137,28 @@ class Program:
         return True
 
 
-def look_meanwhile(process: Process) -> float:
+def look_meanwhile(process: Process) -> tuple[float, float, DirtyPages]:
     """Look at what was written, and take nothing: memory and children that are gone by the next sample are in it.
 
     Returns
     -------
-    float
+    nap : float
         Seconds until it is worth looking again: as many as make it a small part of the time.
+    moment : float
+        When it was, by `time.monotonic`.
+    pages : DirtyPages
+        What the next harvest would have reported.
 
     Raises
     ------
     DirtyLogError
         The process has ended.
     """
-    began = time.monotonic()
+    began = time.thread_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", IncompleteLogWarning)  # the harvest says it again
-        process.peek()
-    return max(0.02, 50 * (time.monotonic() - began))
+        pages = process.peek()
+    return max(0.02, 50 * (time.thread_time() - began)), time.monotonic(), pages
 
 
 def launch(
@@ -148,7 +181,8 @@ def launch(
         From a program's start on, no mapping is too small: it grows later.
     begins : sequence of str
         Paths, as the program will name them, or parts of paths after ``*``: the
-        watch begins when it opens one. At its very start by default.
+        watch begins when it has opened, read and closed one; after ``!``, one that it
+        opened without O_CLOEXEC. At its very start by default.
     before : callable, optional
         Called with the process when it is watched and still stopped.
     follow_children : bool

@@ -6,7 +6,6 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from dirtylog._bits.atomic cimport dl_load_relaxed
@@ -38,7 +37,6 @@ from dirtylog._bits.blocks cimport (
 from dirtylog._bits.pages cimport DirtyPages
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
-from dirtylog._bits.simd cimport dl_kernels
 from dirtylog._bits.taking cimport take_pages
 from dirtylog._bits.words cimport check_apart
 
@@ -65,6 +63,7 @@ __all__ = [
     "DirtyBitmap", "compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "simd_path",
     "simd_paths", "zero_pages",
 ]
+
 
 @cython.final
 cdef class DirtyBitmap:

@@ -12,7 +12,6 @@ from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
-from dirtylog._bits.simd cimport dl_kernels
 from dirtylog._bits.taking cimport take_pages
 
 from dirtylog._bits.pages import check_geometry

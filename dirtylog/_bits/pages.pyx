@@ -47,7 +47,6 @@ from dirtylog._bits.sets cimport (
     dl_words_of_indices,
     dl_words_of_runs,
 )
-from dirtylog._bits.simd cimport dl_kernels
 
 __all__ = ["DirtyPages"]
 

@@ -12,8 +12,11 @@ PROPERTIES = {
     "a push finds a free entry": "CHECK_ROOM",
     "a returned mark is in the next harvest": "CHECK_PROMPT",
     "an overflow is declared of a full ring alone": "CHECK_TRUTH",
+    "source and copy never both run": "CHECK_BOTH",
+    "one of them runs in the end": "CHECK_NEITHER",
+    "only a complete and durable copy is given the right to run": "CHECK_KEPT",
 }
-LOSS, GOLDEN, ROOM, PROMPT, TRUTH = PROPERTIES
+LOSS, GOLDEN, ROOM, PROMPT, TRUTH, BOTH, NEITHER, KEPT = PROPERTIES
 
 
 @dataclass(frozen=True)
@@ -177,4 +180,19 @@ CHECKS: tuple[Check, ...] = (
         "TAKEN_IS_DROPPED",
     ),
     *_refuted("ring_log", TRUTH, "RECORD_AFTER_RESET"),
+    # The end of a migration.
+    *_holds("commit", BOTH, NEITHER, KEPT),
+    *_refuted(
+        "commit",
+        BOTH,
+        "RUN_WHEN_COMPLETE",
+        "RESUME_WITHOUT_ANSWER",
+        "RECORD_AFTER_RUN",
+        "STRANGER_IS_BELIEVED",
+        "REFUSES_AND_LISTENS",
+        "RESTART_RESUMES",
+        "RESUME_AFTER_DONE",
+    ),
+    *_refuted("commit", KEPT, "RUN_BEFORE_HAVE", "HAVE_BEFORE_DURABLE", "DROPPED_WHEN_BROKEN"),
+    *_refuted("commit", NEITHER, "REFUSAL_UNRECORDED"),
 )

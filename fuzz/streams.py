@@ -9,7 +9,7 @@ import numpy as np
 
 from dirtylog.sinks.migrate import MigrationError, receive
 from dirtylog.sinks.migrate.payloads import HELLO, PAGES, RAW, ROUND, ZSTD
-from dirtylog.sinks.migrate.wire import HEADER_BYTES, Kind
+from dirtylog.sinks.migrate.wire import HEADER_BYTES, VERSION, Kind
 from fuzz.target import Target, Wrong
 
 __all__ = ["Migration"]
@@ -20,7 +20,7 @@ _HEADER = struct.Struct("<4sBBHIQ")
 
 def frame(kind: int, payload: bytes, sequence: int) -> bytes:
     """Return a frame with the checksum that fits."""
-    header = _HEADER.pack(b"dlog", 1, kind, 0, sequence, len(payload))
+    header = _HEADER.pack(b"dlog", VERSION, kind, 0, sequence, len(payload))
     return header + struct.pack("<I", zlib.crc32(payload, zlib.crc32(header))) + payload
 
 
@@ -58,12 +58,13 @@ class Migration(Target):
         zeros = np.array([[512, 512]], "<i8").tobytes()
         for codec, content in ((RAW, memory), (ZSTD, zstandard.compress(memory))):
             payloads = [
-                (Kind.HELLO, HELLO.pack(nbytes, 512, codec)),
+                (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 512, codec)),
                 (Kind.ROUND, ROUND.pack(1)),
                 (Kind.PAGES, PAGES.pack(2, codec) + table + content),
                 (Kind.ROUND, ROUND.pack(2)),  # a page comes once per round
                 (Kind.ZEROS, zeros),
                 (Kind.END, b"digest"),
+                (Kind.RUN, bytes(16)),
             ]
             packed = b"".join(bytes([kind]) + len(body).to_bytes(2, "little") + body for kind, body in payloads)
             yield b"+" + packed

@@ -191,9 +191,9 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _OutFile:
-    """A file that memory arrives in, under a name of its own until all of it is there and on the disk.
+    """A file that memory arrives in, under a name of its own until the copy has the right to run.
 
-    A context manager: what has not been kept is removed.
+    A context manager: what is of no use is removed. What is complete stays, under whichever name it has.
     """
 
     def __init__(self, path: str) -> None:
@@ -207,7 +207,7 @@ class _OutFile:
         self.part = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.part")
         self.directory = directory or "."
         self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self.map: mmap.mmap | None = None
+        self.keep = False
 
     def reserve(self, nbytes: int) -> mmap.mmap:
         """Map so many bytes whose place on the disk is certain: a full disk is an error now, not SIGBUS later."""
@@ -218,22 +218,36 @@ class _OutFile:
             os.posix_fallocate(self.descriptor, 0, nbytes)
         except OSError as error:
             raise OSError(error.errno, f"{nbytes} bytes cannot be reserved: {error.strerror}", self.path) from None
-        self.map = mmap.mmap(self.descriptor, nbytes)
-        return self.map
+        return mmap.mmap(self.descriptor, nbytes)
 
-    def keep(self, memory: mmap.mmap) -> None:
-        """Make it durable, then give it its name; a file that has come to be there meanwhile is not replaced."""
+    def sync(self, memory: mmap.mmap) -> None:
+        """Make it durable, and its own name too."""
         import os
 
         memory.flush()
         os.fsync(self.descriptor)
+        self._sync_directory()
+
+    def publish(self, memory: mmap.mmap) -> None:
+        """Give it its name; a file that has come to be there meanwhile is not replaced."""
+        import os
+
+        # The only copy that has the right to run: whatever fails from here on, it stays.
+        self.keep = True
         try:
             os.link(self.part, self.path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                error.add_note(f"the memory is complete, in {self.part}")
                 raise
             # A file system without hard links.
             os.rename(self.part, self.path)
+        self.keep = False
+        self._sync_directory()
+
+    def _sync_directory(self) -> None:
+        import os
+
         directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
@@ -243,11 +257,16 @@ class _OutFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         import os
 
-        with suppress(FileNotFoundError):
-            os.unlink(self.part)
+        if getattr(error, "uncertain", False):
+            self.keep = True
+            if error is not None:
+                error.add_note(f"the memory is in {self.part}")
+        if not self.keep:
+            with suppress(FileNotFoundError):
+                os.unlink(self.part)
         os.close(self.descriptor)
 
 
@@ -287,7 +306,8 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
         memory = receive(
             sock,
             out=out.reserve if out else None,
-            arrived=out.keep if out else None,
+            arrived=out.sync if out else None,
+            start=out.publish if out else None,
             limit=args.limit << 20,
             deadline=args.deadline,
             progress=lambda *at: seen.__setitem__(slice(None), at),

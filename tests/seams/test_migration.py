@@ -14,7 +14,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks.migrate import MigrationError, Policy, receive, send
-from dirtylog.sinks.migrate.payloads import HELLO, PAGES, ROUND
+from dirtylog.sinks.migrate.payloads import HELLO, PAGES, PART, READY, ROUND
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
 
 NPAGES = 8
@@ -46,7 +46,7 @@ class Migration:
             channel = Channel(self.there)
             with contextlib.suppress(WireError, OSError):
                 channel.receive(Kind.HELLO)
-                channel.send(Kind.READY, counted=False)
+                channel.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
                 channel.receive(Kind.ROUND)
 
     def send(self, **options):
@@ -68,7 +68,7 @@ class Migration:
 def test_an_interrupt_anywhere_loses_no_page_and_leaves_nobody_in_the_dark(hang_up, interrupt_class):
     for at in itertools.count(1):
         migration = Migration(hang_up)
-        interrupt = interrupt_class(at, "migrate/sender.py", "migrate/wire.py", "dirtylog/epochs.py")
+        interrupt = interrupt_class(at, "migrate/sender.py", "migrate/rounds.py", "migrate/wire.py", "/epochs.py")
         failed = told = False
         try:
             with interrupt.active():
@@ -223,13 +223,13 @@ def end_of(frames, **options):
     with here:
         here.settimeout(30)
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(NPAGES * 4096, 4096, 0))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0))
         try:
             channel.receive(Kind.READY, counted=False)
             for kind, payload in frames:
                 channel.send(kind, payload)
             here.shutdown(socket.SHUT_WR)
-            channel.receive(Kind.DONE, counted=False)
+            channel.receive(Kind.HAVE, counted=False)
         except (WireError, OSError) as error:
             heard = str(error)
         thread.join()
@@ -310,25 +310,22 @@ class Deaf(socket.socket):
         super().sendall(data)
 
 
-def test_a_receiver_whose_last_word_is_lost_says_that_it_has_everything():
+def test_a_receiver_whose_last_word_is_lost_has_the_right_to_run_all_the_same():
     migration = Migration()
-    error = []
+    received = []
 
     def run():
         with Deaf(fileno=migration.there.detach()) as sock:
             # The descriptor does not block, because the socket it comes from has a timeout.
             sock.settimeout(30)
-            try:
-                receive(sock)
-            except Exception as raised:
-                error.append(raised)
+            received.append(receive(sock))
 
     migration.thread = threading.Thread(target=run)
     with pytest.raises(MigrationError) as caught:
         migration.send()
-    assert error[0].uncertain, error
+    assert (received[0] == migration.memory).all()
     assert caught.value.uncertain
-    assert "all of it has arrived" in str(error[0])
+    assert migration.calls == ["pause"]
 
 
 def test_zero_pages_commit_no_memory_at_the_receiver():
@@ -385,7 +382,9 @@ def test_a_file_appears_when_it_is_complete_and_never_replaces_another(tmp_path)
         memory = out.reserve(8192)
         memory[:4] = b"page"
         assert not path.exists()
-        out.keep(memory)
+        out.sync(memory)
+        assert not path.exists()
+        out.publish(memory)
     assert path.read_bytes() == b"page" + bytes(8188)
     assert os.listdir(tmp_path) == ["memory"]
     assert path.stat().st_mode & 0o777 == 0o600
@@ -395,10 +394,29 @@ def test_a_file_appears_when_it_is_complete_and_never_replaces_another(tmp_path)
     with _OutFile(str(other)) as out:
         memory = out.reserve(4096)
         other.write_bytes(b"theirs")
-        with pytest.raises(FileExistsError):
-            out.keep(memory)
+        # It has the right to run by then: it stays, and the error says where.
+        with pytest.raises(FileExistsError) as caught:
+            out.publish(memory)
     assert other.read_bytes() == b"theirs"
-    assert sorted(os.listdir(tmp_path)) == ["memory", "other"]
+    [kept] = set(os.listdir(tmp_path)) - {"memory", "other"}
+    assert caught.value.__notes__ == [f"the memory is complete, in {tmp_path / kept}"]
+
+
+def test_what_is_complete_and_was_not_told_to_run_is_kept_and_the_rest_is_not(tmp_path):
+    from dirtylog.commands.migrate import _OutFile
+
+    def arrive(error):
+        with _OutFile(str(tmp_path / "memory")) as out:
+            out.reserve(4096)
+            raise error
+
+    with pytest.raises(MigrationError):
+        arrive(MigrationError("the line is cut"))
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(MigrationError) as caught:
+        arrive(MigrationError("the line is cut", uncertain=True))
+    [kept] = os.listdir(tmp_path)
+    assert kept in caught.value.__notes__[0]
 
 
 def test_a_file_that_finds_no_room_is_refused_before_a_page_is_sent(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog
 from dirtylog.sinks.migrate import MigrationError, NotConverging, Policy, receive, send
+from dirtylog.sinks.migrate.payloads import PART, READY
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
 
 NPAGES = 600
@@ -321,10 +322,10 @@ def test_an_answer_that_does_not_match_is_no_arrival():
     with here, there:
         answering = Channel(there)
 
-        answering.send(Kind.READY, counted=False)
+        answering.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
         with pytest.raises(MigrationError, match="the receiver's digest differs") as caught:
-            send(here, source.memory, source.observer, pause=lambda: answering.send(Kind.DONE, bytes(32)))
-    assert caught.value.uncertain
+            send(here, source.memory, source.observer, pause=lambda: answering.send(Kind.HAVE, bytes(32)))
+    assert not caught.value.uncertain
     assert source.pending().count == 4
 
 
@@ -336,7 +337,7 @@ def end_of_a_migration(source, last_word):
         with there:
             channel = Channel(there)
             channel.receive(Kind.HELLO)
-            channel.send(Kind.READY, counted=False)
+            channel.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
             kind = None
             while kind != Kind.END:
                 digest = channel.digest()
@@ -356,7 +357,12 @@ def end_of_a_migration(source, last_word):
 
 def test_a_source_whose_copy_may_run_stays_paused():
     source = Source(22)
-    error = end_of_a_migration(source, lambda channel, digest: None)
+
+    def take_the_right(channel, digest):
+        channel.send(Kind.HAVE, digest, counted=False)
+        channel.receive(Kind.RUN)
+
+    error = end_of_a_migration(source, take_the_right)
     assert isinstance(error, MigrationError)
     assert error.uncertain
     assert source.paused
@@ -370,12 +376,12 @@ class Interrupted(socket.socket):
 
     def sendall(self, data):
         super().sendall(data)
-        if self.after == "sendall" and data[5] == Kind.END:
+        if self.after == "sendall" and data[5] == Kind.RUN:
             raise KeyboardInterrupt
 
     def recv_into(self, buffer):
         count = super().recv_into(buffer)
-        if self.after == "recv_into" and buffer.nbytes == 32:
+        if self.after == "recv_into" and buffer.nbytes == 16:
             raise KeyboardInterrupt
         return count
 

@@ -13,6 +13,8 @@ from dirtylog.sinks.migrate.door import Keys, Listener, connect
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.receiver import receive
 from dirtylog.sinks.migrate.sender import send
+from dirtylog.sinks.migrate.sessions import Status, status
+from dirtylog.sinks.migrate.settling import settle
 
 __all__ = [
     "Keys",
@@ -22,9 +24,12 @@ __all__ = [
     "Policy",
     "Result",
     "Round",
+    "Status",
     "connect",
     "receive",
     "send",
+    "settle",
+    "status",
 ]
 
 publish(__name__, globals(), __all__)

@@ -14,15 +14,32 @@ from dirtylog.errors import BackendUnavailable
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["HELLO", "MIN_PAGE_SIZE", "PAGES", "RAW", "ROUND", "ZSTD", "compressor", "granule_offsets"]
+__all__ = [
+    "COMPLETE",
+    "HELLO",
+    "MIN_PAGE_SIZE",
+    "PAGES",
+    "PART",
+    "RAW",
+    "READY",
+    "ROUND",
+    "RUNS",
+    "ZSTD",
+    "compressor",
+    "granule_offsets",
+]
 
 # Below this a window's table of extents would not fit its frame.
 MIN_PAGE_SIZE = 512
-# Buffer size and page size in bytes, codec; number of the round; number of extents, codec.
-HELLO = struct.Struct("<QQB")
+# Session, buffer size and page size in bytes, codec; how far the copy is, rounds begun, frames of pages applied;
+# number of the round; number of extents, codec.
+HELLO = struct.Struct("<16sQQB")
+READY = struct.Struct("<B7xQQ")
 ROUND = struct.Struct("<Q")
 PAGES = struct.Struct("<IB3x")
 RAW, ZSTD = 0, 1
+# How far the copy is, in READY.
+PART, COMPLETE, RUNS = 0, 1, 2
 
 
 def compressor() -> Callable[[Buffer], bytes]:

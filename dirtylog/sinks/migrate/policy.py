@@ -103,8 +103,12 @@ class Result:
     nbytes, wire_bytes : int
         Bytes of pages sent, over all rounds; bytes that went over the socket.
     problems : tuple of Exception
-        What `throttle` or `progress` raised after the receiver had said that it has everything. The migration is
-        complete all the same, so nothing of that is an error of it.
+        What `throttle` or `progress` raised, or the journal, after the copy had taken the right to run. The migration
+        is complete all the same, so nothing of that is an error of it.
+    session : str
+        Its identifier, for :func:`status`.
+    breaks : int
+        How many times the line broke and was replaced.
     """
 
     rounds: tuple[Round, ...]
@@ -113,6 +117,8 @@ class Result:
     nbytes: int
     wire_bytes: int
     problems: tuple[Exception, ...] = ()
+    session: str = ""
+    breaks: int = 0
 
 
 class MigrationError(DirtyLogError):
@@ -123,14 +129,20 @@ class MigrationError(DirtyLogError):
     rounds : tuple of Round
         What was done before.
     uncertain : bool
-        Everything was sent and the answer was lost: the receiver may hold a complete copy, and run. The source is
-        paused still: let it go on only once it is sure that the copy does not run.
+        Only the other end knows who may run. Of `send`: the right to run was given away and the answer was lost; the
+        source is paused still. Of `receive`: the copy is complete, and was not told to run before the line broke.
+        :func:`settle` asks the other end, :func:`status` says how far this one is.
+    session : str
+        The identifier, for these two; empty where the ends had not met.
     """
 
-    def __init__(self, message: str, rounds: tuple[Round, ...] = (), uncertain: bool = False) -> None:
+    def __init__(
+        self, message: str, rounds: tuple[Round, ...] = (), uncertain: bool = False, session: str = ""
+    ) -> None:
         super().__init__(message)
         self.rounds = rounds
         self.uncertain = uncertain
+        self.session = session
 
 
 class NotConverging(MigrationError):

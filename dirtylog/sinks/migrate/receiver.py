@@ -1,9 +1,15 @@
-"""The destination of a migration: takes frames from a socket, trusts none of them, and fills memory."""
+"""The destination of a migration: takes frames from a socket, trusts none of them, and fills memory.
+
+The copy may run when the source has given it the right to, and never before: see `sender.py`.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,9 +21,23 @@ from dirtylog._bits.pages import check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.extents import WINDOW
-from dirtylog.sinks.migrate.payloads import HELLO, MIN_PAGE_SIZE, PAGES, RAW, ROUND, ZSTD, compressor, granule_offsets
+from dirtylog.sinks.migrate.payloads import (
+    COMPLETE,
+    HELLO,
+    MIN_PAGE_SIZE,
+    PAGES,
+    PART,
+    RAW,
+    READY,
+    ROUND,
+    RUNS,
+    ZSTD,
+    compressor,
+    granule_offsets,
+)
 from dirtylog.sinks.migrate.policy import MigrationError
-from dirtylog.sinks.migrate.wire import MAX_EXTENTS, Channel, Kind, WireError
+from dirtylog.sinks.migrate.sessions import Record
+from dirtylog.sinks.migrate.wire import MAX_EXTENTS, Channel, Kind, Refusal, WireError
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
@@ -44,7 +64,7 @@ def _table(raw: memoryview, nbytes: int, granule: int) -> npt.NDArray[np.int64]:
     return extents
 
 
-class _Receiver:
+class _Filling:
     """One migration under way, seen from the destination."""
 
     def __init__(self, target: memoryview, page_size: int, codec: int) -> None:
@@ -52,8 +72,12 @@ class _Receiver:
         self.granule = min(page_size, WINDOW)
         self.codec = codec
         self.seen = DirtyBitmap(-(-target.nbytes // self.granule))
-        self.number = self.done = 0
+        self.number = self.done = self.applied = 0
         # A sender sends each page once a round: what is left of the round that is under way.
+        self.left = 0
+
+    def resumed(self) -> None:
+        """Go on on another line: the round that was cut counts, and pages come in a new one alone."""
         self.left = 0
 
     def round(self, payload: memoryview, max_rounds: int) -> None:
@@ -91,6 +115,7 @@ class _Receiver:
             raise WireError(f"a PAGES frame holds {memoryview(data).nbytes} bytes for extents of {size}")
         scatter(data, extents, self.target)
         self.mark(extents)
+        self.applied += 1
 
     def unpacked(self, data: memoryview, size: int) -> bytes:
         import zstandard
@@ -110,9 +135,175 @@ class _Receiver:
         self.took(int(extents[:, 1].sum()))
         zero_extents(self.target, extents)
         self.mark(extents)
+        self.applied += 1
 
     def mark(self, extents: npt.NDArray[np.int64]) -> None:
         self.seen.mark_pages(granule_offsets(extents, self.granule) // self.granule)
+
+
+class _Stage(IntEnum):
+    """How far the copy has come, as far as it decides who may run."""
+
+    PART = PART
+    """Not complete."""
+    HAVE = COMPLETE
+    """Complete and kept. It may run when it is told to, and never before."""
+    RUNS = RUNS
+    """It has the right to run, and the source has not."""
+    GONE = 3
+    """Given up before it was told to run: it never may."""
+
+
+@dataclass(slots=True)
+class _Copy:
+    """One migration under way, seen from the destination, over as many lines as it takes."""
+
+    channel: Channel
+    out: Memory | Callable[[int], Memory] | None
+    limit: int
+    max_rounds: int
+    arrived: Callable[[Any], object] | None
+    start: Callable[[Any], object] | None
+    progress: Callable[[int, int], object] | None
+    reconnect: Callable[[int], socket.socket] | None
+    journal: str | os.PathLike[str] | None
+    stage: _Stage = _Stage.PART
+    filling: _Filling | None = None
+    record: Record | None = None
+    agreed: bytes = b""
+    result: Any = None
+    breaks: int = 0
+    own: socket.socket | None = None
+    problem: BaseException | None = None
+
+    @property
+    def session(self) -> str:
+        return "" if self.record is None else self.record.session
+
+    def move(self, stage: _Stage) -> None:
+        """Come to a stage, and record it before anything is said that depends on it."""
+        self.stage = stage
+        if self.record is not None:
+            self.record.set(stage.name.lower())
+
+    def run(self) -> None:
+        """Receive until the copy has the right to run and the sender knows it."""
+        while True:
+            try:
+                self.agree()
+                if self.stage == _Stage.PART:
+                    self.pages()
+                if self.stage == _Stage.HAVE:
+                    self.hear()
+                self.channel.send(Kind.DONE, self.agreed[:16], counted=False)
+            except (OSError, WireError) as error:
+                self.again(error)
+            else:
+                return
+
+    def again(self, error: Exception) -> None:
+        """Take another line in place of a broken one. Raises `error` where there is none."""
+        if self.reconnect is None or not self.channel.broken:
+            raise error
+        self.breaks += 1
+        # What this raises ends the migration.
+        sock = self.reconnect(self.breaks)
+        self.close()
+        self.own = sock
+        self.channel = self.channel.again(sock)
+
+    def close(self) -> None:
+        """Close the socket that `reconnect` gave, if any."""
+        own, self.own = self.own, None
+        if own is not None:
+            own.close()
+
+    def agree(self) -> None:
+        """Hear what is coming, make room for it, and say how far this session has come."""
+        _, payload = self.channel.receive(Kind.HELLO)
+        said = bytes(payload)
+        if self.filling is None:
+            self.result, self.filling = _room(said, self.out, self.limit)
+            self.agreed = said
+            self.record = Record(said[:16].hex(), "copy", self.journal)
+            self.move(_Stage.PART)
+        elif said not in (self.agreed, self.agreed[:16] + bytes(HELLO.size - 16)):
+            self.channel.refuse("another session is being received here")
+            self.channel.broken = True
+            raise WireError("a sender of another session, or of other memory, came in place of the one that was lost")
+        else:
+            self.filling.resumed()
+        answer = READY.pack(self.stage, self.filling.number, self.filling.applied)
+        self.channel.send(Kind.READY, answer, counted=False)
+
+    def pages(self) -> None:
+        """Receive pages until all are there, verified and kept; then say so."""
+        channel, filling = self.channel, self.filling
+        assert filling is not None
+        while True:
+            before = channel.digest()
+            kind, payload = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.END)
+            if kind == Kind.ROUND:
+                filling.round(payload, self.max_rounds)
+            elif kind == Kind.END:
+                if bytes(payload) != before:
+                    raise WireError("the sender's digest differs: not everything it sent has arrived")
+                missing = filling.seen.npages - filling.seen.count()
+                if missing:
+                    raise WireError(f"the sender says that was all, and {missing} pages never came")
+                if self.arrived is not None:
+                    self.arrived(self.result)
+                self.move(_Stage.HAVE)
+                channel.send(Kind.HAVE, before, counted=False)
+                return
+            else:
+                (filling.pages if kind == Kind.PAGES else filling.zeros)(payload)
+                if self.progress is not None:
+                    self.progress(filling.number, filling.done)
+
+    def hear(self) -> None:
+        """Wait for the right to run, and take it."""
+        _, payload = self.channel.receive(Kind.RUN, counted=False)
+        if bytes(payload) != self.agreed[:16]:
+            raise WireError("the right to run is for another session")
+        try:
+            self.move(_Stage.RUNS)
+            if self.start is not None:
+                self.start(self.result)
+        except Exception as problem:
+            # The right is here all the same, and the sender hears so.
+            self.problem = problem
+
+    def fail(self, error: BaseException) -> None:
+        """End as what there is demands; raises what the caller is told, or returns where the copy may run."""
+        expected = isinstance(error, (OSError, WireError))
+        if self.stage == _Stage.RUNS:
+            if expected:
+                # Only the answer may be lost; nothing turns this into a failure.
+                return
+            error.add_note(f"the copy has the right to run, and the source has not; session {self.session}")
+            raise error
+        if self.stage == _Stage.HAVE and self.channel.broken and expected:
+            raise MigrationError(
+                f"the copy is complete and was not told to run before the line broke: settle session {self.session}, "
+                f"or ask the source's end ({error})",
+                uncertain=True,
+                session=self.session,
+            ) from error
+        try:
+            # Before the sender hears so: it takes the right back on this word.
+            self.move(_Stage.GONE)
+        finally:
+            if not isinstance(error, Refusal):
+                self.channel.refuse(
+                    str(error) if expected or isinstance(error, BackendUnavailable) else _summary(error)
+                )
+        if not expected:
+            if self.session:
+                error.add_note(f"the copy was given up before it was told to run, and must not; session {self.session}")
+            raise error
+        number = self.filling.number if self.filling else 0
+        raise MigrationError(f"migration failed in round {number}: {error}", session=self.session) from error
 
 
 def receive(
@@ -121,8 +312,11 @@ def receive(
     out: Memory | Callable[[int], Memory] | None = None,
     limit: int = 1 << 36,
     arrived: Callable[[Any], object] | None = None,
+    start: Callable[[Any], object] | None = None,
     max_rounds: int = 1000,
     deadline: float | None = None,
+    reconnect: Callable[[int], socket.socket] | None = None,
+    journal: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> Any:
     """Receive the memory that :func:`send` sends from the other end.
@@ -130,8 +324,8 @@ def receive(
     Parameters
     ----------
     sock : socket.socket
-        Connected stream socket; give it a timeout if the peer may hang: it bounds each frame as a whole. It stays
-        open and yours.
+        Connected stream socket, best from :meth:`Listener.accept`; give it a timeout if the peer may hang: it bounds
+        each frame as a whole. It stays open and yours.
     out : buffer or callable, optional
         Writable C-contiguous memory of exactly the source's size, or what makes it: called with the size in bytes
         before the first page is sent, so that a file of that size can be reserved. By default a new uint8 array.
@@ -139,25 +333,33 @@ def receive(
         Refuse memory of more bytes than this (64 GiB), unless `out` is a buffer.
     arrived : callable, optional
         Called with the memory when all of it is there and checked, before the sender hears so. Make it durable here:
-        what this raises tells the sender that the migration failed, and the source goes on.
+        what this raises tells the sender that the migration failed, and the source goes on. The copy may not run yet.
+    start : callable, optional
+        Called with the memory when the source has given the copy the right to run, before the sender hears that it was
+        taken. What it raises is raised at the end, with a note: the copy has the right all the same.
     max_rounds : int
         Refuse more rounds than this.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
+    reconnect : callable, optional
+        Called when the line breaks, with how many times it has; returns the socket of the sender that came again,
+        which is closed for you, or raises what ends the migration: ``lambda breaks: listener.accept(60)``.
+    journal : path, optional
+        A directory in which :func:`status` finds who may run even if this process is killed.
     progress : callable, optional
         Called with the round's number and the bytes of pages received so far, once a frame.
 
     Returns
     -------
     buffer
-        `out`, or the new array: the source's memory as it was when it was paused.
+        `out`, or the new array: the source's memory as it was when it was paused. The copy has the right to run.
 
     Raises
     ------
     MigrationError
         The connection ended before the end, the sender gave up, or anything it sent was not right. What `out` holds
-        then is of no use, unless the error is ``uncertain``: then all of it is there, and only the answer to the
-        sender may be lost. Ask the source's side before you let the copy run.
+        then is of no use, unless the error is ``uncertain``: then all of it is there, and the source had not said that
+        it may run. Ask there, or :func:`settle`, before you let the copy run.
     Exception
         What a callable raises; the sender is told.
 
@@ -166,50 +368,24 @@ def receive(
     Nothing that arrives is trusted: frames, tables and compressed data are bounded and checked before they are used,
     a round brings each page once at most and only the last may be empty, and every page must have come before the end
     is believed. Allocates the memory and a few MiB; memory whose pages are zero is not committed. CRC-32 finds
-    accidents; for a line that somebody may listen to or change use TLS (an `ssl.SSLSocket` will do).
+    accidents; for a line that somebody may listen to or change use TLS: :class:`Listener` with :class:`Keys`.
     """
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be 1 or more")
     channel = Channel(sock, deadline)
     if out is not None and not callable(out):
         flat_bytes(out, writable=True, what="out")
-    receiver: _Receiver | None = None
-    last_word = False
+    copy = _Copy(channel, out, limit, max_rounds, arrived, start, progress, reconnect, journal)
     try:
-        result, receiver = _agree(channel, out, limit)
-        while True:
-            before = channel.digest()
-            kind, payload = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.END)
-            if kind == Kind.ROUND:
-                receiver.round(payload, max_rounds)
-            elif kind == Kind.END:
-                if bytes(payload) != before:
-                    raise WireError("the sender's digest differs: not everything it sent has arrived")
-                missing = receiver.seen.npages - receiver.seen.count()
-                if missing:
-                    raise WireError(f"the sender says that was all, and {missing} pages never came")
-                if arrived is not None:
-                    arrived(result)
-                # Before it is sent: an interrupt may come between the last byte and the next line.
-                last_word = True
-                channel.send(Kind.DONE, before, counted=False)
-                return result
-            else:
-                (receiver.pages if kind == Kind.PAGES else receiver.zeros)(payload)
-                if progress is not None:
-                    progress(receiver.number, receiver.done)
+        copy.run()
     except BaseException as error:
-        if last_word:
-            text = "all of it has arrived, and the sender may not have heard so: ask there before the copy runs"
-            if isinstance(error, OSError):
-                raise MigrationError(f"{text} ({error})", uncertain=True) from error
-            error.add_note(text)
-            raise
-        expected = isinstance(error, (OSError, WireError))
-        channel.refuse(str(error) if expected or isinstance(error, BackendUnavailable) else _summary(error))
-        if not expected:
-            raise
-        raise MigrationError(f"migration failed in round {receiver.number if receiver else 0}: {error}") from error
+        copy.fail(error)
+    finally:
+        copy.close()
+    if copy.problem is not None:
+        copy.problem.add_note(f"the copy has the right to run, and the source has not; session {copy.session}")
+        raise copy.problem
+    return copy.result
 
 
 def _summary(error: BaseException) -> str:
@@ -217,12 +393,11 @@ def _summary(error: BaseException) -> str:
     return f"the receiver failed ({type(error).__name__}: {error})"
 
 
-def _agree(channel: Channel, out: Memory | Callable[[int], Memory] | None, limit: int) -> tuple[Any, _Receiver]:
-    """Hear what is coming, make room for it, and say go."""
-    _, payload = channel.receive(Kind.HELLO)
-    if payload.nbytes != HELLO.size:
-        raise WireError(f"a HELLO frame of {payload.nbytes} bytes")
-    nbytes, page_size, codec = HELLO.unpack(payload)
+def _room(payload: bytes, out: Memory | Callable[[int], Memory] | None, limit: int) -> tuple[Any, _Filling]:
+    """Check what is coming, and make room for it."""
+    if len(payload) != HELLO.size:
+        raise WireError(f"a HELLO frame of {len(payload)} bytes")
+    _, nbytes, page_size, codec = HELLO.unpack(payload)
     try:
         check_geometry(-(-nbytes // max(page_size, 1)), page_size)
     except ValueError as error:
@@ -239,6 +414,4 @@ def _agree(channel: Channel, out: Memory | Callable[[int], Memory] | None, limit
         raise WireError(f"the sender announces {nbytes} bytes; out has {target.nbytes}")
     if codec == ZSTD:
         compressor()
-    receiver = _Receiver(target, page_size, codec)
-    channel.send(Kind.READY, counted=False)
-    return result, receiver
+    return result, _Filling(target, page_size, codec)

@@ -1,125 +1,33 @@
-"""The sending end: rounds over a socket while the memory is written, until the rest fits the downtime."""
+"""The sending end: rounds over a socket while the memory is written, until the rest fits the downtime.
+
+The end is in two steps. The copy says that it has everything, verified and kept; only then the source gives its right
+to run away, records that, and says so; only then may the copy run. Until the right is given every failure leaves it
+with the source; from then on it never comes back by itself.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
-from dirtylog._bits.copying import gather
 from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
-from dirtylog._core import zero_pages
-from dirtylog.sinks.extents import WINDOW, PackedExtents
-from dirtylog.sinks.migrate.payloads import HELLO, MIN_PAGE_SIZE, PAGES, RAW, ROUND, ZSTD, compressor, granule_offsets
+from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS, compressor
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
+from dirtylog.sinks.migrate.rounds import Rounds
+from dirtylog.sinks.migrate.sessions import Record, check_unused, new_session
 from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
     from dirtylog._typing import Memory
     from dirtylog.log import Observer
 
 __all__ = ["send"]
-
-
-def _joined(offsets: npt.NDArray[np.int64], granule: int, end: int) -> npt.NDArray[np.int64]:
-    """Return ascending granules as extents, neighbours joined, nothing past `end`."""
-    starts = np.flatnonzero(np.diff(offsets, prepend=-2 * granule) != granule)
-    lengths = np.diff(starts, append=len(offsets)) * granule
-    extents = np.stack([offsets[starts], lengths], axis=1)
-    extents[-1, 1] = min(extents[-1, 1], end - extents[-1, 0])
-    return extents
-
-
-@dataclass(slots=True)
-class _Sender:
-    """One migration under way, seen from the source."""
-
-    channel: Channel
-    view: memoryview
-    page_size: int
-    compress: Callable[[Buffer], bytes] | None
-    clock: Callable[[], float]
-    rounds: list[Round] = field(default_factory=list)
-    staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
-    packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
-
-    def hello(self) -> None:
-        codec = ZSTD if self.compress else RAW
-        self.channel.send(Kind.HELLO, HELLO.pack(self.view.nbytes, self.page_size, codec))
-        self.channel.receive(Kind.READY, counted=False)
-
-    def round(self, pages: DirtyPages, final: bool = False) -> None:
-        number = len(self.rounds) + 1
-        begin, before = self.clock(), self.channel.bytes_sent
-        self.channel.send(Kind.ROUND, ROUND.pack(number))
-        packed = PackedExtents(pages, self.view.nbytes)
-        zeros = 0
-        for start, end, extents in packed.windows():
-            zeros += self.window(extents, end - start)
-        seconds = self.clock() - begin
-        self.rounds.append(
-            Round(
-                number=number,
-                final=final,
-                pages=pages.count,
-                zero_pages=zeros // max(self.page_size // WINDOW, 1),
-                nbytes=packed.total,
-                wire_bytes=self.channel.bytes_sent - before,
-                seconds=seconds,
-                bandwidth=packed.total / seconds if seconds > 0 else float("inf"),
-            )
-        )
-
-    def window(self, extents: npt.NDArray[np.int64], nbytes: int) -> int:
-        """Send one window; return how many of its granules were zero."""
-        part = self.staging[:nbytes]
-        # Copied once: zero or not is asked of the bytes that are sent.
-        gather(self.view, extents, part)
-        granule = min(self.page_size, WINDOW)
-        zeros = zero_pages(part, granule)
-        if not zeros:
-            self.data(extents, part)
-            return 0
-        offsets = granule_offsets(extents, granule)
-        zero = zeros.indices()
-        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.view.nbytes).astype("<i8").tobytes())
-        other = (DirtyPages._all(zeros.npages, granule, exact=True) - zeros).indices()
-        if len(other):
-            within = _joined(other * granule, granule, nbytes)
-            packed = self.packing[: int(within[:, 1].sum())]
-            gather(part, within, packed)
-            self.data(_joined(offsets[other], granule, self.view.nbytes), packed)
-        return zeros.count
-
-    def data(self, extents: npt.NDArray[np.int64], part: memoryview) -> None:
-        codec, payload = RAW, part
-        if self.compress:
-            smaller = self.compress(part)
-            if len(smaller) < part.nbytes:
-                codec, payload = ZSTD, memoryview(smaller)
-        table = extents.astype("<i8").tobytes()
-        self.channel.send(Kind.PAGES, PAGES.pack(len(extents), codec), table, payload)
-
-    def dirtied(self, pages: DirtyPages, throttle: float) -> Round:
-        """Complete the last round with what was dirtied during it."""
-        last = self.rounds[-1]
-        self.rounds[-1] = replace(
-            last,
-            dirtied=pages.count,
-            dirty_rate=pages.count / last.seconds if last.seconds > 0 else 0.0,
-            expected_downtime=pages.nbytes / last.bandwidth if last.bandwidth > 0 else float("inf"),
-            throttle=throttle,
-        )
-        return self.rounds[-1]
 
 
 class _Stage(IntEnum):
@@ -128,11 +36,11 @@ class _Stage(IntEnum):
     LIVE = 0
     """The source runs."""
     PAUSED = 1
-    """The source may be paused; the copy is certainly not complete."""
-    SENT = 2
-    """The end may be out: the receiver may hold a complete copy. Only its own word says that it does not."""
+    """The source may be paused; the copy has no right to run, complete or not."""
+    GIVEN = 2
+    """The right is given away: the copy may run. Only its own word says that it does not."""
     DONE = 3
-    """The receiver has said that it has everything."""
+    """The copy has said that it has the right."""
 
 
 @dataclass(slots=True)
@@ -142,16 +50,21 @@ class _Attempt:
     Each of these is crossed off when it is done, so that `give_up` can be interrupted and called again.
     """
 
-    sender: _Sender
+    sender: Rounds
     observer: Observer
     taken: DirtyPages
     resume: Callable[[], object] | None
     throttle: Callable[[float], object] | None
+    reconnect: Callable[[int], socket.socket] | None
+    record: Record
     stage: _Stage = _Stage.LIVE
     level: float = 0.0
     certain: bool = False
     resumed: bool = False
     told: bool = False
+    breaks: int = 0
+    own: socket.socket | None = None
+    problems: list[Exception] = field(default_factory=list)
 
     def take(self, pages: DirtyPages) -> DirtyPages:
         """Remember what has to go back if this fails."""
@@ -160,21 +73,119 @@ class _Attempt:
 
     @property
     def uncertain(self) -> bool:
-        return self.stage == _Stage.SENT and not self.certain
+        return self.stage == _Stage.GIVEN and not self.certain
+
+    # ---- going on after a broken line --------------------------------------------------------------------------------
+
+    def again(self, error: Exception) -> int:
+        """Replace a broken line; return how far the copy is. Raises `error` where there is none to replace."""
+        while True:
+            if self.reconnect is None or not self.sender.channel.broken or isinstance(error, Refusal):
+                raise error
+            self.breaks += 1
+            # What this raises ends the migration.
+            sock = self.reconnect(self.breaks)
+            self.close()
+            self.own = sock
+            self.sender.channel = self.sender.channel.again(sock)
+            try:
+                return self.sender.hello()
+            except Refusal as refusal:
+                if self.stage == _Stage.GIVEN:
+                    # Not the word of the copy that was given the right: nothing follows from it.
+                    raise WireError(f"another receiver answers: {refusal}") from error
+                raise
+            except (OSError, WireError) as another:
+                error = another
+
+    def close(self) -> None:
+        """Close the socket that `reconnect` gave, if any."""
+        own, self.own = self.own, None
+        if own is not None:
+            own.close()
+
+    def begin(self) -> None:
+        try:
+            stage = self.sender.hello()
+        except (OSError, WireError) as error:
+            stage = self.again(error)
+        self.check_part(stage)
+
+    def check_part(self, stage: int) -> None:
+        if stage != PART:
+            raise WireError("the copy says that it is complete, and it cannot be: another migration of this session?")
+
+    def round(self, pages: DirtyPages, final: bool = False) -> None:
+        """Send a round, over as many lines as it takes; what a live source dirtied meanwhile goes with it."""
+        while True:
+            try:
+                self.sender.round(pages, final)
+            except (OSError, WireError) as error:
+                self.check_part(self.again(error))
+            else:
+                return
+            pages = self.sender.lacking()
+            if not final:
+                with self.observer.collect() as epoch:
+                    pages = pages | self.take(epoch.pages)
+
+    # ---- the right to run --------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Hear that the copy is complete, give it the right to run, and hear that it has it."""
+        stage = PART
+        # From the last line on nothing turns this into a migration that failed.
+        while self.stage < _Stage.DONE:
+            try:
+                if stage == PART:
+                    self.complete()
+                if stage < RUNS:
+                    self.give()
+                self.hear()
+                self.stage = _Stage.DONE
+            except (OSError, WireError) as error:
+                stage = self.again(error)
+                if self.stage < _Stage.GIVEN and stage == RUNS:
+                    raise WireError("the copy says that it runs, and it was never given the right to") from error
+                if self.stage == _Stage.GIVEN and stage == PART:
+                    raise WireError("the copy was complete and is not any more: another receiver answers") from error
+                if stage == PART:
+                    self.round(self.sender.lacking(), final=True)
+
+    def complete(self) -> None:
+        channel = self.sender.channel
+        digest = channel.digest()
+        channel.send(Kind.END, digest)
+        _, answer = channel.receive(Kind.HAVE, counted=False)
+        if answer != digest:
+            raise WireError("the receiver's digest differs: it has not seen what was sent")
+
+    def give(self) -> None:
+        if self.stage < _Stage.GIVEN:
+            # Recorded before it is said. Until then whatever breaks takes it back: RUN comes after both lines.
+            self.record.set("given")
+            self.stage = _Stage.GIVEN
+        self.sender.channel.send(Kind.RUN, self.sender.session)
+
+    def hear(self) -> None:
+        _, answer = self.sender.channel.receive(Kind.DONE, counted=False)
+        if answer != self.sender.session:
+            raise WireError("the copy answers for another session")
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
 
     def epilogue(self, progress: Callable[[Round], object] | None) -> tuple[Exception, ...]:
         """Call what is called after the end; what that raises is not a failure of the migration."""
-        problems: list[Exception] = []
-        try:
-            self.unthrottle()
-        except Exception as problem:
-            problems.append(problem)
-        try:
-            if progress is not None:
-                progress(self.sender.rounds[-1])
-        except Exception as problem:
-            problems.append(problem)
-        return tuple(problems)
+        last = self.sender.rounds[-1]
+        calls: list[Callable[[], object]] = [lambda: self.record.set("done"), self.unthrottle]
+        if progress is not None:
+            calls.append(lambda: progress(last))
+        for call in calls:
+            try:
+                call()
+            except Exception as problem:
+                self.problems.append(problem)
+        return tuple(self.problems)
 
     def unthrottle(self) -> None:
         level, self.level = self.level, 0.0
@@ -188,7 +199,10 @@ class _Attempt:
         # After the end as well: whoever is not handed a result has to be able to send everything again.
         self.put_back(error)
         try:
-            if self.stage in (_Stage.PAUSED, _Stage.SENT) and not self.uncertain and not self.resumed:
+            if self.stage in (_Stage.PAUSED, _Stage.GIVEN) and not self.uncertain and not self.resumed:
+                if self.record.stage != "live":
+                    # If this fails the source stays paused: somebody may settle by what the journal says.
+                    self.record.set("live")
                 self.resumed = True
                 if self.resume is not None:
                     self.resume()
@@ -199,8 +213,12 @@ class _Attempt:
                 error.add_note(f"throttle(0.0) failed as well ({type(problem).__name__}: {problem})")
             finally:
                 self.tell()
+                self.close()
         if self.uncertain and not isinstance(error, (OSError, WireError)):
-            error.add_note("the destination may hold a complete copy and run: the source was left paused")
+            error.add_note(
+                "the right to run was given away, and the destination may run: the source was left paused; "
+                f"settle session {self.record.session}"
+            )
         if self.stage == _Stage.DONE:
             error.add_note("the migration is complete: the destination has everything and may run; do not resume")
 
@@ -213,7 +231,7 @@ class _Attempt:
 
     def tell(self) -> None:
         told, self.told = self.told, True
-        if not told and self.stage < _Stage.DONE:
+        if not told and self.stage < _Stage.GIVEN:
             self.sender.channel.refuse("the source gave up")
 
     def raise_from(self, error: BaseException) -> None:
@@ -221,9 +239,10 @@ class _Attempt:
         rounds = tuple(self.sender.rounds)
         if isinstance(error, NotConverging):
             error.rounds = rounds
+            error.session = self.record.session
         elif isinstance(error, (OSError, WireError)) and self.stage < _Stage.DONE:
             raise MigrationError(
-                f"migration failed in round {len(rounds) + 1}: {error}", rounds, self.uncertain
+                f"migration failed in round {len(rounds) + 1}: {error}", rounds, self.uncertain, self.record.session
             ) from error
 
 
@@ -239,6 +258,9 @@ def send(
     progress: Callable[[Round], object] | None = None,
     compress: bool = False,
     deadline: float | None = None,
+    reconnect: Callable[[int], socket.socket] | None = None,
+    session: str | None = None,
+    journal: str | os.PathLike[str] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Result:
     """Send memory to :func:`receive` at the other end while it is written.
@@ -258,42 +280,50 @@ def send(
         Called once, before the last round: returns when nothing writes any more. Without it the memory must not be
         written at all any more when the rounds end, or the copy is not exact.
     resume : callable, optional
-        Called if the migration fails after `pause` and the copy is certainly not complete. Where it may be
-        (``MigrationError.uncertain``) the source stays paused, and the caller decides.
+        Called if the migration fails after `pause` and the copy has certainly no right to run. Where it may have
+        (``MigrationError.uncertain``) the source stays paused: :func:`settle` it.
     throttle : callable, optional
         Called with the fraction of its time the source should stand still, when rounds do not shrink; with 0 at the
-        end, however it ends. What it raises after the receiver has said that it has everything goes to
+        end, however it ends. What it raises after the copy has taken the right to run goes to
         ``Result.problems``.
     progress : callable, optional
-        Called with each :class:`Round`. What it raises ends the migration, except after the last round: the receiver
-        has everything by then, and it goes to ``Result.problems``.
+        Called with each :class:`Round`. What it raises ends the migration, except after the last round: the copy runs
+        by then, and it goes to ``Result.problems``.
     compress : bool
         zstd (needs zstandard) where it makes a window smaller.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
+    reconnect : callable, optional
+        Called when the line breaks, with how many times it has; returns another connected socket, which is closed for
+        you, or raises what ends the migration. Only pages that the copy lacks go again, and what was dirtied since.
+    session : str, optional
+        32 hexadecimal digits that nobody can guess, and that no other migration has; by default new ones.
+    journal : path, optional
+        A directory in which :func:`status` finds who may run even if this process is killed.
     clock : callable
         Seconds, monotonic.
 
     Returns
     -------
     Result
-        The receiver has said that it has everything; the source is paused still.
+        The copy has everything and has taken the right to run; the source is paused still.
 
     Raises
     ------
     NotConverging
         After `max_rounds` the rest does not fit the downtime. The source was not paused.
     MigrationError
-        The connection ended, or the peer refused or answered nonsense. If it is ``uncertain``, the destination may
-        run already: `resume` was not called.
+        The connection ended, or the peer refused or answered nonsense. If it is ``uncertain``, the right to run was
+        given away and the destination may run already: `resume` was not called.
     ValueError, TypeError, BackendUnavailable
         Arguments; nothing has been sent or collected.
 
     Notes
     -----
     On any failure every page this migration has taken from the observer or sent is put back to it: the next try, or
-    the next consumer, sees it dirty. A KeyboardInterrupt after the receiver's last word carries a note that says so:
-    the copy may run, so the source must not. Allocates a few MiB. The GIL is released during copies and system calls.
+    the next consumer, sees it dirty. A KeyboardInterrupt after the right was given carries a note that says so: the
+    copy may run, so the source must not. Allocates a few MiB, and 8 bytes per page with `reconnect`. The GIL is
+    released during copies and system calls.
 
     References
     ----------
@@ -307,18 +337,25 @@ def send(
         raise ValueError(f"the observer's page_size is {page_size}; a migration takes {MIN_PAGE_SIZE} or more")
     if observer.npages != npages:
         raise ValueError(f"the observer has {observer.npages} pages of {page_size} bytes; the memory has {npages}")
-    sender = _Sender(Channel(sock, deadline), view, page_size, compressor() if compress else None, clock)
-    attempt = _Attempt(sender, observer, DirtyPages._empty(npages, page_size), resume, throttle)
+    session = new_session() if session is None else check_unused(session, journal)
+    pack = compressor() if compress else None
+    sender = Rounds(Channel(sock, deadline), view, page_size, pack, clock, bytes.fromhex(session))
+    if reconnect is not None:
+        sender.remember()
+    record = Record(session, "source", journal)
+    nothing = DirtyPages._empty(npages, page_size)
+    attempt = _Attempt(sender, observer, nothing, resume, throttle, reconnect, record)
     begin = clock()
     slow = 0
     take = attempt.take
     try:
-        sender.hello()
+        record.set("live")
+        attempt.begin()
         with observer.collect() as epoch:
             take(epoch.pages)
         rest = take(DirtyPages._all(npages, page_size, exact=True))
         while True:
-            sender.round(rest)
+            attempt.round(rest)
             with observer.collect() as epoch:
                 rest = take(epoch.pages)
             last = sender.rounds[-1]
@@ -350,21 +387,15 @@ def send(
             pause()
         with observer.collect() as epoch:
             # What was collected after the last round is still to be sent, and what came until the pause.
-            sender.round(rest | take(epoch.pages), final=True)
-            digest = sender.channel.digest()
-            # Before it is sent: an interrupt may come between the last byte and the next line.
-            attempt.stage = _Stage.SENT
-            sender.channel.send(Kind.END, digest)
-            _, answer = sender.channel.receive(Kind.DONE, counted=False)
-            if answer != digest:
-                raise WireError("the receiver's digest differs: it has not seen what was sent")
-            # From here on nothing turns this into a migration that failed.
-            attempt.stage = _Stage.DONE
+            attempt.round(rest | take(epoch.pages), final=True)
+            attempt.commit()
         finished = clock()
         problems = attempt.epilogue(progress)
         rounds = tuple(sender.rounds)
         total = sum(r.nbytes for r in rounds)
-        result = Result(rounds, finished - begin, finished - paused, total, sender.channel.bytes_sent, problems)
+        sent = sender.channel.bytes_sent
+        attempt.close()
+        result = Result(rounds, finished - begin, finished - paused, total, sent, problems, session, attempt.breaks)
         return result  # noqa: RET504  an interrupt just after the call above must find this try
     except BaseException as error:
         try:

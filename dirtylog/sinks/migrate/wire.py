@@ -23,10 +23,10 @@ from dirtylog.sinks.extents import WINDOW
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Channel", "Kind", "Refusal", "WireError"]
+__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Broken", "Channel", "Kind", "Refusal", "WireError"]
 
 MAGIC = b"dlog"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sBBHIQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
@@ -41,6 +41,10 @@ class WireError(DirtyLogError):
     """The peer sent something that cannot be right, or hung up."""
 
 
+class Broken(WireError):
+    """The line ended, or lost or changed a frame; the peer may be well, and on another line."""
+
+
 class Refusal(WireError):
     """The peer said no: it has failed, and says why."""
 
@@ -49,9 +53,9 @@ class Kind(IntEnum):
     """What a frame is for."""
 
     HELLO = 1
-    """Sender: memory size, page size, codec."""
+    """Sender: session, memory size, page size, codec."""
     READY = 2
-    """Receiver: go ahead."""
+    """Receiver: go ahead; how far this session has come."""
     PAGES = 3
     """Sender: extents and their bytes."""
     ZEROS = 4
@@ -60,21 +64,27 @@ class Kind(IntEnum):
     """Sender: a round begins."""
     END = 6
     """Sender: that was all; the digest over all frames before this one."""
-    DONE = 7
-    """Receiver: all arrived; the same digest."""
+    HAVE = 7
+    """Receiver: all arrived and is kept; the same digest. It does not run yet."""
     REFUSED = 8
     """Either: no, and why."""
+    RUN = 9
+    """Sender: the right to run, which the source has given up; the session."""
+    DONE = 10
+    """Receiver: it has the right to run; the session."""
 
 
 _MAX = {
     Kind.HELLO: 64,
-    Kind.READY: 0,
+    Kind.READY: 64,
     Kind.PAGES: MAX_PAYLOAD,
     Kind.ZEROS: 16 * MAX_EXTENTS,
     Kind.ROUND: 8,
     Kind.END: 32,
-    Kind.DONE: 32,
+    Kind.HAVE: 32,
     Kind.REFUSED: 1024,
+    Kind.RUN: 16,
+    Kind.DONE: 16,
 }
 
 
@@ -112,8 +122,19 @@ class Channel:
         self._received = 0
         self._digest = hashlib.blake2b(digest_size=32)
         self._payload = bytearray()
+        self.broken: bool = False
+        """Whether a frame could not be sent or received: the line is of no use any more."""
         self.bytes_sent: int = 0
         self.bytes_received: int = 0
+
+    def again(self, sock: socket.socket) -> Channel:
+        """Return a channel on another line, with what is left of the deadline."""
+        channel = Channel(sock, None, self._clock)
+        channel._deadline = self._deadline
+        channel.bytes_sent, channel.bytes_received = self.bytes_sent, self.bytes_received
+        if self._deadline is not None and self._clock() >= self._deadline:
+            raise TimeoutError("timed out between two lines: the deadline is over")
+        return channel
 
     def digest(self) -> bytes:
         """Return the digest over the sender's frames so far."""
@@ -183,13 +204,13 @@ class Channel:
         if length > _MAX[kind]:
             raise WireError(f"a {kind.name} frame announces {length} bytes; at most {_MAX[kind]}")
         if sequence != self._received & 0xFFFFFFFF:
-            raise WireError(f"frame {sequence} arrived where {self._received} was due: one is lost or came twice")
+            raise Broken(f"frame {sequence} arrived where {self._received} was due: one is lost or came twice")
         if len(self._payload) < length:
             self._payload = bytearray(_MAX[kind])
         payload = memoryview(self._payload)[:length]
         self._fill(payload, left)
         if zlib.crc32(payload, zlib.crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
-            raise WireError(f"{kind.name} frame {sequence} does not match its checksum")
+            raise Broken(f"{kind.name} frame {sequence} does not match its checksum")
         self._received += 1
         self.bytes_received += HEADER_BYTES + length
         if kind == Kind.REFUSED:
@@ -223,6 +244,9 @@ class Channel:
 
         try:
             yield left
+        except (OSError, Broken):
+            self.broken = True
+            raise
         finally:
             # A socket that somebody has closed meanwhile has no timeout to put back.
             with contextlib.suppress(OSError):
@@ -234,7 +258,7 @@ class Channel:
             left("waiting for a frame")
             count = self._sock.recv_into(buffer[done:])
             if count == 0:
-                raise WireError("the connection ended in the middle")
+                raise Broken("the connection ended in the middle")
             done += count
 
     def refuse(self, reason: str) -> None:

@@ -1,0 +1,169 @@
+"""What the source sends: the pages of each round, window by window, and what has to go again on another line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.copying import gather
+from dirtylog._bits.pages import DirtyPages
+from dirtylog._core import zero_pages
+from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks.migrate.payloads import (
+    HELLO,
+    PAGES,
+    PART,
+    RAW,
+    READY,
+    ROUND,
+    RUNS,
+    ZSTD,
+    granule_offsets,
+)
+from dirtylog.sinks.migrate.policy import Round
+from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Rounds"]
+
+# Not sent yet, in the table of frames.
+_PENDING = np.iinfo(np.uint64).max
+
+
+def _joined(offsets: npt.NDArray[np.int64], granule: int, end: int) -> npt.NDArray[np.int64]:
+    """Return ascending granules as extents, neighbours joined, nothing past `end`."""
+    starts = np.flatnonzero(np.diff(offsets, prepend=-2 * granule) != granule)
+    lengths = np.diff(starts, append=len(offsets)) * granule
+    extents = np.stack([offsets[starts], lengths], axis=1)
+    extents[-1, 1] = min(extents[-1, 1], end - extents[-1, 0])
+    return extents
+
+
+@dataclass(slots=True)
+class Rounds:
+    """One migration under way, seen from the source: what is sent, and what a copy may lack after a broken line."""
+
+    channel: Channel
+    view: memoryview
+    page_size: int
+    compress: Callable[[Buffer], bytes] | None
+    clock: Callable[[], float]
+    session: bytes
+    # The frame in which each granule went last, where a broken line can be replaced.
+    frames: npt.NDArray[np.uint64] | None = None
+    sent: int = 0
+    begun: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+    packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+
+    @property
+    def granule(self) -> int:
+        """Bytes of what is zero or not, and of what goes again: a page, or a window of a larger one."""
+        return min(self.page_size, WINDOW)
+
+    def remember(self) -> None:
+        """Keep for each granule in which frame it went last: 8 bytes each."""
+        self.frames = np.full(-(-self.view.nbytes // self.granule), _PENDING, np.uint64)
+
+    def hello(self) -> int:
+        """Say which session this is; return how far the copy is."""
+        codec = ZSTD if self.compress else RAW
+        self.channel.send(Kind.HELLO, HELLO.pack(self.session, self.view.nbytes, self.page_size, codec))
+        _, answer = self.channel.receive(Kind.READY, counted=False)
+        if answer.nbytes != READY.size:
+            raise WireError(f"a READY frame of {answer.nbytes} bytes")
+        stage, begun, applied = READY.unpack(answer)
+        if not PART <= stage <= RUNS or begun > self.begun or applied > self.sent:
+            raise WireError(f"the copy says that it is at stage {stage}, round {begun}, frame {applied}; it cannot be")
+        # What it has not applied is as if it had not been sent.
+        self.begun, self.sent = begun, applied
+        return int(stage)
+
+    def lacking(self) -> DirtyPages:
+        """Return the pages of which the copy may not have what was sent last."""
+        assert self.frames is not None
+        npages = -(-self.view.nbytes // self.page_size)
+        granules = np.flatnonzero(self.frames >= np.uint64(self.sent))
+        return DirtyPages.from_indices(np.unique(granules * self.granule // self.page_size), npages, self.page_size)
+
+    def round(self, pages: DirtyPages, final: bool = False) -> None:
+        """Send some pages as a round."""
+        number = len(self.rounds) + 1
+        begin, before = self.clock(), self.channel.bytes_sent
+        packed = PackedExtents(pages, self.view.nbytes)
+        if self.frames is not None:
+            self.frames[granule_offsets(packed.extents, self.granule) // self.granule] = _PENDING
+        self.begun += 1
+        self.channel.send(Kind.ROUND, ROUND.pack(self.begun))
+        zeros = 0
+        for start, end, extents in packed.windows():
+            zeros += self.window(extents, end - start)
+        seconds = self.clock() - begin
+        self.rounds.append(
+            Round(
+                number=number,
+                final=final,
+                pages=pages.count,
+                zero_pages=zeros // max(self.page_size // WINDOW, 1),
+                nbytes=packed.total,
+                wire_bytes=self.channel.bytes_sent - before,
+                seconds=seconds,
+                bandwidth=packed.total / seconds if seconds > 0 else float("inf"),
+            )
+        )
+
+    def window(self, extents: npt.NDArray[np.int64], nbytes: int) -> int:
+        """Send one window; return how many of its granules were zero."""
+        part = self.staging[:nbytes]
+        # Copied once: zero or not is asked of the bytes that are sent.
+        gather(self.view, extents, part)
+        granule = self.granule
+        zeros = zero_pages(part, granule)
+        if self.frames is not None:
+            # The last frame of the window: until that one is applied, all of it counts as lacking.
+            last = self.sent + (1 if zeros and zeros.count < zeros.npages else 0)
+            self.frames[granule_offsets(extents, granule) // granule] = last
+        if not zeros:
+            self.data(extents, part)
+            return 0
+        offsets = granule_offsets(extents, granule)
+        zero = zeros.indices()
+        self.sent += 1
+        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.view.nbytes).astype("<i8").tobytes())
+        other = (DirtyPages._all(zeros.npages, granule, exact=True) - zeros).indices()
+        if len(other):
+            within = _joined(other * granule, granule, nbytes)
+            packed = self.packing[: int(within[:, 1].sum())]
+            gather(part, within, packed)
+            self.data(_joined(offsets[other], granule, self.view.nbytes), packed)
+        return zeros.count
+
+    def data(self, extents: npt.NDArray[np.int64], part: memoryview) -> None:
+        """Send a frame of pages, compressed where that makes it smaller."""
+        codec, payload = RAW, part
+        if self.compress:
+            smaller = self.compress(part)
+            if len(smaller) < part.nbytes:
+                codec, payload = ZSTD, memoryview(smaller)
+        table = extents.astype("<i8").tobytes()
+        self.sent += 1
+        self.channel.send(Kind.PAGES, PAGES.pack(len(extents), codec), table, payload)
+
+    def dirtied(self, pages: DirtyPages, throttle: float) -> Round:
+        """Complete the last round with what was dirtied during it."""
+        last = self.rounds[-1]
+        self.rounds[-1] = replace(
+            last,
+            dirtied=pages.count,
+            dirty_rate=pages.count / last.seconds if last.seconds > 0 else 0.0,
+            expected_downtime=pages.nbytes / last.bandwidth if last.bandwidth > 0 else float("inf"),
+            throttle=throttle,
+        )
+        return self.rounds[-1]

@@ -1,0 +1,148 @@
+"""A migration that is slowed down, looked at and cancelled from outside."""
+
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from dirtylog import DirtyBitmap, DirtyLog
+from dirtylog.sinks.migrate import Control, MigrationError, Policy, receive, send, status
+
+NPAGES = 1024
+
+
+class Clock:
+    """Time that passes when somebody sleeps."""
+
+    def __init__(self):
+        self.now, self.naps = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.naps.append(seconds)
+        self.now += seconds
+
+
+def migrated(control, *, during=None, calls=None, **options):
+    """Migrate a little memory; return the outcome, the copy's answer, and what is dirty afterwards."""
+    memory = np.random.default_rng(0).integers(1, 256, NPAGES * 4096, np.uint8)
+    bitmap = DirtyBitmap(NPAGES)
+    log = DirtyLog()
+    log.attach(bitmap)
+    observer = log.observer("migration")
+    here, there = socket.socketpair()
+    for sock in (here, there):
+        sock.settimeout(30)
+    answers = []
+
+    def run():
+        with there:
+            try:
+                answers.append(receive(there, **(during or {})))
+            except Exception as error:
+                answers.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    calls = [] if calls is None else calls
+    with here:
+        try:
+            outcome = send(
+                here,
+                memory,
+                observer,
+                control=control,
+                pause=lambda: calls.append("pause"),
+                resume=lambda: calls.append("resume"),
+                **options,
+            )
+        except Exception as error:
+            outcome = error
+    thread.join()
+    with observer.collect() as epoch:
+        return outcome, answers[0], epoch.pages.count
+
+
+def test_no_more_bytes_go_in_a_second_than_are_allowed():
+    clock = Clock()
+    control = Control(1 << 20, clock=clock, sleep=clock.sleep)
+    result, _, _ = migrated(control)
+    # What goes last need not be waited for.
+    assert result.wire_bytes - (2 << 20) <= clock.now * (1 << 20) <= result.wire_bytes
+    assert max(clock.naps) <= 0.1
+    assert control.wire_bytes >= result.wire_bytes
+    assert control.nbytes == result.nbytes
+    assert (control.round, control.breaks, control.session) == (len(result.rounds), 0, result.session)
+
+
+def test_a_limit_may_be_changed_while_it_runs():
+    clock = Clock()
+    control = Control(1 << 20, clock=clock, sleep=lambda seconds: setattr(control, "bandwidth", None))
+    result, _, _ = migrated(control)
+    assert result.rounds
+    assert control.bandwidth is None
+    for wrong in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="must be a positive number of bytes per second"):
+            control.bandwidth = wrong
+
+
+def cancelled(control, **options):
+    calls = []
+    outcome, answer, dirty = migrated(control, calls=calls, **options)
+    assert isinstance(outcome, MigrationError)
+    assert "was cancelled in round" in str(outcome)
+    assert not outcome.uncertain
+    assert isinstance(answer, MigrationError)
+    # In the last case it may have been about to answer: then it asks.
+    assert answer.uncertain or "the source gave up" in str(answer)
+    assert dirty == NPAGES or not outcome.rounds
+    assert status(outcome.session).stage == "live"
+    assert calls in ([], ["pause", "resume"])
+    return calls
+
+
+def test_it_is_cancelled_in_a_pause_of_the_limit():
+    control = Control(1, sleep=lambda seconds: control.cancel())
+    assert cancelled(control) == []
+    assert control.cancelled
+
+
+def test_it_is_cancelled_between_two_rounds():
+    control = Control()
+    assert cancelled(control, progress=lambda each: control.cancel(), policy=Policy(downtime=0)) == []
+
+
+def test_it_is_cancelled_while_it_waits_for_an_answer():
+    control = Control()
+    # The copy is complete and takes its time to keep it: the sender waits for its word.
+    cancelling = threading.Event()
+
+    def arrived(memory):
+        assert control.cancel()
+        cancelling.set()
+
+    assert cancelled(control, during={"arrived": arrived}) == ["pause", "resume"]
+    assert cancelling.is_set()
+
+
+def test_it_is_not_cancelled_once_the_right_to_run_is_given():
+    control = Control()
+    answers = []
+    outcome, answer, _ = migrated(control, during={"start": lambda memory: answers.append(control.cancel())})
+    assert answers == [False]
+    assert not control.cancelled
+    assert outcome.rounds
+    assert len(answer) == NPAGES * 4096
+
+
+def test_a_control_is_for_one_migration():
+    control = Control()
+    migrated(control)
+    outcome, answer, dirty = migrated(control)
+    assert "make another one" in str(outcome)
+    assert isinstance(answer, MigrationError)
+    assert dirty == 0
+    assert control.cancel() is False

@@ -335,6 +335,7 @@ PUBLIC = {
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sinks.migrate": [
+        "Control",
         "Keys",
         "Listener",
         "MigrationError",

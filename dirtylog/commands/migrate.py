@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -64,6 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     send.add_argument("--force", action="store_true", help="then pause and send the rest, however long it takes")
     send.add_argument("--compress", action="store_true", help="with zstd")
+    send.add_argument(
+        "--bandwidth", type=more_than(0, float), metavar="MIB", help="no more than so many MiB per second (no limit)"
+    )
+    send.add_argument(
+        "--reconnect",
+        type=at_least(0, int),
+        default=0,
+        metavar="N",
+        help="come again when the line breaks, N times (0)",
+    )
     receive = ends.add_parser("receive", help="wait for one migration and take it in")
     receive.add_argument(
         "--listen",
@@ -78,6 +88,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     receive.add_argument(
         "--limit", type=at_least(1, int), default=4096, metavar="MIB", help="largest memory to take in (4096)"
     )
+    receive.add_argument(
+        "--reconnect",
+        type=more_than(0, float, LONGEST),
+        metavar="SECONDS",
+        help="when the line breaks, wait so long for the sender to come again (not at all)",
+    )
+    settle = ends.add_parser("settle", help="ask the receiver who may run, after a sender whose last words were lost")
+    settle.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens")
+    settle.add_argument("session", help="the session, which the error named")
+    status = ends.add_parser("status", help="say what a journal knows of a session")
+    status.add_argument("session", help="the session, which the error named")
+    for end in (settle, status):
+        end.add_argument("--journal", metavar="DIR", required=True, help="that of the send or the receive")
+        end.add_argument("--json", action="store_true", help="print it for a program")
+    settle.add_argument("--timeout", type=more_than(0, float, LONGEST), default=30.0, metavar="SECONDS", help="(30)")
+    _add_keys(settle)
     for end in (send, receive):
         end.add_argument(
             "--timeout",
@@ -88,6 +114,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         end.add_argument(
             "--deadline", type=more_than(0, float, LONGEST), metavar="SECONDS", help="for all of it (none)"
+        )
+        end.add_argument(
+            "--journal", metavar="DIR", help="keep there who may run, for 'migrate status' and 'migrate settle'"
         )
         _add_keys(end)
         end.add_argument("--json", action="store_true", help="print the figures for a program")
@@ -142,6 +171,35 @@ def _digest(memory: Any) -> str:
     return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
 
 
+def _reconnect(args: argparse.Namespace) -> Callable[[int], socket.socket] | None:
+    """Return what comes again when the line breaks, a bounded number of times."""
+    from dirtylog.commands import _terminal
+
+    def reconnect(breaks: int) -> socket.socket:
+        if breaks > args.reconnect:
+            raise ConnectionError(f"the line broke {breaks} times, --reconnect allows {args.reconnect}; raise it")
+        _terminal.show_note(f"the line broke; connecting again ({breaks} of {args.reconnect})")
+        return _connect(args)
+
+    return reconnect if args.reconnect else None
+
+
+def _status(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from dirtylog.errors import DirtyLogError
+    from dirtylog.sinks.migrate import settle, status
+
+    try:
+        found = status(args.session, journal=args.journal)
+        if args.end == "settle" and found.may_run is None:
+            with _connect(args) as sock:
+                found = settle(sock, args.session, journal=args.journal)
+    except (KeyError, ValueError) as error:
+        raise DirtyLogError(str(error.args[0])) from error
+    return {**asdict(found), "may_run": found.may_run, "advice": found.advice}
+
+
 def _connect(args: argparse.Namespace) -> socket.socket:
     from dirtylog.sinks.migrate import connect
 
@@ -157,7 +215,7 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
 
     import dirtylog as dl
     from dirtylog.commands._writers import Writers
-    from dirtylog.sinks.migrate import MigrationError, Policy, send
+    from dirtylog.sinks.migrate import Control, MigrationError, Policy, send
 
     try:
         policy = Policy(downtime=args.downtime, max_rounds=args.max_rounds, force=args.force)
@@ -183,6 +241,9 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
                     pause=writers.stop,
                     compress=args.compress,
                     deadline=args.deadline,
+                    control=Control(args.bandwidth and args.bandwidth * (1 << 20)),
+                    reconnect=_reconnect(args),
+                    journal=args.journal,
                 )
             except MigrationError as error:
                 show_rounds(error.rounds)
@@ -310,6 +371,8 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
             start=out.publish if out else None,
             limit=args.limit << 20,
             deadline=args.deadline,
+            reconnect=(lambda breaks: listener.accept(args.reconnect)) if args.reconnect else None,
+            journal=args.journal,
             progress=lambda *at: seen.__setitem__(slice(None), at),
         )
         nbytes = flat_bytes(memory).nbytes
@@ -335,9 +398,12 @@ def run(args: argparse.Namespace) -> int:
     """Be one end of a migration, and print what it did."""
     from dirtylog.commands import _terminal
 
-    answer = _send(args) if args.end == "send" else _receive(args)
+    answer = {"send": _send, "receive": _receive, "settle": _status, "status": _status}[args.end](args)
     if args.json:
         _terminal.show_json(answer)
+        return 0
+    if "may_run" in answer:
+        print(f"{answer['end']}: {answer['stage']}: {answer['advice']}")
         return 0
     if args.end == "send":
         from dirtylog.sinks.migrate import Round

@@ -162,9 +162,8 @@ def test_a_writing_process_migrates_into_another_one(tmp_path):
     tls = ["--tls-ca", str(keys / "authority.pem"), "--token-file", str(tmp_path / "token"), "--tls-cert"]
     with end("receive", *tls, str(keys / "receiver.pem"), "--out", str(tmp_path / "memory")) as receiver:
         address = receiver.stderr.readline().removeprefix("listening on ").strip()
-        with end(
-            "send", address, *tls, str(keys / "sender.pem"), "--size", "8", "--max-rounds", "3", "--force"
-        ) as sender:
+        words = ["--size", "8", "--max-rounds", "3", "--force", "--bandwidth", "500", "--reconnect", "2"]
+        with end("send", address, *tls, str(keys / "sender.pem"), *words, "--journal", str(tmp_path)) as sender:
             sent, complaint = sender.communicate(timeout=100)
             assert sender.returncode == 0, complaint
         received, complaint = receiver.communicate(timeout=100)
@@ -172,6 +171,7 @@ def test_a_writing_process_migrates_into_another_one(tmp_path):
     assert json.loads(sent)["digest"] == json.loads(received)["digest"]
     assert json.loads(sent)["rounds"][-1]["final"]
     assert (tmp_path / "memory").stat().st_size == 8 << 20
+    assert json.loads((tmp_path / f"{json.loads(sent)['session']}.source.json").read_text())["stage"] == "done"
 
 
 def test_a_directory_is_listed_pruned_merged_and_cleaned(images, capsys):
@@ -200,3 +200,22 @@ def test_a_directory_is_listed_pruned_merged_and_cleaned(images, capsys):
     assert answer("clean", images, "--dry-run")["removed"] == []
     with pytest.raises(DirtyLogError, match=r"nothing would be kept: .* \(--keep-last N, --keep-daily N\)"):
         run(snapshot, "prune", images)
+
+
+def test_a_journal_says_who_may_run(tmp_path, capsys):
+    session = "0" * 32
+    record = {"session": session, "end": "source", "stage": "given"}
+    (tmp_path / f"{session}.source.json").write_text(json.dumps(record))
+    assert run(migrate, "status", session, "--journal", tmp_path) == 0
+    assert "source: given: the right to run was given away and no answer came" in capsys.readouterr().out
+    run(migrate, "status", session, "--journal", tmp_path, "--json")
+    assert json.loads(capsys.readouterr().out)["may_run"] is None
+    with pytest.raises(DirtyLogError, match="knows nothing of session"):
+        run(migrate, "status", "1" * 32, "--journal", tmp_path)
+    with pytest.raises(DirtyLogError, match="must be 32 hexadecimal digits"):
+        run(migrate, "settle", "127.0.0.1:1", "x", "--journal", tmp_path)
+    with pytest.raises(ConnectionRefusedError, match="start 'dirtylog migrate receive' first"):
+        run(migrate, "settle", "127.0.0.1:1", session, "--journal", tmp_path)
+    (tmp_path / f"{session}.source.json").write_text(json.dumps({**record, "stage": "done"}))
+    assert run(migrate, "settle", "127.0.0.1:1", session, "--journal", tmp_path) == 0
+    assert "the copy has taken the right to run" in capsys.readouterr().out

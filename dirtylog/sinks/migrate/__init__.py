@@ -9,6 +9,7 @@ been.
 from __future__ import annotations
 
 from dirtylog._public import publish
+from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.door import Keys, Listener, connect
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.receiver import receive
@@ -17,6 +18,7 @@ from dirtylog.sinks.migrate.sessions import Status, status
 from dirtylog.sinks.migrate.settling import settle
 
 __all__ = [
+    "Control",
     "Keys",
     "Listener",
     "MigrationError",

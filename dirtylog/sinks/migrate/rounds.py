@@ -13,6 +13,7 @@ from dirtylog._bits.copying import gather
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import zero_pages
 from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.payloads import (
     HELLO,
     PAGES,
@@ -57,6 +58,7 @@ class Rounds:
     session: bytes
     # The frame in which each granule went last, where a broken line can be replaced.
     frames: npt.NDArray[np.uint64] | None = None
+    control: Control | None = None
     sent: int = 0
     begun: int = 0
     rounds: list[Round] = field(default_factory=list)
@@ -105,6 +107,8 @@ class Rounds:
         zeros = 0
         for start, end, extents in packed.windows():
             zeros += self.window(extents, end - start)
+            if self.control is not None:
+                self.control.nbytes += end - start
         seconds = self.clock() - begin
         self.rounds.append(
             Round(

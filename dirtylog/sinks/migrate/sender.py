@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
+from dirtylog.sinks.migrate.control import Cancelled, Control
 from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS, compressor
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.rounds import Rounds
@@ -57,6 +58,7 @@ class _Attempt:
     throttle: Callable[[float], object] | None
     reconnect: Callable[[int], socket.socket] | None
     record: Record
+    control: Control
     stage: _Stage = _Stage.LIVE
     level: float = 0.0
     certain: bool = False
@@ -82,12 +84,15 @@ class _Attempt:
         while True:
             if self.reconnect is None or not self.sender.channel.broken or isinstance(error, Refusal):
                 raise error
+            self.control._check()
             self.breaks += 1
+            self.control.breaks = self.breaks
             # What this raises ends the migration.
             sock = self.reconnect(self.breaks)
             self.close()
             self.own = sock
             self.sender.channel = self.sender.channel.again(sock)
+            self.control._on(sock)
             try:
                 return self.sender.hello()
             except Refusal as refusal:
@@ -117,6 +122,7 @@ class _Attempt:
 
     def round(self, pages: DirtyPages, final: bool = False) -> None:
         """Send a round, over as many lines as it takes; what a live source dirtied meanwhile goes with it."""
+        self.control.round += 1
         while True:
             try:
                 self.sender.round(pages, final)
@@ -162,6 +168,7 @@ class _Attempt:
 
     def give(self) -> None:
         if self.stage < _Stage.GIVEN:
+            self.control._commit()
             # Recorded before it is said. Until then whatever breaks takes it back: RUN comes after both lines.
             self.record.set("given")
             self.stage = _Stage.GIVEN
@@ -213,6 +220,7 @@ class _Attempt:
                 error.add_note(f"throttle(0.0) failed as well ({type(problem).__name__}: {problem})")
             finally:
                 self.tell()
+                self.control._off()
                 self.close()
         if self.uncertain and not isinstance(error, (OSError, WireError)):
             error.add_note(
@@ -240,6 +248,10 @@ class _Attempt:
         if isinstance(error, NotConverging):
             error.rounds = rounds
             error.session = self.record.session
+        elif self.control.cancelled and isinstance(error, (Cancelled, OSError, WireError)):
+            raise MigrationError(
+                f"the migration was cancelled in round {len(rounds) + 1}", rounds, session=self.record.session
+            ) from error
         elif isinstance(error, (OSError, WireError)) and self.stage < _Stage.DONE:
             raise MigrationError(
                 f"migration failed in round {len(rounds) + 1}: {error}", rounds, self.uncertain, self.record.session
@@ -258,6 +270,7 @@ def send(
     progress: Callable[[Round], object] | None = None,
     compress: bool = False,
     deadline: float | None = None,
+    control: Control | None = None,
     reconnect: Callable[[int], socket.socket] | None = None,
     session: str | None = None,
     journal: str | os.PathLike[str] | None = None,
@@ -293,6 +306,8 @@ def send(
         zstd (needs zstandard) where it makes a window smaller.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
+    control : Control, optional
+        Limits its bandwidth, says how far it is, and cancels it, from any thread.
     reconnect : callable, optional
         Called when the line breaks, with how many times it has; returns another connected socket, which is closed for
         you, or raises what ends the migration. Only pages that the copy lacks go again, and what was dirtied since.
@@ -343,13 +358,18 @@ def send(
     if reconnect is not None:
         sender.remember()
     record = Record(session, "source", journal)
+    control = control or Control()
+    control._begin(session)
+    sender.channel.pace = control._pace
+    sender.control = control
     nothing = DirtyPages._empty(npages, page_size)
-    attempt = _Attempt(sender, observer, nothing, resume, throttle, reconnect, record)
+    attempt = _Attempt(sender, observer, nothing, resume, throttle, reconnect, record, control)
     begin = clock()
     slow = 0
     take = attempt.take
     try:
         record.set("live")
+        control._on(sock)
         attempt.begin()
         with observer.collect() as epoch:
             take(epoch.pages)
@@ -381,6 +401,8 @@ def send(
                     f"are allowed and {last.dirty_rate * page_size:.3g} bytes/s are dirtied (throttle it, allow more, "
                     "or force=True)"
                 )
+        # A source that is to go on is not paused first.
+        control._check()
         paused = clock()
         attempt.stage = _Stage.PAUSED
         if pause is not None:
@@ -394,6 +416,7 @@ def send(
         rounds = tuple(sender.rounds)
         total = sum(r.nbytes for r in rounds)
         sent = sender.channel.bytes_sent
+        control._off()
         attempt.close()
         result = Result(rounds, finished - begin, finished - paused, total, sent, problems, session, attempt.breaks)
         return result  # noqa: RET504  an interrupt just after the call above must find this try

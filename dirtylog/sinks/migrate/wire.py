@@ -122,6 +122,8 @@ class Channel:
         self._received = 0
         self._digest = hashlib.blake2b(digest_size=32)
         self._payload = bytearray()
+        self.pace: Callable[[int], object] | None = None
+        """Called with the bytes that are about to go; may wait, or raise."""
         self.broken: bool = False
         """Whether a frame could not be sent or received: the line is of no use any more."""
         self.bytes_sent: int = 0
@@ -130,7 +132,7 @@ class Channel:
     def again(self, sock: socket.socket) -> Channel:
         """Return a channel on another line, with what is left of the deadline."""
         channel = Channel(sock, None, self._clock)
-        channel._deadline = self._deadline
+        channel._deadline, channel.pace = self._deadline, self.pace
         channel.bytes_sent, channel.bytes_received = self.bytes_sent, self.bytes_received
         if self._deadline is not None and self._clock() >= self._deadline:
             raise TimeoutError("timed out between two lines: the deadline is over")
@@ -151,6 +153,9 @@ class Channel:
         length = sum(memoryview(part).nbytes for part in parts)
         if length > _MAX[kind]:
             raise ValueError(f"a {kind.name} frame of {length} bytes; at most {_MAX[kind]}")
+        if self.pace is not None:
+            # Before the frame has a number and its time begins: if this raises, the next frame is the next.
+            self.pace(HEADER_BYTES + length)
         header = _HEADER.pack(MAGIC, VERSION, kind, 0, self._sent & 0xFFFFFFFF, length)
         crc = zlib.crc32(header)
         for part in parts:
@@ -267,7 +272,7 @@ class Channel:
         # It may be gone, or not read; the caller raises what went wrong in the first place.
         with contextlib.suppress(OSError):
             self._sock.settimeout(1 if patience is None else min(patience, 1))
-            self._deadline = None
+            self._deadline = self.pace = None
             self.send(Kind.REFUSED, reason.encode("utf-8")[:1000], counted=False)
         with contextlib.suppress(OSError):
             self._sock.settimeout(patience)

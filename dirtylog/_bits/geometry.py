@@ -63,6 +63,13 @@ def of_one_layout(
             f"{second.strides}): a page of one is not the same items of the other; make one by numpy.empty_like() of "
             "the other"
         )
+    order = [array.dtype.newbyteorder("=") == array.dtype for array in (first, second)]
+    if first.dtype.newbyteorder("=") == second.dtype.newbyteorder("=") and order[0] != order[1]:
+        raise ValueError(
+            f"{one_is} and {other_is} have items of one kind in different byte orders ({first.dtype.str} and "
+            f"{second.dtype.str}): the bytes of one are not the numbers of the other; make one by numpy.empty_like() "
+            "of the other"
+        )
     return flat
 
 

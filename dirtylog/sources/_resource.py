@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from types import TracebackType
 from typing import NoReturn, Self, SupportsIndex
 
-# Forks that this process began, and forks that it is the child of. A resource
-# remembers both from when it was made.
-_forks = _births = 0
+from dirtylog.sources._backing import births, forks
 
-
-def _before_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-def _after_fork_in_child() -> None:
-    global _births
-    _births += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
+__all__ = ["Resource", "has_forked"]
 
 
 def has_forked() -> bool:
     """Whether this process has forked, or is the child of a fork, since this module was imported."""
-    return bool(_forks or _births)
+    return bool(forks() or births())
 
 
 class Resource:
@@ -43,8 +28,8 @@ class Resource:
     def __init__(self) -> None:
         """Remember the process that the resource belongs to."""
         self._to_release = [True]
-        self._forks_at_start = _forks
-        self._births_at_start = _births
+        self._forks_at_start = forks()
+        self._births_at_start = births()
 
     def _release(self) -> None:
         raise NotImplementedError
@@ -56,12 +41,12 @@ class Resource:
     @property
     def _inherited(self) -> bool:
         """Whether it was made by the process that this one was forked from."""
-        return self._births_at_start != _births
+        return self._births_at_start != births()
 
     @property
     def _forked_since(self) -> bool:
         """Whether this process, or its parent, has forked since."""
-        return self._forks_at_start != _forks
+        return self._forks_at_start != forks()
 
     @property
     def closed(self) -> bool:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import DirtyLogError
+from dirtylog.sources._backing import check_readable
 from dirtylog.sources._resource import Resource
 
 if TYPE_CHECKING:
@@ -79,12 +80,17 @@ class SharedLog(Resource):
         self._descriptor = descriptor
         # What the object behind the descriptor must keep: a page cut off behind a mapping is SIGBUS.
         self._size = size
+        words = np.frombuffer(memory, np.uint64)
+        self._where = words.ctypes.data, words.nbytes
+        # A file is cut from its end: where the last page can be read, the others can.
+        self._edge = ((self._where[0] + words.nbytes - 1) // mmap.PAGESIZE * mmap.PAGESIZE,)
+        self._file = _identity(descriptor)
         self.npages = npages
         # The bitmap, and for I7 the words' tail, where a writer ends up whose guest is larger than the log.
         # Together, so that a thread has both or, after a close by another one, neither.
         self._views: tuple[DirtyBitmap, npt.NDArray[np.uint64]] | None = (
             DirtyBitmap.from_buffer(memory, npages, LOG_PAGE),
-            np.frombuffer(memory, np.uint64)[-1:],
+            words[-1:],
         )
         self._closed = False
 
@@ -212,7 +218,7 @@ class SharedLog(Resource):
                 raise ValueError("the SharedMemory is closed; attach to it by name again")
             memory = memoryview(source.buf)
             size = _checked(memory.nbytes - offset, pages)
-            return cls(memory[offset : offset + size], pages or size * 8, -1, 0)
+            return cls(memory[offset : offset + size], pages or size * 8, -1, offset + size)
         if isinstance(source, int):
             try:
                 descriptor = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 0)
@@ -248,18 +254,18 @@ class SharedLog(Resource):
 
     def _checked_views(self) -> tuple[DirtyBitmap, npt.NDArray[np.uint64]]:
         views = self._views
-        size = self._size
-        try:
-            if views is not None and self._descriptor >= 0:
-                size = os.fstat(self._descriptor).st_size
-        except OSError:
-            self._check_open()
-            raise
-        # After the answer: a close by another thread may have given the number to somebody else's file.
-        # Before it gives anything back it says so, and what `views` holds stays mapped.
-        self._check_open()
-        if views is None:  # not while it is open; for the type checker
+        if views is None:
             raise ValueError("the SharedLog is closed; open another one")
+        size = self._size
+        # Of the object behind the descriptor, unless the program has closed that, and given the number to another.
+        if self._file is not None and (now := _identity(self._descriptor)) is not None and now[:2] == self._file[:2]:
+            size = now[2]
+        try:
+            check_readable(*self._where, mmap.PAGESIZE, self._edge)
+        except OSError:
+            size = min(size, self._size - 1)  # that is all that is known
+        # What `views` holds stays mapped, whoever closes the log meanwhile.
+        self._check_open()
         if size < self._size:
             raise DirtyLogError(
                 f"the log's file was cut to {size} bytes and {self._size} are mapped; "
@@ -337,13 +343,26 @@ class SharedLog(Resource):
             else:
                 memory.release()
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
+        # The program may have closed it, and have opened something of its own under the number.
+        now = _identity(descriptor)
+        if now is not None and self._file is not None and now[:2] == self._file[:2]:
             os.close(descriptor)
 
     def __repr__(self) -> str:
         """Name the size."""
         state = "closed " if self.closed else ""
         return f"<{state}SharedLog: {self.npages} pages of {LOG_PAGE} bytes>"
+
+
+def _identity(descriptor: int) -> tuple[int, int, int] | None:
+    """Return device, inode and size of what is behind a descriptor; None if nothing is."""
+    if descriptor < 0:
+        return None
+    try:
+        status = os.fstat(descriptor)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size
 
 
 def _bytes_for(npages: int) -> int:

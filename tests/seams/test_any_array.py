@@ -393,3 +393,10 @@ def test_rows_of_many_runs_in_any_order_are_found_in_one_go():
     assert len(pages.rows(flat.reshape(1000, -1, order="F"))) == 1000
     assert pages.row_runs(flat.reshape(1000, -1))[0] == slice(0, 1000)
     assert pages.rows(flat.reshape(npages, PAGE)).tolist() == pages.indices().tolist()
+
+
+def test_items_in_another_byte_order_are_not_copied():
+    dirty = dl.DirtyPages.from_indices([0], 2)
+    with pytest.raises(ValueError, match="byte orders"):
+        dirty.copy(np.zeros(1024, "<f8"), np.zeros(1024, ">f8"))
+    assert dirty.copy(np.zeros(1024, "<f8"), np.zeros(8192, "u1")) == 4096

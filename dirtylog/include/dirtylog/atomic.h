@@ -34,6 +34,7 @@ static inline void dl_store_release(uint64_t *word, uint64_t value) { DL_STORE(w
  * done before it is complete, where it is two instructions (arm64 without LSE: LDAXR, STLXR). */
 static inline uint64_t dl_fetch_or(uint64_t *word, uint64_t bits) { return DL_RMW(fetch_or, word, bits, SEQ_CST); }
 static inline uint64_t dl_fetch_and(uint64_t *word, uint64_t bits) { return DL_RMW(fetch_and, word, bits, SEQ_CST); }
+static inline uint64_t dl_fetch_add(uint64_t *word, uint64_t more) { return DL_RMW(fetch_add, word, more, SEQ_CST); }
 static inline uint64_t dl_exchange(uint64_t *word, uint64_t value) { return DL_EXCHANGE(word, value, SEQ_CST); }
 
 static inline void dl_fence_seq_cst(void) { DL_FENCE(SEQ_CST); }

@@ -10,8 +10,6 @@
 #include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 /* Declared here under a name of our own, because the distribution's headers may be older or newer. */
@@ -28,12 +26,7 @@ struct query {
 #define QUERY_SHARED 0x08
 #define QUERY_COVERING_OR_NEXT 0x10
 
-#ifndef MADV_POPULATE_READ
-#define MADV_POPULATE_READ 22
-#endif
-
 #define NAME_BYTES 512 /* enough to tell what a mapping is; a longer path is cut */
-#define PIECES 64      /* pages that one process_vm_readv asks for */
 
 static int walk_by_query(int file, uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit,
                          void *context, int *answer)
@@ -154,56 +147,11 @@ int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visito
     return error ? error : answer;
 }
 
-/* For kernels before 5.14: the kernel itself reads one byte of each page, and answers instead of signalling. */
-static int touch_by_reading(uint64_t start, uint64_t end, uint64_t page_size)
-{
-    struct iovec from[PIECES];
-    char bytes[PIECES];
-
-    while (start < end) {
-        struct iovec into = {bytes, 0};
-        ssize_t done;
-
-        for (; into.iov_len < PIECES && start < end; start += page_size)
-            from[into.iov_len++] = (struct iovec){(void *)(uintptr_t)start, 1};
-        done = process_vm_readv(getpid(), &into, 1, from, into.iov_len, 0);
-        if (done < 0)
-            /* Where the call is forbidden nothing can be asked; what is mapped was asked before. */
-            return errno == EFAULT ? -EFAULT : 0;
-        if ((size_t)done < into.iov_len)
-            return -EFAULT;
-    }
-    return 0;
-}
-
-int dl_memory_mapped(uint64_t start, uint64_t end)
-{
-    /* MS_ASYNC does nothing on Linux but walk the mappings, and answers ENOMEM where there is none. */
-    return msync((void *)(uintptr_t)start, end - start, MS_ASYNC) < 0 ? -errno : 0;
-}
-
-int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size)
-{
-    void *memory = (void *)(uintptr_t)start;
-    int error = dl_memory_mapped(start, end);
-
-    if (error)
-        return error;
-    if (madvise(memory, end - start, MADV_POPULATE_READ) == 0)
-        return 0;
-    if (errno == EINVAL)
-        return touch_by_reading(start, end, page_size);
-    return errno == EFAULT || errno == EHWPOISON ? -EFAULT : errno == ENOMEM ? -ENOMEM : 0;
-}
-
 #else
 
 int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
 {
     return -ENOSYS;
 }
-
-int dl_memory_mapped(uint64_t start, uint64_t end) { return 0; }
-int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size) { return 0; }
 
 #endif

@@ -1,4 +1,4 @@
-/* The kernel's own list of this process's mappings, and whether memory can still be read.
+/* The kernel's own list of this process's mappings.
  *
  * Callable under a spin lock and in a signal handler: system calls and the stack alone.
  */
@@ -23,12 +23,5 @@ typedef int dl_mapping_visitor(const struct dl_mapping *mapping, const char *nam
  * (PROCMAP_QUERY, Linux 6.11) the cost follows the mappings in the range, else all there are.
  * The visitor's last answer, or -errno when the kernel does not tell. */
 int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context);
-
-/* 0, -ENOMEM when part of [start, end) is not mapped any more, or -EFAULT when reading it would raise
- * SIGBUS, because the file behind it was cut. Page-aligned addresses. Whoever cuts the file after the
- * answer still raises the signal: ask for a stretch, then read that stretch. */
-int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size);
-/* The half of that which costs nothing per page: 0, or -ENOMEM when part of it is not mapped any more. */
-int dl_memory_mapped(uint64_t start, uint64_t end);
 
 #endif /* DIRTYLOG_MAPS_H */

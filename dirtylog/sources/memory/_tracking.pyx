@@ -28,8 +28,6 @@ cdef extern from "sources/memory/_maps.h" nogil:
         uint32_t minor
     ctypedef int dl_mapping_visitor(const dl_mapping *mapping, const char *name, void *context) noexcept nogil
     int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
-    int dl_memory_mapped(uint64_t start, uint64_t end)
-    int dl_memory_readable(uint64_t start, uint64_t end, uint64_t page_size)
 
 
 cdef extern from "sources/memory/_spans.h" nogil:
@@ -193,48 +191,6 @@ def mappings(uint64_t start, uint64_t end):
     if error < 0:
         raise OSError(-error, strerror(-error).decode())
     return found
-
-
-def check_readable(uint64_t start, uint64_t nbytes, uint64_t page_size, edges=None):
-    """Refuse memory whose reading would end the process.
-
-    Parameters
-    ----------
-    start, nbytes : int
-        The range, in bytes.
-    page_size : int
-        Bytes: the system's own.
-    edges : sequence of int, optional
-        Addresses of the last page of each file's part of it. A file is cut from its
-        end, so where they can be read the rest can, which costs less than asking for
-        every page.
-
-    Raises
-    ------
-    OSError
-        ENOMEM: part of it is not mapped any more. EFAULT: the file behind it was cut.
-
-    Notes
-    -----
-    The answer is of the moment: a file that is cut between the answer and the
-    reading still raises SIGBUS.
-    """
-    cdef int error
-    cdef uint64_t first = start & ~(page_size - 1)
-    cdef uint64_t end = (start + nbytes + page_size - 1) & ~(page_size - 1)
-
-    if edges is None:
-        with nogil:
-            error = dl_memory_readable(first, end, page_size)
-    else:
-        with nogil:
-            error = dl_memory_mapped(first, end)
-        for edge in edges:
-            if error:
-                break
-            error = dl_memory_readable(edge, <uint64_t>edge + page_size, page_size)
-    if error < 0:
-        raise OSError(-error, strerror(-error).decode())
 
 
 @cython.final

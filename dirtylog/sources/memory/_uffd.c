@@ -77,8 +77,13 @@ static void close_descriptors(void)
     ours.uffd = ours.pagemap = -1;
 }
 
+/* In a page that no child inherits: 0 in one that was forked by the bare system call, of which nobody is told. */
+static uint64_t *not_forked;
+
 static void after_fork_in_child(void)
 {
+    if (not_forked)
+        *not_forked = 1;
     close_descriptors();
     if (registry.now)
         registry.now->count = 0;
@@ -86,7 +91,24 @@ static void after_fork_in_child(void)
     pthread_mutex_init(&lock, NULL);
 }
 
-static void watch_forks(void) { pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child); }
+static void watch_forks(void)
+{
+    void *page = mmap(NULL, sizeof *not_forked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (page != MAP_FAILED && madvise(page, sizeof *not_forked, MADV_WIPEONFORK) == 0) {
+        not_forked = page;
+        *not_forked = 1;
+    }
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+/* Before anything is asked of the descriptors: in a child they would answer for its parent, and take its pages. */
+static void lock_ours(void)
+{
+    if (not_forked && !*not_forked)
+        after_fork_in_child();
+    pthread_mutex_lock(&lock);
+}
 
 static int open_descriptors(int *uffd, int *pagemap, enum dl_step *step)
 {
@@ -219,7 +241,7 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
     uint64_t npages = span->end - span->first;
     int answer, error;
 
-    pthread_mutex_lock(&lock);
+    lock_ours();
     if (span->generation != forks) {
         answer = -ECHILD;
         goto out;
@@ -300,7 +322,7 @@ static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *ste
     int error = 0;
 
     pthread_once(&once, watch_forks);
-    pthread_mutex_lock(&lock);
+    lock_ours();
     page_bytes = page_size;
     *step = DL_STEP_USERFAULTFD;
     /* The others must not be left without a registration in silence. */
@@ -336,7 +358,7 @@ static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *ste
 
 static void uffd_close(struct dl_span *span)
 {
-    pthread_mutex_lock(&lock);
+    lock_ours();
     /* A forked child inherits spans of the parent's registry, which are none of its own. */
     if (span->generation == forks && !span->closed)
         forget(span);
@@ -384,7 +406,7 @@ int dl_uffd_probe(enum dl_step *step)
 
     pthread_once(&once, watch_forks);
     /* Under the lock, because the scan's vector is the process's. */
-    pthread_mutex_lock(&lock);
+    lock_ours();
     error = open_descriptors(&uffd, &pagemap, step);
     if (!error) {
         error = probe_scan(uffd, pagemap, step);
@@ -401,7 +423,7 @@ static int uffd_count(void)
 {
     int count;
 
-    pthread_mutex_lock(&lock);
+    lock_ours();
     count = (int)dl_registry_count(&registry);
     pthread_mutex_unlock(&lock);
     return count;

@@ -13,6 +13,7 @@ import numpy as np
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.words import copy_differing, differing_pages
+from dirtylog.sources import _backing
 from dirtylog.sources.memory import _tracking
 from dirtylog.sources.memory.arrays import empty
 
@@ -25,7 +26,7 @@ class Compare:
     def __init__(self, pinned: _tracking.PinnedPages, owed: Owed, edges: Sequence[int]) -> None:
         self._where = pinned.address, pinned.nbytes, pinned.page_size
         # All of it once; later, where files end.
-        _tracking.check_readable(*self._where)
+        _backing.check_readable(*self._where)
         self._edges = edges
         self._live = memoryview(pinned)
         self._copy: Any = empty(len(self._live), np.uint8)
@@ -61,7 +62,7 @@ class Compare:
         if self._closed:
             raise OSError(EBADF, "closed")
         # A file that was cut behind the mapping would raise SIGBUS, unmapped memory SIGSEGV.
-        _tracking.check_readable(*self._where, self._edges)
+        _backing.check_readable(*self._where, self._edges)
 
     def close(self) -> None:
         """Let go of the memory."""

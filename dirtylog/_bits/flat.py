@@ -131,6 +131,12 @@ def _exported(memory: Any, what: str) -> npt.NDArray[Any]:
             if again.ctypes.data == lent.ctypes.data and again.strides == lent.strides:
                 return again
         return lent
+    dtype = getattr(memory, "dtype", None)
+    if dtype is not None and not isinstance(dtype, np.dtype) and not hasattr(memory, "__array_interface__"):
+        raise TypeError(
+            f"{what} is a {kind} of {dtype}, which keeps a mask beside its values, or values that a write replaces: "
+            "part of what is written to it would go unseen; pass one whose dtype is NumPy's, by .astype() say"
+        )
     if hasattr(memory, "__array_interface__") or hasattr(memory, "__array__"):
         # Twice, both alive: a copy lies somewhere else each time.
         lent, again = np.asarray(memory), np.asarray(memory)

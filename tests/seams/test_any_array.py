@@ -400,3 +400,29 @@ def test_items_in_another_byte_order_are_not_copied():
     with pytest.raises(ValueError, match="byte orders"):
         dirty.copy(np.zeros(1024, "<f8"), np.zeros(1024, ">f8"))
     assert dirty.copy(np.zeros(1024, "<f8"), np.zeros(8192, "u1")) == 4096
+
+
+class MaskedColumn:
+    """Like a pandas Series of dtype Int64: it shares its values, and what is missing is in a mask."""
+
+    dtype = "Int64"
+
+    def __init__(self):
+        self.values = np.zeros(1000)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
+def test_values_beside_a_mask_are_not_tracked_without_it():
+    with pytest.raises(TypeError, match="a MaskedColumn of Int64, which keeps a mask"):
+        dl.track(MaskedColumn())
+
+
+@pytest.mark.parametrize("dtype", ["Int64", "boolean", "float64[pyarrow]"])
+def test_a_series_of_an_extension_type_is_refused(dtype):
+    pandas = pytest.importorskip("pandas")
+    if "pyarrow" in dtype:
+        pytest.importorskip("pyarrow")
+    with pytest.raises(TypeError, match=r"a Series of .*, which keeps a mask"):
+        dl.track(pandas.Series([1] * 1000, dtype=dtype))

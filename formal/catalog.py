@@ -140,6 +140,17 @@ CHECKS: tuple[Check, ...] = (
         "CLEAR_UNPROTECTED",
     ),
     *_refuted("protect", GOLDEN, "MARK_AFTER_UNLOCK"),
+    # And where the program makes pages writable itself: protect, look at the mapping, take again.
+    *_holds("protect", LOSS, macros=("PROGRAM_OPENS",), variant="the program opens"),
+    *_refuted(
+        "protect",
+        LOSS,
+        "LOOK_LEFT_OUT",
+        "TAKE_ONCE",
+        "LOOK_FOR_ONESELF",
+        "PROTECT_ALL_MARKED",
+        macros=("PROGRAM_OPENS",),
+    ),
     # I5 between trackers: who scans takes for all.
     *_holds("deposits", LOSS),
     *_refuted(

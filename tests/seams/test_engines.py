@@ -285,3 +285,21 @@ def test_spans_that_nest_cross_and_repeat_each_report_every_write_whatever_is_cl
         span.close()
     array[:] = 3
     assert _tracking.open_spans(engine) == 0
+
+
+@needs_mprotect
+@pytest.mark.thread_unsafe(reason="it writes behind the engine's back")
+def test_what_the_program_opened_is_not_hidden_by_another_trackers_harvest():
+    """One tracker has the page already, and owes it: its harvest must not protect what the other one has to look at."""
+    array = dl.zeros((8, PAGE), "u1")
+    with dl.track(array, "mprotect") as first, dl.track(array, "mprotect") as second:
+        array[5] = 1
+        assert second.harvest().indices().tolist() == [5]
+        libc.mprotect(
+            ctypes.c_void_p(array.ctypes.data + 5 * PAGE), ctypes.c_size_t(PAGE), mmap.PROT_READ | mmap.PROT_WRITE
+        )
+        array[5] = 2
+        for tracker in (first, second):
+            with pytest.warns(dl.IncompleteLogWarning):
+                assert 5 in tracker.harvest()
+        assert second.harvest().count == 0

@@ -370,7 +370,7 @@ struct found {
 /* Move what is marked into `words`; with `take`, protect it again. A stretch at a time, as above. */
 static int move_words(struct dl_span *span, uint64_t *words, int take, struct found *found)
 {
-    uint64_t chunk[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first);
+    uint64_t chunk[CHUNK_WORDS], open[CHUNK_WORDS], nwords = dl_words_for(span->end - span->first);
     struct dl_span *other;
     sigset_t mask;
 
@@ -399,7 +399,11 @@ static int move_words(struct dl_span *span, uint64_t *words, int take, struct fo
             return error;
         }
         memcpy(chunk, span->words + at, size * sizeof(*chunk));
-        if (take && protect_runs(chunk, size, span->first + at * DL_WORD_PAGES) == 0) {
+        /* What another tracker's harvest has protected stays as it is: had somebody opened it since, this would
+         * hide that from the look that follows, and so from the other tracker. */
+        for (uint64_t i = 0; i < size; i++)
+            open[i] = chunk[i] & span->open[at + i];
+        if (take && protect_runs(open, size, span->first + at * DL_WORD_PAGES) == 0) {
             memset(span->words + at, 0, size * sizeof(*chunk));
         } else if (take) {
             /* No mapping is left to protect with: what stays open stays marked (I1), and is reported

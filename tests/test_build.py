@@ -26,9 +26,16 @@ else:
 MODULE = 'cdef extern from "one.h":\n    int one\n\ndef answer():\n    return one\n'
 
 
-@pytest.fixture
-def build(tmp_path):
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Where the builds happen: one after the other, as in a checkout that somebody works in."""
+    return tmp_path_factory.mktemp("checkout")
+
+
+@pytest.fixture(scope="module")
+def build(directory):
     """Return a function that builds two modules and says which of them were compiled, and where they went."""
+    tmp_path = directory
     package = tmp_path / "dirtylog"
     package.mkdir()
     shutil.copy(ROOT / "setup.py", tmp_path)
@@ -58,9 +65,9 @@ def build(tmp_path):
     return run
 
 
-def test_a_second_build_compiles_what_has_changed_since_the_first_and_nothing_else(build, tmp_path):
+def test_a_second_build_compiles_what_has_changed_since_the_first_and_nothing_else(build, directory):
     assert build("first") == ["_cython", "alpha", "beta"]
-    package = tmp_path / "dirtylog"
+    package = directory / "dirtylog"
     os.utime(package / "alpha.pyx")
     assert build("second") == []
     (package / "alpha.pyx").write_text(MODULE.replace("answer", "reply"))
@@ -69,13 +76,13 @@ def test_a_second_build_compiles_what_has_changed_since_the_first_and_nothing_el
     (package / "one.h").write_text("static int one = 2;\n")
     os.utime(package / "one.h", (0, 0))
     assert build("fourth") == ["alpha", "beta"]
-    found = list((tmp_path / "build").glob("*/cython/dirtylog/one.h"))
+    found = list((directory / "build").glob("*/cython/dirtylog/one.h"))
     assert [path.read_text() for path in found] == ["static int one = 2;\n"]
 
 
-def test_a_build_with_another_switch_takes_nothing_from_the_last_and_neither_does_the_next_without(build, tmp_path):
+def test_a_build_with_another_switch_takes_nothing_from_the_last_and_neither_does_the_next_without(build, directory):
     def flags(library):
-        (module,) = (tmp_path / library / "dirtylog").glob("alpha.*")
+        (module,) = (directory / library / "dirtylog").glob("alpha.*")
         return module.read_text()
 
     build("plain")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -23,6 +23,8 @@ def foreign(npages):
 
 
 both_kinds = pytest.mark.parametrize("make", [own, foreign])
+# Each property is asked of both, and of both once more by the machine at the end: half as many examples each will do.
+half = settings(max_examples=settings.default.max_examples // 2 + 1)
 
 
 def marked(make, npages, pages):
@@ -57,6 +59,7 @@ def test_fill_marks_every_page_and_no_tail_bit(make, npages):
 
 
 @both_kinds
+@half
 @given(sized=sized_page_sets())
 def test_one_by_one_in_a_batch_in_runs_and_merged_all_mark_the_same(make, sized):
     npages, pages = sized
@@ -77,6 +80,7 @@ def test_one_by_one_in_a_batch_in_runs_and_merged_all_mark_the_same(make, sized)
 
 
 @both_kinds
+@half
 @given(data=st.data(), sized=sized_page_sets())
 def test_a_harvest_of_a_range_takes_that_range_alone(make, data, sized):
     npages, pages = sized
@@ -112,6 +116,7 @@ def test_every_range_of_two_words_is_marked_harvested_and_cleared_exactly(make, 
 
 
 @both_kinds
+@half
 @given(data=st.data(), sized=sized_page_sets(2))
 def test_clear_is_and_not(make, data, sized):
     npages, pages, other = sized
@@ -125,6 +130,7 @@ def test_clear_is_and_not(make, data, sized):
 
 
 @both_kinds
+@half
 @given(data=st.data(), npages=sizes)
 def test_merge_shifts_by_the_first_page(make, data, npages):
     first, count = data.draw(ranges_of(npages))
@@ -139,6 +145,7 @@ def test_merge_shifts_by_the_first_page(make, data, npages):
 
 
 @both_kinds
+@half
 @given(sized=sized_page_sets(2))
 def test_merge_keeps_what_was_dirty(make, sized):
     npages, pages, other = sized
@@ -148,6 +155,7 @@ def test_merge_keeps_what_was_dirty(make, sized):
 
 
 @both_kinds
+@half
 @given(sized=sized_page_sets())
 def test_is_dirty_is_membership(make, sized):
     npages, pages = sized
@@ -157,6 +165,7 @@ def test_is_dirty_is_membership(make, sized):
 
 
 @both_kinds
+@half
 @given(sized=sized_page_sets())
 def test_the_harvest_is_that_of_the_reference(make, sized):
     npages, pages = sized
@@ -168,6 +177,7 @@ def test_the_harvest_is_that_of_the_reference(make, sized):
 
 
 @both_kinds
+@half
 @given(data=st.data(), sized=sized_page_sets())
 def test_out_receives_every_word_zeros_too(make, data, sized):
     npages, pages = sized

@@ -173,9 +173,6 @@ def main():
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     program = {"__name__": "__main__", "__builtins__": __builtins__}
-    if "libasan" in os.environ.get("LD_PRELOAD", ""):
-        exec(compile(code, "<string>", "exec"), program)
-        return  # to the interpreter's own end, at which the sanitizer looks for leaks
     status = _ran(code, program)
     threading._shutdown()
     atexit._run_exitfuncs()

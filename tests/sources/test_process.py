@@ -3,6 +3,7 @@
 import errno
 import mmap
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -85,12 +86,17 @@ def pages_at(process, dirty, address, npages):
     return found
 
 
-def until_in_call(pid, numbers):
-    """Wait until the main thread of a process is in one of some system calls: asked of the kernel, not slept for."""
+def until_in_call(puppet, numbers):
+    """Wait until its main thread is in one of some system calls: asked of the kernel, not slept for.
+
+    False if it has answered instead: on a busy machine a call that times out may be over before it was seen.
+    """
     while True:
-        word = Path(f"/proc/{pid}/syscall").read_text().split()[0]
+        word = Path(f"/proc/{puppet.pid}/syscall").read_text().split()[0]
         if word != "running" and int(word) in numbers:
-            return
+            return True
+        if select.select([puppet.process.stdout], [], [], 0)[0]:
+            return False
         os.sched_yield()
 
 
@@ -327,11 +333,13 @@ def test_a_thread_that_waits_in_a_system_call_goes_on_waiting(puppet, name):
     puppet.do("held.setdefault('p', os.pipe())")
     write_end = puppet.do("held['p'][1]")
     puppet.tell(expression)
-    until_in_call(puppet.pid, numbers)
+    while not until_in_call(puppet, numbers):
+        puppet.answer()
+        puppet.tell(expression)
     with attach(puppet.pid) as process:
         assert process.stopped > 0
     if wake:
-        until_in_call(puppet.pid, (*numbers, RESTART_SYSCALL))
+        assert until_in_call(puppet, (*numbers, RESTART_SYSCALL))
         with open(f"/proc/{puppet.pid}/fd/{write_end}", "wb", buffering=0) as pipe:
             pipe.write(b"x")
     answer = literal_eval(puppet.answer())

@@ -120,6 +120,7 @@ def _begin():
             # A pool of threads would make each fork one of a process with threads.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         ).returncode = 0  # it ends with this process, which does not wait for it
+    atexit.register(ours.close)
     return ours
 
 

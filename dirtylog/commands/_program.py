@@ -57,8 +57,8 @@ class Sampling(Protocol):
     def next_sample(self, after: int) -> float:
         """Seconds until a sample is due, after so many."""
 
-    def sample(self, look: tuple[float, DirtyPages] | None = None) -> DirtyPages:
-        """Take one; the last one, when the program has ended after that look."""
+    def sample(self, ended: Callable[[float], tuple[float, DirtyPages] | None] | None = None) -> DirtyPages:
+        """Take one; the last one, when the program has ended, with what was seen a moment before."""
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -359,7 +359,7 @@ def _watch_started(
                 left = min(left, max(0.0, started + args.duration - time.monotonic()))
             ended = program.wait(left)
             try:
-                sampling[0].sample(program.looks.before(time.monotonic()) if ended else None)
+                sampling[0].sample(program.looks.before if ended else None)
             except DirtyLogError as error:
                 if process is None or process.alive:
                     raise

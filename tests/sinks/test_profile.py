@@ -340,12 +340,24 @@ def test_the_end_of_a_program_is_what_came_after_a_look_a_moment_before_it():
     assert len(looks) < 20
 
 
-def test_what_came_after_the_last_look_is_a_sample_of_its_own():
+def account_of(*samples):
     account = Account(1.0, [1.0])
     account.begin(10.0)
-    account.add(12.0, dl.DirtyPages.from_indices([1, 2], 10), {"all": (0, 10)})
-    account.add(12.5, dl.DirtyPages.from_indices([3, 4, 5], 10), {"all": (0, 10)}, ending=True)
-    profile = account.sum_up(4096, lambda key: (key, 0, 0), inside=False)
+    page = 0
+    for moment, npages in samples:
+        account.add(moment, dl.DirtyPages.from_runs([[page, npages]], 100), {"all": (0, 100)})
+        page += npages
+    return account
+
+
+def summed(account):
+    return account.sum_up(4096, lambda key: (key, 0, 0), inside=False)
+
+
+def test_the_end_of_a_program_is_in_the_total_and_in_neither_mean_nor_peak():
+    account = account_of((12.0, 2), (12.5, 3))
+    account.end(12.0)
+    profile = summed(account)
     assert profile.dirtied_bytes == profile.mappings[0].dirtied_bytes == 5 * 4096
     assert profile.bytes_per_second == 4096
     assert profile.peak_bytes_per_second == 4096
@@ -357,13 +369,21 @@ def test_what_came_after_the_last_look_is_a_sample_of_its_own():
     assert "overhead: about" in text
 
 
-def test_an_end_that_is_most_of_what_was_seen_counts_like_the_rest():
-    account = Account(1.0, [1.0])
-    account.add(1.0, dl.DirtyPages.from_indices([1], 10), {})
-    account.add(3.0, dl.DirtyPages.from_indices([2], 10), {}, ending=True)
-    profile = account.sum_up(4096, lambda key: (key, 0, 0), inside=False)
+def test_an_end_that_is_much_of_what_was_seen_counts_like_the_rest():
+    account = account_of((11.0, 1), (13.0, 1))
+    account.end(11.0)
+    profile = summed(account)
     assert profile.bytes_per_second == pytest.approx(2 * 4096 / 3)
     assert profile.ending == {"seconds": 0.0, "dirtied_bytes": 0}
+
+
+def test_all_samples_of_the_last_moment_are_the_end():
+    account = account_of((12.0, 2), (12.9, 1), (12.95, 10), (12.98, 10))
+    account.end()
+    profile = summed(account)
+    assert profile.ending["dirtied_bytes"] == 20 * 4096
+    assert profile.bytes_per_second == pytest.approx(3 * 4096 / 2.9)
+    assert profile.peak_bytes_per_second < 2 * 4096
 
 
 def test_a_program_can_be_recorded(launch, tmp_path):

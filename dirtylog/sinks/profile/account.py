@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,7 +13,10 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.ranges import count_ranges
 from dirtylog.sinks.rate import Peak, unite
 
-__all__ = ["Account", "Hot", "Profile", "Snapshots"]
+__all__ = ["MOMENT", "Account", "Hot", "Profile", "Snapshots"]
+
+# Seconds that an interpreter may take to take itself down; most need a tenth of it.
+MOMENT = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class Profile:
         the time watched that this cost the program itself, which from outside is
         its first writes alone.
     ending : dict of str to float
-        `seconds` from the last look at a program until it had ended, and its
+        `seconds` before a program had ended, a tenth of one or so, and their
         `dirtied_bytes`: an interpreter that takes itself down writes to most of what it has.
         They are in `dirtied_bytes` and `seconds`, and not in the mean and the peak.
     """
@@ -128,7 +131,7 @@ class Account:
         self._dirtied: dict[Hashable, int] = defaultdict(int)
         self._seen = self._samples = 0
         self._exact = True
-        self._ending = (0.0, 0)
+        self._ended: float | None = None
         self.busy: float = 0.0
         self.price: float = 0.0
         self.start: float = 0.0
@@ -139,22 +142,17 @@ class Account:
         """Count from this moment on."""
         self.start = self.last = now
         self._peak = Peak(now, max(1.0, self.interval))
+        # Those that may turn out to be the end of the program: start, end and bytes.
+        self._latest: deque[tuple[float, float, int]] = deque()
 
-    def add(
-        self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]], *, ending: bool = False
-    ) -> None:
-        """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages.
-
-        `ending`: what a program did in the moment of its end, which is no part of how it was while it ran.
-        """
+    def add(self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]]) -> None:
+        """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages."""
         self._samples += 1
         self._seen += pages.nbytes
         self._exact = self._exact and pages.exact
-        # One that is not short is no moment: nobody knows then what of it was the end.
-        if ending and now - self.last < (self.last - self.start) / 2:
-            self._ending = (now - self.last, pages.nbytes)
-        else:
-            self._peak.add(now, pages.nbytes)
+        self._latest.append((self.last, now, pages.nbytes))
+        while self._latest[0][0] < now - 2 * MOMENT and len(self._latest) > 1:
+            self._peak.add(*self._latest.popleft()[1:])
         for key, count in count_ranges(pages.runs(), places).items():
             if count:
                 self._dirtied[key] += count * pages.page_size
@@ -163,10 +161,26 @@ class Account:
             rhythm.add(pages, now - self.start + self.interval / 2 >= rhythm.every * (len(rhythm.sizes) + 1))
         self.last = now
 
+    def end(self, since: float | None = None) -> None:
+        """Say that the program has ended: the samples since a moment, by default the last `MOMENT`, are its end."""
+        self._ended = self.last - MOMENT if since is None else since
+
+    def _split_off_the_end(self) -> tuple[float, int]:
+        """Tell the end of a program, which is no part of how it was while it ran: seconds and bytes."""
+        ending = [each for each in self._latest if self._ended is not None and each[0] >= self._ended - 1e-9]
+        seconds = sum(end - start for start, end, _ in ending)
+        # One that is not short is no moment: nobody knows then what of it was the end.
+        if seconds > (self.last - self.start) / 3:
+            ending, seconds = [], 0.0
+        while len(self._latest) > len(ending):
+            self._peak.add(*self._latest.popleft()[1:])
+        return seconds, sum(nbytes for _, _, nbytes in ending)
+
     def sum_up(self, page_size: int, about: Callable[[Any], tuple[str, int, int]], *, inside: bool) -> Profile:
         """Return the profile; `about` gives a key's name, address and size; `inside`: sampling cost the program too."""
         seconds = max(self.last - self.start, 1e-9)
-        running = max(seconds - self._ending[0], 1e-9)
+        ending, ending_bytes = self._split_off_the_end()
+        running = max(seconds - ending, 1e-9)
         faults = self._seen / (page_size or 1) * self.price
         hot = sorted(self._dirtied.items(), key=lambda item: -item[1])
         return Profile(
@@ -174,11 +188,11 @@ class Account:
             samples=self._samples,
             page_size=page_size,
             dirtied_bytes=self._seen,
-            bytes_per_second=(self._seen - self._ending[1]) / running,
+            bytes_per_second=(self._seen - ending_bytes) / running,
             peak_bytes_per_second=self._peak.bytes_per_second,
             exact=self._exact,
             snapshots=[rhythm.summary() for rhythm in self._rhythms],
-            ending={"seconds": self._ending[0], "dirtied_bytes": self._ending[1]},
+            ending={"seconds": ending, "dirtied_bytes": ending_bytes},
             mappings=[Hot(*about(key), dirtied, dirtied / (self._seen or 1)) for key, dirtied in hot],
             overhead={
                 "sampling_seconds": self.busy,

@@ -116,15 +116,16 @@ class Sampler:
         """Return the seconds until a sample is due, `after` so many. Counted from the start: delays do not add up."""
         return max(0.0, self._account.start + (after + 1) * self._account.interval - self._clock())
 
-    def sample(self, look: tuple[float, DirtyPages] | None = None) -> DirtyPages:
+    def sample(self, ended: Callable[[float], tuple[float, DirtyPages] | None] | None = None) -> DirtyPages:
         """Harvest, and count what was written since the last sample.
 
         Parameters
         ----------
-        look : tuple of float and DirtyPages, optional
-            For the last sample of a program that has ended: when it was looked at last, by
-            `clock`, and what it had written by then. What came after is a sample of its own:
-            in the total, and in neither the mean nor the peak.
+        ended : callable, optional
+            For the last sample of a program that has ended: returns, for a moment by
+            `clock`, when it was looked at last some time before that, and what it had written
+            by then. What came after is a sample of its own, the program's end: in the total, and
+            in neither the mean nor the peak.
 
         Returns
         -------
@@ -147,6 +148,7 @@ class Sampler:
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
         parts = [(now, pages)]
+        look = ended(now) if ended is not None else None
         if look is not None and look[0] > self._account.last:
             before = DirtyPages.from_runs(look[1].runs(), used, pages.page_size, exact=pages.exact) & pages
             parts = [(look[0], before), (now, pages - before)]
@@ -155,10 +157,12 @@ class Sampler:
         self._seen.update(dict.fromkeys(places, self._samples))
         self._places.update(places)
         self._samples += 1
-        for number, (moment, part) in enumerate(parts):
-            self._account.add(moment, part, places, ending=number == 1)
+        for moment, part in parts:
+            self._account.add(moment, part, places)
             if self._on_sample is not None:
                 self._on_sample(moment - self._account.start, part)
+        if ended is not None:
+            self._account.end(parts[0][0] if len(parts) == 2 else None)
         self._account.busy += time.thread_time() - began
         return pages
 

@@ -558,7 +558,8 @@ class Process(Resource):
             self._said_missed.update(unsaid)
             reasons = "; ".join(f"{pid}: {why}" for pid, why in unsaid.items())
             warnings.warn(
-                f"children of process {self.pid} are not watched, and what they write is missing: {reasons}",
+                f"some of what process {self.pid} has started or become is not watched, and what that writes is "
+                f"missing: {reasons}",
                 IncompleteLogWarning,
                 stacklevel=3,
             )

@@ -3,7 +3,7 @@
 """The dirty bitmap: mark, harvest, clear, count, while others mark; of our own words or of foreign memory's."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
 from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -27,6 +27,7 @@ from dirtylog._bits.bitmap cimport (
 )
 from dirtylog._bits.bits cimport dl_bit, dl_ffs, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
+    FEW,
     Block,
     block_new,
     block_of_buffer,
@@ -34,14 +35,15 @@ from dirtylog._bits.blocks cimport (
     kernels,
     no_words,
 )
-from dirtylog._bits.pages cimport DirtyPages
+from dirtylog._bits.numbers cimport dl_hold_numbers, dl_numbers_of_items
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
 from dirtylog._bits.taking cimport take_pages
 from dirtylog._bits.words cimport check_apart
 
 from dirtylog._bits.blocks import simd_path, simd_paths
-from dirtylog._bits.pages import check_geometry, integer_array
+from dirtylog._bits.pages import check_geometry, integer_array, ndarray
 from dirtylog._bits.words import (
     compare_pages,
     ffs,
@@ -96,7 +98,7 @@ cdef class DirtyBitmap:
     once, and no mark is lost. A mark that was made before a harvest began is
     in that harvest (or in one that ran beside it); a mark made during a
     harvest is in that one or in the next, never in both. No method holds a
-    lock; work of more than a word runs without the GIL.
+    lock; work of more than a few words runs without the GIL.
 
     Marking is a full memory barrier (I3): mark after the store to the page.
     A summary bitmap, one bit for each 512 pages, makes a harvest cost what is
@@ -131,6 +133,7 @@ cdef class DirtyBitmap:
         self.bits.npages = npages
         self.bits.words = words.words
         self.bits.summary = summary.words
+        self.nothing = pages_of_nothing(npages, page_size)
         self.word_block = words
         self.summary_block = summary
 
@@ -178,6 +181,7 @@ cdef class DirtyBitmap:
         bitmap.page_size = page_size
         bitmap.bits.npages = npages
         bitmap.bits.words = block.words
+        bitmap.nothing = pages_of_nothing(npages, page_size)
         bitmap.word_block = block
         return bitmap
 
@@ -253,9 +257,11 @@ cdef class DirtyBitmap:
         """
         cdef uint64_t start, end
         self.span(first, count, &start, &end, False)
-        if start < end:
+        if end - start > 64 * FEW:
             with nogil:
                 dl_mark_range(&self.bits, start, end - start)
+        elif start < end:
+            dl_mark_range(&self.bits, start, end - start)
 
     def mark_pages(self, pages) -> None:
         """Set the bits of many pages.
@@ -276,20 +282,45 @@ cdef class DirtyBitmap:
         -----
         One full barrier for the whole batch, then a test before each set (I3).
         """
-        array = integer_array(pages, "pages")
-        cdef const int64_t[::1] numbers = array if array.ndim == 1 else array.ravel()
-        cdef size_t n = numbers.shape[0]
-        if n == 0:
+        cdef int64_t few[FEW]
+        cdef Py_ssize_t n
+        if type(pages) is list or type(pages) is tuple:
+            n = dl_numbers_of_items(pages, few, FEW)
+            if n >= 0:
+                self.mark_numbers(few, n)
+                return
+        elif type(pages) is ndarray and self.mark_array(pages):
             return
+        self.mark_array(integer_array(pages, "pages").ravel())
+
+    cdef bint mark_array(self, object array) except -1:
+        """Mark the pages of an array, unless it has to be converted first."""
+        cdef Py_buffer view
+        if not dl_hold_numbers(array, &view):
+            return False
+        try:
+            self.mark_numbers(<const int64_t *>view.buf, view.shape[0])
+        finally:
+            PyBuffer_Release(&view)
+        return True
+
+    cdef int mark_numbers(self, const int64_t *pages, size_t n) except -1:
+        """Mark pages, after all have been checked."""
         cdef size_t bad
-        with nogil:
-            bad = dl_check_batch(&numbers[0], n, self.bits.npages)
+        if n <= FEW:
+            bad = dl_check_batch(pages, n, self.bits.npages)
             if bad == n:
-                bad = dl_mark_batch(&self.bits, &numbers[0], n)
+                bad = dl_mark_batch(&self.bits, pages, n)
+        else:
+            with nogil:
+                bad = dl_check_batch(pages, n, self.bits.npages)
+                if bad == n:
+                    bad = dl_mark_batch(&self.bits, pages, n)
         if bad < n:
             raise IndexError(
-                f"page {numbers[bad]} (element {bad}) is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}"
+                f"page {pages[bad]} (element {bad}) is out of range; pages are 0 to {<int64_t>self.bits.npages - 1}"
             )
+        return 0
 
     def merge(self, pages, first_page=0) -> None:
         """Set the bits of all pages in `pages`.
@@ -422,6 +453,8 @@ cdef class DirtyBitmap:
                 )
             check_apart(target.words, target.nwords, self.bits.words, target.nwords)
         pages = self.take(start, end, True)
+        if pages is self.nothing and target is None:
+            return pages  # I5: nothing has been taken, so that no handler can have it lost
         if target is not None:
             with nogil:
                 pages_write(pages, target.words, target.nwords)
@@ -446,7 +479,7 @@ cdef class DirtyBitmap:
                 dl_merge_dense(kernels, &self.bits, pages.dense.words, dl_words_for(pages.npages), start)
 
     cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear):
-        return take_pages(&self.bits, self.page_size, first, end, clear)
+        return take_pages(&self.bits, self.page_size, first, end, clear, self.nothing)
 
     # ---- clearing
 
@@ -514,6 +547,14 @@ cdef class DirtyBitmap:
 
 
 # ---- the form of a result -------------------------------------------------------
+
+cdef DirtyPages pages_of_nothing(uint64_t npages, uint64_t page_size):
+    """Return no pages of so many: what never changes can be handed out again and again."""
+    cdef DirtyPages pages = pages_bare(npages, page_size, True)
+    pages_fill(pages, None, no_words, no_words, 0)
+    pages.known_count = 0
+    return pages
+
 
 cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept nogil:
     """Copy fresh pages into words of somebody else's."""

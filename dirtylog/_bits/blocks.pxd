@@ -4,6 +4,10 @@ from libc.stdint cimport int64_t, uint64_t
 from dirtylog._bits.simd cimport dl_kernels
 
 
+cdef enum:
+    # Words and pages that are worked on without giving up the GIL, which costs as much as some fifty of them.
+    FEW = 64
+
 # The kernels chosen when the package was imported; never changes after.
 cdef const dl_kernels *kernels
 
@@ -23,6 +27,7 @@ cdef Block block_new(size_t nwords, bint zero)
 cdef Block block_for_result(size_t nwords)
 # TypeError, ValueError: the reason is in the message.
 cdef Block block_of_buffer(object buffer, bint writable, str what)
-cdef object new_numbers(object shape, int64_t **data)
+cdef object new_numbers(size_t n, int64_t **data)
+cdef object new_runs(size_t n, int64_t **data)
 cdef object expand_words(const uint64_t *words, size_t n)
 cdef object runs_of_words(const uint64_t *words, size_t n)

@@ -11,7 +11,6 @@ from cpython.buffer cimport (
     PyBUF_FORMAT,
     PyBUF_ND,
     PyBUF_RECORDS_RO,
-    PyBUF_SIMPLE,
     PyBUF_STRIDES,
     PyBUF_WRITABLE,
     PyBuffer_IsContiguous,
@@ -21,6 +20,7 @@ from cpython.buffer cimport (
 )
 from libc.stdint cimport int64_t, uint64_t
 
+from dirtylog._bits.numbers cimport dl_numpy, dl_numpy_new, dl_numpy_open
 from dirtylog._bits.runs cimport dl_count_runs, dl_runs
 from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find
 
@@ -31,10 +31,18 @@ cdef extern from "_bits/memory.h" nogil:
     void dl_words_free(uint64_t *words, size_t mapped_bytes)
     void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
 
+
 __all__: list[str] = []
 
-cdef object empty_array = np.empty
-cdef object INT64 = np.dtype(np.int64)
+cdef dl_numpy numpy_functions
+
+
+cdef int open_numpy() except -1:
+    core = np._core if hasattr(np, "_core") else np.core
+    return dl_numpy_open(&numpy_functions, core._multiarray_umath._ARRAY_API, np.ndarray, np.dtype(np.int64).num)
+
+
+open_numpy()
 
 
 # ---- the choice of kernels ---------------------------------------------------------
@@ -186,18 +194,14 @@ cdef Block no_words = block_new(0, False)
 
 # ---- extraction ------------------------------------------------------------------------
 
-cdef object new_numbers(object shape, int64_t **data):
-    """Return a new int64 array and the address of its numbers, which hold as long as the array does.
+cdef object new_numbers(size_t n, int64_t **data):
+    """Return a new int64 array and the address of its numbers, which hold as long as the array does."""
+    return dl_numpy_new(&numpy_functions, n, 0, data)
 
-    With a dtype and without a typed memoryview: what a caller has not used for a while comes from
-    memory, code too, and of a small harvest's time that is most.
-    """
-    cdef Py_buffer view
-    array = empty_array(shape, INT64)
-    PyObject_GetBuffer(array, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
-    data[0] = <int64_t *>view.buf
-    PyBuffer_Release(&view)
-    return array
+
+cdef object new_runs(size_t n, int64_t **data):
+    """The same for an array of shape (n, 2)."""
+    return dl_numpy_new(&numpy_functions, n, 2, data)
 
 
 cdef object expand_words(const uint64_t *words, size_t n):
@@ -218,7 +222,7 @@ cdef object runs_of_words(const uint64_t *words, size_t n):
     cdef int64_t *out
     with nogil:
         count = dl_count_runs(kernels, words, n)
-    result = new_numbers((count, 2), &out)
+    result = new_runs(count, &out)
     with nogil:
         written = dl_runs(kernels, words, n, out, count)
     return result if written == count else result[:written]

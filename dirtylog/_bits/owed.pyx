@@ -108,7 +108,7 @@ cdef class Owed:
     def forget(self):
         """Owe nothing any more: the source's pages are somebody else's business now."""
         dl_exchange(&self.state, 0)
-        take_pages(&self.bits, self.page_size, 0, self.bits.npages, True)
+        take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
 
     def take(self, source, *arguments, warn=None, failure=None):
         """Call `source`, and return its pages with all that is owed.
@@ -169,7 +169,7 @@ cdef class Owed:
         cdef uint64_t state = dl_load_acquire(&self.state)
         if not state and (pages.exact or warn is None):
             return pages
-        cdef DirtyPages answer = take_pages(&self.bits, self.page_size, 0, self.bits.npages, False) | pages
+        cdef DirtyPages answer = take_pages(&self.bits, self.page_size, 0, self.bits.npages, False, None) | pages
         if state & INEXACT:
             answer = inexact(answer)
         if warn is not None and not answer.exact and not state & SAID:
@@ -230,7 +230,7 @@ cdef class Owed:
         """Take what is owed and join it, `state` being its flags; MemoryError before or after leaves it owed."""
         cdef DirtyPages earlier
         try:
-            earlier = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True)
+            earlier = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
         except MemoryError:
             dl_fetch_or(&self.state, PAGES)
             raise

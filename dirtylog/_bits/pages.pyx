@@ -17,6 +17,7 @@ from libc.string cimport memcmp, memcpy
 
 from dirtylog._bits.bits cimport dl_bit, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
+    FEW,
     Block,
     block_for_result,
     block_new,
@@ -24,9 +25,11 @@ from dirtylog._bits.blocks cimport (
     expand_words,
     kernels,
     new_numbers,
+    new_runs,
     no_words,
     runs_of_words,
 )
+from dirtylog._bits.numbers cimport dl_numbers_of_items
 from dirtylog._bits.runs cimport dl_count_runs_sparse, dl_runs_sparse
 from dirtylog._bits.sets cimport (
     DL_AND,
@@ -109,6 +112,11 @@ def integer_array(values, what) -> np.ndarray:
         flags = values.flags
         if flags.c_contiguous and flags.aligned:
             return values
+    cdef int64_t *numbers
+    if type(values) is list or type(values) is tuple:
+        array = new_numbers(len(values), &numbers)
+        if dl_numbers_of_items(values, numbers, array.size) == array.size:
+            return array
     array = np.asarray(values)
     if array.size == 0 and not isinstance(values, np.ndarray):
         return np.empty(array.shape, np.int64)
@@ -394,7 +402,10 @@ cdef class DirtyPages:
     cdef int64_t counted(self) noexcept:
         # Two threads may count at once and come to the same number.
         cdef int64_t count = self.known_count
-        if count < 0:
+        if count < 0 and self.numbers is not None and self.entries <= FEW:
+            count = <int64_t>kernels.popcount(self.masks.words, self.entries)
+            self.known_count = count
+        elif count < 0:
             with nogil:
                 if self.numbers is not None:
                     count = <int64_t>kernels.popcount(self.masks.words, self.entries)
@@ -443,8 +454,11 @@ cdef class DirtyPages:
         cdef int64_t *out
         cdef size_t count = self.counted()
         result = new_numbers(count, &out)
-        with nogil:
+        if self.entries <= FEW:
             kernels.expand_sparse(self.numbers.words, self.masks.words, self.entries, out, count)
+        else:
+            with nogil:
+                kernels.expand_sparse(self.numbers.words, self.masks.words, self.entries, out, count)
         return result
 
     def runs(self) -> np.ndarray:
@@ -453,9 +467,14 @@ cdef class DirtyPages:
             return runs_of_words(self.dense.words, dl_words_for(self.npages))
         cdef size_t n
         cdef int64_t *out
+        if self.entries <= FEW:
+            n = dl_count_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries)
+            result = new_runs(n, &out)
+            dl_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries, out, n)
+            return result
         with nogil:
             n = dl_count_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries)
-        result = new_numbers((n, 2), &out)
+        result = new_runs(n, &out)
         with nogil:
             dl_runs_sparse(kernels, self.numbers.words, self.masks.words, self.entries, out, n)
         return result

@@ -15,7 +15,7 @@ from dirtylog._bits.bitmap cimport (
     dl_taken,
 )
 from dirtylog._bits.bits cimport dl_words_for
-from dirtylog._bits.blocks cimport Block, block_for_result, block_new, kernels
+from dirtylog._bits.blocks cimport FEW, Block, block_for_result, block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.simd cimport dl_kernels
@@ -49,9 +49,21 @@ __all__: list[str] = []
 cdef enum:
     # Groups of lines that a harvest takes without asking for memory first.
     FEW_GROUPS = 256
+    # Words that are scanned without giving up the GIL: as many as take no longer than that does.
+    SCANNED = 512
 
 
-cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear):
+cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) noexcept:
+    """Return the first word in [start, end) that is not zero, or `end`."""
+    if end - start <= SCANNED:
+        return kernels.next_nonzero(words, start, end)
+    with nogil:
+        start = kernels.next_nonzero(words, start, end)
+    return start
+
+
+cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear,
+                           DirtyPages nothing):
     """Get pages [first, end), which lie in the bitmap, and clear them if `clear`; as of one moment for each word."""
     cdef uint64_t nwords = dl_words_for(bits.npages)
     cdef dl_basket basket
@@ -63,19 +75,30 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     cdef size_t room
     cdef uint64_t nlines = 0
     cdef dl_parts parts
-    # I5: made before anything is taken, so that nothing can fail after.
-    cdef DirtyPages pages = pages_bare(bits.npages, page_size, True)
+    cdef DirtyPages pages
     if bits.summary == NULL:
-        return take_scan(bits, first, end, clear, pages)
+        return take_scan(bits, page_size, first, end, clear, nothing)
     parts = dl_parts_of(bits.npages, first, end)
     cdef uint64_t group = dl_first_group(&parts)
     cdef uint64_t groups = dl_end_group(&parts)
+    cdef bint whole = parts.head_end == first and parts.tail_first == end
+    if whole:
+        group = next_nonzero(bits.summary, group, groups)
+        if group >= groups and nothing is not None:
+            dl_harvest_end()
+            return nothing
+    # I5: made before anything is taken, so that nothing can fail after.
+    pages = pages_bare(bits.npages, page_size, True)
     basket = basket_new(clear)
     try:
         # I4: the summary first. I5: it is put back if what follows finds no memory.
-        with nogil:
+        if groups - group <= SCANNED:
             ntaken = kernels.take_summary(bits, parts.first_line, parts.end_line, &group, few, FEW_GROUPS, clear,
                                           &nlines)
+        else:
+            with nogil:
+                ntaken = kernels.take_summary(bits, parts.first_line, parts.end_line, &group, few, FEW_GROUPS, clear,
+                                              &nlines)
         if group < groups:
             room = ntaken + (groups - group) + DL_LINE_WORDS
             taken = <dl_taken *>malloc(room * sizeof(dl_taken))
@@ -87,8 +110,11 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
                 ntaken += kernels.take_summary(bits, parts.first_line, parts.end_line, &group, taken + ntaken,
                                                room - ntaken, clear, &nlines)
         numbers, masks, dense = basket_open(&basket, nlines + 2, nwords)
-        with nogil:
+        if whole and nlines <= FEW // DL_LINE_WORDS:
             dl_take_range(&basket, bits, &parts, taken, ntaken)
+        else:
+            with nogil:
+                dl_take_range(&basket, bits, &parts, taken, ntaken)
     except MemoryError:
         if clear:
             dl_summary_untake(bits, taken, ntaken)
@@ -100,22 +126,28 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     return pages
 
 
-cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t first, uint64_t end, bint clear, DirtyPages pages):
+cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear,
+                          DirtyPages nothing):
     """Take from foreign memory: few words as entries, and dense from where they become many."""
     cdef uint64_t nwords = dl_words_for(bits.npages)
     cdef dl_parts parts = dl_foreign_parts_of(bits.npages, first, end)
-    cdef uint64_t start, stop, reached
+    cdef uint64_t stop = parts.tail_first // 64
+    cdef uint64_t start = next_nonzero(bits.words, parts.head_end // 64, stop)
+    cdef uint64_t reached
     cdef Block numbers, masks
     cdef Block dense = None
     cdef dl_basket basket = basket_new(clear)
+    if start == stop and parts.head_end == first and parts.tail_first == end and nothing is not None:
+        dl_harvest_end()
+        return nothing
+    # I5: made before anything is taken, so that nothing can fail after.
+    cdef DirtyPages pages = pages_bare(bits.npages, page_size, True)
     # The scan may fill what it is told of; the words right of it, a line at most, need room of their own.
     basket.capacity = nwords // 16 + DL_GROUP_WORDS + 4 * DL_LINE_WORDS
     numbers = block_new(basket.capacity + DL_LINE_WORDS, False)
     masks = block_new(basket.capacity + DL_LINE_WORDS, False)
     basket.numbers = numbers.words
     basket.masks = masks.words
-    start = parts.head_end // 64
-    stop = parts.tail_first // 64
     with nogil:
         dl_take_part(&basket, bits.words, first, parts.head_end)
         reached = dl_take_foreign(&basket, bits.words, start, stop)

@@ -247,6 +247,97 @@ def test_a_batch_is_any_integer_array_like(make):
     assert not bitmap.harvest()
 
 
+FEW = 64  # pages that a call marks at once; more take another way
+
+
+@both_kinds
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+@pytest.mark.parametrize("count", [1, FEW - 1, FEW, FEW + 1, 1000])
+def test_every_page_of_a_batch_is_marked_however_long_it_is(make, kind, count):
+    pages = [7 * i for i in range(count)]
+    bitmap = make(7000)
+    bitmap.mark_pages(kind(pages))
+    assert list(bitmap.harvest()) == pages
+
+
+@both_kinds
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+@pytest.mark.parametrize("bad", [-1, 7000, 2**62])
+@pytest.mark.parametrize("at", [0, FEW - 1, FEW, 900])
+def test_a_bad_page_of_a_batch_is_named_and_none_is_marked(make, kind, bad, at):
+    pages = [*range(at), bad, *range(5)]
+    bitmap = make(7000)
+    with pytest.raises(IndexError, match=rf"page {bad} \(element {at}\) is out of range; pages are 0 to 6999"):
+        bitmap.mark_pages(kind(pages))
+    assert not bitmap.harvest()
+
+
+@pytest.mark.parametrize(
+    ("pages", "error"),
+    [
+        ([2**63], IndexError),
+        ([1, 2**64], IndexError),
+        ((1, -(2**70)), IndexError),
+        ([1, 2.0], TypeError),
+        ([True, False], TypeError),
+        (["1"], TypeError),
+        ([None], TypeError),
+        ([[1, 2], [3]], ValueError),
+        (np.array([1.0]), TypeError),
+        (np.array([True]), TypeError),
+        (np.array(["1"]), TypeError),
+        (np.array([1], object), IndexError),
+        (np.array([1], "m8[s]"), TypeError),
+    ],
+)
+def test_a_batch_of_anything_else_is_refused_and_none_is_marked(pages, error):
+    bitmap = own(100)
+    with pytest.raises(error):
+        bitmap.mark_pages(pages)
+    assert not bitmap.harvest()
+
+
+def test_a_batch_may_hold_ints_of_every_kind():
+    bitmap = own(100)
+    bitmap.mark_pages([[1, 2], [3, 4]])
+    bitmap.mark_pages([np.int8(5), 6, True])
+    bitmap.mark_pages([np.uint64(7)])
+    bitmap.mark_pages(np.array([8, 9]).astype(">i8"))
+    bitmap.mark_pages(np.array([[10, 11], [12, 13]]).T)
+    bitmap.mark_pages(np.array(14))
+    assert list(bitmap.harvest()) == list(range(1, 15))
+
+
+@both_kinds
+@pytest.mark.parametrize("npages", [1, 64, 512, 2**15, 2**15 + 1, 2**18, 2**25])
+def test_harvests_that_find_nothing_hand_out_one_answer(make, npages):
+    bitmap = make(npages)
+    nothing = bitmap.harvest()
+    assert (nothing.npages, nothing.page_size, nothing.exact, nothing.count) == (npages, 4096, True, 0)
+    assert nothing == dl.DirtyPages.from_indices([], npages)
+    assert nothing.indices().shape == (0,)
+    assert nothing.runs().shape == (0, 2)
+    assert not nothing.words.any()
+    bitmap.mark(npages - 1)
+    assert list(bitmap.harvest()) == [npages - 1]
+    assert bitmap.harvest() == nothing
+    if make is own or npages % 64 == 0:
+        assert bitmap.harvest() is nothing
+        assert bitmap.peek() is nothing
+
+
+@both_kinds
+@given(npages=st.sampled_from([700, 40_000]), data=st.data())
+def test_a_range_that_is_clean_hides_nothing_outside_it(make, npages, data):
+    first = data.draw(st.integers(0, npages))
+    count = data.draw(st.integers(0, npages - first))
+    page = data.draw(st.integers(0, npages - 1))
+    bitmap = marked(make, npages, [page])
+    found = bitmap.harvest(first, count)
+    assert list(found) == [page] * (first <= page < first + count)
+    assert len(bitmap.harvest()) + len(found) == 1
+
+
 def iter_of_array(*pages):
     """An object that only `numpy.asarray` understands."""
 

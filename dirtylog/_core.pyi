@@ -3,7 +3,7 @@ from typing import NoReturn, SupportsIndex, final
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._bits.blocks import simd_path, simd_paths
+from dirtylog._bits.blocks import simd_missing, simd_path, simd_paths
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.words import compare_pages, ffs, fls, harvest_words, indices, popcount, runs, zero_pages
 from dirtylog._typing import Memory
@@ -17,6 +17,7 @@ __all__ = [
     "indices",
     "popcount",
     "runs",
+    "simd_missing",
     "simd_path",
     "simd_paths",
     "zero_pages",

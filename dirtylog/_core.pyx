@@ -42,7 +42,7 @@ from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
 from dirtylog._bits.taking cimport take_pages
 from dirtylog._bits.words cimport check_apart
 
-from dirtylog._bits.blocks import simd_path, simd_paths
+from dirtylog._bits.blocks import simd_missing, simd_path, simd_paths
 from dirtylog._bits.pages import check_geometry, integer_array, ndarray
 from dirtylog._bits.words import (
     compare_pages,
@@ -62,8 +62,8 @@ cdef extern from "Python.h":
 
 
 __all__ = [
-    "DirtyBitmap", "compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "simd_path",
-    "simd_paths", "zero_pages",
+    "DirtyBitmap", "compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "simd_missing",
+    "simd_path", "simd_paths", "zero_pages",
 ]
 
 

@@ -22,7 +22,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from dirtylog._bits.numbers cimport dl_numpy, dl_numpy_new, dl_numpy_open
 from dirtylog._bits.runs cimport dl_count_runs, dl_runs
-from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find
+from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find, dl_kernels_known
 
 
 cdef extern from "_bits/memory.h" nogil:
@@ -57,6 +57,18 @@ def simd_paths() -> tuple[str, ...]:
     return tuple(names)
 
 
+def simd_missing() -> dict[str, str]:
+    """Return what this CPU, or its operating system, lacks for each path that it cannot run."""
+    cdef const char *missing = NULL
+    found = {}
+    i = 0
+    while dl_kernels_known(i, &missing) != NULL:
+        if missing != NULL:
+            found[dl_kernels_known(i, &missing).name.decode()] = missing.decode()
+        i += 1
+    return found
+
+
 def simd_path() -> str:
     """Return the name of the kernels in use: ``scalar``, ``avx2`` or ``avx512``."""
     return kernels.name.decode()
@@ -68,8 +80,9 @@ cdef int choose_kernels() except -1:
     wanted = name.encode()
     kernels = dl_kernels_find(<const char *>wanted if name else NULL)
     if kernels == NULL:
+        why = "".join(f" ({path} needs {what})" for path, what in simd_missing().items() if path == name)
         raise ImportError(
-            f"DIRTYLOG_SIMD={name!r}: this CPU runs {', '.join(simd_paths())}; name one of these or unset it"
+            f"DIRTYLOG_SIMD={name!r}: this CPU runs {', '.join(simd_paths())}{why}; name one of these or unset it"
         )
     return 0
 

@@ -372,19 +372,6 @@ DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
 #define take_line_avx2 take_line_vector
 #define take_line_avx512 take_line_vector
 
-static int can_run_cx16(void)
-{
-    unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_CMPXCHG16B;
-}
-
-/* Not every compiler's __builtin_cpu_supports() knows it. */
-static int can_run_lzcnt(void)
-{
-    unsigned a, b, c, d;
-    return __get_cpuid(0x80000001, &a, &b, &c, &d) && c & bit_LZCNT;
-}
-
 /* ---- AVX2: eight bits by a table of their positions ------------------------- */
 
 #define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
@@ -494,34 +481,96 @@ DL_AVX512 DL_INLINE void expand_word_avx512(uint64_t word, unsigned bits, int64_
 
 DL_INSTANTIATE(avx512, DL_AVX512)
 
-static int can_run_avx2(void)
+/* ---- what a path needs, by the names that Linux gives it in /proc/cpuinfo. The processor is asked by ourselves:
+ * of what a compiler's own function does not know it says that it is not there, and nobody would learn why. ---- */
+
+struct dl_feature {
+    const char *name;
+    unsigned leaf;
+    unsigned word; /* 0 to 3: eax, ebx, ecx, edx */
+    unsigned bit;
+};
+
+/* Registers that the operating system keeps for each thread: bits of XCR0. */
+#define DL_XCR0_AVX 0x06u
+#define DL_XCR0_AVX512 0xe6u
+
+static const struct dl_feature for_avx2[] = {
+    {"cx16", 1, 2, 13}, {"popcnt", 1, 2, 23}, {"bmi1", 7, 1, 3},        {"avx2", 7, 1, 5},
+    {"bmi2", 7, 1, 8},  {"abm", 0x80000001, 2, 5}, {NULL, 0, 0, 0},
+};
+static const struct dl_feature for_avx512[] = {
+    {"avx512f", 7, 1, 16},      {"avx512dq", 7, 1, 17},         {"avx512bw", 7, 1, 30}, {"avx512vl", 7, 1, 31},
+    {"avx512_vbmi2", 7, 2, 6}, {"avx512_vpopcntdq", 7, 2, 14}, {NULL, 0, 0, 0},
+};
+
+static int has_feature(const struct dl_feature *feature)
 {
-    return can_run_cx16() && can_run_lzcnt() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    unsigned words[4];
+    return __get_cpuid_count(feature->leaf, 0, &words[0], &words[1], &words[2], &words[3]) &&
+           words[feature->word] >> feature->bit & 1;
 }
 
-static int can_run_avx512(void)
+/* Whether the operating system saves these registers when it switches threads. */
+static int system_keeps(unsigned xcr0)
 {
-    return can_run_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
-           __builtin_cpu_supports("avx512vpopcntdq");
+    static const struct dl_feature osxsave = {"osxsave", 1, 2, 27};
+    unsigned low, high;
+    if (!has_feature(&osxsave))
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & xcr0) == xcr0;
+}
+
+/* The first of these that is not there; NULL if all are. */
+static const char *first_missing(const struct dl_feature *feature, unsigned xcr0, const char *registers)
+{
+    for (; feature->name; feature++)
+        if (!has_feature(feature))
+            return feature->name;
+    return system_keeps(xcr0) ? NULL : registers;
+}
+
+static const char *missing_avx2(void) { return first_missing(for_avx2, DL_XCR0_AVX, "AVX registers of the system"); }
+
+static const char *missing_avx512(void)
+{
+    const char *missing = missing_avx2();
+    return missing ? missing : first_missing(for_avx512, DL_XCR0_AVX512, "AVX-512 registers of the system");
 }
 #endif /* __x86_64__ */
 
+static const char *missing_nothing(void) { return NULL; }
+
 /* ---- choice ------------------------------------------------------------------ */
+
+static const struct {
+    const struct dl_kernels *kernels;
+    const char *(*missing)(void);
+} every_path[] = {
+#if defined(__x86_64__)
+    {&kernels_avx512, missing_avx512},
+    {&kernels_avx2, missing_avx2},
+#endif
+    {&kernels_scalar, missing_nothing},
+};
+
+const struct dl_kernels *dl_kernels_known(size_t i, const char **missing)
+{
+    if (i >= sizeof every_path / sizeof every_path[0])
+        return NULL;
+    *missing = every_path[i].missing();
+    return every_path[i].kernels;
+}
 
 const struct dl_kernels *dl_kernels_at(size_t i)
 {
-    const struct dl_kernels *found[3];
-    size_t n = 0;
-#if defined(__x86_64__)
-    if (can_run_avx512())
-        found[n++] = &kernels_avx512;
-    if (can_run_avx2())
-        found[n++] = &kernels_avx2;
-#endif
-    found[n++] = &kernels_scalar;
-    return i < n ? found[i] : NULL;
+    const struct dl_kernels *kernels;
+    const char *missing;
+    for (size_t known = 0; (kernels = dl_kernels_known(known, &missing)); known++)
+        if (!missing && i-- == 0)
+            return kernels;
+    return NULL;
 }
 
 const struct dl_kernels *dl_kernels_find(const char *name)

@@ -46,6 +46,10 @@ struct dl_kernels {
  * known or this CPU cannot run them. */
 const struct dl_kernels *dl_kernels_find(const char *name);
 
+/* The i-th kernels that were compiled, best first; NULL past the end. `*missing` is what this CPU or its operating
+ * system lacks to run them, NULL if nothing. */
+const struct dl_kernels *dl_kernels_known(size_t i, const char **missing);
+
 /* The i-th kernels, best first, that this CPU can run; NULL past the end. */
 const struct dl_kernels *dl_kernels_at(size_t i);
 

@@ -23,4 +23,5 @@ cdef extern from "_bits/simd.h" nogil:
                                 size_t capacity) noexcept nogil
 
     const dl_kernels *dl_kernels_find(const char *name)
+    const dl_kernels *dl_kernels_known(size_t i, const char **missing)
     const dl_kernels *dl_kernels_at(size_t i)

@@ -7,6 +7,7 @@ have a call compiled out, forbidden or broken.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -81,7 +82,9 @@ def memory_facilities() -> Iterator[Facility]:
 def core_facilities() -> Iterator[Facility]:
     """Name the vector code in use and what else this CPU can run."""
     chosen, paths = _core.simd_path(), _core.simd_paths()
-    yield Facility("SIMD", chosen != "scalar", f"{chosen}, of {', '.join(paths)} (DIRTYLOG_SIMD forces one)")
+    missing = "".join(f"; {path} needs {what}" for path, what in _core.simd_missing().items())
+    forced = f" by DIRTYLOG_SIMD={os.environ['DIRTYLOG_SIMD']}" if os.environ.get("DIRTYLOG_SIMD") else ""
+    yield Facility("SIMD", chosen != "scalar", f"{chosen}{forced}, of {', '.join(paths)}{missing}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

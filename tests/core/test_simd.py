@@ -1,8 +1,10 @@
 """The vector paths: which there are, how one is chosen; and comparing pages' contents."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +40,27 @@ def test_a_path_that_cannot_run_is_refused_with_those_that_can():
     assert refused.returncode != 0
     assert "altivec" in refused.stderr
     assert "scalar" in refused.stderr
+
+
+def test_a_path_runs_where_linux_names_all_that_it_needs():
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    if not found:
+        pytest.skip("/proc/cpuinfo has no flags: not an x86 processor")
+    needed = {"scalar": set(), "avx2": {"cx16", "popcnt", "bmi1", "bmi2", "avx2", "abm"}}
+    needed["avx512"] = needed["avx2"] | {f"avx512{name}" for name in ("f", "dq", "bw", "vl", "_vbmi2", "_vpopcntdq")}
+    flags = set(found[1].split())
+    assert set(_core.simd_paths()) == {path for path, names in needed.items() if names <= flags}
+    assert set(_core.simd_missing()) == {path for path, names in needed.items() if not names <= flags}
+    for path, what in _core.simd_missing().items():
+        assert what in needed[path] - flags
+
+
+def test_what_is_missing_is_said_where_the_path_is_refused():
+    for path, what in _core.simd_missing().items():
+        refused = import_with(path)
+        assert refused.returncode != 0
+        assert f"{path} needs {what}" in refused.stderr
+    assert not set(_core.simd_missing()) & set(_core.simd_paths())
 
 
 def test_the_best_path_is_taken_when_none_is_forced():

@@ -70,7 +70,7 @@ def simd_missing() -> dict[str, str]:
 
 
 def simd_path() -> str:
-    """Return the name of the kernels in use: ``scalar``, ``avx2`` or ``avx512``."""
+    """Return the name of the kernels in use: ``scalar``, ``avx2``, ``avx512`` or ``neon``."""
     return kernels.name.decode()
 
 

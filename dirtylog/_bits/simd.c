@@ -326,6 +326,69 @@ DL_INLINE void expand_word_scalar(uint64_t word, unsigned bits, int64_t first, i
 
 DL_INSTANTIATE(scalar, )
 
+#if defined(__x86_64__) || defined(__aarch64__)
+/* Positions of the set bits of a byte, one a byte of the entry. Filled when the module is
+ * loaded, before any thread can call a kernel. */
+static uint64_t byte_positions[256];
+
+__attribute__((constructor)) static void fill_byte_positions(void)
+{
+    for (unsigned byte = 0; byte < 256; byte++) {
+        uint64_t entry = 0;
+        unsigned at = 0;
+        for (unsigned bit = 0; bit < 8; bit++)
+            if (byte >> bit & 1)
+                entry |= (uint64_t)bit << (8 * at++);
+        byte_positions[byte] = entry;
+    }
+}
+
+#endif
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+/* ---- NEON, which every 64-bit Arm processor has: nothing has to be asked ------------------ */
+
+DL_INLINE unsigned line_mask_neon(const uint64_t *line)
+{
+    static const uint16_t weights[DL_LINE_WORDS] = {1, 2, 4, 8, 16, 32, 64, 128};
+    uint64x2_t a = vld1q_u64(line), b = vld1q_u64(line + 2), c = vld1q_u64(line + 4), d = vld1q_u64(line + 6);
+    uint64x2_t any = vorrq_u64(vorrq_u64(a, b), vorrq_u64(c, d));
+    if (!(vgetq_lane_u64(any, 0) | vgetq_lane_u64(any, 1)))
+        return 0;
+    uint32x4_t low = vcombine_u32(vmovn_u64(vtstq_u64(a, a)), vmovn_u64(vtstq_u64(b, b)));
+    uint32x4_t high = vcombine_u32(vmovn_u64(vtstq_u64(c, c)), vmovn_u64(vtstq_u64(d, d)));
+    uint16x8_t dirty = vcombine_u16(vmovn_u32(low), vmovn_u32(high));
+    return vaddvq_u16(vandq_u16(dirty, vld1q_u16(weights)));
+}
+
+#define take_line_neon take_line_scalar
+#define expand_singles_neon expand_singles_scalar
+
+/* Eight numbers for each byte, as on AVX2: past the last one, within the 64 that expand_word() has made sure of. */
+DL_INLINE void expand_word_neon(uint64_t word, unsigned bits, int64_t first, int64_t *out)
+{
+    if (bits <= 6) {
+        expand_word_scalar(word, bits, first, out);
+        return;
+    }
+    for (unsigned byte = 0; byte < 8; byte++, word >>= 8, first += 8) {
+        uint16x8_t positions = vmovl_u8(vcreate_u8(byte_positions[word & 0xff]));
+        uint32x4_t low = vmovl_u16(vget_low_u16(positions)), high = vmovl_u16(vget_high_u16(positions));
+        uint64x2_t start = vdupq_n_u64((uint64_t)first);
+        uint64_t *to = (uint64_t *)out;
+        vst1q_u64(to, vaddw_u32(start, vget_low_u32(low)));
+        vst1q_u64(to + 2, vaddw_u32(start, vget_high_u32(low)));
+        vst1q_u64(to + 4, vaddw_u32(start, vget_low_u32(high)));
+        vst1q_u64(to + 6, vaddw_u32(start, vget_high_u32(high)));
+        out += __builtin_popcountll(word & 0xff);
+    }
+}
+
+DL_INSTANTIATE(neon, )
+#endif /* __aarch64__ */
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -375,22 +438,6 @@ DL_CX16 DL_INLINE void take_line_pairs(uint64_t *line, uint64_t *out)
 /* ---- AVX2: eight bits by a table of their positions ------------------------- */
 
 #define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
-
-/* Positions of the set bits of a byte, one a byte of the entry. Filled when the module is
- * loaded, before any thread can call a kernel. */
-static uint64_t byte_positions[256];
-
-__attribute__((constructor)) static void fill_byte_positions(void)
-{
-    for (unsigned byte = 0; byte < 256; byte++) {
-        uint64_t entry = 0;
-        unsigned at = 0;
-        for (unsigned bit = 0; bit < 8; bit++)
-            if (byte >> bit & 1)
-                entry |= (uint64_t)bit << (8 * at++);
-        byte_positions[byte] = entry;
-    }
-}
 
 DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
 {
@@ -551,6 +598,8 @@ static const struct {
 #if defined(__x86_64__)
     {&kernels_avx512, missing_avx512},
     {&kernels_avx2, missing_avx2},
+#elif defined(__aarch64__)
+    {&kernels_neon, missing_nothing},
 #endif
     {&kernels_scalar, missing_nothing},
 };

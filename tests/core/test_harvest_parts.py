@@ -1,4 +1,4 @@
-"""The geometry of a harvest, in C and without Python."""
+"""What needs no Python, in C: the geometry of a harvest, and the vector paths."""
 
 import shutil
 import subprocess
@@ -9,17 +9,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_range_is_made_of_lines_and_of_the_pages_left_and_right_of_them(tmp_path):
+def run(program, tmp_path, *sources):
+    """Compile a C file that is beside this one, and return how it ended and what it printed."""
     if not (compiler := shutil.which("gcc") or shutil.which("cc")):
         pytest.skip("no C compiler")
     if not (ROOT / "dirtylog" / "_bits" / "harvest.h").exists():
         pytest.skip("no source tree")
-    program = tmp_path / "harvest_parts"
-    source = Path(__file__).with_name("harvest_parts.c")
+    files = [Path(__file__).with_name(f"{program}.c"), *(ROOT / "dirtylog" / "_bits" / name for name in sources)]
     include = [f"-I{ROOT / 'dirtylog' / 'include'}", f"-I{ROOT / 'dirtylog'}"]
-    subprocess.run(
-        [compiler, "-std=gnu11", "-O1", "-Wall", "-Werror", "-Wno-unused-function", *include, source, "-o", program],
-        check=True,
-    )
-    answer = subprocess.run([program], capture_output=True, text=True)
-    assert (answer.returncode, answer.stdout) == (0, "")
+    flags = ["-std=gnu11", "-O1", "-Wall", "-Werror", "-Wno-unused-function"]
+    subprocess.run([compiler, *flags, *include, *files, "-o", tmp_path / program], check=True)
+    answer = subprocess.run([tmp_path / program], capture_output=True, text=True)
+    return answer.returncode, answer.stdout
+
+
+def test_a_range_is_made_of_lines_and_of_the_pages_left_and_right_of_them(tmp_path):
+    assert run("harvest_parts", tmp_path) == (0, "")
+
+
+def test_every_vector_path_does_what_the_scalar_one_does(tmp_path):
+    assert run("kernels", tmp_path, "simd.c") == (0, "")

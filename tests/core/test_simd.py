@@ -27,7 +27,7 @@ def import_with(path):
 def test_scalar_is_always_there_and_the_path_in_use_is_one_of_them():
     assert "scalar" in _core.simd_paths()
     assert _core.simd_path() in _core.simd_paths()
-    assert set(_core.simd_paths()) <= {"scalar", "avx2", "avx512"}
+    assert set(_core.simd_paths()) <= {"scalar", "avx2", "avx512", "neon"}
 
 
 @pytest.mark.parametrize("path", _core.simd_paths())

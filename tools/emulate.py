@@ -1,0 +1,148 @@
+"""Build dirtylog for 64-bit Arm with Debian's cross compiler, and run tests of it under qemu's user-mode emulator.
+
+``python tools/emulate.py [--scratch DIR] [--drivers] [pytest arguments]``: fetches Debian's Python for arm64 into the
+scratch directory, without touching the system's packages, builds a copy of the checkout for it, runs the C programs of
+``tests/core``, and then pytest. ``--drivers`` runs the C programs alone, which needs neither Python nor network. Exits
+with pytest's status, 1 if a C program failed, or 2 where a tool is missing
+(Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user).
+
+An emulator on x86 has the memory order of x86: what runs here is the code, and not its order on a real Arm.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import scratch
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+DRIVERS = {"harvest_parts": [], "kernels": ["dirtylog/_bits/simd.c"]}
+TESTS = ("tests/core", "tests/log", "tests/vm")
+VERSION = "{}.{}".format(*sys.version_info[:2])
+# Of the distribution's own packages, with what they need; and the headers, which would need too much.
+PACKAGES, HEADERS = ("python3", "libstdc++6"), f"libpython{VERSION}-dev"
+NEEDED = ("numpy", "pytest", "pytest-benchmark", "pytest-timeout", "hypothesis")
+# Starts pytest with an interpreter that the processes which tests start can start as well.
+PYTEST = "import sys; sys.executable = {!r}; import pytest; sys.exit(pytest.main())"
+
+
+def run(command: list[str | Path], **options: object) -> None:
+    """Run a command; what it printed is the error if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
+
+
+def drivers(target: Path) -> int:
+    """Run the C programs; return how many failed."""
+    failed = 0
+    for name, sources in DRIVERS.items():
+        program = target / f"{name}.arm64"
+        files = [f"tests/core/{name}.c", *sources, "-o", program]
+        run([COMPILER, "-std=gnu11", "-O3", "-static", "-Idirtylog/include", "-Idirtylog", *files], cwd=scratch.ROOT)
+        status = subprocess.run([EMULATOR, program], check=False).returncode
+        print(f"{name} on arm64: {'ended with ' + str(status) if status else 'passed'}")
+        failed += status != 0
+    return failed
+
+
+def fetch_python(target: Path) -> Path:
+    """Unpack Debian's Python for arm64 and return where."""
+    tree, apt = target / "tree", target / "apt"
+    if (tree / "complete").exists():
+        return tree
+    for directory in ("state/lists/partial", "cache/archives/partial"):
+        (apt / directory).mkdir(parents=True, exist_ok=True)
+    (apt / "status").touch()
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures": "arm64",
+        "APT::Install-Recommends": "0",
+        "APT::Sandbox::User": "root",
+        "Dir::State": apt / "state",
+        "Dir::State::status": apt / "status",
+        "Dir::Cache": apt / "cache",
+    }
+    config = apt / "config"
+    config.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
+    environment = {**os.environ, "APT_CONFIG": str(config)}
+    archives = apt / "cache" / "archives"
+    run(["apt-get", "update", "-qq"], env=environment)
+    run(["apt-get", "install", "-qq", "--yes", "--download-only", *PACKAGES], env=environment)
+    run(["apt-get", "download", "-qq", HEADERS], env=environment, cwd=archives)
+    for package in sorted(archives.glob("*.deb")):
+        run(["dpkg-deb", "-x", package, tree])
+    platforms = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64"]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", f"--python-version={VERSION}"]
+    run([*pip, f"--target={tree / 'site'}", *(f"--platform={name}" for name in platforms), *NEEDED])
+    (tree / "complete").touch()
+    return tree
+
+
+def build(copy: Path, tree: Path) -> None:
+    """Build the extension modules of the copy for the Python in `tree`."""
+    library = tree / "usr" / "lib" / f"python{VERSION}"
+    told = copy.parent / "sysconfig"
+    told.mkdir(exist_ok=True)
+    shutil.copy(library / "_sysconfigdata__aarch64-linux-gnu.py", told)
+    environment = {
+        "CC": f"{'ccache ' if shutil.which('ccache') else ''}{COMPILER}",
+        "LDSHARED": f"{COMPILER} -shared",
+        "CFLAGS": f"-I{tree}/usr/include/python{VERSION} -I{tree}/usr/include",
+        "PYTHONPATH": str(told),
+        "_PYTHON_SYSCONFIGDATA_NAME": "_sysconfigdata__aarch64-linux-gnu",
+        "_PYTHON_HOST_PLATFORM": "linux-aarch64",
+    }
+    scratch.build(copy, {**os.environ, **environment})
+
+
+def interpreter(target: Path, tree: Path) -> Path:
+    """Return a command that is Python for arm64."""
+    command = target / "python"
+    command.write_text(
+        f"#!/bin/sh\nPYTHONPATH={tree}/site exec {EMULATOR} -L {tree} {tree}/usr/bin/python{VERSION} " + '"$@"\n'
+    )
+    command.chmod(0o755)
+    return command
+
+
+def main() -> int:
+    """Build, run, and hand on pytest's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
+    )
+    parser.add_argument("--drivers", action="store_true", help="run the C programs alone")
+    options, pytest_arguments = parser.parse_known_args()
+    for tool in (COMPILER, EMULATOR):
+        if shutil.which(tool) is None:
+            print(
+                f"{tool} is not on PATH (Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user)",
+                file=sys.stderr,
+            )
+            return 2
+    target = (options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-emulate-"))).absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        failed = drivers(target)
+        if options.drivers or failed:
+            return failed != 0
+        tree = fetch_python(target)
+        copy = scratch.copy(target / "copy")
+        build(copy, tree)
+        command = interpreter(target, tree)
+        arguments = pytest_arguments or ["-q", *TESTS]
+        program = [command, "-c", PYTEST.format(str(command)), "-p", "no:cacheprovider", *arguments]
+        environment = {"DIRTYLOG_HYPOTHESIS": "few", **os.environ}
+        return subprocess.run(program, cwd=copy, env=environment, check=False).returncode
+    finally:
+        if options.scratch is None:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,6 +1,8 @@
 """Snapshots opened without reading them: the same bytes as a restore, copied on write, put back, read in parts."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -353,3 +355,48 @@ def test_bytes_of_a_chain_are_found_by_range():
     at, found = index.overlap(starts, stops, wanted)
     assert at.tolist() == [0, 1, 1, 2]
     assert found.tolist() == [[5, 5], [10, 2], [19, 1], [30, 1]]
+
+
+MANY_RUNS = """
+import resource, sys
+import numpy as np
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import footer as footers, index
+directory, npages, size = sys.argv[1], 1 << 24, 512
+end, rows, own = npages * size, index.MAX_ROWS // 4, None
+for i in range(5):
+    # Each beside those of the others, and none next to another: as many runs as there can be.
+    pages = np.arange(rows) * 16 + 2 * i
+    footer = footers.Footer(
+        id="0" * 32, kind="diff" if i else "full", page_size=size, nbytes=end, count=rows, rows=rows, exact=True,
+        parent=f"s{i - 1}" if i else None, parent_digest=own, holds=None, time=0, epoch=None, algorithm="blake2b_128",
+        named=False, regions=(("", "|u1", (end,), "C", 0, end),), state=0,
+    )
+    header = footers.header_text(footer)
+    runs = np.stack([pages, np.ones(rows, np.int64)], axis=1)
+    sections = [header, runs.tobytes(), bytes(16 * -(-rows * size >> 20))]
+    trailer, own = footers.trailer(end, len(header), sections)
+    with open(f"{directory}/s{i}", "wb") as file:
+        file.seek(end)
+        file.write(b"".join([*sections, trailer]))
+snapshot.read(f"{directory}/s0", rows=slice(0, 4096))
+
+def limit(more):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more + (32 << 20), resource.RLIM_INFINITY))
+
+limit(0)
+assert not snapshot.read(f"{directory}/s4", rows=slice(16 * size, 80 * size)).any()
+limit(end)
+with snapshot.open(f"{directory}/s4") as opened:
+    assert opened._index.rows is not None
+    assert opened.array[-1] == 0
+"""
+
+
+def test_as_many_runs_as_are_composed_take_little_memory(tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-c", MANY_RUNS, str(tmp_path)], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr

@@ -24,8 +24,9 @@ from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 
 __all__ = ["MAX_ROWS", "Index", "index", "overlap"]
 
-# Runs that are composed: 24 bytes each, and 96 for a moment. A chain with more of them is laid file by file.
-MAX_ROWS = 200_000
+# Runs that are composed: for a moment that takes 300 bytes each, and no file may make a reader take more than 32 MiB. A
+# chain with more of them is laid file by file.
+MAX_ROWS = 100_000
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def test_what_is_written_after_the_moment_is_not_in_it(tmp_path):
     snapshot.verify(tmp_path / "base")
 
 
-def test_a_diff_holds_the_moment_of_all_arrays(tmp_path):
+def test_a_diff_holds_the_moment_of_all_arrays_and_an_empty_one_needs_no_child(tmp_path, monkeypatch):
     arrays = {"a": np.ones(5000), "b": np.ones(3, np.int8), "c": np.ones((70, 90), order="F")}
     snapshot.save(tmp_path / "base", arrays, sync=False)
     for array in arrays.values():
@@ -55,9 +55,11 @@ def test_a_diff_holds_the_moment_of_all_arrays(tmp_path):
     snapshot.verify(tmp_path / "diff")
     found = snapshot.restore(tmp_path / "diff")
     assert all((each == 2).all() for each in found.values())
-    nothing = {name: each ^ each for name, each in pages.items()}
+    nothing, made = {name: each ^ each for name, each in pages.items()}, []
+    monkeypatch.setattr(_child, "write_moment", lambda *_: made.append(1))
     snapshot.save_diff(tmp_path / "next", arrays, nothing, parent=tmp_path / "diff", sync=False, moment="fork")
     assert (snapshot.restore(tmp_path / "next")["a"] == 2).all()
+    assert not made
 
 
 def test_a_thread_that_holds_every_lock_is_in_nobodys_way(tmp_path):

@@ -31,6 +31,16 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <sys/wait.h>
 
+    /* Not the library's, which looks at what other threads may have left, and which sanitizers replace. */
+    static ssize_t dl_child_pwrite(int fd, const char *source, size_t nbytes, int64_t offset)
+    {
+    #ifdef __LP64__
+        return syscall(SYS_pwrite64, fd, source, nbytes, offset);
+    #else
+        return pwrite(fd, source, nbytes, (off_t)offset);
+    #endif
+    }
+
     /* The child. Its exit code is an errno, 0 if all is written. errno itself is its own: it has a copy. */
     static int dl_child_writes(int fd, const int64_t *pieces, ptrdiff_t n, long parent)
     {
@@ -41,7 +51,7 @@ cdef extern from *:
             const char *source = (const char *)(uintptr_t)pieces[3 * i];
             int64_t offset = pieces[3 * i + 1], left = pieces[3 * i + 2];
             while (left > 0) {
-                ssize_t done = pwrite(fd, source, (size_t)left, (off_t)offset);
+                ssize_t done = dl_child_pwrite(fd, source, (size_t)left, offset);
                 if (done < 0 && errno == EINTR)
                     continue;
                 if (done <= 0)

@@ -71,7 +71,11 @@ def write_by_child(
     OSError
         The child could not be made, or could not write.
     """
-    answer = _child.write_moment(descriptor, _pieces(space, extents), lambda _: taken())
+    pieces = _pieces(space, extents)
+    if not len(pieces):
+        taken()
+        return
+    answer = _child.write_moment(descriptor, pieces, lambda _: taken())
     if answer > 0:
         raise OSError(answer, os.strerror(answer), path)
     if answer < 0:

@@ -187,23 +187,22 @@ def test_a_diff_is_read_at_a_glance(tmp_path, monkeypatch):
 
 
 def test_a_diff_that_is_another_one_or_damaged_is_refused_by_name(tmp_path):
-    path, _ = chain_of(tmp_path)
+    # Of so many pages that a diff's set is kept as runs, which is what is followed at a glance.
+    options = {"page_size": 512, "nbytes": 3000 * 512}
+    path, _ = chain_of(tmp_path, **options)
     (tmp_path / "other").mkdir()
-    chain_of(tmp_path / "other", seed=1)
+    chain_of(tmp_path / "other", seed=1, **options)
     whole = (tmp_path / "s5").read_bytes()
-    other = (tmp_path / "other" / "s5").read_bytes()
-    # In the set of pages, where it stays in order, and in the digests.
-    header = int.from_bytes(whole[-40:-32], "little")
-    footer = index.footers.footer_offset(300 * 4096 - 700)
-    flips = [footer + header, footer + header + 8, len(whole) - 65]
+    # In the set of pages, in the digests of the data, and at the end of the state.
+    *_, offset, header, _, _, _ = index.footers.TRAILER.unpack(whole[-64:])
     damaged = []
-    for at in flips:
+    for at in (offset + header + 8, len(whole) - 64 - 20, len(whole) - 65):
         changed = bytearray(whole)
         changed[at] ^= 1
         damaged.append(bytes(changed))
-    for content in (other, *damaged, whole[:-1], b""):
+    for content in ((tmp_path / "other" / "s5").read_bytes(), *damaged, whole[:-1], b""):
         (tmp_path / "s5").write_bytes(content)
-        with pytest.raises(SnapshotError, match="s5"):
+        with pytest.raises(SnapshotError, match="/s5"):
             snapshot.open(path)
     (tmp_path / "s5").write_bytes(whole)
     snapshot.open(path).close()
@@ -225,11 +224,17 @@ def test_a_file_that_was_replaced_is_not_laid(tmp_path):
     late.close()
 
 
-def test_a_file_that_was_cut_is_refused_before_it_is_mapped(tmp_path):
+@pytest.mark.parametrize("trailer", [False, True])
+def test_a_file_that_was_cut_is_refused_before_it_is_mapped(tmp_path, trailer):
     path, _ = chain_of(tmp_path)
     opened = snapshot.open(path)
-    os.truncate(tmp_path / "s0", 4096)
-    with pytest.raises(SnapshotError, match="s0"):
+    end = (tmp_path / "s0").read_bytes()[-64:]
+    with (tmp_path / "s0").open("r+b") as file:
+        file.truncate(4096)
+        if trailer:
+            file.seek(4096)
+            file.write(end)
+    with pytest.raises(SnapshotError, match="/s0"):
         opened.array  # noqa: B018
     opened.close()
 

@@ -274,3 +274,64 @@ def test_a_chain_without_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(footers, "read", believing)
     with pytest.raises(SnapshotError, match="its chain comes back to"):
         restore(tmp_path / "a")
+
+
+# ---- much to parse in little text ------------------------------------------------------------------------------------
+
+GREEDY = """
+import resource, sys
+from dirtylog.sinks.snapshot import footer as footers, info, restore
+from dirtylog.sinks.snapshot.footer import SnapshotError
+more, good, *bad = sys.argv[1:]
+info(good)
+restore(good)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(more),) * 2)
+for path in bad:
+    try:
+        info(path)
+    except SnapshotError as error:
+        assert "more than" in str(error), error
+    else:
+        raise AssertionError(path)
+"""
+
+
+def sealed(path, header, state):
+    """Write a snapshot of one zero page with this header, or the one that goes with this state."""
+    footer = footers.Footer(
+        id="0" * 32, kind="full", page_size=4096, nbytes=4096, count=0, rows=0, exact=True, parent=None,
+        parent_digest=None, holds=None, time=0, epoch=None, algorithm="blake2b_128", named=False,
+        regions=(("", "|u1", (4096,), "C", 0, 4096),), state=len(state),
+    )  # fmt: skip
+    sections = [header or footers.header_text(footer), state]
+    trailer, _ = footers.trailer(4096, len(sections[0]), sections)
+    with open(path, "wb") as file:
+        file.seek(4096)
+        file.write(b"".join([*sections, trailer]))
+    return str(path)
+
+
+def test_text_of_very_many_values_is_refused_in_little_memory(tmp_path, sanitized):
+    many = (footers.MAX_VALUES + 9) * 4
+    bad = [
+        sealed(tmp_path / "header", b'{"regions":[' + b"[]," * many + b"0]}", b""),
+        sealed(tmp_path / "objects", None, b"[" + b"{}," * many + b"0]"),
+        sealed(tmp_path / "words", None, b"[" + b'"a",' * many + b"0]"),
+        sealed(tmp_path / "depth", None, b"[" * 90 + b"[]," * many + b"0" + b"]" * 90),
+    ]
+    good = sealed(tmp_path / "good", None, b'{"text":"' + b"[]," * footers.MAX_VALUES + b'"}')
+    # A sanitizer keeps what was freed.
+    more = (1 << 30) if sanitized else (32 << 20)
+    process = subprocess.run(
+        [sys.executable, "-c", GREEDY, str(more), good, *bad], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+
+def test_what_is_refused_when_read_is_refused_when_written(tmp_path):
+    with pytest.raises(ValueError, match="at most 262144 are kept: pass many numbers as bytes, or as an array"):
+        save(tmp_path / "new", bytes(4096), state=[0] * (footers.MAX_VALUES + 1))
+    save(tmp_path / "new", bytes(4096), state={"quotes": '\\"[,' * footers.MAX_VALUES})
+    assert info(tmp_path / "new").state == {"quotes": '\\"[,' * footers.MAX_VALUES}

@@ -20,7 +20,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,7 @@ __all__ = [
     "plain_name",
     "read",
     "trailer",
+    "values",
 ]
 
 FORMAT = "dirtylog-snapshot"
@@ -68,6 +69,10 @@ MAX_PAGES = 1 << 36
 MAX_HEADER_BYTES = 4 << 20
 MAX_STATE_BYTES = 16 << 20
 MAX_REGIONS = 10_000
+# Of header and state each: an empty list is 3 bytes of JSON and 64 of memory, so the text's length bounds nothing.
+MAX_VALUES = 1 << 18
+# Each value but the first stands behind one of these.
+_OPENS = (b",", b"[", b"{")
 MAX_NAME = 200
 # A window's digest has 16 bytes, so this is enough for 16 TiB of pages that are held, and bounds the work of a check.
 MAX_FOOTER_BYTES = 1 << 30
@@ -211,9 +216,25 @@ def footer_offset(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def values(text: bytes) -> int:
+    """Return how many values JSON text has at most, in little memory and without parsing it."""
+    # What is left of quotes begins or ends a string.
+    bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")
+    count = sum(map(bare.count, _OPENS))
+    if count <= MAX_VALUES:
+        return count
+    count, inside = 0, False
+    for at in range(0, len(bare), BLOCK):
+        part = np.frombuffer(bare, np.uint8, min(BLOCK, len(bare) - at), at)
+        quoted = np.logical_xor.accumulate(part == ord('"')) ^ inside
+        count += int(np.isin(part[~quoted], np.frombuffer(b"".join(_OPENS), np.uint8)).sum())
+        inside = bool(quoted[-1])
+    return count
+
+
 def header_text(footer: Footer) -> bytes:
     """Return the header: JSON text, filled up with spaces to a multiple of 16 bytes so that what follows is aligned."""
-    body = {"format": FORMAT, **asdict(footer)}
+    body = {"format": FORMAT, **{name: getattr(footer, name) for name in Footer.__dataclass_fields__}}
     text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
     return text + b" " * (-(len(text) + 1) % 16) + b"\n"
 
@@ -277,6 +298,11 @@ def encode_state(state: object) -> bytes:
         raise ValueError("state is nested too deep to be written") from None
     if len(text) > MAX_STATE_BYTES:
         raise ValueError(f"state has {len(text)} bytes as JSON; at most {MAX_STATE_BYTES} are kept")
+    if values(text) > MAX_VALUES:
+        raise ValueError(
+            f"state has {values(text)} values, and at most {MAX_VALUES} are kept: pass many numbers as bytes, or as an "
+            "array of its own beside the memory"
+        )
     return text
 
 
@@ -285,6 +311,7 @@ def decode_state(text: bytes, name: str) -> Any:
     if not text:
         return None
     try:
+        _check(values(text) <= MAX_VALUES, f"it has more than {MAX_VALUES} values")
         return json.loads(text.decode("ascii"), object_hook=_from_json)
     except (ValueError, TypeError, RecursionError) as error:
         raise SnapshotError(f"{name}: the state cannot be used: {error}") from None
@@ -434,6 +461,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
             digest.update(block)
         _check(digest.digest() == expected, "its digest does not match")
         text = _read(descriptor, offset, header, name)
+        _check(values(text) <= MAX_VALUES, f"its header has more than {MAX_VALUES} values")
         body = json.loads(text.decode("ascii"))
         _check(isinstance(body, dict), "it is not a JSON object")
         footer = _validated(body)

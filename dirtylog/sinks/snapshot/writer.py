@@ -116,6 +116,8 @@ def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes],
     header = footers.header_text(footer)
     if len(header) > footers.MAX_HEADER_BYTES:
         raise ValueError(f"the arrays' names and types take {len(header)} bytes; {footers.MAX_HEADER_BYTES} are read")
+    if footers.values(header) > footers.MAX_VALUES:
+        raise ValueError(f"the arrays' types and shapes have more than the {footers.MAX_VALUES} values that are read")
     _, held = footers.held_pages(pages)
     sections = [header, held, b"".join(chunks), state]
     length = sum(map(len, sections))

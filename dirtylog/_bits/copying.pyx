@@ -25,6 +25,7 @@ cdef extern from "_bits/stream.h" nogil:
     int64_t DL_STREAM_BYTES
     void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes) noexcept
     void dl_stream_end() noexcept
+    void dl_fetch(const char *next, size_t next_bytes) noexcept
 
 
 @cython.final
@@ -107,6 +108,8 @@ cdef void move(char *target, const char *source, const int64_t *extents, Py_ssiz
     for i in range(n):
         offset = extents[2 * i]
         length = extents[2 * i + 1]
+        if not source_packed and i + 1 < n:
+            dl_fetch(source + extents[2 * i + 2], <size_t>extents[2 * i + 3])
         memcpy(target + (packed if target_packed else offset), source + (packed if source_packed else offset),
                <size_t>length)
         packed += length

@@ -1,7 +1,8 @@
 """What the n-th checkpoint costs beside saving everything: time, bytes, and the time to load, by ratio in one run.
 
-Run: python -m benchmarks.checkpoint [--mib 1024] [--directory DIR]. Nothing is synced. Peers that are not installed are
-named and left out.
+Run: python -m benchmarks.checkpoint [--mib 1024] [--directory DIR] [--markdown]. Nothing is synced. Peers that are not
+installed are named and left out. Beside the time that passed stands the CPU time of the process, its system calls
+included, which other work on the machine moves much less.
 """
 
 import argparse
@@ -74,9 +75,10 @@ PEERS = {
 
 
 def timed(function):
-    start = time.perf_counter()
+    """Return the seconds that passed, those of CPU, and the answer."""
+    start, cpu = time.perf_counter(), time.process_time()
     answer = function()
-    return time.perf_counter() - start, answer
+    return time.perf_counter() - start, time.process_time() - cpu, answer
 
 
 def size_of(path):
@@ -96,40 +98,52 @@ def compare(array, fraction, directory, peers, rounds, rng):
     pages = array.size // 512
     chosen = rng.choice(pages, max(int(pages * fraction), 1), replace=False)
     ours = directory / "ours"
-    times = {name: ([], []) for name in ["dirtylog", "memcpy of what is dirty", *peers]}
+    times = {name: ([], [], []) for name in ["dirtylog", "memcpy of what is dirty", *peers]}
     sizes = {}
     target = np.ones(len(chosen) * 512)
+
+    def note(name, function):
+        spent, cpu, answer = timed(function)
+        times[name][0].append(spent)
+        times[name][1].append(cpu)
+        return answer
+
     with dl.Checkpoint(ours, {"w": array}, sync=False) as checkpoint:
         checkpoint.save()
         for turn in range(rounds):
             # In turns, so that all meet the same neighbours on the machine.
             array[chosen * 512 + turn] += 1
-            spent, info = timed(checkpoint.save)
-            times["dirtylog"][0].append(spent)
+            info = note("dirtylog", checkpoint.save)
             sizes["dirtylog"] = info.allocated
             view, out = array.reshape(-1, 512), target.reshape(-1, 512)
             runs = info.count
-            times["memcpy of what is dirty"][0].append(timed(lambda v=view, o=out: np.take(v, chosen, 0, out=o))[0])
+            note("memcpy of what is dirty", lambda v=view, o=out: np.take(v, chosen, 0, out=o))
             sizes["memcpy of what is dirty"] = runs * 4096
             for name, (save, load, ending) in peers.items():
                 path = directory / f"peer{ending}"
                 remove(path)
-                times[name][0].append(timed(lambda s=save, p=path: s(str(p), array))[0])
+                note(name, lambda s=save, p=path: s(str(p), array))
                 sizes[name] = size_of(path)
                 if turn == rounds - 1:
-                    times[name][1].append(timed(lambda lo=load, p=path: float(np.asarray(lo(str(p))).sum()))[0])
+                    times[name][2].append(timed(lambda lo=load, p=path: float(np.asarray(lo(str(p))).sum()))[0])
                 remove(path)
-    times["dirtylog"][1].append(timed(lambda: float(dl.Checkpoint.load(ours)["w"].sum()))[0])
+    times["dirtylog"][2].append(timed(lambda: float(dl.Checkpoint.load(ours)["w"].sum()))[0])
     remove(ours)
-    base = statistics.median(times["dirtylog"][0])
-    return [
-        [
-            f"{fraction:.1%}", name, seconds_text(statistics.median(saves)),
-            f"{statistics.median(saves) / base:.2f} x", bytes_text(sizes[name]),
-            f"{sizes[name] / (len(chosen) * 4096):.3f}", seconds_text(loads[0]) if loads else "-",
-        ]
-        for name, (saves, loads) in times.items()
-    ]  # fmt: skip
+    ours = [statistics.median(each) for each in times["dirtylog"][:2]]
+    rows = []
+    for name, (saves, cpus, loads) in times.items():
+        save, cpu = statistics.median(saves), statistics.median(cpus)
+        rows.append([
+            f"{fraction:.1%}", name, seconds_text(save), f"{save / ours[0]:.2f} x", seconds_text(cpu),
+            f"{cpu / ours[1]:.2f} x", bytes_text(sizes[name]), f"{sizes[name] / (len(chosen) * 4096):.3f}",
+            seconds_text(loads[0]) if loads else "-",
+        ])  # fmt: skip
+    return rows
+
+
+def show_markdown(header, rows):
+    for row in [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows]:
+        print(f"| {' | '.join(row)} |")
 
 
 def main():
@@ -138,6 +152,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="where to write (the directory for temporary files)")
     parser.add_argument("--dirty", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0], metavar="SHARE")
+    parser.add_argument("--markdown", action="store_true", help="print the table for the documentation")
     options = parser.parse_args()
     if not 1 <= options.mib <= 1 << 16 or not all(0 < share <= 1 for share in options.dirty):
         parser.error("--mib must be from 1 to 65536, and each share above 0 and at most 1")
@@ -154,12 +169,12 @@ def main():
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         for share in options.dirty:
             rows += compare(array, share, Path(directory), peers, options.rounds, rng)
-    show_table(
-        f"The n-th checkpoint of {options.mib} MiB, nothing synced, {os.cpu_count()} CPUs",
-        ["dirty", "by", "save", "/ dirtylog", "bytes", "per dirty byte", "load and read"],
-        rows,
-        left=2,
-    )
+    header = ["dirty", "by", "save", "/ ours", "CPU", "/ ours", "bytes", "per dirty byte", "load and read"]
+    title = f"The n-th checkpoint of {options.mib} MiB, nothing synced, {os.cpu_count()} CPUs"
+    if options.markdown:
+        show_markdown(header, rows)
+    else:
+        show_table(title, header, rows, left=2)
     if missing:
         print(f"not installed: {', '.join(missing)}")
 

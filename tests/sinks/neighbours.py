@@ -1,7 +1,8 @@
 """One process beside others in a directory of snapshots: a writer, a reader, or somebody who tidies up.
 
-``python neighbours.py ROLE DIRECTORY SEED HOW_MANY``. Page `p` of moment `m` holds the last number up to `m` that is
-`p` modulo the pages, so what is read tells by itself whether it is of one moment. Prints how often it did its work.
+``python neighbours.py ROLE DIRECTORY SEED HOW_MANY``; it begins when it is given a line, so that all begin at once.
+Page `p` of moment `m` holds the last number up to `m` that is `p` modulo the pages, so what is read tells by itself
+whether it is of one moment. Prints how often it did its work.
 """
 
 import os
@@ -86,7 +87,7 @@ def tidier(directory, seed, count):
             continue
         one, other = (there[i] for i in np.sort(rng.choice(len(there), 2, replace=False)))
         parents = {entry.path: entry.parent for entry in snapshot.catalog(directory) if entry.parent is not None}
-        action = rng.integers(5)
+        action = rng.integers(4)
         try:
             if action == 0:
                 snapshot.prune(directory, keep_last=int(rng.integers(4, 12)), sync=False)
@@ -98,6 +99,8 @@ def tidier(directory, seed, count):
                 # Onto its parent: what would lie between the two could not be restored any more, which is no damage.
                 other = sorted(parents)[rng.integers(len(parents))]
                 snapshot.rebase(parents[other], other, sync=False, patience=1)
+            else:
+                continue
             done += 1
         except SnapshotError as error:
             # Of damage it must not be told.
@@ -111,4 +114,6 @@ def tidier(directory, seed, count):
 if __name__ == "__main__":
     role, where, number, how_many = sys.argv[1:]
     work = {"writer": writer, "reader": reader, "tidier": tidier}[role]
+    print("ready", flush=True)
+    sys.stdin.readline()
     print(work(where, int(number), int(how_many)))

@@ -12,15 +12,33 @@ from dirtylog.sinks.snapshot import catalog, clean, verify
 PROGRAM = Path(__file__).with_name("neighbours.py")
 
 
+def started(role, directory, seed, count):
+    return subprocess.Popen(
+        [sys.executable, str(PROGRAM), role.rstrip("0123456789"), str(directory), str(seed), str(count)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+
+
 def beside(directory, **counts):
-    processes = {}
-    for number, (role, count) in enumerate(counts.items()):
-        command = [sys.executable, str(PROGRAM), role.rstrip("0123456789"), str(directory), str(number), str(count)]
-        processes[role] = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )  # fmt: skip
-    said = {role: process.communicate() for role, process in processes.items()}
+    # There is something to read and to tidy up from the start.
+    with started("writer", directory, 99, 5) as first:
+        first.communicate("\n")
+    processes, said = {}, {}
+    try:
+        for number, (role, count) in enumerate(counts.items()):
+            processes[role] = started(role, directory, number, count)
+        for process in processes.values():
+            process.stdout.readline()
+        for process in processes.values():
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for role, process in processes.items():
+            said[role] = process.communicate()
+    finally:
+        for process in processes.values():
+            with process:
+                process.kill()
     for role, (_, error) in said.items():
         assert processes[role].returncode == 0, f"{role}: {error}"
     assert clean(directory) == []
@@ -33,6 +51,7 @@ def beside(directory, **counts):
 def test_readers_beside_writers_and_tidiers_see_no_damage(tmp_path):
     done = beside(tmp_path, writer1=40, writer2=40, reader1=40, reader2=40, tidier1=30)
     assert done["reader1"] == done["reader2"] == 40
+    assert done["tidier1"] > 0
 
 
 @pytest.mark.stress

@@ -97,8 +97,10 @@ class Record:
     """One end's stage of one session, in memory and where there is a journal on the disk."""
 
     def __init__(self, session: str, end: End, journal: str | os.PathLike[str] | None) -> None:
-        self.session, self.end, self.journal = session, end, journal
-        self.stage = ""
+        self.session: str = session
+        self.end: End = end
+        self.journal: str | os.PathLike[str] | None = journal
+        self.stage: str = ""
 
     def set(self, stage: str) -> None:
         """Record a stage; when this returns it is durable."""

@@ -36,7 +36,11 @@ def failing(n):
 @pytest.fixture(autouse=True)
 def _nothing_to_reuse():
     """Hold what free lists keep for the next answer, or an answer would need no allocation."""
-    held = [bitmap.harvest() for bitmap in [dl.DirtyBitmap(NPAGES)] for _ in range(64)]
+    bitmap = dl.DirtyBitmap(NPAGES)
+    held = []
+    for _ in range(64):
+        bitmap.mark(0)  # what found nothing is one object for all
+        held.append(bitmap.harvest())
     yield
     held.clear()
 

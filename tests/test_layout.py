@@ -412,4 +412,4 @@ def test_each_header_of_ours_is_declared_to_cython_once():
         for header in re.findall(r'(?m)^cdef extern from "((?:dirtylog|_bits|sources|vm)/.*?)"', path.read_text()):
             declared.setdefault(header, set()).add(path.relative_to(PACKAGE).with_suffix("").as_posix())
     assert {header: where for header, where in declared.items() if len(where) > 1} == {}
-    assert len(declared) > 15
+    assert len(declared) > 10  # without the modules' sources, where they are not installed

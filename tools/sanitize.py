@@ -45,7 +45,7 @@ sys.exit(pytest.main())
 # Programs that Python only starts, in which there is no extension module of ours, and what is about the checkout, the
 # documentation and the command line: Python, which calls what other tests call with far more arguments. So do the
 # orders in which a writer of snapshots may die, and what is drawn.
-# The last four attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
+# The last eight attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
 # And ASan keeps freed memory for a while, so that a judge of leaks cannot tell what grows from what waits.
 NOT_HERE = (
     "tests/docs",
@@ -70,7 +70,11 @@ NOT_HERE = (
     "tests/sinks/test_snapshot_upkeep.py",
     "tests/sources/test_process.py",
     "tests/sources/test_process_launch.py",
+    "tests/sources/test_process_names.py",
     "tests/sources/test_process_servers.py",
+    "tests/sinks/test_snapshot_process.py",
+    "tests/seams/test_process_interrupts.py",
+    "tests/commands/test_refused.py",
     "tests/commands/test_top.py",
 )
 

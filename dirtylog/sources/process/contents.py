@@ -17,7 +17,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch
 from dirtylog.sources.process.regions import Area, Region
 
-__all__ = ["blocks_in_use", "held_pages", "is_reserve", "stretches"]
+__all__ = ["RESERVED", "blocks_in_use", "held_pages", "is_reserve", "stretches"]
 
 # Mappings of so many bytes count where they hold something, in blocks of so many.
 RESERVED = 4 << 30

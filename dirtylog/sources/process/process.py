@@ -21,15 +21,13 @@ from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources._resource import Resource
 from dirtylog.sources.process._remote import PAGE_SIZE, read_memory
+from dirtylog.sources.process.contents import RESERVED, blocks_in_use
 from dirtylog.sources.process.members import Member, alone, children
 from dirtylog.sources.process.regions import Area, Region, mappings, subtract
 
 __all__ = ["Process"]
 
 _LEAST_SPARE = 1 << 16  # pages: 256 MiB that may be mapped later
-# Mappings of so many bytes are watched where they hold something, in blocks of so many.
-_RESERVED = 4 << 30
-_BLOCK = 32 << 20
 
 
 @dataclass(slots=True)
@@ -267,21 +265,12 @@ class Process(Resource):
 
         What it touches later is new memory then, and reported as such.
         """
-        if end - start < _RESERVED or not member.sparse or area.shared or area.kind == "file":
+        if end - start < RESERVED or not member.sparse or area.shared or area.kind == "file":
             if why := cannot_hold(end - start):
                 self.skipped[area] = why
                 return []
             return [(start, end)]
-        runs = member.watch.populated(np.array([[start, end, 0]], np.int64), True)
-        found: list[tuple[int, int]] = []
-        for first, npages in runs.tolist():
-            low = max(start, (start + first * PAGE_SIZE) // _BLOCK * _BLOCK)
-            high = min(end, -(-(start + (first + npages) * PAGE_SIZE) // _BLOCK) * _BLOCK)
-            if found and low <= found[-1][1]:
-                found[-1] = (found[-1][0], max(high, found[-1][1]))
-            else:
-                found.append((low, high))
-        return found
+        return blocks_in_use(member.watch, start, end)
 
     def _follow_mappings(self, member: Member, at_start: bool = False) -> list[npt.NDArray[np.int64]]:
         """Compare a process's mappings with what is watched; return the runs of what is new."""

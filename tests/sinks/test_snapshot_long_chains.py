@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyPages
-from dirtylog.sinks.snapshot import SnapshotError, chain, restore, save, save_diff, vouched
+from dirtylog.sinks.snapshot import SnapshotError, ancestry, chain, restore, save, save_diff
 
 
 class Chain:
@@ -55,7 +55,7 @@ def test_a_diff_over_a_long_chain_looks_at_no_more_files_than_one_over_a_short_c
     opened = [growing.grow() for _ in range(100)]
     assert set(opened[20:]) == {opened[20]}
     # The parent's footer, the parent again before the diff gets its name, and those whose turn it is.
-    assert opened[20] == vouched.CALM + 2
+    assert opened[20] == ancestry.CALM + 2
     assert (restore(growing.paths[-1]) == growing.memory).all()
 
 
@@ -82,12 +82,12 @@ def test_an_ancestor_that_is_cut_in_place_is_noticed_when_its_turn_comes(tmp_pat
         growing.grow()
     os.truncate(growing.paths[30], 600)
     with pytest.raises(SnapshotError, match="s0030"):
-        [growing.grow() for _ in range(60 // vouched.CALM + 1)]
+        [growing.grow() for _ in range(60 // ancestry.CALM + 1)]
 
 
 def test_a_very_long_chain_in_a_directory_that_others_change_is_looked_through_in_turn(tmp_path, monkeypatch):
-    monkeypatch.setattr(vouched, "DISTURBED", 20)
-    monkeypatch.setattr(vouched, "CALM", 2)
+    monkeypatch.setattr(ancestry, "DISTURBED", 20)
+    monkeypatch.setattr(ancestry, "CALM", 2)
     growing = Chain(tmp_path, monkeypatch)
     for _ in range(60):
         growing.grow()
@@ -98,14 +98,14 @@ def test_a_very_long_chain_in_a_directory_that_others_change_is_looked_through_i
 def test_two_diffs_over_one_parent_and_many_chains_at_once_are_all_looked_through(tmp_path):
     memory = np.zeros(8 * 512, np.uint8)
     pages = DirtyPages.from_indices([1], 8, 512)
-    for number in range(vouched.MAX_CHAINS + 3):
+    for number in range(ancestry.MAX_CHAINS + 3):
         save(tmp_path / f"{number}-0", memory, page_size=512, sync=False)
     for step in range(1, 4):
-        for number in range(vouched.MAX_CHAINS + 3):
+        for number in range(ancestry.MAX_CHAINS + 3):
             for twin in ("", "t"):
                 name = tmp_path / f"{number}-{step}{twin}"
                 save_diff(name, memory, pages, parent=tmp_path / f"{number}-{step - 1}", sync=False)
-    assert len(vouched._chains) <= vouched.MAX_CHAINS
+    assert len(ancestry._chains) <= ancestry.MAX_CHAINS
     os.unlink(tmp_path / "3-1")
     with pytest.raises(SnapshotError, match="3-1"):
         save_diff(tmp_path / "new", memory, pages, parent=tmp_path / "3-3")

@@ -18,6 +18,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._pageio import read_extents, write_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
+from dirtylog.sinks.snapshot.ancestry import ancestors, own_change
 from dirtylog.sinks.snapshot.chain import (
     MAX_CHAIN,
     Info,
@@ -34,7 +35,6 @@ from dirtylog.sinks.snapshot.moment import check_moment, write_by_child
 from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
-from dirtylog.sinks.snapshot.vouched import ancestors, own_change
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory

@@ -276,12 +276,21 @@ def test_an_error_of_a_callback_is_not_a_broken_line():
 # ---- interrupts ------------------------------------------------------------------------------------------------------
 
 
-def interrupts(interrupt_class, run, *files):
-    """Run once for each place in some files at which a signal may be seen; yields what became of it."""
+def interrupts(interrupt_class, end, *files):
+    """Interrupt one end at each place in some files at which a signal may be seen; yields what became of it."""
     for at in itertools.count(1):
         migration = Migration((None, None), (None, None), reconnect=False)
         interrupt = interrupt_class(at, *files)
-        run(migration, interrupt)
+        here, there = migration.lines.connect(), migration.lines.accept()
+        ends = [(migration.send, here), (migration.receive, there)]
+        (run, line), (run_other, other) = ends if end == "sender" else ends[::-1]
+        thread = threading.Thread(target=run_other, args=(other,))
+        thread.start()
+        with interrupt.active():
+            run(line)
+        line.close()
+        thread.join()
+        migration.lines.close()
         if not interrupt.where:
             assert at > 40
             return
@@ -289,34 +298,14 @@ def interrupts(interrupt_class, run, *files):
 
 
 def test_an_interrupt_anywhere_in_the_sender_lets_one_end_run_or_says_so(interrupt_class):
-    def run(migration, interrupt):
-        here, there = migration.lines.connect(), migration.lines.accept()
-        thread = threading.Thread(target=migration.receive, args=(there,))
-        thread.start()
-        with interrupt.active():
-            migration.send(here)
-        here.close()
-        thread.join()
-        migration.lines.close()
-
-    for migration, where in interrupts(interrupt_class, run, "migrate/sender.py", "migrate/sessions.py"):
+    for migration, where in interrupts(interrupt_class, "sender", "migrate/sender.py", "migrate/sessions.py"):
         assert not (migration.source_runs and migration.copy_runs), where
         if isinstance(migration.outcome, KeyboardInterrupt) and not (migration.source_runs or migration.copy_runs):
             assert "the destination may run" in " ".join(migration.outcome.__notes__), where
 
 
 def test_an_interrupt_anywhere_in_the_receiver_lets_one_end_run_or_says_so(interrupt_class):
-    def run(migration, interrupt):
-        here, there = migration.lines.connect(), migration.lines.accept()
-        thread = threading.Thread(target=migration.send, args=(here,))
-        thread.start()
-        with interrupt.active():
-            migration.receive(there)
-        there.close()
-        thread.join()
-        migration.lines.close()
-
-    for migration, where in interrupts(interrupt_class, run, "migrate/receiver.py", "migrate/sessions.py"):
+    for migration, where in interrupts(interrupt_class, "receiver", "migrate/receiver.py", "migrate/sessions.py"):
         assert not (migration.source_runs and migration.copy_runs), where
         if not (migration.source_runs or migration.copy_runs):
             assert getattr(migration.outcome, "uncertain", False) or "has the right to run" in " ".join(

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import operator
 import warnings
 
@@ -36,12 +37,17 @@ def failing(n):
 @pytest.fixture(autouse=True)
 def _nothing_to_reuse():
     """Hold what free lists keep for the next answer, or an answer would need no allocation."""
+    # Nor may an allocation here collect the garbage of other tests: memory would end in their finalizers. First, because
+    # what they held goes into the free lists.
+    gc.collect()
+    gc.disable()
     bitmap = dl.DirtyBitmap(NPAGES)
     held = []
     for _ in range(64):
         bitmap.mark(0)  # what found nothing is one object for all
         held.append(bitmap.harvest())
     yield
+    gc.enable()
     held.clear()
 
 

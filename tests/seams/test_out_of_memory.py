@@ -37,8 +37,8 @@ def failing(n):
 @pytest.fixture(autouse=True)
 def _nothing_to_reuse():
     """Hold what free lists keep for the next answer, or an answer would need no allocation."""
-    # Nor may an allocation here collect the garbage of other tests: memory would end in their finalizers. First, because
-    # what they held goes into the free lists.
+    # Nor may an allocation here collect the garbage of other tests: memory would end in their finalizers.
+    # First, because what they held goes into the free lists.
     gc.collect()
     gc.disable()
     bitmap = dl.DirtyBitmap(NPAGES)

@@ -90,14 +90,15 @@ def test_regions_are_cut_where_the_programs_arrays_begin(helper):
     puppet, path = helper
     with dl.attach(puppet.pid, handover=path) as process, Connection(path, puppet.pid) as connection:
         names = Names(process.pid, connection.arrays)
-        named = names(process.regions)
+        regions = process.regions  # the harvest below finds what the process maps meanwhile
+        named = names(regions)
         weights = next(region for region in named if region.name.startswith("weights"))
         assert weights.npages == 513
         puppet.do("weights.__setitem__((0, 0), 3)")
         dirty = process.harvest()
         first = dl.DirtyPages.from_runs([[weights.first_page, 1]], dirty.npages)
         assert (dirty & first).count == 1
-        assert sum(region.npages for region in named) == sum(region.npages for region in process.regions)
+        assert sum(region.npages for region in named) == sum(region.npages for region in regions)
         puppet.do("globals().__delitem__('weights')")
         assert any(region.name.startswith("weights") for region in names(process.regions)), "asked only now and then"
 

@@ -1,23 +1,23 @@
-"""Migrate the memory of a workload that keeps writing from one process to another.
+"""Migrate memory to another machine: a snapshot, a checkpoint, or a process's while it runs.
 
 Start ``dirtylog migrate receive`` first; it says where it listens. Then ``dirtylog
-migrate send ADDRESS`` runs threads that write into memory, sends it while they do,
-stops them for the last round, and both ends print a digest of what they hold.
+migrate send ADDRESS`` sends what --snapshot, --checkpoint or --pid names; a process
+is held still for the last round. With --demo, threads write into memory meanwhile.
 An address that others can reach needs certificates: --tls-cert, --tls-key, --tls-ca.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Self
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+from dirtylog.commands._arrivals import add_arrivals, arrays_of, arrival_of, digest_of, nbytes_of
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
+from dirtylog.commands._origins import add_origins, origin_of
 
 if TYPE_CHECKING:
-    import mmap
     import socket
 
     from dirtylog.sinks.migrate import Keys, Listener
@@ -49,13 +49,9 @@ def _shown(address: Address) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-commands and their options."""
     ends = parser.add_subparsers(dest="end", metavar="end", required=True)
-    send = ends.add_parser("send", help="run a workload, and send its memory while it runs")
+    send = ends.add_parser("send", help="send a snapshot, a checkpoint, or the memory of a process while it runs")
     send.add_argument("address", type=_address, metavar="HOST:PORT", help="where 'migrate receive' listens; unix:PATH")
-    send.add_argument("--size", type=at_least(1, int), default=64, metavar="MIB", help="memory, in MiB (64)")
-    send.add_argument("--writers", type=at_least(0, int, 1024), default=2, metavar="N", help="threads that write (2)")
-    send.add_argument(
-        "--batch", type=at_least(1, int), default=8, metavar="PAGES", help="pages each writes every millisecond (8)"
-    )
+    add_origins(send)
     send.add_argument(
         "--downtime", type=at_least(0, float), default=0.3, metavar="SECONDS", help="pause that is allowed (0.3)"
     )
@@ -82,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="port 0: any; unix:PATH (127.0.0.1:0)",
     )
-    receive.add_argument(
-        "--out", metavar="FILE", help="take the memory in in a file, which appears when it is complete and on the disk"
-    )
+    add_arrivals(receive)
     receive.add_argument(
         "--limit", type=at_least(1, int), default=4096, metavar="MIB", help="largest memory to take in (4096)"
     )
@@ -162,15 +156,6 @@ def _named(what: str, way_out: str) -> Iterator[None]:
         raise (type(error)(text) if error.errno is None else type(error)(error.errno, text)) from error
 
 
-def _digest(memory: Any) -> str:
-    """Say in 32 digits what some memory holds."""
-    from hashlib import blake2b
-
-    from dirtylog._bits.flat import flat_bytes
-
-    return blake2b(flat_bytes(memory), digest_size=16).hexdigest()
-
-
 def _reconnect(args: argparse.Namespace) -> Callable[[int], socket.socket] | None:
     """Return what comes again when the line breaks, a bounded number of times."""
     from dirtylog.commands import _terminal
@@ -211,124 +196,33 @@ def _connect(args: argparse.Namespace) -> socket.socket:
 def _send(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    import numpy as np
-
-    import dirtylog as dl
-    from dirtylog.commands._writers import Writers
+    from dirtylog.errors import DirtyLogError
     from dirtylog.sinks.migrate import Control, MigrationError, Policy, send
 
     try:
         policy = Policy(downtime=args.downtime, max_rounds=args.max_rounds, force=args.force)
-        memory: Any = dl.zeros(((args.size << 20) // 4096, 4096), dtype=np.uint8)
     except ValueError as error:
-        raise dl.DirtyLogError(str(error)) from error
-    memory[: len(memory) // 2] = np.arange(4096) % 251
-
-    def write(writer: int, pages: Any) -> None:
-        memory[pages, writer] += 1
-
-    log = dl.DirtyLog()
-    with dl.track(memory) as tracker, _connect(args) as sock:
-        log.attach(tracker)
-        observer = log.observer("migration")
-        with Writers(write, args.writers, len(memory), args.batch, 0.001) as writers:
-            try:
-                result = send(
-                    sock,
-                    memory,
-                    observer,
-                    policy=policy,
-                    pause=writers.stop,
-                    compress=args.compress,
-                    deadline=args.deadline,
-                    control=Control(args.bandwidth and args.bandwidth * (1 << 20)),
-                    reconnect=_reconnect(args),
-                    journal=args.journal,
-                )
-            except MigrationError as error:
-                show_rounds(error.rounds)
-                raise
-        return {"backend": tracker.backend, "digest": _digest(memory), **asdict(result)}
-
-
-class _OutFile:
-    """A file that memory arrives in, under a name of its own until the copy has the right to run.
-
-    A context manager: what is of no use is removed. What is complete stays, under whichever name it has.
-    """
-
-    def __init__(self, path: str) -> None:
-        import os
-        import secrets
-
-        self.path = path
-        if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, "there is a file of that name; remove it or choose another", path)
-        directory, name = os.path.split(path)
-        self.part = os.path.join(directory, f".{name}.{secrets.token_hex(8)}.part")
-        self.directory = directory or "."
-        self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self.keep = False
-
-    def reserve(self, nbytes: int) -> mmap.mmap:
-        """Map so many bytes whose place on the disk is certain: a full disk is an error now, not SIGBUS later."""
-        import mmap
-        import os
-
+        raise DirtyLogError(str(error)) from error
+    with origin_of(args) as origin, _connect(args) as sock, origin.running():
         try:
-            os.posix_fallocate(self.descriptor, 0, nbytes)
-        except OSError as error:
-            raise OSError(error.errno, f"{nbytes} bytes cannot be reserved: {error.strerror}", self.path) from None
-        return mmap.mmap(self.descriptor, nbytes)
-
-    def sync(self, memory: mmap.mmap) -> None:
-        """Make it durable, and its own name too."""
-        import os
-
-        memory.flush()
-        os.fsync(self.descriptor)
-        self._sync_directory()
-
-    def publish(self, memory: mmap.mmap) -> None:
-        """Give it its name; a file that has come to be there meanwhile is not replaced."""
-        import os
-
-        # The only copy that has the right to run: whatever fails from here on, it stays.
-        self.keep = True
-        try:
-            os.link(self.part, self.path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                error.add_note(f"the memory is complete, in {self.part}")
-                raise
-            # A file system without hard links.
-            os.rename(self.part, self.path)
-        self.keep = False
-        self._sync_directory()
-
-    def _sync_directory(self) -> None:
-        import os
-
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        import os
-
-        if getattr(error, "uncertain", False):
-            self.keep = True
-            if error is not None:
-                error.add_note(f"the memory is in {self.part}")
-        if not self.keep:
-            with suppress(FileNotFoundError):
-                os.unlink(self.part)
-        os.close(self.descriptor)
+            result = send(
+                sock,
+                origin.memory,
+                origin.observer,
+                state=origin.state,
+                policy=policy,
+                pause=origin.pause,
+                resume=origin.resume,
+                compress=args.compress,
+                deadline=args.deadline,
+                control=Control(args.bandwidth and args.bandwidth * (1 << 20)),
+                reconnect=_reconnect(args),
+                journal=args.journal,
+            )
+        except MigrationError as error:
+            show_rounds(error.rounds)
+            raise
+        return {"backend": origin.backend, "digest": origin.digest(), **asdict(result)}
 
 
 @contextmanager
@@ -354,29 +248,25 @@ def _accept(args: argparse.Namespace, listener: Listener) -> socket.socket:
 
 
 def _receive(args: argparse.Namespace) -> dict[str, Any]:
-    from dirtylog._bits.flat import flat_bytes
     from dirtylog.sinks.migrate import receive
 
     seen = [0, 0]
     # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.
-    with (
-        _OutFile(args.out) if args.out else nullcontext() as out,
-        _listening(args) as listener,
-        _accept(args, listener) as sock,
-    ):
+    with arrival_of(args) as arrival, _listening(args) as listener, _accept(args, listener) as sock:
         memory = receive(
             sock,
-            out=out.reserve if out else None,
-            arrived=out.sync if out else None,
-            start=out.publish if out else None,
+            out=arrival.out,
+            state=arrival.take_state,
+            arrived=arrival.arrived,
+            start=arrival.start,
             limit=args.limit << 20,
             deadline=args.deadline,
             reconnect=(lambda breaks: listener.accept(args.reconnect)) if args.reconnect else None,
             journal=args.journal,
             progress=lambda *at: seen.__setitem__(slice(None), at),
         )
-        nbytes = flat_bytes(memory).nbytes
-        return {"digest": _digest(memory), "memory_bytes": nbytes, "rounds": seen[0], "page_bytes": seen[1]}
+        answer = {"digest": digest_of(memory), "memory_bytes": nbytes_of(memory), "arrays": list(arrays_of(memory))}
+        return {**answer, "rounds": seen[0], "page_bytes": seen[1], "written": arrival.path}
 
 
 def show_rounds(rounds: Any) -> None:
@@ -412,5 +302,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"paused for {_terminal.seconds_text(answer['downtime'])} of {_terminal.seconds_text(answer['seconds'])}")
     else:
         print(f"{_terminal.bytes_text(answer['memory_bytes'])} in {answer['rounds']} rounds")
-    print(f"digest {answer['digest']}")
+    if answer["digest"] is not None:
+        print(f"digest {answer['digest']}")
     return 0

@@ -85,12 +85,12 @@ def test_what_fails_is_one_error_and_leaves_nothing(images):
 @pytest.mark.parametrize("address", ["localhost", ":4000", "127.0.0.1:99999", "127.0.0.1:x", "unix:"])
 def test_what_is_no_address_is_refused(address, capsys):
     with pytest.raises(SystemExit) as caught:
-        run(migrate, "send", address)
+        run(migrate, "send", "--demo", address)
     assert caught.value.code == 2
     assert "argument HOST:PORT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["receive --listen 0.0.0.0:0", "send 192.0.2.1:80 --size 1"])
+@pytest.mark.parametrize("words", ["receive --listen 0.0.0.0:0", "send 192.0.2.1:80 --demo --size 1"])
 def test_an_address_that_others_reach_is_refused_without_tls(words):
     try:
         with pytest.raises(DirtyLogError, match=r"not a loopback address, and there is no TLS: .*--insecure"):
@@ -114,7 +114,7 @@ def test_keys_are_read_before_anybody_is_let_in(tmp_path):
 )
 def test_a_number_out_of_its_bounds_is_refused_by_name(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        run(migrate, "send", "127.0.0.1:1", *words.split())
+        run(migrate, "send", "127.0.0.1:1", "--demo", *words.split())
     assert caught.value.code == 2
     assert f"argument {words.split()[0]}: " in capsys.readouterr().err
 
@@ -124,7 +124,7 @@ def test_a_migration_that_nobody_listens_to_names_the_address_and_the_way_out():
         address = f"127.0.0.1:{free.getsockname()[1]}"
     try:
         with pytest.raises(ConnectionRefusedError, match=rf"{address}: .*; start 'dirtylog migrate receive' first"):
-            run(migrate, "send", address, "--size", "1")
+            run(migrate, "send", address, "--demo", "--size", "1")
     except BackendUnavailable as error:
         pytest.skip(str(error))
 
@@ -162,7 +162,7 @@ def test_a_writing_process_migrates_into_another_one(tmp_path):
     tls = ["--tls-ca", str(keys / "authority.pem"), "--token-file", str(tmp_path / "token"), "--tls-cert"]
     with end("receive", *tls, str(keys / "receiver.pem"), "--out", str(tmp_path / "memory")) as receiver:
         address = receiver.stderr.readline().removeprefix("listening on ").strip()
-        words = ["--size", "8", "--max-rounds", "3", "--force", "--bandwidth", "500", "--reconnect", "2"]
+        words = ["--demo", "--size", "8", "--max-rounds", "3", "--force", "--bandwidth", "500", "--reconnect", "2"]
         with end("send", address, *tls, str(keys / "sender.pem"), *words, "--journal", str(tmp_path)) as sender:
             sent, complaint = sender.communicate(timeout=100)
             assert sender.returncode == 0, complaint

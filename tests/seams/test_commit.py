@@ -445,7 +445,7 @@ def test_another_session_does_not_take_the_place_of_a_lost_one():
         if breaks == 1:
             sock = reconnect()
             channel = Channel(sock)
-            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0))
+            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0))
             with pytest.raises(DirtyLogError, match="another session is being received here"):
                 channel.receive(Kind.READY, counted=False)
             intruder.append(sock.close())

@@ -223,7 +223,7 @@ def end_of(frames, **options):
     with here:
         here.settimeout(30)
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0))
         try:
             channel.receive(Kind.READY, counted=False)
             for kind, payload in frames:
@@ -375,38 +375,38 @@ def test_zeroes_over_memory_that_is_not_zero_are_written():
 
 
 def test_a_file_appears_when_it_is_complete_and_never_replaces_another(tmp_path):
-    from dirtylog.commands.migrate import _OutFile
+    from dirtylog.commands._arrivals import OutFile
 
     path = tmp_path / "memory"
-    with _OutFile(str(path)) as out:
+    with OutFile(str(path)) as out:
         memory = out.reserve(8192)
         memory[:4] = b"page"
         assert not path.exists()
-        out.sync(memory)
+        out.arrived(memory)
         assert not path.exists()
-        out.publish(memory)
+        out.start(memory)
     assert path.read_bytes() == b"page" + bytes(8188)
     assert os.listdir(tmp_path) == ["memory"]
     assert path.stat().st_mode & 0o777 == 0o600
     with pytest.raises(FileExistsError, match="remove it or choose another"):
-        _OutFile(str(path))
+        OutFile(str(path))
     other = tmp_path / "other"
-    with _OutFile(str(other)) as out:
+    with OutFile(str(other)) as out:
         memory = out.reserve(4096)
         other.write_bytes(b"theirs")
         # It has the right to run by then: it stays, and the error says where.
         with pytest.raises(FileExistsError) as caught:
-            out.publish(memory)
+            out.start(memory)
     assert other.read_bytes() == b"theirs"
     [kept] = set(os.listdir(tmp_path)) - {"memory", "other"}
     assert caught.value.__notes__ == [f"the memory is complete, in {tmp_path / kept}"]
 
 
 def test_what_is_complete_and_was_not_told_to_run_is_kept_and_the_rest_is_not(tmp_path):
-    from dirtylog.commands.migrate import _OutFile
+    from dirtylog.commands._arrivals import OutFile
 
     def arrive(error):
-        with _OutFile(str(tmp_path / "memory")) as out:
+        with OutFile(str(tmp_path / "memory")) as out:
             out.reserve(4096)
             raise error
 
@@ -420,10 +420,10 @@ def test_what_is_complete_and_was_not_told_to_run_is_kept_and_the_rest_is_not(tm
 
 
 def test_a_file_that_finds_no_room_is_refused_before_a_page_is_sent(tmp_path):
-    from dirtylog.commands.migrate import _OutFile
+    from dirtylog.commands._arrivals import OutFile
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with _OutFile(str(tmp_path / "memory")) as out:
+    with OutFile(str(tmp_path / "memory")) as out:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
         try:
             with pytest.raises(OSError, match="bytes cannot be reserved"):

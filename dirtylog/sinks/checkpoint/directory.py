@@ -86,6 +86,24 @@ def newest(directory: str) -> tuple[int, int]:
     return (_number(there[-1]) if there else 0), len(there)
 
 
+def next_path(directory: str) -> str:
+    """Return the path of the next file of a directory."""
+    return os.path.join(directory, name_of(newest(directory)[0] + 1))
+
+
+def noted_for(path: str, state: Any) -> dict[str, Any]:
+    """Return what is noted with a checkpoint that came from elsewhere: its step and state, or the state alone."""
+    there = files(os.path.dirname(path))
+    try:
+        came = _note(state, "")
+    except SnapshotError:
+        came = {"step": None, "user": state}
+    keep = about(there[-1])["keep"] if there else None
+    # A run of its own: what lies before it is of other steps.
+    number, step = _number(path), came["step"]
+    return {"step": step, "keep": keep, "since": number, "reached": -1 if step is None else step, "user": came["user"]}
+
+
 def _number(path: str) -> int:
     return int(os.path.basename(path)[:10])
 
@@ -96,12 +114,15 @@ def about(path: str) -> dict[str, Any]:
 
 
 def _noted(info: Info) -> dict[str, Any]:
-    state = info.state
+    return _note(info.state, info.path)
+
+
+def _note(state: Any, path: str) -> dict[str, Any]:
     if not isinstance(state, dict) or set(state) != {"step", "keep", "since", "reached", "user"} or not all(
         type(state[key]) is int or (state[key] is None and key in ("step", "keep"))
         for key in ("step", "keep", "since", "reached")
     ):  # fmt: skip
-        raise SnapshotError(f"{info.path}: this snapshot was not written by a Checkpoint; move it to another directory")
+        raise SnapshotError(f"{path}: this snapshot was not written by a Checkpoint; move it to another directory")
     return state
 
 
@@ -220,7 +241,7 @@ def changed(older: str, newer: str) -> dict[str, Change]:
     if found is not None:
         footer = found[0]
         # Address space alone: the shapes and strides matter, and no byte of it is touched.
-        after = arrays_of(footer, np.empty(footer.nbytes, np.uint8), newer)
+        after = arrays_of(footer.regions, np.empty(footer.nbytes, np.uint8), newer)
     else:
         before, after = snapshot.restore(older), snapshot.restore(newer)
     answer = {}

@@ -31,9 +31,9 @@ __all__ = [
 
 # Below this a window's table of extents would not fit its frame.
 MIN_PAGE_SIZE = 512
-# Session, buffer size and page size in bytes, codec; how far the copy is, rounds begun, frames of pages applied;
-# number of the round; number of extents, codec.
-HELLO = struct.Struct("<16sQQB")
+# Session, memory and page size in bytes, codec, bytes of the layout; how far the copy is, rounds begun, frames of pages
+# applied; number of the round; number of extents, codec.
+HELLO = struct.Struct("<16sQQB3xI")
 READY = struct.Struct("<B7xQQ")
 ROUND = struct.Struct("<Q")
 PAGES = struct.Struct("<IB3x")

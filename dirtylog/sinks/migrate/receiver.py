@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog._bits.copying import scatter, zero_extents
-from dirtylog._bits.flat import flat_bytes
+from dirtylog._bits.copying import zero_extents
 from dirtylog._bits.pages import check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks.migrate.origins import room
 from dirtylog.sinks.migrate.payloads import (
     COMPLETE,
     HELLO,
@@ -37,7 +37,9 @@ from dirtylog.sinks.migrate.payloads import (
 )
 from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.sessions import Record
-from dirtylog.sinks.migrate.wire import MAX_EXTENTS, Channel, Kind, Refusal, WireError
+from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_LAYOUT, Channel, Kind, Refusal, WireError
+from dirtylog.sinks.snapshot.footer import MAX_PAGE_SIZE, MAX_STATE_BYTES, SnapshotError, decode_state
+from dirtylog.sinks.snapshot.space import Space
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
@@ -67,7 +69,7 @@ def _table(raw: memoryview, nbytes: int, granule: int) -> npt.NDArray[np.int64]:
 class _Filling:
     """One migration under way, seen from the destination."""
 
-    def __init__(self, target: memoryview, page_size: int, codec: int) -> None:
+    def __init__(self, target: Space, page_size: int, codec: int) -> None:
         self.target = target
         self.granule = min(page_size, WINDOW)
         self.codec = codec
@@ -75,10 +77,12 @@ class _Filling:
         self.number = self.done = self.applied = 0
         # A sender sends each page once a round: what is left of the round that is under way.
         self.left = 0
+        self.state = bytearray()
 
     def resumed(self) -> None:
         """Go on on another line: the round that was cut counts, and pages come in a new one alone."""
         self.left = 0
+        self.state.clear()
 
     def round(self, payload: memoryview, max_rounds: int) -> None:
         if self.number and self.left == self.target.nbytes:
@@ -93,6 +97,8 @@ class _Filling:
     def took(self, size: int) -> None:
         if not self.number:
             raise WireError("pages come before the first round")
+        if self.state:
+            raise WireError("pages come after the state")
         self.left -= size
         if self.left < 0:
             raise WireError(f"round {self.number} has more bytes than the memory, {self.target.nbytes}")
@@ -113,7 +119,7 @@ class _Filling:
             data = self.unpacked(payload[end:], size)
         if memoryview(data).nbytes != size:
             raise WireError(f"a PAGES frame holds {memoryview(data).nbytes} bytes for extents of {size}")
-        scatter(data, extents, self.target)
+        self.target.scatter(memoryview(data), extents)
         self.mark(extents)
         self.applied += 1
 
@@ -133,9 +139,17 @@ class _Filling:
     def zeros(self, payload: memoryview) -> None:
         extents = _table(payload, self.target.nbytes, self.granule)
         self.took(int(extents[:, 1].sum()))
-        zero_extents(self.target, extents)
+        for region, own, _, _ in self.target.parts(extents):
+            zero_extents(region.view, own)
         self.mark(extents)
         self.applied += 1
+
+    def beside(self, payload: memoryview) -> None:
+        if not self.number or not payload.nbytes:
+            raise WireError("a part of the state is empty, or comes before the first round")
+        if len(self.state) + payload.nbytes > MAX_STATE_BYTES:
+            raise WireError(f"the sender's state has more than {MAX_STATE_BYTES} bytes")
+        self.state += payload
 
     def mark(self, extents: npt.NDArray[np.int64]) -> None:
         self.seen.mark_pages(granule_offsets(extents, self.granule) // self.granule)
@@ -159,9 +173,10 @@ class _Copy:
     """One migration under way, seen from the destination, over as many lines as it takes."""
 
     channel: Channel
-    out: Memory | Callable[[int], Memory] | None
+    out: Memory | Mapping[str, Memory] | Callable[[int], Memory] | None
     limit: int
     max_rounds: int
+    state: Callable[[Any], object] | None
     arrived: Callable[[Any], object] | None
     start: Callable[[Any], object] | None
     progress: Callable[[int, int], object] | None
@@ -222,6 +237,11 @@ class _Copy:
         """Hear what is coming, make room for it, and say how far this session has come."""
         _, payload = self.channel.receive(Kind.HELLO)
         said = bytes(payload)
+        if length := _layout_bytes(said):
+            _, layout = self.channel.receive(Kind.LAYOUT)
+            if layout.nbytes != length:
+                raise WireError(f"a LAYOUT frame of {layout.nbytes} bytes, {length} were announced")
+            said += layout
         if self.filling is None:
             self.result, self.filling = _room(said, self.out, self.limit)
             self.agreed = said
@@ -242,15 +262,19 @@ class _Copy:
         assert filling is not None
         while True:
             before = channel.digest()
-            kind, payload = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.END)
+            kind, payload = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.STATE, Kind.END)
             if kind == Kind.ROUND:
                 filling.round(payload, self.max_rounds)
+            elif kind == Kind.STATE:
+                filling.beside(payload)
             elif kind == Kind.END:
                 if bytes(payload) != before:
                     raise WireError("the sender's digest differs: not everything it sent has arrived")
                 missing = filling.seen.npages - filling.seen.count()
                 if missing:
                     raise WireError(f"the sender says that was all, and {missing} pages never came")
+                if self.state is not None:
+                    self.state(_state(filling.state))
                 if self.arrived is not None:
                     self.arrived(self.result)
                 self.move(_Stage.HAVE)
@@ -309,8 +333,9 @@ class _Copy:
 def receive(
     sock: socket.socket,
     *,
-    out: Memory | Callable[[int], Memory] | None = None,
+    out: Memory | Mapping[str, Memory] | Callable[[int], Memory] | None = None,
     limit: int = 1 << 36,
+    state: Callable[[Any], object] | None = None,
     arrived: Callable[[Any], object] | None = None,
     start: Callable[[Any], object] | None = None,
     max_rounds: int = 1000,
@@ -326,11 +351,15 @@ def receive(
     sock : socket.socket
         Connected stream socket, best from :meth:`Listener.accept`; give it a timeout if the peer may hang: it bounds
         each frame as a whole. It stays open and yours.
-    out : buffer or callable, optional
-        Writable C-contiguous memory of exactly the source's size, or what makes it: called with the size in bytes
-        before the first page is sent, so that a file of that size can be reserved. By default a new uint8 array.
+    out : buffer, mapping of str to buffer, or callable, optional
+        Writable contiguous memory of exactly the source's size: for arrays by name, one for each. Or what makes it:
+        called with the size of all in bytes before the first page is sent, so that a file of that size can be
+        reserved. By default new arrays; of memory without names one of uint8.
     limit : int
         Refuse memory of more bytes than this (64 GiB), unless `out` is a buffer.
+    state : callable, optional
+        Called with the state that the sender has sent beside the memory, or None, when all of both is there and before
+        `arrived`: registers, say, to be set before the copy runs. What it raises is as of `arrived`.
     arrived : callable, optional
         Called with the memory when all of it is there and checked, before the sender hears so. Make it durable here:
         what this raises tells the sender that the migration failed, and the source goes on. The copy may not run yet.
@@ -351,8 +380,8 @@ def receive(
 
     Returns
     -------
-    buffer
-        `out`, or the new array: the source's memory as it was when it was paused. The copy has the right to run.
+    buffer, or dict of str to array
+        `out`, or what is new: the source's memory as it was when it was paused. The copy has the right to run.
 
     Raises
     ------
@@ -367,15 +396,17 @@ def receive(
     -----
     Nothing that arrives is trusted: frames, tables and compressed data are bounded and checked before they are used,
     a round brings each page once at most and only the last may be empty, and every page must have come before the end
-    is believed. Allocates the memory and a few MiB; memory whose pages are zero is not committed. CRC-32 finds
-    accidents; for a line that somebody may listen to or change use TLS: :class:`Listener` with :class:`Keys`.
+    is believed. Allocates the memory and a few MiB, and with a state of the largest size some 64 MiB more; memory whose
+    pages are zero is not committed. CRC-32 finds accidents; for a line that somebody may listen to or change use TLS:
+    :class:`Listener` with :class:`Keys`.
     """
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be 1 or more")
     channel = Channel(sock, deadline)
     if out is not None and not callable(out):
-        flat_bytes(out, writable=True, what="out")
-    copy = _Copy(channel, out, limit, max_rounds, arrived, start, progress, reconnect, journal)
+        # Refused before anything is said.
+        Space(out, 4096, writable=True)
+    copy = _Copy(channel, out, limit, max_rounds, state, arrived, start, progress, reconnect, journal)
     try:
         copy.run()
     except BaseException as error:
@@ -393,25 +424,36 @@ def _summary(error: BaseException) -> str:
     return f"the receiver failed ({type(error).__name__}: {error})"
 
 
-def _room(payload: bytes, out: Memory | Callable[[int], Memory] | None, limit: int) -> tuple[Any, _Filling]:
+def _layout_bytes(hello: bytes) -> int:
+    """Return how long the text of the layout is that a HELLO announces."""
+    if len(hello) != HELLO.size:
+        raise WireError(f"a HELLO frame of {len(hello)} bytes")
+    length: int = HELLO.unpack(hello)[4]
+    if hello[33:36] != bytes(3) or length > MAX_LAYOUT:
+        raise WireError(f"the sender announces a layout of {length} bytes; at most {MAX_LAYOUT}")
+    return length
+
+
+def _room(
+    said: bytes, out: Memory | Mapping[str, Memory] | Callable[[int], Memory] | None, limit: int
+) -> tuple[Any, _Filling]:
     """Check what is coming, and make room for it."""
-    if len(payload) != HELLO.size:
-        raise WireError(f"a HELLO frame of {len(payload)} bytes")
-    _, nbytes, page_size, codec = HELLO.unpack(payload)
+    _, nbytes, page_size, codec, _ = HELLO.unpack_from(said)
     try:
         check_geometry(-(-nbytes // max(page_size, 1)), page_size)
     except ValueError as error:
         raise WireError(f"the sender announces impossible memory: {error}") from None
-    if nbytes < 1 or page_size < MIN_PAGE_SIZE or codec not in (RAW, ZSTD):
+    if not 1 <= nbytes < 1 << 62 or not MIN_PAGE_SIZE <= page_size <= MAX_PAGE_SIZE or codec not in (RAW, ZSTD):
         raise WireError(f"the sender announces {nbytes} bytes in pages of {page_size}, codec {codec}")
-    result: Any = out
-    if out is None or callable(out):
-        if nbytes > limit:
-            raise WireError(f"the sender announces {nbytes} bytes, the limit is {limit}; raise limit, or pass out")
-        result = np.zeros(nbytes, np.uint8) if out is None else out(nbytes)
-    target = flat_bytes(result, writable=True, what="out")
-    if target.nbytes != nbytes:
-        raise WireError(f"the sender announces {nbytes} bytes; out has {target.nbytes}")
     if codec == ZSTD:
         compressor()
-    return result, _Filling(target, page_size, codec)
+    result, space = room(nbytes, page_size, said[HELLO.size :], out, limit)
+    return result, _Filling(space, page_size, codec)
+
+
+def _state(text: bytearray) -> Any:
+    """Return what the sender sent beside the memory."""
+    try:
+        return decode_state(bytes(text), "the sender")
+    except SnapshotError as error:
+        raise WireError(str(error)) from None

@@ -26,10 +26,12 @@ from dirtylog.sinks.migrate.payloads import (
     granule_offsets,
 )
 from dirtylog.sinks.migrate.policy import Round
-from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
+from dirtylog.sinks.migrate.wire import MAX_PART, Channel, Kind, WireError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from dirtylog.sinks.snapshot.writer import Source
 
 __all__ = ["Rounds"]
 
@@ -51,8 +53,8 @@ class Rounds:
     """One migration under way, seen from the source: what is sent, and what a copy may lack after a broken line."""
 
     channel: Channel
-    view: memoryview
-    page_size: int
+    source: Source
+    layout: bytes
     compress: Callable[[Buffer], bytes] | None
     clock: Callable[[], float]
     session: bytes
@@ -61,9 +63,16 @@ class Rounds:
     control: Control | None = None
     sent: int = 0
     begun: int = 0
+    # What goes beside the memory, once it is known.
+    state: bytes = b""
     rounds: list[Round] = field(default_factory=list)
     staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
     packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page."""
+        return self.source.page_size
 
     @property
     def granule(self) -> int:
@@ -72,12 +81,15 @@ class Rounds:
 
     def remember(self) -> None:
         """Keep for each granule in which frame it went last: 8 bytes each."""
-        self.frames = np.full(-(-self.view.nbytes // self.granule), _PENDING, np.uint64)
+        self.frames = np.full(-(-self.source.nbytes // self.granule), _PENDING, np.uint64)
 
     def hello(self) -> int:
         """Say which session this is; return how far the copy is."""
         codec = ZSTD if self.compress else RAW
-        self.channel.send(Kind.HELLO, HELLO.pack(self.session, self.view.nbytes, self.page_size, codec))
+        said = HELLO.pack(self.session, self.source.nbytes, self.page_size, codec, len(self.layout))
+        self.channel.send(Kind.HELLO, said)
+        if self.layout:
+            self.channel.send(Kind.LAYOUT, self.layout)
         _, answer = self.channel.receive(Kind.READY, counted=False)
         if answer.nbytes != READY.size:
             raise WireError(f"a READY frame of {answer.nbytes} bytes")
@@ -91,7 +103,7 @@ class Rounds:
     def lacking(self) -> DirtyPages:
         """Return the pages of which the copy may not have what was sent last."""
         assert self.frames is not None
-        npages = -(-self.view.nbytes // self.page_size)
+        npages = -(-self.source.nbytes // self.page_size)
         granules = np.flatnonzero(self.frames >= np.uint64(self.sent))
         return DirtyPages.from_indices(np.unique(granules * self.granule // self.page_size), npages, self.page_size)
 
@@ -99,7 +111,7 @@ class Rounds:
         """Send some pages as a round."""
         number = len(self.rounds) + 1
         begin, before = self.clock(), self.channel.bytes_sent
-        packed = PackedExtents(pages, self.view.nbytes)
+        packed = PackedExtents(pages, self.source.nbytes)
         if self.frames is not None:
             self.frames[granule_offsets(packed.extents, self.granule) // self.granule] = _PENDING
         self.begun += 1
@@ -127,7 +139,7 @@ class Rounds:
         """Send one window; return how many of its granules were zero."""
         part = self.staging[:nbytes]
         # Copied once: zero or not is asked of the bytes that are sent.
-        gather(self.view, extents, part)
+        self.source.gather(extents, part)
         granule = self.granule
         zeros = zero_pages(part, granule)
         if self.frames is not None:
@@ -140,13 +152,13 @@ class Rounds:
         offsets = granule_offsets(extents, granule)
         zero = zeros.indices()
         self.sent += 1
-        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.view.nbytes).astype("<i8").tobytes())
+        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.source.nbytes).astype("<i8").tobytes())
         other = (DirtyPages._all(zeros.npages, granule, exact=True) - zeros).indices()
         if len(other):
             within = _joined(other * granule, granule, nbytes)
             packed = self.packing[: int(within[:, 1].sum())]
             gather(part, within, packed)
-            self.data(_joined(offsets[other], granule, self.view.nbytes), packed)
+            self.data(_joined(offsets[other], granule, self.source.nbytes), packed)
         return zeros.count
 
     def data(self, extents: npt.NDArray[np.int64], part: memoryview) -> None:
@@ -159,6 +171,11 @@ class Rounds:
         table = extents.astype("<i8").tobytes()
         self.sent += 1
         self.channel.send(Kind.PAGES, PAGES.pack(len(extents), codec), table, payload)
+
+    def beside(self) -> None:
+        """Send the state, in parts."""
+        for begin in range(0, len(self.state), MAX_PART):
+            self.channel.send(Kind.STATE, self.state[begin : begin + MAX_PART])
 
     def dirtied(self, pages: DirtyPages, throttle: float) -> Round:
         """Complete the last round with what was dirtied during it."""

@@ -10,23 +10,25 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks.migrate.control import Cancelled, Control
+from dirtylog.sinks.migrate.origins import layout_of, source_of
 from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS, compressor
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.rounds import Rounds
 from dirtylog.sinks.migrate.sessions import Record, check_unused, new_session
 from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError
+from dirtylog.sinks.snapshot.footer import encode_state
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
     from dirtylog.log import Observer
+    from dirtylog.sources.process import Process
 
 __all__ = ["send"]
 
@@ -160,6 +162,7 @@ class _Attempt:
 
     def complete(self) -> None:
         channel = self.sender.channel
+        self.sender.beside()
         digest = channel.digest()
         channel.send(Kind.END, digest)
         _, answer = channel.receive(Kind.HAVE, counted=False)
@@ -260,9 +263,10 @@ class _Attempt:
 
 def send(
     sock: socket.socket,
-    memory: Memory,
+    memory: Memory | Mapping[str, Memory] | Process,
     observer: Observer,
     *,
+    state: object = None,
     policy: Policy | None = None,
     pause: Callable[[], object] | None = None,
     resume: Callable[[], object] | None = None,
@@ -283,10 +287,16 @@ def send(
     sock : socket.socket
         Connected stream socket; give it a timeout if the peer may hang: it bounds each frame as a whole. It stays
         open and yours.
-    memory : buffer
-        C-contiguous; read, never written.
+    memory : array, buffer, mapping of str to them, or Process
+        Contiguous; read, never written. Arrays by name arrive by name, with their types, shapes and order. Of a
+        process (:func:`dirtylog.attach`), the memory that is watched.
     observer : Observer
-        Of a log whose pages are those of `memory`. Best one of its own: its epochs are spent on the migration.
+        Of a log whose pages are those of `memory`. Best one of its own: its epochs are spent on the migration. Of
+        arrays by name each begins at the page boundary after the one before, in their order:
+        ``log.attach(track(b), first_page=npages_of_a)``.
+    state : object, optional
+        What else belongs to it, registers say: dicts, lists, text, numbers and bytes, at most 16 MiB as JSON. Or what
+        returns that: called after `pause`. Of a process it says by default where its memory lay.
     policy : Policy, optional
         When to stop and when to give up.
     pause : callable, optional
@@ -344,17 +354,20 @@ def send(
     ----------
     Clark et al., "Live Migration of Virtual Machines", NSDI 2005.
     """
-    view = flat_bytes(memory)
     policy = policy or Policy()
     page_size = observer.page_size
-    npages = -(-view.nbytes // page_size)
     if page_size < MIN_PAGE_SIZE:
         raise ValueError(f"the observer's page_size is {page_size}; a migration takes {MIN_PAGE_SIZE} or more")
+    source = source_of(memory, page_size)
+    npages = source.npages
     if observer.npages != npages:
         raise ValueError(f"the observer has {observer.npages} pages of {page_size} bytes; the memory has {npages}")
     session = new_session() if session is None else check_unused(session, journal)
     pack = compressor() if compress else None
-    sender = Rounds(Channel(sock, deadline), view, page_size, pack, clock, bytes.fromhex(session))
+    if state is None:
+        state = getattr(source, "state", None)
+    sender = Rounds(Channel(sock, deadline), source, layout_of(source), pack, clock, bytes.fromhex(session))
+    sender.state = b"" if callable(state) else encode_state(state)
     if reconnect is not None:
         sender.remember()
     record = Record(session, "source", journal)
@@ -409,7 +422,10 @@ def send(
             pause()
         with observer.collect() as epoch:
             # What was collected after the last round is still to be sent, and what came until the pause.
-            attempt.round(rest | take(epoch.pages), final=True)
+            rest = rest | take(epoch.pages)
+            if callable(state):
+                sender.state = encode_state(state())
+            attempt.round(rest, final=True)
             attempt.commit()
         finished = clock()
         problems = attempt.epilogue(progress)

@@ -23,10 +23,10 @@ from dirtylog.sinks.extents import WINDOW
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MAX_EXTENTS", "MAX_PAYLOAD", "Broken", "Channel", "Kind", "Refusal", "WireError"]
+__all__ = ["MAX_EXTENTS", "MAX_LAYOUT", "MAX_PART", "MAX_PAYLOAD", "Broken", "Channel", "Kind", "Refusal", "WireError"]
 
 MAGIC = b"dlog"
-VERSION = 2
+VERSION = 3
 _HEADER = struct.Struct("<4sBBHIQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
@@ -35,6 +35,8 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 MAX_EXTENTS = 4096
 _PIECE = 1 << 18
 MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
+# The names and types of arrays, as JSON; and one part of the sender's state.
+MAX_LAYOUT = MAX_PART = WINDOW
 
 
 class WireError(DirtyLogError):
@@ -53,7 +55,7 @@ class Kind(IntEnum):
     """What a frame is for."""
 
     HELLO = 1
-    """Sender: session, memory size, page size, codec."""
+    """Sender: session, memory size, page size, codec, length of the layout."""
     READY = 2
     """Receiver: go ahead; how far this session has come."""
     PAGES = 3
@@ -72,6 +74,10 @@ class Kind(IntEnum):
     """Sender: the right to run, which the source has given up; the session."""
     DONE = 10
     """Receiver: it has the right to run; the session."""
+    LAYOUT = 11
+    """Sender, after a HELLO that announces it: names, types, shapes and places of the arrays."""
+    STATE = 12
+    """Sender, before END: a part of what belongs to the memory beside it."""
 
 
 _MAX = {
@@ -85,6 +91,8 @@ _MAX = {
     Kind.REFUSED: 1024,
     Kind.RUN: 16,
     Kind.DONE: 16,
+    Kind.LAYOUT: MAX_LAYOUT,
+    Kind.STATE: MAX_PART,
 }
 
 

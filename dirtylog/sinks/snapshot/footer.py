@@ -50,6 +50,7 @@ __all__ = [
     "page_blocks",
     "plain_name",
     "read",
+    "regions_of",
     "trailer",
     "values",
 ]
@@ -332,7 +333,8 @@ def _integer(value: object, low: int, high: int, what: str) -> int:
     return value
 
 
-def _regions(rows: object, nbytes: int, page_size: int, named: object) -> tuple[Any, ...]:
+def regions_of(rows: object, nbytes: int, page_size: int, named: object) -> tuple[Any, ...]:
+    """Return the rows of regions that JSON made; ValueError where they cannot be those of so many bytes."""
     _check(isinstance(named, bool), "named is not true or false")
     if not isinstance(rows, list) or not 0 < len(rows) <= MAX_REGIONS:
         raise ValueError(f"regions is not a list of 1 to {MAX_REGIONS} arrays")
@@ -391,7 +393,7 @@ def _validated(body: dict[str, Any]) -> Footer:
         (body["kind"] == "diff") == (body["parent"] is not None) == (body["parent_digest"] is not None),
         "a diff has a parent with a digest, and only a diff",
     )
-    return Footer(**{**body, "regions": _regions(body["regions"], nbytes, page_size, body["named"])})
+    return Footer(**{**body, "regions": regions_of(body["regions"], nbytes, page_size, body["named"])})
 
 
 def _read(descriptor: int, offset: int, length: int, name: str) -> bytes:

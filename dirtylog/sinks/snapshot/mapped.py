@@ -202,7 +202,7 @@ class Mapped:
                 vouch_for_range(memory.address, memory.mapped)
                 weakref.finalize(memory, forget_range, memory.address).atexit = False
                 array = np.frombuffer(memoryview(memory), np.uint8)
-                self._arrays = arrays_of(self._index.footer, array, self.path)
+                self._arrays = arrays_of(self._index.footer.regions, array, self.path)
                 self._array = array
             return self._array
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, SupportsIndex
 
 import numpy as np
@@ -185,7 +184,7 @@ def read(
 
         def shaped(data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> Any:
             row = (wanted, kind, shape, order, 0, len(data))
-            return arrays_of(replace(found.footer, regions=(row,)), data, name)[wanted]
+            return arrays_of((row,), data, name)[wanted]
 
         if rows is None or order != "C" or not shape:
             data = np.empty(nbytes, np.uint8)

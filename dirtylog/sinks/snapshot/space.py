@@ -24,7 +24,7 @@ from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["Space", "arrays_of", "blank", "dtype_of"]
+__all__ = ["Space", "arrays_of", "blank", "check_row", "dtype_of"]
 
 # The name of the only region of memory that was given without one.
 NAMELESS = ""
@@ -250,7 +250,24 @@ class Space:
             np.frombuffer(region.view, np.uint8)[:] = 0
 
 
-def arrays_of(footer: Footer, memory: npt.NDArray[np.uint8], name: str) -> dict[str, Any]:
+def check_row(row: Row, name: str) -> np.dtype[Any]:
+    """Return the type of a region's row, whose array has the bytes that the row says.
+
+    Raises
+    ------
+    SnapshotError
+        A type is none, or its array is of another size.
+    """
+    region, kind, shape, _, _, length = row
+    dtype = dtype_of(kind, name)
+    if dtype.hasobject or dtype.itemsize * math.prod(shape) != length:
+        raise SnapshotError(
+            f"{name}: the array {region!r} cannot be used: {dtype} of shape {shape} does not have {length} bytes"
+        )
+    return dtype
+
+
+def arrays_of(regions: tuple[Row, ...], memory: npt.NDArray[np.uint8], name: str) -> dict[str, Any]:
     """Return the arrays of a snapshot, by name, as views of the bytes of its page space.
 
     Raises
@@ -259,11 +276,10 @@ def arrays_of(footer: Footer, memory: npt.NDArray[np.uint8], name: str) -> dict[
         A type or a shape is none, or does not fit the bytes.
     """
     found: dict[str, Any] = {}
-    for region, kind, shape, order, start, length in footer.regions:
+    for row in regions:
+        region, _, shape, order, start, _ = row
+        dtype = check_row(row, name)
         try:
-            dtype = _dtype(kind)
-            if dtype.hasobject or dtype.itemsize * math.prod(shape) != length:
-                raise ValueError(f"{dtype} of shape {shape} does not have {length} bytes")
             if isinstance(order, str):
                 found[region] = np.ndarray(shape, dtype, memory, start, order="F" if order == "F" else "C")
             else:
@@ -276,5 +292,5 @@ def arrays_of(footer: Footer, memory: npt.NDArray[np.uint8], name: str) -> dict[
 
 def blank(footer: Footer, name: str) -> tuple[Any, dict[str, Any]]:
     """Return zeroed memory for a snapshot: what :func:`~dirtylog.sinks.snapshot.restore` answers, and it by names."""
-    arrays = arrays_of(footer, np.zeros(footer.nbytes, np.uint8), name)
+    arrays = arrays_of(footer.regions, np.zeros(footer.nbytes, np.uint8), name)
     return (arrays if footer.named else arrays[NAMELESS]), arrays

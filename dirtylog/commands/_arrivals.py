@@ -1,0 +1,212 @@
+"""Where ``dirtylog migrate receive`` puts what arrives: memory, a file, a snapshot, a directory of checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import mmap
+
+__all__ = ["Arrival", "OutFile", "add_arrivals", "arrays_of", "arrival_of", "digest_of", "nbytes_of"]
+
+
+def add_arrivals(parser: argparse.ArgumentParser) -> None:
+    """Declare where the memory may go; nowhere else than into memory by default."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--out", metavar="FILE", help="take the memory in in a file, which appears when it is complete and on the disk"
+    )
+    group.add_argument(
+        "--snapshot", metavar="FILE", help="write a snapshot: arrays by name, and what was sent beside them"
+    )
+    group.add_argument("--checkpoint", metavar="DIR", help="write the next checkpoint of a directory")
+
+
+def arrays_of(memory: Any) -> dict[str, Any]:
+    """Return the arrays by name; none of memory without names."""
+    return memory if isinstance(memory, dict) else {}
+
+
+def nbytes_of(memory: Any) -> int:
+    """Return how many bytes there are."""
+    from dirtylog._bits.flat import flat_bytes
+
+    return sum(flat_bytes(each).nbytes for each in arrays_of(memory).values() or [memory])
+
+
+def digest_of(memory: Any) -> str:
+    """Say in 32 digits what some memory holds, array after array."""
+    from hashlib import blake2b
+
+    from dirtylog._bits.flat import flat_bytes
+
+    found = blake2b(digest_size=16)
+    for each in arrays_of(memory).values() or [memory]:
+        found.update(flat_bytes(each))
+    return found.hexdigest()
+
+
+def sync_directory(directory: str) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Arrival:
+    """Memory that goes nowhere but into this process."""
+
+    path: str | None = None
+    out: Any = None
+    state: Any = None
+
+    def take_state(self, state: Any) -> None:
+        """Remember what was sent beside the memory."""
+        self.state = state
+
+    def arrived(self, memory: Any) -> None:
+        """Keep it, durably; it may not be used yet."""
+
+    def start(self, memory: Any) -> None:
+        """Let it be used: the right to run is here."""
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Remove what is of no use."""
+
+
+class _Staged(Arrival):
+    """A file that memory arrives in, under a name of its own until the copy has the right to run.
+
+    What is of no use is removed at the end. What is complete stays, under whichever name it has.
+    """
+
+    def __init__(self, path: str, part: str) -> None:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "there is a file of that name; remove it or choose another", path)
+        self.path = path
+        directory, name = os.path.split(path)
+        self.directory: str = directory or "."
+        self.part: str = os.path.join(directory, part.format(name))
+        self.keep = False
+
+    def start(self, memory: Any) -> None:
+        """Give it its name; a file that has come to be there meanwhile is not replaced."""
+        assert self.path is not None
+        # The only copy that has the right to run: whatever fails from here on, it stays.
+        self.keep = True
+        try:
+            os.link(self.part, self.path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+                error.add_note(f"the memory is complete, in {self.part}")
+                raise
+            # A file system without hard links.
+            os.rename(self.part, self.path)
+        self.keep = False
+        sync_directory(self.directory)
+
+    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
+        """Remove what is of no use, or say where the memory is."""
+        if getattr(error, "uncertain", False):
+            self.keep = True
+            if error is not None:
+                error.add_note(f"the memory is in {self.part}")
+        if not self.keep:
+            with suppress(FileNotFoundError):
+                os.unlink(self.part)
+
+
+class OutFile(_Staged):
+    """A file of the memory alone, whose place on the disk is certain before a page is sent."""
+
+    def __init__(self, path: str) -> None:
+        import secrets
+
+        super().__init__(path, f".{{}}.{secrets.token_hex(8)}.part")
+        self.memory: mmap.mmap | None = None
+        self.out = self.reserve
+        self.descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def reserve(self, nbytes: int) -> mmap.mmap:
+        """Map so many bytes whose place on the disk is certain: a full disk is an error now, not SIGBUS later."""
+        import mmap
+
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)
+        except OSError as error:
+            raise OSError(error.errno, f"{nbytes} bytes cannot be reserved: {error.strerror}", self.path) from None
+        self.memory = mmap.mmap(self.descriptor, nbytes)
+        return self.memory
+
+    def arrived(self, memory: Any) -> None:
+        """Make it durable, and its own name too."""
+        from dirtylog.commands import _terminal
+
+        assert self.memory is not None
+        if self.state is not None:
+            _terminal.show_note(f"{self.path} has the memory alone: for what is sent beside it receive a --snapshot")
+        self.memory.flush()
+        os.fsync(self.descriptor)
+        sync_directory(self.directory)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Remove what is of no use, or say where the memory is."""
+        super().__exit__(kind, error, traceback)
+        os.close(self.descriptor)
+
+
+class _SnapshotFile(_Staged):
+    """A snapshot, with arrays by name and the state."""
+
+    def __init__(self, path: str) -> None:
+        import secrets
+
+        from dirtylog.sinks.snapshot.chain import checked_path
+
+        super().__init__(checked_path(path), f"arriving-{secrets.token_hex(8)}")
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "the directory cannot be written", self.directory)
+
+    def arrived(self, memory: Any) -> None:
+        """Write it, durably."""
+        from dirtylog.sinks import snapshot
+
+        snapshot.save(self.part, memory, state=self.state)
+
+
+class _NextCheckpoint(_SnapshotFile):
+    """The next checkpoint of a directory: arrays by name; a step and a state where a checkpoint was sent."""
+
+    def __init__(self, directory: str) -> None:
+        from dirtylog.sinks.checkpoint.directory import next_path
+
+        os.makedirs(directory, exist_ok=True)
+        super().__init__(next_path(directory))
+
+    def arrived(self, memory: Any) -> None:
+        """Write it, durably, as what a Checkpoint would have written."""
+        from dirtylog.sinks import snapshot
+        from dirtylog.sinks.checkpoint.directory import noted_for
+
+        assert self.path is not None
+        arrays = arrays_of(memory) or {"memory": memory}
+        snapshot.save(self.part, arrays, state=noted_for(self.path, self.state))
+
+
+def arrival_of(args: argparse.Namespace) -> Arrival:
+    """Return what takes the memory in, as the command line says."""
+    if args.out is not None:
+        return OutFile(args.out)
+    if args.snapshot is not None:
+        return _SnapshotFile(args.snapshot)
+    return Arrival() if args.checkpoint is None else _NextCheckpoint(args.checkpoint)

@@ -116,6 +116,48 @@ def test_a_program_that_does_not_answer_is_not_asked_again():
     assert asked == [1]
 
 
+def test_an_answer_that_comes_late_is_taken_at_a_later_look():
+    """One time-out is no refusal: on a busy machine the program answers when it comes to run."""
+    import socket
+
+    ours, theirs = socket.socketpair()
+    now = [0.0]
+    region = Region(PAGE, 3 * PAGE, 0, 2, "anonymous", "")
+    with ours, theirs:
+        names = Names(os.getpid(), Connection(ours, 1, timeout=0.01).arrays, lambda: now[0])
+        text = b'[["late", 4096, 8192]]'
+        answer = inside.LENGTH.pack(len(text)) + text
+        for part in (b"", answer[:3], answer[3:9]):
+            theirs.sendall(part)
+            assert [each.name for each in names([region])] == ["anonymous"]
+            now[0] += 1.0
+        theirs.sendall(answer[9:])
+        assert [each.name for each in names([region])] == ["late", "anonymous"]
+        assert theirs.recv(100) == inside.NAMES, "it was asked once"
+
+
+def test_objects_that_change_while_they_are_looked_through_are_looked_at_again(monkeypatch):
+    import socket
+
+    def changed():
+        raise RuntimeError("dictionary changed size during iteration")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(ours, 1, timeout=5.0)
+        monkeypatch.setattr(inside, "find_arrays", changed)
+        ours.sendall(inside.NAMES)
+        connection._asked = True
+        assert inside._reply(theirs)
+        with pytest.raises(TimeoutError, match="this time"):
+            connection.arrays()
+        monkeypatch.setattr(inside, "find_arrays", lambda: [("a", 1, 2)])
+        ours.sendall(inside.NAMES)
+        connection._asked = True
+        assert inside._reply(theirs)
+        assert connection.arrays() == [("a", 1, 2)]
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "called"),
     [

@@ -86,7 +86,7 @@ class Connection:
     pid : int
         The process.
     timeout : float
-        Seconds to wait for an answer: a program that holds the interpreter for longer is not asked again.
+        Seconds to wait for an answer; one that takes longer is there for a later call.
 
     Raises
     ------
@@ -95,9 +95,11 @@ class Connection:
     """
 
     def __init__(self, where: str | os.PathLike[str] | socket.socket, pid: int, timeout: float = 10.0) -> None:
+        self._timeout = timeout
+        self._asked = False
+        self._answer = bytearray()
         if isinstance(where, socket.socket):
             self._socket = where
-            self._socket.settimeout(timeout)
             return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -122,23 +124,39 @@ class Connection:
 
         Raises
         ------
+        TimeoutError
+            Not in time: it holds the interpreter, or the machine is busy. Call again:
+            that waits no longer for the answer, and asks for no second one before it is there.
         OSError
-            It does not answer: it has ended, or not in time.
+            It has ended, or talks nonsense; there is no use in asking again.
         """
-        self._socket.sendall(NAMES)
-        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
-        if length > _MOST_BYTES:
-            raise OSError(f"a program says {length} bytes of its arrays; {_MOST_BYTES} are read")
+        self._socket.settimeout(0.0 if self._asked else self._timeout)
+        if not self._asked:
+            self._socket.sendall(NAMES)
+            self._asked = True
         try:
-            return [(str(name), int(start), int(end)) for name, start, end in json.loads(self._exactly(length))]
+            self._receive(LENGTH.size)
+            (length,) = LENGTH.unpack_from(self._answer)
+            if length > _MOST_BYTES:
+                raise OSError(f"a program says {length} bytes of its arrays; {_MOST_BYTES} are read")
+            self._receive(LENGTH.size + length)
+        except BlockingIOError as error:
+            raise TimeoutError("the program has not answered yet") from error
+        text = bytes(self._answer[LENGTH.size :])
+        self._asked = False
+        self._answer.clear()
+        try:
+            said = json.loads(text)
+            if said is None:
+                raise TimeoutError("the program could not look through its objects this time")
+            return [(str(name), int(start), int(end)) for name, start, end in said]
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(f"what a program says of its arrays cannot be used: {error}") from error
 
-    def _exactly(self, length: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < length:
-            part = self._socket.recv(min(length - len(parts), 1 << 16))
+    def _receive(self, length: int) -> None:
+        """Have so many bytes of an answer; those that came before a time-out stay."""
+        while len(self._answer) < length:
+            part = self._socket.recv(min(length - len(self._answer), 1 << 16))
             if not part:
                 raise ConnectionResetError("the program has hung up")
-            parts += part
-        return bytes(parts)
+            self._answer += part

@@ -126,7 +126,11 @@ def _reply(connection: socket.socket) -> bool:
     try:
         if connection.recv(len(NAMES)) != NAMES:
             return False
-        text = json.dumps(find_arrays()).encode()
+        try:
+            found = find_arrays()
+        except Exception:  # the program goes on meanwhile, and may change what is looked at: not this time
+            found = None
+        text = json.dumps(found).encode()
         connection.sendall(LENGTH.pack(len(text)) + text)
     except OSError:
         return False

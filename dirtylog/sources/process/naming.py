@@ -67,26 +67,30 @@ class Names:
 
     def __call__(self, regions: Sequence[Region]) -> list[Region]:
         """Return the regions by their names, those cut into pieces that hold arrays."""
-        self._refresh(regions)
+        self.look(regions)
         named: list[Region] = []
         for region in regions:
             called = replace(region, name=self._name(region))
             named += _cut(called, self._arrays) if region.pid in (0, self._pid) else [called]
         return named
 
-    def _refresh(self, regions: Sequence[Region]) -> None:
+    def look(self, regions: Sequence[Region]) -> None:
+        """Find out what is new among the regions; the program may have ended when their names are asked for."""
         now = self._clock()
         unknown = [region for region in regions if self._key(region) not in self._looked_at]
         # Looking through its objects writes to the pages where they are counted: only where there is more than before.
         self._asking |= any(region.npages * PAGE_SIZE >= _MIB for region in unknown)
         if self._ask is not None and self._asking and now >= self._again:
             self._asking = False
+            spent = 0.0
             try:
                 self._arrays = sorted(self._ask(), key=lambda found: found[1])
+                spent = self._clock() - now
+            except TimeoutError:
+                self._asking = True  # it is looking, or busy: what it says is there at a later look
             except OSError:
                 self._ask = None  # the program has ended, what it had is known
-            after = self._clock()
-            self._again = after + max(1.0, _SHARE * (after - now))
+            self._again = self._clock() + max(1.0, _SHARE * spent)
         for pid in {region.pid or self._pid for region in unknown}:
             self._look_at([region for region in regions if (region.pid or self._pid) == pid], pid)
 

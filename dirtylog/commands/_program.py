@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from dirtylog.commands._numbers import LONGEST, more_than
 from dirtylog.commands._terminal import show_note
@@ -46,8 +46,8 @@ PROGRAM is one of
   -c CODE ARGS        Python code
   -- COMMAND ARGS     any other command
 """
-# Seconds that a program may take to name its arrays.
-PATIENCE = 5.0
+# Seconds to wait for the names of a program's arrays at once; what it says later is there at a later look.
+PATIENCE = 0.5
 PYTHON_ENDINGS = (".py", ".pyw", ".pyz", ".pyc")
 
 
@@ -57,8 +57,13 @@ class Sampling(Protocol):
     def next_sample(self, after: int) -> float:
         """Seconds until a sample is due, after so many."""
 
-    def sample(self, ended: Callable[[float], tuple[float, DirtyPages] | None] | None = None) -> DirtyPages:
-        """Take one; the last one, when the program has ended, with what was seen a moment before."""
+    def sample(
+        self,
+        cut: Callable[[], tuple[float, DirtyPages | None] | None] | None = None,
+        *,
+        part: Literal["start", "program"] = "program",
+    ) -> DirtyPages:
+        """Take one; `cut` says where it is to be cut, if the program's own code has ended; `part` what it is of."""
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,6 +248,7 @@ def record_program(
         if missed:
             recorder.about["missed"] = missed
         recorder.regions.update(samplers[0].regions)
+        recorder.program = samplers[0].program
         recorder.close()
         report(samplers[0], missed)
 
@@ -272,13 +278,14 @@ def _watch_running(
     args: argparse.Namespace, begin: Callable[[Process, Names], Sampling], done: Callable[[str | None], None]
 ) -> int:
     from dirtylog import attach
-    from dirtylog.sources.process.launch import look_meanwhile
+    from dirtylog.sources.process.launch import Looks
 
     with (
         attach(args.pid, handover=args.agent, follow_children=True) as process,
         names_of(args.pid, args.agent) as names,
     ):
         sampling = begin(process, names)
+        looks = Looks(process)
         missed = None
         started = last = time.monotonic()
         try:
@@ -287,8 +294,8 @@ def _watch_running(
                 if args.duration is not None:
                     until = min(until, started + args.duration)
                 while (left := until - time.monotonic()) > 0:
-                    time.sleep(min(left, look_meanwhile(process)[0]))
-                sampling.sample()
+                    time.sleep(min(left, looks.look()))
+                sampling.sample(looks.cut)
                 last = time.monotonic()
         except KeyboardInterrupt:
             sampling.sample()
@@ -323,6 +330,7 @@ def _watch_started(
     if args.arrays and not python:
         raise DirtyLogError("--arrays is about a Python program; for another leave it out")
     sampling: list[Sampling] = []
+    names: list[Names] = []
 
     with ExitStack() as stack:
         stack.callback(_remote.pass_signals, 0)
@@ -336,30 +344,42 @@ def _watch_started(
             # From its first step on: it may say that it is ready before `launch` returns.
             _remote.pass_signals(process.pid)
             arrays = Connection(asking, process.pid, PATIENCE).arrays if asking is not None else None
-            sampling.append(begin(process, Names(process.pid, arrays)))
+            names.append(Names(process.pid, arrays))
+            sampling.append(begin(process, names[0]))
 
+        begins = _begins(words, naming) if python else []
+        # Where nothing says that the program's own code begins; or a module of ours begins first.
+        apart = not begins or bool(naming)
         try:
-            program = launch([*python, *naming, *words], begins=_begins(words, naming) if python else (), before=before)
+            program = launch([*python, *naming, *words], begins=begins, before=before)
         except BackendUnavailable as error:
             if not python:
                 raise BackendUnavailable(
                     error.facility, error.probed, "only a Python program can be watched without ptrace: it hands over"
                 ) from error
             show_note(f"dirtylog: {error.probed}; so the program hands its memory over by itself")
+            apart = False
             program = launch_helping(python, words, naming=naming[1:-1], before=before, why=error.probed)
         if theirs is not None:
             theirs.close()  # so that its end is seen by who asks
         stack.enter_context(program)
-        process = program.process
+        process, looks = program.process, program.looks
         missed = None
         started = last = time.monotonic()
+        if looks is not None and args.arrays:
+            looks.seen = names[0].look
+        if looks is not None and apart:
+            while looks.starting() and not program.wait(0.02):
+                pass
+            if program.poll() is None:
+                sampling[0].sample(part="start")
         for count in _counted(args.duration, started) if process is not None else ():
             left = sampling[0].next_sample(count)
             if args.duration is not None:
                 left = min(left, max(0.0, started + args.duration - time.monotonic()))
             ended = program.wait(left)
             try:
-                sampling[0].sample(program.looks.before if ended else None)
+                sampling[0].sample(looks.cut if looks is not None else None)
             except DirtyLogError as error:
                 if process is None or process.alive:
                     raise

@@ -62,15 +62,15 @@ def run(args: argparse.Namespace) -> int:
             output.close()
 
 
-def ending_text(profile: Profile) -> list[str]:
-    """Say what the end of the program wrote, if it was seen apart."""
+def apart_text(profile: Profile) -> list[str]:
+    """Say what was written before the program's own code began, and after it had ended, if that was seen apart."""
     from dirtylog.commands._terminal import bytes_text, seconds_text
 
-    if not profile.ending.get("dirtied_bytes"):
-        return []
     return [
-        f"its end: {bytes_text(profile.ending['dirtied_bytes'])} in the last "
-        f"{seconds_text(profile.ending['seconds'])}, in the total and in neither mean nor peak"
+        f"its {name}: {bytes_text(part['dirtied_bytes'])} in the {which} {seconds_text(part['seconds'])}, "
+        "in the total and in neither mean nor peak"
+        for name, which, part in (("start", "first", profile.starting), ("end", "last", profile.ending))
+        if part.get("dirtied_bytes")
     ]
 
 
@@ -84,7 +84,7 @@ def report_text(profile: Profile) -> str:
         f"dirtylog: {bound}{bytes_text(profile.bytes_per_second)} dirtied per second "
         f"(peak {bytes_text(profile.peak_bytes_per_second)}), {bytes_text(profile.dirtied_bytes)} "
         f"in {profile.seconds:.2f} s and {profile.samples} samples",
-        *ending_text(profile),
+        *apart_text(profile),
         f"overhead: about {overhead['share']:.1%} ({overhead['first_writes_seconds']:.3f} s in first writes to pages), "
         f"and {overhead['sampling_seconds']:.3f} s of sampling beside it",
         "",

@@ -68,24 +68,34 @@ def meter(args: argparse.Namespace) -> int:
     from dirtylog.sinks.trace import Trace, what_if
     from dirtylog.sinks.trace.playback import samples, working_set
 
-    nbytes, peak, seconds = 0, Peak(0.0), 0.0
+    nbytes, seconds, apart = 0, 0.0, {"start": 0, "end": 0}
     regions: Counter[str] = Counter()
     last: deque[Sample] = deque()
     with Trace(args.trace) as trace:
+        begins, ends = trace.program
+        peak = Peak(begins)
         forecasts = [what_if(trace, bandwidth, args.downtime) for bandwidth in args.bandwidth]
         for sample in samples(trace):
             size = sample.runs.count * trace.page_size
             nbytes += size
-            peak.add(sample.end, size)
+            if sample.end <= begins:
+                apart["start"] += size
+            elif sample.start >= ends:
+                apart["end"] += size
+            else:
+                peak.add(sample.end, size)
             regions.update(
                 {name: count * trace.page_size for name, count in sample.runs.count_ranges(trace.regions).items()}
             )
-            last.append(sample)
+            if sample.start < ends:
+                last.append(sample)
             while last[0].end <= sample.end - max(args.window):
                 last.popleft()
             seconds = sample.end
         sets = {window: working_set(last, window) * trace.page_size for window in args.window}
-    mean = nbytes / seconds if seconds else 0.0
+    ran = min(ends, seconds) - begins
+    mean = (nbytes - sum(apart.values())) / ran if ran > 0 else 0.0
+    lengths = {"start": begins, "end": max(0.0, seconds - ends)}
     if args.json:
         _terminal.show_json(
             {
@@ -93,6 +103,8 @@ def meter(args: argparse.Namespace) -> int:
                 "bytes": nbytes,
                 "bytes_per_second": mean,
                 "peak_bytes_per_second": peak.bytes_per_second,
+                **{f"{part}_bytes": size for part, size in apart.items()},
+                **{f"{part}_seconds": length for part, length in lengths.items()},
                 "working_set_bytes": {f"{window:g}": size for window, size in sets.items()},
                 "regions_bytes": dict(regions),
                 "migrations": [asdict(forecast) for forecast in forecasts],
@@ -106,6 +118,11 @@ def meter(args: argparse.Namespace) -> int:
         [
             ["mean per second", text(mean)],
             ["peak per second", text(peak.bytes_per_second)],
+            *(
+                [f"its {part}, {_terminal.seconds_text(lengths[part])}, in neither of them", text(size)]
+                for part, size in apart.items()
+                if size
+            ),
             *([f"working set of the last {window:g} s", text(size)] for window, size in sets.items()),
             *([name, text(size)] for name, size in regions.most_common(10) if size),
         ],

@@ -54,7 +54,7 @@ class Peak:
     """The highest rate over windows of one length, out of samples of any length.
 
     A sample of a few milliseconds says nothing about a second: each window is as
-    long as the first samples that reach `window` together, or, as long as no
+    long as samples that reach `window` together, or, as long as no
     samples do, all there were.
 
     Parameters
@@ -79,19 +79,22 @@ class Peak:
         Returns
         -------
         float or None
-            The rate of the window that ends with this sample, if there was time enough for one.
+            The highest rate of the windows that end with this sample, if there was time enough for one.
         """
         self._total += nbytes
         self._ends.append(end)
         self._sizes.append(nbytes)
         # A timer that comes a little early makes no window twice as long.
         least = 0.9 * self._window
-        while len(self._sizes) > 1 and end - self._ends[1] >= least:
-            self._ends.popleft()
-            self._sizes.popleft()
         if end - self._ends[0] < least:
             return None
-        rate = sum(self._sizes) / (end - self._ends[0])
+        inside = sum(self._sizes)
+        rate = inside / (end - self._ends[0])
+        # Every window that is long enough: the next sample may make one too long, and what it begins with be most.
+        while len(self._sizes) > 1 and end - self._ends[1] >= least:
+            self._ends.popleft()
+            inside -= self._sizes.popleft()
+            rate = max(rate, inside / (end - self._ends[0]))
         self._highest = max(self._highest or 0.0, rate)
         return rate
 

@@ -64,6 +64,26 @@ def test_rate_answers_people(trace, capsys):
     assert "converges" in text
 
 
+def test_start_and_end_of_the_program_are_in_the_total_and_in_no_rate(tmp_path, capsys):
+    with Recorder(tmp_path / "apart", 4096) as recorder:
+        for time, count in ((0.5, 512), (1.5, 2), (2.5, 2), (2.75, 1024)):
+            recorder.write(time, dl.DirtyPages.from_runs([[0, count]], 4096))
+        recorder.program = (0.5, 2.5)
+    with Trace(tmp_path / "apart") as trace:
+        assert trace.program == (0.5, 2.5)
+    assert run("rate", tmp_path / "apart", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["bytes"] == 1540 * 4096
+    assert answer["bytes_per_second"] == answer["peak_bytes_per_second"] == 2 * 4096
+    assert (answer["start_bytes"], answer["start_seconds"]) == (512 * 4096, 0.5)
+    assert (answer["end_bytes"], answer["end_seconds"]) == (1024 * 4096, 0.25)
+    assert answer["working_set_bytes"]["1"] == 2 * 4096
+    assert run("rate", tmp_path / "apart") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "its start, 500 ms, in neither of them" in text
+    assert "its end, 250 ms, in neither of them" in text
+
+
 def test_report_writes_its_page_next_to_the_trace(trace, capsys):
     assert run("report", trace) == 0
     page = trace.with_suffix(".html")

@@ -14,7 +14,6 @@ from dirtylog.sinks.profile import Profiler
 from dirtylog.sinks.profile.account import Account
 from dirtylog.sinks.profile.own_memory import Area
 from dirtylog.sinks.rate import Peak
-from dirtylog.sources.process.launch import Looks
 
 from .. import warm
 
@@ -205,6 +204,14 @@ def test_short_samples_are_joined_to_windows_and_a_single_one_is_not_a_second():
     assert peak.bytes_per_second < 300
 
 
+def test_what_a_window_begins_with_is_not_lost_when_the_next_sample_makes_it_too_long():
+    peak = Peak(0.0)
+    peak.add(0.04, 100)
+    for end in (0.2, 0.8, 0.99, 1.2):
+        peak.add(end, 0)
+    assert peak.bytes_per_second == pytest.approx(100 / 0.99)
+
+
 def test_what_is_shorter_than_a_window_is_all_there_is():
     peak = Peak(10.0)
     assert peak.bytes_per_second == 0
@@ -325,27 +332,12 @@ def test_the_start_of_an_interpreter_is_not_in_the_figures(launch):
     assert profile["dirtied_bytes"] < 600 << 10  # what compiling and running the one line takes
 
 
-def test_the_end_of_a_program_is_what_came_after_a_look_a_moment_before_it():
-    looks = Looks()
-    pages = [dl.DirtyPages.from_indices(range(n), 10) for n in range(6)]
-    assert looks.before(100.0) is None
-    for moment, each in zip([1.0, 2.0, 2.95, 2.99, 3.02], pages, strict=False):
-        looks.add(moment, each)
-    assert looks.before(3.04) == (2.0, pages[1])
-    assert looks.before(3.1) == (2.99, pages[3])
-    assert looks.before(3.2) == (3.02, pages[4])
-    for k in range(1000):
-        looks.add(4 + k / 100, pages[5])
-    assert looks.before(13.995)[0] == pytest.approx(13.89)
-    assert len(looks) < 20
-
-
 def account_of(*samples):
     account = Account(1.0, [1.0])
     account.begin(10.0)
     page = 0
-    for moment, npages in samples:
-        account.add(moment, dl.DirtyPages.from_runs([[page, npages]], 100), {"all": (0, 100)})
+    for moment, npages, *part in samples:
+        account.add(moment, dl.DirtyPages.from_runs([[page, npages]], 100), {"all": (0, 100)}, *part)
         page += npages
     return account
 
@@ -354,36 +346,30 @@ def summed(account):
     return account.sum_up(4096, lambda key: (key, 0, 0), inside=False)
 
 
-def test_the_end_of_a_program_is_in_the_total_and_in_neither_mean_nor_peak():
-    account = account_of((12.0, 2), (12.5, 3))
-    account.end(12.0)
-    profile = summed(account)
-    assert profile.dirtied_bytes == profile.mappings[0].dirtied_bytes == 5 * 4096
-    assert profile.bytes_per_second == 4096
-    assert profile.peak_bytes_per_second == 4096
-    assert profile.ending == {"seconds": 0.5, "dirtied_bytes": 3 * 4096}
-    assert profile.seconds == 2.5
+def test_start_and_end_of_a_program_are_in_the_total_and_in_neither_mean_nor_peak():
+    account = account_of((10.5, 20, "start"), (12.5, 2), (12.75, 3, "end"), (13.0, 4, "end"))
+    for _ in range(2):
+        profile = summed(account)
+        assert profile.dirtied_bytes == profile.mappings[0].dirtied_bytes == 29 * 4096
+        assert profile.bytes_per_second == 4096
+        assert profile.peak_bytes_per_second == 4096
+        assert profile.starting == {"seconds": 0.5, "dirtied_bytes": 20 * 4096}
+        assert profile.ending == {"seconds": 0.5, "dirtied_bytes": 7 * 4096}
+        assert profile.seconds == 3.0
+        assert account.program == (0.5, 2.5)
     text = report_text(profile)
-    assert "4.0 KiB dirtied per second (peak 4.0 KiB), 20.0 KiB in 2.50 s" in text
-    assert "its end: 12.0 KiB in the last 500 ms" in text
+    assert "4.0 KiB dirtied per second (peak 4.0 KiB), 116.0 KiB in 3.00 s" in text
+    assert "its start: 80.0 KiB in the first 500 ms" in text
+    assert "its end: 28.0 KiB in the last 500 ms" in text
     assert "overhead: about" in text
 
 
 def test_an_end_that_is_much_of_what_was_seen_counts_like_the_rest():
-    account = account_of((11.0, 1), (13.0, 1))
-    account.end(11.0)
+    account = account_of((11.0, 1), (13.0, 1, "end"))
     profile = summed(account)
     assert profile.bytes_per_second == pytest.approx(2 * 4096 / 3)
     assert profile.ending == {"seconds": 0.0, "dirtied_bytes": 0}
-
-
-def test_all_samples_of_the_last_moment_are_the_end():
-    account = account_of((12.0, 2), (12.9, 1), (12.95, 10), (12.98, 10))
-    account.end()
-    profile = summed(account)
-    assert profile.ending["dirtied_bytes"] == 20 * 4096
-    assert profile.bytes_per_second == pytest.approx(3 * 4096 / 2.9)
-    assert profile.peak_bytes_per_second < 2 * 4096
+    assert account.program == (0.0, 3.0)
 
 
 def test_a_program_can_be_recorded(launch, tmp_path):

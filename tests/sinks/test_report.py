@@ -80,6 +80,20 @@ def test_the_page_says_how_exact_it_is(text, tmp_path):
         assert "every harvest is exact" in report_html(trace)
 
 
+def test_start_and_end_of_the_program_are_said_and_not_selected(text, tmp_path):
+    assert "Start, end" not in text
+    assert '"program":null' in text
+    with Recorder(tmp_path / "apart", 4096) as recorder:
+        for time, count in ((0.5, 512), (1.5, 2), (2.5, 2), (2.75, 1024)):
+            recorder.write(time, dl.DirtyPages.from_runs([[0, count]], 4096))
+        recorder.program = (0.5, 2.5)
+    with Trace(tmp_path / "apart") as trace:
+        page = report_html(trace)
+    assert '"program":[0.5,2.5]' in page
+    assert "written 2 MiB in 0.5 s while the program was loaded and its interpreter set up" in page
+    assert "4 MiB in 0.25 s while its interpreter took itself down: at first" in page
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.ranges import count_ranges
 from dirtylog.sinks.rate import Peak, unite
 
-__all__ = ["MOMENT", "Account", "Hot", "Profile", "Snapshots"]
+__all__ = ["Account", "Hot", "Part", "Profile", "Snapshots"]
 
-# Seconds that an interpreter may take to take itself down; most need a tenth of it.
-MOMENT = 0.1
+# Of what runs: it is loaded and its interpreter set up, it runs, the interpreter takes itself down.
+Part = Literal["start", "program", "end"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,11 @@ class Profile:
         writes to its pages took (estimated from a measured price); the share of
         the time watched that this cost the program itself, which from outside is
         its first writes alone.
-    ending : dict of str to float
-        `seconds` before a program had ended, a tenth of one or so, and their
-        `dirtied_bytes`: an interpreter that takes itself down writes to most of what it has.
-        They are in `dirtied_bytes` and `seconds`, and not in the mean and the peak.
+    starting, ending : dict of str to float
+        `seconds` in which the program was loaded and its interpreter set up, and in which the
+        interpreter took itself down, and the `dirtied_bytes` of these: an interpreter
+        writes to most of what it has then. They are in `dirtied_bytes` and `seconds` above,
+        and not in the mean and the peak.
     """
 
     seconds: float
@@ -81,6 +82,7 @@ class Profile:
     snapshots: list[Snapshots] = field(default_factory=list)
     mappings: list[Hot] = field(default_factory=list)
     overhead: dict[str, float] = field(default_factory=dict)
+    starting: dict[str, float] = field(default_factory=dict)
     ending: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +133,6 @@ class Account:
         self._dirtied: dict[Hashable, int] = defaultdict(int)
         self._seen = self._samples = 0
         self._exact = True
-        self._ended: float | None = None
         self.busy: float = 0.0
         self.price: float = 0.0
         self.start: float = 0.0
@@ -142,45 +143,53 @@ class Account:
         """Count from this moment on."""
         self.start = self.last = now
         self._peak = Peak(now, max(1.0, self.interval))
-        # Those that may turn out to be the end of the program: start, end and bytes.
-        self._latest: deque[tuple[float, float, int]] = deque()
+        self._started, self._started_bytes = now, 0
+        # Samples of the end: start, end and bytes.
+        self._ending: list[tuple[float, float, int]] = []
 
-    def add(self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]]) -> None:
+    def add(self, now: float, pages: DirtyPages, places: Mapping[Any, tuple[int, int]], part: Part = "program") -> None:
         """Count one sample: its pages, and where things lie, each by a key of its own as (first, count) of pages."""
         self._samples += 1
         self._seen += pages.nbytes
         self._exact = self._exact and pages.exact
-        self._latest.append((self.last, now, pages.nbytes))
-        while self._latest[0][0] < now - 2 * MOMENT and len(self._latest) > 1:
-            self._peak.add(*self._latest.popleft()[1:])
+        if part == "start":
+            self._peak = Peak(now, max(1.0, self.interval))
+            self._started, self._started_bytes = now, self._started_bytes + pages.nbytes
+        elif part == "end":
+            self._ending.append((self.last, now, pages.nbytes))
+        else:
+            self._peak.add(now, pages.nbytes)
         for key, count in count_ranges(pages.runs(), places).items():
             if count:
                 self._dirtied[key] += count * pages.page_size
-        for rhythm in self._rhythms:
+        for rhythm in self._rhythms if part != "start" else ():
             # Half an interval of grace: a sample that comes a little early belongs to its rhythm.
             rhythm.add(pages, now - self.start + self.interval / 2 >= rhythm.every * (len(rhythm.sizes) + 1))
         self.last = now
 
-    def end(self, since: float | None = None) -> None:
-        """Say that the program has ended: the samples since a moment, by default the last `MOMENT`, are its end."""
-        self._ended = self.last - MOMENT if since is None else since
+    @property
+    def program(self) -> tuple[float, float]:
+        """From when to when the program's own code ran, in seconds since the beginning."""
+        return self._started - self.start, self.last - self.start - self._split_off_the_end()[0]
 
     def _split_off_the_end(self) -> tuple[float, int]:
         """Tell the end of a program, which is no part of how it was while it ran: seconds and bytes."""
-        ending = [each for each in self._latest if self._ended is not None and each[0] >= self._ended - 1e-9]
-        seconds = sum(end - start for start, end, _ in ending)
-        # One that is not short is no moment: nobody knows then what of it was the end.
+        seconds = sum(end - start for start, end, _ in self._ending)
+        # It begins at the last look before it, which was some time before: of a program that ran no longer than that,
+        # nobody knows what was the end.
         if seconds > (self.last - self.start) / 3:
-            ending, seconds = [], 0.0
-        while len(self._latest) > len(ending):
-            self._peak.add(*self._latest.popleft()[1:])
-        return seconds, sum(nbytes for _, _, nbytes in ending)
+            for _, end, nbytes in self._ending:
+                self._peak.add(end, nbytes)
+            self._ending.clear()
+            return 0.0, 0
+        return seconds, sum(nbytes for _, _, nbytes in self._ending)
 
     def sum_up(self, page_size: int, about: Callable[[Any], tuple[str, int, int]], *, inside: bool) -> Profile:
         """Return the profile; `about` gives a key's name, address and size; `inside`: sampling cost the program too."""
         seconds = max(self.last - self.start, 1e-9)
         ending, ending_bytes = self._split_off_the_end()
-        running = max(seconds - ending, 1e-9)
+        starting = self._started - self.start
+        running = max(seconds - starting - ending, 1e-9)
         faults = self._seen / (page_size or 1) * self.price
         hot = sorted(self._dirtied.items(), key=lambda item: -item[1])
         return Profile(
@@ -188,10 +197,11 @@ class Account:
             samples=self._samples,
             page_size=page_size,
             dirtied_bytes=self._seen,
-            bytes_per_second=(self._seen - ending_bytes) / running,
+            bytes_per_second=(self._seen - self._started_bytes - ending_bytes) / running,
             peak_bytes_per_second=self._peak.bytes_per_second,
             exact=self._exact,
             snapshots=[rhythm.summary() for rhythm in self._rhythms],
+            starting={"seconds": starting, "dirtied_bytes": self._started_bytes},
             ending={"seconds": ending, "dirtied_bytes": ending_bytes},
             mappings=[Hot(*about(key), dirtied, dirtied / (self._seen or 1)) for key, dirtied in hot],
             overhead={

@@ -6,12 +6,12 @@ import bisect
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
 from dirtylog.sinks.profile import own_memory
-from dirtylog.sinks.profile.account import Account, Profile
+from dirtylog.sinks.profile.account import Account, Part, Profile
 
 if TYPE_CHECKING:
     from dirtylog.sources.process import Process, Region
@@ -112,20 +112,33 @@ class Sampler:
         """Seconds from the start to the last sample."""
         return self._account.last - self._account.start
 
+    @property
+    def program(self) -> tuple[float, float]:
+        """From when to when the program's own code ran, in seconds since the start."""
+        return self._account.program
+
     def next_sample(self, after: int) -> float:
         """Return the seconds until a sample is due, `after` so many. Counted from the start: delays do not add up."""
         return max(0.0, self._account.start + (after + 1) * self._account.interval - self._clock())
 
-    def sample(self, ended: Callable[[float], tuple[float, DirtyPages] | None] | None = None) -> DirtyPages:
+    def sample(
+        self,
+        cut: Callable[[], tuple[float, DirtyPages | None] | None] | None = None,
+        *,
+        part: Literal["start", "program"] = "program",
+    ) -> DirtyPages:
         """Harvest, and count what was written since the last sample.
 
         Parameters
         ----------
-        ended : callable, optional
-            For the last sample of a program that has ended: returns, for a moment by
-            `clock`, when it was looked at last some time before that, and what it had written
-            by then. What came after is a sample of its own, the program's end: in the total, and
-            in neither the mean nor the peak.
+        cut : callable, optional
+            Asked after the harvest whether the program's own code has ended: returns
+            None, or a moment by `clock` shortly before, and what had been written by then. What came
+            after is a sample of its own, the program's end: in the total, and in neither the
+            mean nor the peak.
+        part : {"start", "program"}
+            ``"start"``: until now the program was loaded and its interpreter set up, which
+            counts like the end.
 
         Returns
         -------
@@ -147,22 +160,21 @@ class Sampler:
         used = self._process.used_pages
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
-        parts = [(now, pages)]
-        look = ended(now) if ended is not None else None
-        if look is not None and look[0] > self._account.last:
-            before = DirtyPages.from_runs(look[1].runs(), used, pages.page_size, exact=pages.exact) & pages
-            parts = [(look[0], before), (now, pages - before)]
+        parts: list[tuple[float, DirtyPages, Part]] = [(now, pages, part)]
+        if cut is not None and (seen := cut()) is not None:
+            parts = [(now, pages, "end")]
+            if seen[1] is not None and seen[0] > self._account.last:
+                before = DirtyPages.from_runs(seen[1].runs(), used, pages.page_size, exact=pages.exact) & pages
+                parts = [(seen[0], before, part), (now, pages - before, "end")]
         places = {self._key(region): (region.first_page, region.npages) for region in regions}
         self._called.update((self._key(region), region.name) for region in regions)
         self._seen.update(dict.fromkeys(places, self._samples))
         self._places.update(places)
         self._samples += 1
-        for moment, part in parts:
-            self._account.add(moment, part, places)
+        for moment, some, of in parts:
+            self._account.add(moment, some, places, of)
             if self._on_sample is not None:
-                self._on_sample(moment - self._account.start, part)
-        if ended is not None:
-            self._account.end(parts[0][0] if len(parts) == 2 else None)
+                self._on_sample(moment - self._account.start, some)
         self._account.busy += time.thread_time() - began
         return pages
 

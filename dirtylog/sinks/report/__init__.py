@@ -60,7 +60,8 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
         HTML of less than 2 MB, whatever the trace's length. A content security
         policy forbids the browser to load anything, and to run any script but the
         page's two, by their hashes. The same trace makes the same page. With
-        ``#t=2,5`` after its address it opens on the time from 2 to 5 s.
+        ``#t=2,5`` after its address it opens on the time from 2 to 5 s; else on that in which the
+        program's own code ran.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def report_html(trace: Trace, *, bandwidths: Sequence[float] = BANDWIDTHS, downt
     vendored = json.loads(text("vendored.json"))
     scripts = [text("plotly-cartesian.min.js"), text("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    data = json.dumps(_data(facts, bandwidths, downtime), separators=(",", ":"))
+    data = json.dumps(_data(trace, facts, bandwidths, downtime), separators=(",", ":"))
     folded = 1 - sum(block.npages for block in facts.map(ROWS, NAMED).blocks) / max(facts.npages, 1)
     fields = {
         "title": escape(f"dirtylog: {trace.path.name}"),
@@ -132,6 +133,7 @@ def _facts(trace: Trace, facts: Digest) -> str:
         ("How long", f"{facts.seconds:.4g} s, {facts.epochs:,} harvests, on average one every {interval:.3g} s", ""),
         ("How exact", exact, ""),
         ("Not seen", about.get("missed", ""), ""),
+        ("Start, end", _apart(trace, facts), ""),
         ("Memory", f"{size}{regions}{': ' + about['watched'] if about.get('watched') else ''}", ""),
     ]
     return "".join(
@@ -139,7 +141,32 @@ def _facts(trace: Trace, facts: Digest) -> str:
     )
 
 
-def _data(facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[str, Any]:
+def _program(trace: Trace, facts: Digest) -> tuple[int, int] | None:
+    """Return the columns in which the program's own code ran, where these are not all: the first, and that after."""
+    n = len(facts.column_pages)
+    begins, ends = trace.program
+    first = int(np.searchsorted(facts.edges, begins))
+    after = int(np.searchsorted(facts.edges, ends, side="right")) - 1 if ends < facts.seconds else n
+    return (first, after) if first < after and (first, after) != (0, n) else None
+
+
+def _apart(trace: Trace, facts: Digest) -> str:
+    """Say what was written while the program was loaded, and while its interpreter took itself down."""
+    span = _program(trace, facts)
+    if span is None:
+        return ""
+    texts = [
+        f"{size_text(int(facts.column_pages[part].sum()) * facts.page_size)} in {seconds:.3g} s while {what}"
+        for part, seconds, what in (
+            (slice(0, span[0]), facts.edges[span[0]], "the program was loaded and its interpreter set up"),
+            (slice(span[1], None), facts.seconds - facts.edges[span[1]], "its interpreter took itself down"),
+        )
+        if seconds > 0
+    ]
+    return f"written {', and '.join(texts)}: at first, the time in between is selected"
+
+
+def _data(trace: Trace, facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[str, Any]:
     """Collect what the page draws, as plain lists."""
     plan = facts.map(ROWS, NAMED)
     unnamed = "all pages" if facts.regions == [""] else "pages of no region"
@@ -155,6 +182,7 @@ def _data(facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[s
     edges, shares = facts.windows(sums if rest else sums[:-1])
     bins = int(np.flatnonzero(facts.gaps.any(axis=0)).max(initial=0)) + 1
     speeds, speed = _choices(1e6, 1e11, bandwidths, bandwidths[0] if bandwidths else BANDWIDTHS[0])
+    span = _program(trace, facts)
     pauses, pause = _choices(1e-3, 30.0, [0.0, downtime], downtime)
     return {
         "pageSize": facts.page_size,
@@ -164,6 +192,7 @@ def _data(facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[s
         "sampled": facts.sampled,
         "named": facts.regions != [""],
         "interval": facts.seconds / facts.epochs if facts.epochs else 0.0,
+        "program": [float(facts.edges[i]) for i in span] if span else None,
         # Not rounded: the page reckons with them as Python does.
         "edges": facts.edges.tolist(),
         "columnEpochs": facts.column_epochs.tolist(),

@@ -262,6 +262,7 @@
     small("often", D.often.map((_, i) => i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : "1"), D.often.map(v => D.distinct ? 100 * v / D.distinct : 0), D.often.map((v, i) => size(v * P) + " in " + (i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : 1) + " harvests"), "harvests that found it written", "share", { type: "bar" });
     update();
   }
+  if (D.program) [from, to] = D.program;
   const place = location.hash.match(/^#t=([\d.]+),([\d.]+)$/);
   if (place) { from = Math.min(last, Number(place[1])); to = Math.min(last, Number(place[2])); if (!(to > from)) { from = 0; to = last; } }
   for (const s of D.rhythms) $("every").append(new Option(time(s), s));

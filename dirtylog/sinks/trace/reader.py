@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,10 @@ class Trace:
     about : dict of str to str
         What was recorded, when and where, as far as it was noted: ``command``,
         ``started``, ``machine``.
+    program : (float, float)
+        From when to when the program's own code ran, in seconds since the recording
+        began; what is before that or after is its start and its end. Of a trace that
+        says nothing of it, from 0 to infinity.
     length : int
         How many epochs the file says it has.
     time, number : float, int
@@ -147,6 +152,7 @@ class Trace:
             regions = {str(name): (first, count) for name, (first, count) in header["regions"].items()}
             # Traces of before have none.
             about = {str(key): str(value) for key, value in header.get("about", {}).items()}
+            begins, ends = map(float, header.get("program", (0.0, math.inf)))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._error(f"its header cannot be read ({type(error).__name__}: {error})") from error
         if version != layout.FORMAT_VERSION:
@@ -165,8 +171,11 @@ class Trace:
         for name, (first, count) in regions.items():
             if type(first) is not int or type(count) is not int or not 0 <= first <= first + count <= self.npages:
                 raise self._error(f"region {name!r} is {(first, count)}, not a range of its {self.npages} pages")
+        if not 0 <= begins <= ends:
+            raise self._error(f"its program ran from {begins} to {ends} s")
         self.regions = regions
         self.about = about
+        self.program: tuple[float, float] = (begins, ends)
         metadata = self._file.metadata
         if not 0 <= self.length <= metadata.num_rows:
             raise self._error(f"it claims {self.length} epochs in {metadata.num_rows} rows")

@@ -55,6 +55,10 @@ class Recorder:
     about : dict of str to str
         What a reader should know: ``command``, ``started``, ``machine``. To fill in
         before the trace is complete.
+    program : (float, float)
+        From when to when the program's own code ran, in seconds since the recording
+        began: what is before that or after is its start and its end, and in no rate. To fill
+        in before the trace is complete; by default, all of the time.
     epochs : int
         How many were written.
 
@@ -83,6 +87,7 @@ class Recorder:
         self._check_size(self.npages)
         self.regions: dict[str, tuple[int, int]] = {}
         self.about: dict[str, str] = {}
+        self.program: tuple[float, float] | None = None
         # Absolute from the start: the program may change its directory before the trace is complete.
         self._path = Path(os.path.abspath(path))
         self._partial = self._path.with_name(f".{self._path.name}.{token_hex(8)}.partial")
@@ -173,6 +178,7 @@ class Recorder:
                 "epochs": self.epochs,
                 "regions": self.regions,
                 "about": self.about,
+                **({"program": self.program} if self.program is not None else {}),
             }
             self._writer.add_key_value_metadata({layout.METADATA_KEY.decode(): json.dumps(header)})
             self._writer.close()

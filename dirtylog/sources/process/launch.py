@@ -9,48 +9,106 @@ import socket
 import threading
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.sources.process import _remote, inside
 from dirtylog.sources.process.attaching import enter, watch_of
 from dirtylog.sources.process.handover import receive
+from dirtylog.sources.process.interpreter import Interpreter
 from dirtylog.sources.process.members import Member
 from dirtylog.sources.process.process import Process
-from dirtylog.sources.process.regions import Area, choose
+from dirtylog.sources.process.regions import Area, Region, choose
 
-__all__ = ["Program", "launch", "launch_helping", "look_meanwhile"]
+__all__ = ["Looks", "Program", "launch", "launch_helping"]
 
 # 8 TiB of pages: a program may reserve more than it ever writes, and each stretch gets pages of its own.
 SPARE = 1 << 31
 
 
-# Seconds that an interpreter may take to take itself down; most need a tenth of it.
+# Seconds of CPU time in which a program is loaded, and most interpreters are set up.
 MOMENT = 0.1
 
 
 class Looks:
-    """What was seen at the latest looks at a program: what came after one is what it did at its very end."""
+    """Looks at a program between harvests: nothing that goes is missed, and where its own code ended is known.
 
-    def __init__(self) -> None:
-        self._kept: deque[tuple[float, DirtyPages]] = deque()
+    Parameters
+    ----------
+    process : Process
+        The program.
+    clock : callable, optional
+        Seconds, never going back.
 
-    def __len__(self) -> int:
-        """How many are kept."""
-        return len(self._kept)
+    Notes
+    -----
+    An interpreter that takes itself down writes to most of what it has, which says nothing of the program.
+    What was written by the last look before that is the program's own.
+    """
 
-    def add(self, moment: float, pages: DirtyPages) -> None:
-        """Keep one more; older ones go when a later one is old enough."""
-        self._kept.append((moment, pages))
-        while len(self._kept) > 1 and self._kept[1][0] <= moment - MOMENT:
-            self._kept.popleft()
+    def __init__(self, process: Process, clock: Callable[[], float] = time.monotonic) -> None:
+        self._process = process
+        self._clock = clock
+        self._interpreter = Interpreter()
+        self._kept: tuple[float, DirtyPages] | None = None
+        # Called with the regions at each look: what is to be known before the program ends.
+        self.seen: Callable[[Sequence[Region]], object] | None = None
 
-    def before(self, end: float) -> tuple[float, DirtyPages] | None:
-        """Return the last look that was a moment before the end."""
-        return next((look for look in reversed(self._kept) if look[0] <= end - MOMENT), None)
+    def look(self) -> float:
+        """Look at what was written, and take nothing: memory and children that are gone by the next harvest are in it.
+
+        Returns
+        -------
+        float
+            Seconds until it is worth looking again: as many as make it a small part of the time.
+
+        Raises
+        ------
+        DirtyLogError
+            The process has ended.
+        """
+        began = time.thread_time()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IncompleteLogWarning)  # the harvest says it again
+            pages = self._process.peek()
+        # Asked after it has looked: all that it saw was written before.
+        if not self._interpreter.ending(self._process.memory_of):
+            self._kept = self._clock(), pages
+        if self.seen is not None:
+            self.seen(self._process.regions)
+        return max(0.02, 50 * (time.thread_time() - began))
+
+    def starting(self) -> bool:
+        """Whether the program is still being loaded, and its interpreter set up: neither ever sleeps, or takes long."""
+        pid = self._process.pid
+        try:
+            # Time that a busy machine gave to others does not count: this is the process's own clock, by its number.
+            used = time.clock_gettime(~pid << 3 | 2)
+            state = (
+                Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+            )
+        except OSError:
+            return False
+        early = self._interpreter.starting(self._process.memory_of) or used < MOMENT
+        return early and state in "RD"
+
+    def cut(self) -> tuple[float, DirtyPages | None] | None:
+        """Say where the harvest that was just taken is to be cut; None where all of it is the program's own.
+
+        Returns
+        -------
+        moment : float
+            When it was last looked at before its interpreter began to take itself down.
+        pages : DirtyPages or None
+            What had been written by then, since the harvest before; None where nobody has looked since.
+        """
+        kept, self._kept = self._kept, None
+        if not self._interpreter.ending(self._process.memory_of):
+            return None
+        return kept or (float("-inf"), None)
 
 
 class Program:
@@ -62,6 +120,8 @@ class Program:
         Its process.
     process : Process or None
         What it writes: a source. None if it ended before the watch began.
+    looks : Looks or None
+        What looks at it while :meth:`wait` waits.
 
     Notes
     -----
@@ -78,7 +138,7 @@ class Program:
         self.process: Process | None = process
         self._status = status
         self._watching = os.pidfd_open(pid) if status is None else -1
-        self.looks: Looks = Looks()
+        self.looks: Looks | None = Looks(process) if process is not None else None
 
     def __enter__(self) -> Program:
         """Return itself."""
@@ -118,10 +178,9 @@ class Program:
             left = until - time.monotonic()
             if left <= 0:
                 return False
-            if self.process is not None and not self.process.closed:
+            if self.process is not None and self.looks is not None and not self.process.closed:
                 try:
-                    nap, moment, pages = look_meanwhile(self.process)
-                    self.looks.add(moment, pages)
+                    nap = self.looks.look()
                 except DirtyLogError:
                     if self.process.alive:
                         raise
@@ -135,30 +194,6 @@ class Program:
             if self._telling in ready:
                 return True
         return True
-
-
-def look_meanwhile(process: Process) -> tuple[float, float, DirtyPages]:
-    """Look at what was written, and take nothing: memory and children that are gone by the next sample are in it.
-
-    Returns
-    -------
-    nap : float
-        Seconds until it is worth looking again: as many as make it a small part of the time.
-    moment : float
-        When it was, by `time.monotonic`.
-    pages : DirtyPages
-        What the next harvest would have reported.
-
-    Raises
-    ------
-    DirtyLogError
-        The process has ended.
-    """
-    began = time.thread_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", IncompleteLogWarning)  # the harvest says it again
-        pages = process.peek()
-    return max(0.02, 50 * (time.thread_time() - began)), time.monotonic(), pages
 
 
 def launch(

@@ -408,6 +408,12 @@ class Process(Resource):
             return tuple(self._leaving[: self._left])
 
     @property
+    def memory_of(self) -> int:
+        """The process in whose ``/proc`` the memory is: this one, or one that keeps it to the last harvest."""
+        with self._lock:
+            return self._first.watch.pid
+
+    @property
     def used_pages(self) -> int:
         """How much of the page space was ever given to memory: pages from here on are nobody's yet."""
         with self._lock:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounds"]
 
+# Bytes of a frame: a line that breaks loses what is under way, and a core's own cache holds it.
+SENT_AT_ONCE = 1 << 18
 # Not sent yet, in the table of frames.
 _PENDING = np.iinfo(np.uint64).max
 
@@ -117,7 +119,7 @@ class Rounds:
         self.begun += 1
         self.channel.send(Kind.ROUND, ROUND.pack(self.begun))
         zeros = 0
-        for start, end, extents in packed.windows():
+        for start, end, extents in packed.windows(max(SENT_AT_ONCE, self.granule)):
             zeros += self.window(extents, end - start)
             if self.control is not None:
                 self.control.nbytes += end - start

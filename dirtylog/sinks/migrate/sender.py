@@ -123,7 +123,7 @@ class _Attempt:
             raise WireError("the copy says that it is complete, and it cannot be: another migration of this session?")
 
     def round(self, pages: DirtyPages, final: bool = False) -> None:
-        """Send a round, over as many lines as it takes; what a live source dirtied meanwhile goes with it."""
+        """Send a round, over as many lines as it takes; what a source dirties meanwhile is for the next one."""
         self.control.round += 1
         while True:
             try:
@@ -132,10 +132,8 @@ class _Attempt:
                 self.check_part(self.again(error))
             else:
                 return
+            # No more than that: what is dirty by now is dirtied again before the round is over.
             pages = self.sender.lacking()
-            if not final:
-                with self.observer.collect() as epoch:
-                    pages = pages | self.take(epoch.pages)
 
     # ---- the right to run --------------------------------------------------------------------------------------------
 

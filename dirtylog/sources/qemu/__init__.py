@@ -1,0 +1,12 @@
+"""QEMU as it is shipped: what its monitor (QMP) and its block exports (NBD) tell of dirty pages."""
+
+from __future__ import annotations
+
+from dirtylog._public import publish
+from dirtylog.sources._channel import PeerError
+from dirtylog.sources.qemu.nbd import NbdClient
+from dirtylog.sources.qemu.qmp import Qmp, QmpError
+
+__all__ = ["NbdClient", "PeerError", "Qmp", "QmpError"]
+
+publish(__name__, globals(), __all__)

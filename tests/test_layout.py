@@ -378,7 +378,18 @@ PUBLIC = {
         "save_diff",
         "verify",
     ],
-    "dirtylog.sinks.store": ["ChunkMap"],
+    "dirtylog.sinks.store": [
+        "BranchMoved",
+        "ChunkMap",
+        "InDoubt",
+        "Saved",
+        "StoreSink",
+        "Version",
+        "default_chunks",
+        "history",
+        "repository",
+        "restore",
+    ],
     "dirtylog.sinks.trace": ["Recorder", "Trace", "TraceEpoch", "TraceError", "record", "replay", "what_if"],
 }
 

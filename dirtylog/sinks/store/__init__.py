@@ -1,10 +1,24 @@
-"""Epochs in a store of chunks: which chunks of an array are dirty."""
+"""Epochs in a store of chunks: which chunks of an array are dirty, and each epoch as one snapshot of a repository."""
 
 from __future__ import annotations
 
 from dirtylog._public import publish
+from dirtylog.sinks.store.branch import BranchMoved, InDoubt, Version, history, repository, restore
 from dirtylog.sinks.store.chunks import ChunkMap
+from dirtylog.sinks.store.parts import default_chunks
+from dirtylog.sinks.store.sink import Saved, StoreSink
 
-__all__ = ["ChunkMap"]
+__all__ = [
+    "BranchMoved",
+    "ChunkMap",
+    "InDoubt",
+    "Saved",
+    "StoreSink",
+    "Version",
+    "default_chunks",
+    "history",
+    "repository",
+    "restore",
+]
 
 publish(__name__, globals(), __all__)

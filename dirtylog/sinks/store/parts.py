@@ -1,0 +1,262 @@
+"""What of some named arrays is written: where each lies in a log's pages, in what chunks, and which are dirty."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.flat import array_of, flat_array
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.sinks.snapshot.space import Space
+from dirtylog.sinks.store.chunks import ChunkMap
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+__all__ = ["Chunking", "Part", "Task", "default_chunks", "parts_of", "tasks"]
+
+Chunking = Sequence[SupportsIndex] | Mapping[str, Sequence[SupportsIndex]] | None
+
+# Bytes of a chunk: large enough that a request is not most of its cost, small enough that one page does not cost much.
+SMALL, LARGE = 256 << 10, 1 << 20
+# From this share of an array's bytes on it is written whole: one call, in place of one for each chunk.
+WHOLE = 0.75
+
+
+def default_chunks(shape: Sequence[int], itemsize: int, order: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Return chunks whose bytes lie together in memory: at most 1 MiB, and at least 256 KiB where the axes allow it.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Of the array.
+    itemsize : int
+        Bytes per item.
+    order : sequence of int, optional
+        Axes from the outermost in memory to the innermost; C order by default.
+
+    Returns
+    -------
+    tuple of int
+        One item along the outer axes, some along one axis, all along the inner ones.
+    """
+    axes = tuple(range(len(shape))) if order is None else tuple(order)
+    chunks = [1] * len(shape)
+    size = itemsize
+    for axis in reversed(axes):
+        # Within the bounds, as many as divide the axis best: a chunk at the end that is nearly empty costs a request.
+        most = max(1, LARGE // size)
+        if shape[axis] > most:
+            pieces = -(-shape[axis] // most)
+            chunks[axis] = -(-shape[axis] // pieces)
+            break
+        chunks[axis] = max(1, shape[axis])
+        size *= chunks[axis]
+    return tuple(chunks)
+
+
+class Part:
+    """One array as it is stored, or the rows of a larger one that are here.
+
+    Attributes
+    ----------
+    name : str
+        Of the array in the store.
+    array : ndarray
+        A view of the memory: of numbers that every program reads, else of bytes, with an axis more.
+    kind : object
+        The type that the array has here, as NumPy describes it.
+    chunks : ChunkMap
+        Its grid, at its place in the pages.
+    first_row : int
+        Where it begins in the stored array along the first axis: a multiple of the chunks' extent.
+    """
+
+    __slots__ = ("array", "chunks", "first_row", "kind", "name")
+
+    def __init__(
+        self,
+        name: str,
+        memory: Memory,
+        row: tuple[Any, ...],
+        place: int,
+        chunks: Sequence[SupportsIndex] | None,
+        first_row: int,
+    ) -> None:
+        _, self.kind, shape, order, _, _ = row
+        what = f"array {name!r}"
+        axes = {"C": tuple(range(len(shape))), "F": tuple(reversed(range(len(shape))))}.get(order, order)
+        array = array_of(memory, what) if len(shape) == np.ndim(memory) else flat_array(memory, what=what)
+        array = array.reshape(shape) if array.shape != shape else array
+        extents = tuple(map(operator.index, chunks if chunks is not None else ()))
+        if chunks is None:
+            extents = default_chunks(shape, array.itemsize, axes)
+        if len(extents) != len(shape):
+            raise ValueError(f"{what} has shape {shape} and chunks {extents}; give one extent for each axis")
+        if not _is_number(array.dtype):
+            flat = flat_array(memory, what=what)
+            array = np.ndarray((*shape, array.itemsize), np.uint8, flat, 0, (*array.strides, 1))
+            extents, axes = (*extents, array.shape[-1]), (*axes, len(shape))
+        self.name: str = name
+        self.array: npt.NDArray[Any] = array
+        self.chunks: ChunkMap = ChunkMap(array.shape, extents, array.itemsize, offset=place, order=axes)
+        self.first_row: int = first_row
+        if first_row and (not shape or first_row % extents[0]):
+            raise ValueError(
+                f"{what} begins at row {first_row} of the stored array, which is not a multiple of its chunks' "
+                f"{extents[:1]} rows: two parts would write one chunk"
+            )
+
+    def selection(self, slices: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Return where a place in the array lies in the stored one."""
+        if not self.first_row:
+            return slices
+        return (slice(slices[0].start + self.first_row, slices[0].stop + self.first_row), *slices[1:])
+
+
+class Task:
+    """What of one array is to be written.
+
+    Attributes
+    ----------
+    part : Part
+        The array.
+    numbers : ndarray of int64
+        Its dirty chunks.
+    whole : bool
+        Whether all of it is written in one call: it is new, or little of it is clean.
+    """
+
+    __slots__ = ("numbers", "part", "whole")
+
+    def __init__(self, part: Part, numbers: npt.NDArray[np.int64] | None) -> None:
+        self.part: Part = part
+        everything = numbers is None
+        self.numbers: npt.NDArray[np.int64] = np.arange(part.chunks.count) if numbers is None else numbers
+        dirty = part.chunks.nbytes_of(self.numbers)
+        self.whole: bool = bool(dirty) and (everything or dirty >= WHOLE * part.chunks.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written, before they are compressed."""
+        return self.part.chunks.nbytes if self.whole else self.part.chunks.nbytes_of(self.numbers)
+
+    @property
+    def count(self) -> int:
+        """Chunks that are written."""
+        return self.part.chunks.count if self.whole else len(self.numbers)
+
+
+def parts_of(
+    arrays: Mapping[str, Memory],
+    npages: int,
+    page_size: int,
+    *,
+    chunks: Chunking = None,
+    places: Mapping[str, SupportsIndex] | None = None,
+    memory: Memory | None = None,
+    first_row: int = 0,
+) -> list[Part]:
+    """Lay out arrays in a page space and in chunks.
+
+    Parameters
+    ----------
+    arrays : mapping of str to array
+        By the names that they have in the store.
+    npages, page_size : int
+        Of the page space: of the log that is observed.
+    chunks : sequence of int, or mapping of str to sequence of int, optional
+        The shape of a chunk, or one for each array; `default_chunks` otherwise.
+    places : mapping of str to int, optional
+        Where each array begins in the page space, in bytes.
+    memory : buffer, optional
+        What the page space is: the arrays are views of it, and lie where they lie in it.
+    first_row : int
+        Where the arrays begin in the stored ones.
+
+    Raises
+    ------
+    ValueError
+        The page space and the arrays do not fit each other.
+    TypeError
+        Something is not an array.
+    """
+    if not isinstance(arrays, Mapping) or not arrays:
+        raise ValueError("arrays must be a mapping of names to at least one array")
+    for name in arrays:
+        pieces = name.split("/") if isinstance(name, str) else []
+        if not pieces or any(piece in ("", ".", "..", "zarr.json") or piece.startswith("__") for piece in pieces):
+            raise ValueError(
+                f"the array {name!r} cannot be stored by that name; use letters, digits, '_' and '/' inside"
+            )
+    rows = {row[0]: row for row in Space(arrays, page_size).rows()}
+    found = _places(arrays, rows, npages, page_size, places, memory)
+    parts = []
+    for name in arrays:
+        chosen = chunks.get(name) if isinstance(chunks, Mapping) else chunks
+        parts.append(Part(name, arrays[name], rows[name], found[name], chosen, first_row))
+        end = found[name] + parts[-1].chunks.nbytes
+        if end > npages * page_size:
+            raise ValueError(
+                f"array {name!r} ends at byte {end} of the page space, which has {npages} pages of {page_size}: attach "
+                "the source of its memory to the log first, and say by places= where it begins"
+            )
+    return parts
+
+
+def _places(
+    arrays: Mapping[str, Memory],
+    rows: Mapping[str, tuple[Any, ...]],
+    npages: int,
+    page_size: int,
+    places: Mapping[str, SupportsIndex] | None,
+    memory: Memory | None,
+) -> dict[str, int]:
+    if places is not None:
+        if memory is not None or set(places) != set(arrays):
+            raise ValueError(f"places names {sorted(places)}; it must name {sorted(arrays)}, without memory= beside it")
+        return {name: operator.index(place) for name, place in places.items()}
+    if memory is not None:
+        base = flat_array(memory, what="memory")
+        start = {
+            name: _address(flat_array(array, what=f"array {name!r}")) - _address(base) for name, array in arrays.items()
+        }
+        for name, place in start.items():
+            if not 0 <= place <= base.nbytes - rows[name][5]:
+                raise ValueError(f"array {name!r} does not lie in memory=, which has {base.nbytes} bytes")
+        return start
+    needed = max(-(-(row[4] + row[5]) // page_size) for row in rows.values())
+    if needed != npages:
+        # Fail closed (I6): of pages that are not where they are expected nobody could say whose they are.
+        raise ValueError(
+            f"the arrays, each from a page of its own on, are {needed} pages and the log has {npages}; say by places= "
+            "at which byte of the log each begins, or by memory= what they are views of"
+        )
+    return {name: row[4] for name, row in rows.items()}
+
+
+def tasks(parts: Sequence[Part], pages: DirtyPages | None) -> list[Task]:
+    """Tell what of some arrays is to be written.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        The arrays.
+    pages : DirtyPages or None
+        What is dirty; None where everything is new.
+    """
+    found = [Task(part, None if pages is None else part.chunks.of_pages(pages)) for part in parts]
+    return [task for task in found if task.count]
+
+
+def _address(array: npt.NDArray[Any]) -> int:
+    return int(array.ctypes.data)
+
+
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    """Whether every program that reads Zarr has this type: others are stored as bytes."""
+    return dtype.kind in "biufc" and dtype.isnative and dtype.itemsize <= (16 if dtype.kind == "c" else 8)

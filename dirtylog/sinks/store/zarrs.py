@@ -1,0 +1,246 @@
+"""Writes the chunks of arrays to Zarr, many at once, and reads arrays back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.flat import array_of
+from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sinks.snapshot.space import dtype_of
+from dirtylog.sinks.store.parts import Part, Task
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+__all__ = ["ATTRIBUTE", "create", "read", "write", "zarr_package"]
+
+# Under this name is what Zarr cannot say of an array, and of a commit what Icechunk cannot.
+ATTRIBUTE = "dirtylog"
+# Chunks that are encoded and sent at once. More take memory, and an object store's answer is awaited anyway.
+AT_ONCE = 32
+# What is read of an array at once, in bytes.
+SPAN = 64 << 20
+
+
+def zarr_package() -> Any:
+    """Import zarr.
+
+    Raises
+    ------
+    BackendUnavailable
+        It is not installed, or older than 3.1.
+    """
+    try:
+        import zarr
+        from zarr.core import sync  # noqa: F401
+    except ImportError as error:
+        raise BackendUnavailable(
+            "a store", f"import zarr: {error}", "pip install 'icechunk>=1.1' 'zarr>=3.1'"
+        ) from None
+    if tuple(map(int, zarr.__version__.split(".")[:2])) < (3, 1):
+        raise BackendUnavailable("a store", f"zarr is {zarr.__version__}", "pip install 'zarr>=3.1'")
+    return zarr
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run in the thread in which zarr itself runs what is asynchronous; nests in a loop of the caller."""
+    from zarr.core.sync import sync
+
+    return sync(work)
+
+
+def create(store: Any, part: Part, shape: Sequence[int], compressors: Any = "auto") -> None:
+    """Make the array of a part, in place of one of that name that is there.
+
+    Parameters
+    ----------
+    store : zarr store
+        Where.
+    part : Part
+        Whose type and chunks.
+    shape : sequence of int
+        Of the stored array, which may have more rows.
+    compressors : object
+        As for ``zarr.create_array``.
+    """
+    zarr_package().create_array(
+        store,
+        name=part.name,
+        shape=tuple(shape),
+        chunks=part.chunks.chunks,
+        dtype=part.array.dtype,
+        compressors=compressors,
+        attributes={ATTRIBUTE: {"dtype": part.kind}},
+        overwrite=True,
+    )
+
+
+def fits(store: Any, part: Part, rows: int | None = None) -> bool:
+    """Whether the store has the array of a part, with its type, shape and chunks."""
+    zarr = zarr_package()
+    try:
+        array = zarr.open_array(store, path=part.name, mode="r")
+    except (FileNotFoundError, zarr.errors.ContainsGroupError):
+        return False
+    shape = part.array.shape if rows is None else (rows, *part.array.shape[1:])
+    return bool(
+        array.shape == shape
+        and array.chunks == part.chunks.chunks
+        and array.dtype == part.array.dtype
+        and array.attrs.asdict().get(ATTRIBUTE) == {"dtype": _plain(part.kind)}
+    )
+
+
+def _plain(kind: Any) -> Any:
+    """As JSON gives it back."""
+    return [_plain(each) for each in kind] if isinstance(kind, list | tuple) else kind
+
+
+def write(store: Any, work: Sequence[Task]) -> None:
+    """Write what is dirty, or whole arrays; all chunks gathered, `AT_ONCE` at a time.
+
+    Parameters
+    ----------
+    store : zarr store
+        Where the arrays are.
+    work : sequence of Task
+        What of them.
+    """
+    if work:
+        zarr_package()
+        run(_write(store, work))
+
+
+async def _write(store: Any, work: Sequence[Task]) -> None:
+    from zarr.api import asynchronous
+    from zarr.core.array import AsyncArray
+
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def put(stored: Any, selection: tuple[slice, ...], value: npt.NDArray[Any]) -> None:
+        async with room:
+            await stored.setitem(selection, value)
+
+    puts: list[Coroutine[Any, Any, None]] = []
+    for task in work:
+        part = task.part
+        stored: Any = await asynchronous.open_array(store=store, path=part.name, mode="r+")
+        # Every byte as it is: a chunk of -0.0 or of the fill value is a chunk.
+        config: Any = {"write_empty_chunks": True, "order": "C"}
+        stored = AsyncArray(metadata=stored.metadata, store_path=stored.store_path, config=config)
+        places: Iterable[tuple[slice, ...]]
+        if task.whole:
+            places = [tuple(slice(0, size) for size in part.array.shape)]
+        else:
+            places = [part.chunks.slices(number) for number in task.numbers.tolist()]
+        puts += [put(stored, part.selection(place), part.array[place]) for place in places]
+    for outcome in await asyncio.gather(*puts, return_exceptions=True):
+        # All have ended before one is raised: none goes on to write after a roll-back.
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+def read(
+    store: Any,
+    names: Iterable[str] | None = None,
+    out: Mapping[str, Memory] | None = None,
+    rows: slice | None = None,
+) -> dict[str, Any]:
+    """Read arrays.
+
+    Parameters
+    ----------
+    store : zarr store
+        Where they are.
+    names : iterable of str, optional
+        Which; those in `out`, or all that are there.
+    out : mapping of str to array, optional
+        Arrays to fill.
+    rows : slice, optional
+        Which rows; all by default.
+
+    Returns
+    -------
+    dict of str to ndarray
+        New arrays, or `out`.
+
+    Raises
+    ------
+    KeyError
+        There is no array of that name.
+    ValueError
+        One of `out` has another shape or type; nothing is written then.
+    """
+    zarr = zarr_package()
+    group = zarr.open_group(store, mode="r")
+    if names is None:
+        names = out if out is not None else sorted(name for name, each in group.members(None) if hasattr(each, "shape"))
+    stored = {name: _stored(group, name) for name in names}
+    kinds = {name: _kind(array, name) for name, array in stored.items()}
+    filled: dict[str, Any] = {}
+    for name, array in stored.items():
+        shape = array.shape if kinds[name] is None else array.shape[:-1]
+        if rows is not None and shape:
+            shape = (len(range(*rows.indices(shape[0]))), *shape[1:])
+        kind = kinds[name]
+        dtype: np.dtype[Any] = array.dtype if kind is None else kind
+        if out is None:
+            filled[name] = np.empty(shape, dtype)
+            continue
+        target = array_of(out[name], f"out[{name!r}]")
+        bytewise = target.dtype.kind == "V" and target.dtype.names is None
+        if target.shape != shape or (target.dtype != dtype and not (bytewise and target.itemsize == dtype.itemsize)):
+            raise ValueError(
+                f"out[{name!r}] is of shape {target.shape} and type {target.dtype}; the stored array is of {shape} and "
+                f"{dtype}"
+            )
+        if not target.flags.writeable:
+            raise ValueError(f"out[{name!r}] is read-only; pass writable memory")
+        filled[name] = target.view(dtype) if bytewise else target
+    for name, array in stored.items():
+        _fill(array, filled[name], kinds[name], rows)
+    return filled if out is None else dict(out)
+
+
+def _stored(group: Any, name: str) -> Any:
+    array = group.get(name)
+    if array is None or not hasattr(array, "shape"):
+        there = sorted(each for each, what in group.members(None) if hasattr(what, "shape"))
+        raise KeyError(f"the store has no array {name!r}; it has {', '.join(there[:20]) or 'none'}")
+    return array
+
+
+def _kind(array: Any, name: str) -> np.dtype[Any] | None:
+    """Return the type that an array of bytes stands for; None where it is what it is."""
+    said = array.attrs.asdict().get(ATTRIBUTE)
+    if not isinstance(said, dict) or "dtype" not in said:
+        return None
+    kind = dtype_of(said["dtype"], f"array {name!r}")
+    if kind == array.dtype:
+        return None
+    if array.dtype != np.uint8 or not array.shape or array.shape[-1] != kind.itemsize or kind.hasobject:
+        raise DirtyLogError(f"array {name!r} says that it is of {kind}, and is of {array.dtype} and {array.shape}")
+    return kind
+
+
+def _fill(stored: Any, target: npt.NDArray[Any], kind: np.dtype[Any] | None, rows: slice | None) -> None:
+    """Read an array a stretch of rows at a time: what is read lies in memory twice for a moment."""
+    if target.ndim == 0:
+        target[...] = _typed(stored[...], kind)
+        return
+    first = 0 if rows is None else rows.indices(stored.shape[0])[0]
+    step = max(1, SPAN // max(1, target.nbytes // max(1, len(target))))
+    step = -(-step // stored.chunks[0]) * stored.chunks[0]
+    for at in range(0, len(target), step):
+        end = min(at + step, len(target))
+        target[at:end] = _typed(stored[first + at : first + end], kind)
+
+
+def _typed(found: Any, kind: np.dtype[Any] | None) -> npt.NDArray[Any]:
+    array = np.asarray(found)
+    return array if kind is None else np.ascontiguousarray(array).view(kind)[..., 0]

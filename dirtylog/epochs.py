@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import TYPE_CHECKING, Self
 
@@ -78,8 +79,18 @@ class Observer(Observing):
         held: Epoch | None = self._account.holder
         return held
 
-    def collect(self) -> Epoch:
+    def collect(self, *, owner: str = "", deadline: float | None = None) -> Epoch:
         """Return an epoch to enter: ``with observer.collect() as epoch:``.
+
+        Parameters
+        ----------
+        owner : str, optional
+            For whom the epoch is held, where it outlives the code that collected it: a transaction, say. Whoever finds
+            it held is told.
+        deadline : float, optional
+            For how many seconds it is held, from when it is entered; without end by default. It does not end by itself:
+            from then on the next collect rolls it back and has its pages too, and a `commit` that comes after that is
+            refused.
 
         Returns
         -------
@@ -90,11 +101,31 @@ class Observer(Observing):
             when it ends by any exception, KeyboardInterrupt and GeneratorExit
             too, its pages are pending again, and the next epoch has them.
 
+        Raises
+        ------
+        ValueError
+            `deadline` is not a number of seconds above 0.
+
         Notes
         -----
-        The errors are those of :meth:`Epoch.__enter__`.
+        Other errors are those of :meth:`Epoch.__enter__`.
+
+        Examples
+        --------
+        >>> import dirtylog as dl
+        >>> bitmap, log = dl.DirtyBitmap(10), dl.DirtyLog()
+        >>> _ = log.attach(bitmap)
+        >>> observer = log.observer("backup")
+        >>> held = observer.collect(owner="upload 17", deadline=600).__enter__()
+        >>> observer.epoch.owner, observer.epoch.overdue
+        ('upload 17', False)
+        >>> held.commit()
         """
-        return Epoch(self)
+        if deadline is None:
+            return Epoch(self, owner) if owner else Epoch(self)
+        if not deadline > 0:
+            raise ValueError(f"deadline is {deadline}; it must be a number of seconds above 0, or None for no bound")
+        return Epoch(self, owner, deadline)
 
     def put_back(self, pages: DirtyPages) -> None:
         """Make pages pending again that were committed.
@@ -183,6 +214,11 @@ class Epoch(Leaving):
         """Whose epoch it is."""
         return self._observer
 
+    @property
+    def overdue(self) -> bool:
+        """Whether its deadline has passed: the next collect rolls it back, unless it is ended before."""
+        return time.monotonic() >= self._deadline
+
     def __enter__(self) -> Self:
         """Harvest every source, give every observer its pages, and take this observer's.
 
@@ -223,8 +259,8 @@ class Epoch(Leaving):
         Raises
         ------
         DirtyLogError
-            It is not entered, or not held any more: committed, rolled back, or its
-            observer closed.
+            It is not entered, or not held any more: committed, rolled back, its
+            deadline passed and another collected, or its observer closed.
 
         Notes
         -----

@@ -12,10 +12,13 @@ has the attributes that a collect looks at, so that a collect costs little more 
 
 cimport cython
 from cpython.weakref cimport PyWeakref_NewRef
+from libc.math cimport INFINITY
 from libc.stdint cimport uint64_t
 
 from dirtylog._bits.pages cimport DirtyPages
 from dirtylog._core cimport DirtyBitmap
+
+from time import monotonic
 
 from dirtylog.errors import DirtyLogError
 
@@ -58,6 +61,11 @@ cdef class Account:
     cdef object holding(self):
         return None if self.reference is None else self.reference()
 
+    cdef bint free(self):
+        """Whether nobody holds pages, or whoever holds them has had their time."""
+        holder = self.holding()
+        return holder is None or overdue(<Leaving>holder)
+
     def add(self, DirtyPages pages not None, first_page=0):
         """Make pages pending."""
         self.keep(pages, first_page)
@@ -85,8 +93,11 @@ cdef class Account:
             self.pending = larger
 
     cdef DirtyPages open(self, epoch):
-        """Move what is pending into `epoch`; None, and nothing, if another one that is alive holds pages."""
-        if self.holding() is not None:
+        """Move what is pending into `epoch`; None, and nothing, if another one that is alive holds pages.
+
+        One whose deadline has passed is rolled back: its pages are in this epoch, and its end has no effect.
+        """
+        if not self.free():
             return None
         reference = PyWeakref_NewRef(epoch, None)
         self.settle()
@@ -180,6 +191,8 @@ cdef class Observing:
                 raise DirtyLogError(f"observer {self.name!r} was used by a signal handler meanwhile; collect again")
             epoch._number = number
             epoch._pages = pages
+            if epoch._patience != INFINITY:
+                epoch._deadline = monotonic() + epoch._patience
             if not log._unsaid:
                 return ()
             unsaid, log._unsaid = log._unsaid, []
@@ -192,9 +205,11 @@ cdef class Observing:
             raise ValueError(f"observer {self.name!r} is closed; make another with DirtyLog.observer")
 
     def _check_free(self):
-        if self._account.holding() is not None:
+        if not self._account.free():
+            holder = self._account.holding()
+            by = "" if holder is None or not holder.owner else f" for {holder.owner}"
             raise DirtyLogError(
-                f"observer {self.name!r} holds epoch {self._account.committed + 1} already; leave its block first, "
+                f"observer {self.name!r} holds epoch {self._account.committed + 1} already{by}; leave its block first, "
                 "or end it by commit() or rollback() (it is the observer's `epoch`), or make another observer"
             )
 
@@ -314,6 +329,11 @@ cdef class Share:
             self.doubt = True
 
 
+cdef bint overdue(Leaving epoch) except -1:
+    """Whether an epoch's deadline has passed. One without a deadline asks no clock."""
+    return epoch._deadline != INFINITY and monotonic() >= epoch._deadline
+
+
 cdef class Leaving:
     """The end of an epoch's block, in C: it has happened before a signal handler can raise.
 
@@ -327,14 +347,23 @@ cdef class Leaving:
         None before it is entered.
     _number : int
         0 before it is entered.
+    owner : str
+        For whom it is held; empty where nobody said so.
+    _patience, _deadline : float
+        Seconds that it may be held, and the monotonic time until which it is; infinite where there is no bound.
     """
 
     cdef public Observing _observer
     cdef public DirtyPages _pages
     cdef public Py_ssize_t _number
+    cdef readonly str owner
+    cdef public double _patience, _deadline
 
-    def __cinit__(self, Observing observer not None):
+    def __cinit__(self, Observing observer not None, str owner not None="", double patience=INFINITY):
         self._observer = observer
+        self.owner = owner
+        self._patience = patience
+        self._deadline = INFINITY
 
     def __exit__(self, kind, error, traceback):
         """Commit where the block ended normally, roll back where it ended by an exception."""

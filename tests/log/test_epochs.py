@@ -230,3 +230,66 @@ def test_pages_of_another_size_are_refused_and_the_next_epoch_stays_exact(observ
         observer.put_back(dl.DirtyPages.from_indices([1], 1000, 8192, exact=False))
     with observer.collect() as epoch:
         assert epoch.pages.exact
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock, as a list of one time that a test sets."""
+    from dirtylog import epochs
+    from dirtylog._log import account
+
+    now = [100.0]
+    monkeypatch.setattr(account, "monotonic", lambda: now[0])
+    monkeypatch.setattr(epochs.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_whoever_finds_an_epoch_held_is_told_for_whom(observer):
+    held = observer.collect(owner="upload 17")
+    with held:
+        assert observer.epoch.owner == "upload 17"
+        with pytest.raises(dl.DirtyLogError, match="holds epoch 1 already for upload 17;"), observer.collect():
+            pass
+    with observer.collect() as epoch:
+        assert epoch.owner == ""
+
+
+def test_an_epoch_is_held_until_its_deadline_and_then_taken_over(source, observer, clock):
+    source.mark(3)
+    held = observer.collect(deadline=30).__enter__()
+    clock[0] += 29.9
+    assert not held.overdue
+    with pytest.raises(dl.DirtyLogError, match="holds epoch 1 already"), observer.collect():
+        pass
+    clock[0] += 0.1
+    assert held.overdue
+    source.mark(5)
+    with observer.collect() as epoch:
+        assert epoch.pages.indices().tolist() == [3, 5]
+        assert epoch.number == 1
+        with pytest.raises(dl.DirtyLogError, match="is not open"):
+            held.commit()
+    assert collected(observer) == []
+
+
+def test_an_overdue_epoch_that_nobody_took_over_can_be_committed(source, observer, clock):
+    source.mark(3)
+    held = observer.collect(deadline=30).__enter__()
+    clock[0] += 1000
+    held.commit()
+    assert collected(observer) == []
+
+
+def test_the_time_of_an_epoch_begins_when_it_is_entered(source, observer, clock):
+    waiting = observer.collect(deadline=30)
+    clock[0] += 1000
+    with waiting:
+        assert not waiting.overdue
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan")])
+def test_a_deadline_that_is_none_is_refused(observer, deadline):
+    with pytest.raises(ValueError, match="seconds above 0"):
+        observer.collect(deadline=deadline)
+    with pytest.raises(TypeError):
+        observer.collect(owner=17)

@@ -23,7 +23,7 @@ from dirtylog.sources.memory import _tracking
 PAGE = 4096
 
 
-def bare_loop(directory):
+def bare_loop(directory, of="/proc/self/pagemap"):
     """Compile the C loop and return it as a function of the range: (seconds, pages)."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
@@ -34,7 +34,7 @@ def bare_loop(directory):
     scan = ctypes.CDLL(str(library)).bare_scan
     scan.restype = ctypes.c_double
     scan.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64)]
-    pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    pagemap = os.open(of, os.O_RDONLY | os.O_CLOEXEC)
 
     def run(start, end):
         pages = ctypes.c_uint64()

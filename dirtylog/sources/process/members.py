@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch, same_memory
-from dirtylog.sources.process.regions import Area
+from dirtylog.sources.process.regions import Area, parsed
 
 __all__ = ["Member", "alone", "children"]
 
@@ -50,6 +50,22 @@ class Member:
         self.keeper: int = keeper
         # A copy of its parent's memory that was not looked at yet.
         self.forked = False
+        # What its maps file said at the last look, and what that means.
+        self._text = b""
+        self._areas: list[Area] = []
+
+    def mappings(self) -> list[Area]:
+        """Read its mappings: taken apart only if they are not what they were, which they are at most harvests.
+
+        Raises
+        ------
+        OSError
+            It has ended.
+        """
+        text = Path(f"/proc/{self.watch.pid}/maps").read_bytes()
+        if text != self._text:
+            self._text, self._areas = text, parsed(self.watch.pid, text)
+        return self._areas
 
     def left(self) -> bool:
         """Whether the process has ended, or has executed another program."""

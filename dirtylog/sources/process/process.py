@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,45 +14,17 @@ import numpy.typing as npt
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
-from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources._resource import Resource
-from dirtylog.sources.process._remote import PAGE_SIZE, read_memory
-from dirtylog.sources.process.contents import RESERVED, blocks_in_use
-from dirtylog.sources.process.members import Member, alone, children
-from dirtylog.sources.process.regions import Area, Region, mappings, subtract
+from dirtylog.sources.process._remote import PAGE_SIZE
+from dirtylog.sources.process.members import Member, children
+from dirtylog.sources.process.numbering import Numbering
+from dirtylog.sources.process.reading import make_room, read_pages
+from dirtylog.sources.process.regions import Area, Region
+from dirtylog.sources.process.stretches import Stretches, worth_watching
 
 __all__ = ["Process"]
 
 _LEAST_SPARE = 1 << 16  # pages: 256 MiB that may be mapped later
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A watched stretch: addresses, and where its pages are numbered."""
-
-    start: int
-    end: int
-    first_page: int
-    area: Area
-    member: Member
-    told: bool = True  # False: nobody can say what was written, it is reported whole each time (I6)
-
-    @property
-    def npages(self) -> int:
-        return (self.end - self.start) // PAGE_SIZE
-
-
-def _swapped_out() -> int:
-    """How many pages the system has swapped out, to a disk or into compressed memory, since it started."""
-    try:
-        lines = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return next(_never_twice)
-    counts = dict(line.split() for line in lines)
-    return int(counts.get("pswpout", 0)) + int(counts.get("zswpout", 0))
-
-
-_never_twice = count()
 
 
 class Process(Resource):
@@ -118,34 +86,30 @@ class Process(Resource):
         self._enter, self._enter_again = enter, enter_again
         # It has ended, and nobody kept its memory; and what was owed by then was handed out.
         self._over = self._ended = False
-        self._trust_shared = trust_shared
         self._lock = threading.RLock()
         self._busy = False
         self.pid: int = first.pid
         self.page_size: int = PAGE_SIZE
         self.stopped: float = stopped
-        self.skipped: dict[Area, str] = {}
         self.missed: dict[int, str] = {}
-        self._pieces: list[_Piece] = []
-        # What was let go of, and how many of these on the way to the last harvest, which may report pages of theirs.
-        self._leaving: list[Region] = []
-        self._left = 0
-        self._free: list[tuple[int, int]] = []
-        self._fresh = 0  # pages from here on were never anybody's: a sink has zeros for them
-        chosen = first.pick(mappings(first.watch.pid))
-        spans = (span for area in chosen for span in self._worth_watching(first, area.start, area.end, area))
+        chosen = first.pick(first.mappings())
+        # Why some cannot be watched is said again when it is tried.
+        spans = (span for area in chosen for span in worth_watching({}, first, area.start, area.end, area))
         pages = sum(end - start for start, end in spans) // PAGE_SIZE
         room = max(pages, _LEAST_SPARE) if spare is None else spare
         if room < 0:
             raise ValueError(f"spare is {spare}; it must be 0 pages or more")
         self.npages: int = pages + room
+        self._numbers = Numbering(self.npages, self.pid)
+        self._stretches = Stretches(self._numbers, trust_shared=trust_shared, ended=self._check_end)
+        self.skipped: dict[Area, str] = self._stretches.skipped
         # Found and not handed out yet (I5), and whether something taken may have been lost on the way to there.
         self._owed: Owed = Owed(self.npages, PAGE_SIZE)
         self._nothing = DirtyPages._empty(self.npages, PAGE_SIZE)
         self._in_doubt = self._unsaid_doubt = False
         self._said_shared = False
         self._said_missed: set[int] = set()
-        self._follow_mappings(first, at_start=True)
+        self._stretches.follow(first, at_start=True)
         self._closed = False
         if enter is not None:
             for _ in range(100):
@@ -155,151 +119,11 @@ class Process(Resource):
                 if not new:
                     break
 
-    # ---- the page space ---------------------------------------------------------------------------
-
-    def _allocate(self, npages: int, after: int | None) -> tuple[int, bool]:
-        """Find pages for a new stretch, at page `after` if they are free; say whether they were used before."""
-        if after is not None and after == self._fresh and self._fresh + npages <= self.npages:
-            self._fresh += npages
-            return after, False
-        if self._fresh + npages <= self.npages:
-            first = self._fresh
-            self._fresh += npages
-            return first, False
-        for i, (first, room) in enumerate(self._free):
-            if room >= npages:
-                rest = (first + npages, room - npages)
-                self._free[i : i + 1] = [rest] if rest[1] else []
-                return first, True
-        raise DirtyLogError(
-            f"process {self.pid} has mapped {npages} pages more than the {self.npages} that were set aside for it; "
-            f"attach again, with spare={2 * (self.npages + npages)}"
-        )
-
-    def _release_pages(self, first: int, npages: int) -> None:
-        self._free.append((first, npages))
-        self._free.sort()
-        merged: list[tuple[int, int]] = []
-        for start, length in self._free:
-            if merged and merged[-1][0] + merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], merged[-1][1] + length)
-            else:
-                merged.append((start, length))
-        self._free = merged
-
-    def _watch_range(self, member: Member, start: int, end: int, area: Area) -> bool:
-        """Register and arm a range; False, and the reason noted, when the kernel refuses it."""
-        try:
-            member.watch.register(start, end)
-            member.watch.scan(np.array([[start, end, 0]], np.int64), True)
-        except OSError as error:
-            if error.errno == errno.ESRCH:
-                if self._must_live(member):
-                    raise self._gone() from error
-                return False  # a child that has ended: its memory is gone, and nothing is to be said of it
-            self.skipped[area] = error.strerror or str(error)
-            return False
-        return True
-
-    def _add(self, member: Member, start: int, end: int, area: Area, at_start: bool) -> list[npt.NDArray[np.int64]]:
-        """Watch a new stretch; return what of it is to be reported."""
-        told = not area.shared or self._trust_shared
-        where = np.array([[start, end, 0]], np.int64)
-        zero_if_untouched = area.kind in ("anonymous", "heap", "stack") and not at_start
-        swapped_out = _swapped_out() if zero_if_untouched else -1
-        own = alone(member, start, end, True) if member.forked and told else None
-        held = [member.watch.populated(where, True)] if zero_if_untouched and own is None else []
-        if told and not self._watch_range(member, start, end, area):
-            return []
-        before = next(
-            (
-                piece
-                for piece in self._pieces
-                if piece.end == start and piece.member is member and piece.area.kind == area.kind
-            ),
-            None,
-        )
-        npages = (end - start) // PAGE_SIZE
-        first, used = self._allocate(npages, before.first_page + before.npages if before else None)
-        if before and before.first_page + before.npages == first and before.told == told:
-            before.end = end
-        else:
-            self._pieces.append(_Piece(start, end, first, area, member, told))
-        if at_start:
-            return []
-        if own is not None and not used:
-            # What the child has written since the fork is its alone; looked at once more after it was protected.
-            return [np.add(runs, (first, 0)) for runs in (own, alone(member, start, end, False))]
-        if zero_if_untouched and not used:
-            # A page that was never touched is zero, and so is a page of this number that nobody has had yet. What was
-            # touched before it was protected is in memory now, or was swapped out before the first look or after it.
-            held.append(member.watch.populated(where, False))
-            if _swapped_out() == swapped_out:
-                return [np.add(runs, (first, 0)) for runs in held]
-        return [np.array([[first, npages]], np.int64)]
-
-    def _forget(self, member: Member, gone: tuple[int, int]) -> None:
-        """Let go of a range that is not mapped any more."""
-        kept: list[_Piece] = []
-        for piece in self._pieces:
-            if piece.member is not member:
-                kept.append(piece)
-                continue
-            start, end = max(piece.start, gone[0]), min(piece.end, gone[1])
-            if start >= end:
-                kept.append(piece)
-                continue
-            first = piece.first_page + (start - piece.start) // PAGE_SIZE
-            npages = (end - start) // PAGE_SIZE
-            self._leaving.append(Region(start, end, first, npages, piece.area.kind, piece.area.name, member.pid))
-            self._release_pages(first, npages)
-            if piece.start < start:
-                kept.append(_Piece(piece.start, start, piece.first_page, piece.area, member, piece.told))
-            if end < piece.end:
-                rest = first + (end - start) // PAGE_SIZE
-                kept.append(_Piece(end, piece.end, rest, piece.area, member, piece.told))
-        self._pieces = kept
-
-    def _worth_watching(self, member: Member, start: int, end: int, area: Area) -> list[tuple[int, int]]:
-        """Leave out what a program has reserved and not touched: to protect a page takes 8 bytes of page tables.
-
-        What it touches later is new memory then, and reported as such.
-        """
-        if end - start < RESERVED or not member.sparse or area.shared or area.kind == "file":
-            if why := cannot_hold(end - start):
-                self.skipped[area] = why
-                return []
-            return [(start, end)]
-        return blocks_in_use(member.watch, start, end)
-
-    def _follow_mappings(self, member: Member, at_start: bool = False) -> list[npt.NDArray[np.int64]]:
-        """Compare a process's mappings with what is watched; return the runs of what is new."""
-        try:
-            now = mappings(member.watch.pid)
-        except OSError as error:
-            if self._must_live(member):
-                raise self._gone() from error
-            now = []
-        there = [(area.start, area.end) for area in now]
-        for piece in [piece for piece in self._pieces if piece.member is member]:
-            for gone in subtract((piece.start, piece.end), there):
-                self._forget(member, gone)
-        taken = sorted((piece.start, piece.end) for piece in self._pieces if piece.member is member)
-        report: list[npt.NDArray[np.int64]] = []
-        for area in member.pick(now):
-            for start, end in subtract((area.start, area.end), taken):
-                if area not in self.skipped:
-                    for first, last in self._worth_watching(member, start, end, area):
-                        report += self._add(member, first, last, area, at_start)
-        self._pieces.sort(key=lambda piece: piece.first_page)
-        return report
-
     # ---- children, and programs that are executed -----------------------------------------------------
 
     def _drop(self, member: Member) -> None:
         """Let go of a process that has ended, or of memory that its program has left."""
-        for piece in [piece for piece in self._pieces if piece.member is member]:
-            self._forget(member, (piece.start, piece.end))
+        self._stretches.drop(member)
         self._members = [other for other in self._members if other is not member]
         member.close()
 
@@ -311,7 +135,7 @@ class Process(Resource):
             # One that has children of its own shares with them what it wrote before: then all that it holds counts.
             member.forked = bool(parent) and not at_start and member.is_copy_of(parent) and not children(pid)
             self._members.append(member)
-            report = self._follow_mappings(member, at_start)
+            report = self._stretches.follow(member, at_start)
         except (OSError, DirtyLogError, ValueError) as error:
             if member is not None:
                 self._drop(member)
@@ -342,6 +166,11 @@ class Process(Resource):
     def _must_live(self, member: Member) -> bool:
         """Whether its end is an error: of what was attached to. A program that was started here may end."""
         return member is self._first and self._enter_again is None
+
+    def _check_end(self, member: Member) -> None:
+        """Raise where the end of a process, whose memory is gone, is an error."""
+        if self._must_live(member):
+            raise self._gone()
 
     def _has_changed(self) -> bool:
         return any(member.left() for member in self._members) or bool(self._new_children())
@@ -396,16 +225,13 @@ class Process(Resource):
     def regions(self) -> tuple[Region, ...]:
         """The stretches that are watched, in the order of their pages, as of the last harvest."""
         with self._lock:
-            return tuple(
-                Region(p.start, p.end, p.first_page, p.npages, p.area.kind, p.area.name, p.member.pid)
-                for p in self._pieces
-            )
+            return self._stretches.regions
 
     @property
     def left_regions(self) -> tuple[Region, ...]:
         """The stretches that were let go of on the way to the last harvest, which may report pages of theirs."""
         with self._lock:
-            return tuple(self._leaving[: self._left])
+            return tuple(self._stretches.leaving[: self._stretches.left])
 
     @property
     def memory_of(self) -> int:
@@ -417,7 +243,7 @@ class Process(Resource):
     def used_pages(self) -> int:
         """How much of the page space was ever given to memory: pages from here on are nobody's yet."""
         with self._lock:
-            return self._fresh
+            return self._numbers.used
 
     @property
     def alive(self) -> bool:
@@ -485,32 +311,31 @@ class Process(Resource):
             self._in_doubt = False  # nothing was taken
             raise self._gone()
         if take and not self._owed:  # the last harvest has handed out what it found
-            self._leaving = self._leaving[self._left :]
-            self._left = 0
+            self._stretches.leaving = self._stretches.leaving[self._stretches.left :]
+            self._stretches.left = 0
         # Known before the scan, so that the scan is of all that they wrote. Only a keeper still has their memory.
         left = [member for member in self._members if member.left()]
         lost = [member for member in left if not member.keeper]
-        if self._first in lost and self._must_live(self._first):
-            raise self._gone()
+        if self._first in lost:
+            self._check_end(self._first)
         report: list[npt.NDArray[np.int64]] = []
         for member in self._members:
             if member in lost:
                 continue
             try:
-                report += self._follow_mappings(member)
-                report += self._scan(member, take)
+                report += self._stretches.follow(member)
+                report += self._stretches.scan(member, take)
             except ProcessLookupError:
                 if self._must_live(member):
                     raise
                 # A child that has ended meanwhile, and its memory with it.
-        untold = self._untold()
+        untold = self._stretches.untold
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]
         if doubtful:
-            report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in self._pieces]
+            report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in self._stretches.pieces]
         if not self._over and self._first not in left and self._first.left() and not self._first.keeper:
             # The scan may have been of memory that was gone by then, which answers "nothing".
-            if self._must_live(self._first):
-                raise self._gone()
+            self._check_end(self._first)
             left.append(self._first)
         report += self._follow(left, take)
         exact = not untold and not doubtful and not self.missed
@@ -520,24 +345,8 @@ class Process(Resource):
         self._unsaid_doubt = self._unsaid_doubt or doubtful
         self._in_doubt = False
         if take:
-            self._left = len(self._leaving)
+            self._stretches.left = len(self._stretches.leaving)
             self._ended = self._ended or self._over
-
-    def _untold(self) -> list[_Piece]:
-        return [piece for piece in self._pieces if not piece.told]
-
-    def _scan(self, member: Member, take: bool) -> list[npt.NDArray[np.int64]]:
-        told = [piece for piece in self._pieces if piece.told and piece.member is member]
-        areas = np.array([(p.start, p.end, p.first_page) for p in told], np.int64).reshape(-1, 3)
-        runs, lost = member.watch.scan(areas, take)
-        report = [runs]
-        for i in lost:
-            # Replaced between two harvests, mapped again at the same address: nothing of it is what it was.
-            piece = told[i]
-            if not self._watch_range(member, piece.start, piece.end, piece.area):
-                piece.told = False
-            report.append(np.array([[piece.first_page, piece.npages]], np.int64))
-        return report
 
     def _warn(self, pages: DirtyPages) -> None:
         """Say why an answer is not exact: each reason once."""
@@ -558,7 +367,7 @@ class Process(Resource):
                 IncompleteLogWarning,
                 stacklevel=3,
             )
-        if not self._said_shared and (untold := self._untold()):
+        if not self._said_shared and (untold := self._stretches.untold):
             self._said_shared = True
             names = sorted({piece.area.name or "anonymous" for piece in untold})
             warnings.warn(
@@ -602,42 +411,15 @@ class Process(Resource):
         ----------
         ``process_vm_readv(2)``.
         """
-        if not isinstance(pages, DirtyPages):
-            raise TypeError(f"pages is {type(pages).__name__}; DirtyPages are needed")
-        if (pages.npages, pages.page_size) != (self.npages, PAGE_SIZE):
-            raise ValueError(
-                f"pages has {pages.npages} pages of {pages.page_size} bytes; this process's page space has "
-                f"{self.npages} of {PAGE_SIZE}"
-            )
-        shape = (pages.count, PAGE_SIZE)
-        if out is None:
-            out = np.zeros(shape, np.uint8)
-        elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(
-                f"out has shape {out.shape} and dtype {out.dtype}; C-contiguous uint8 of {shape} is needed"
-            )
-        else:
-            out[:] = 0
-        runs = pages.runs()
-        offsets = np.cumsum(runs[:, 1]) - runs[:, 1]
-        extents: dict[int, list[npt.NDArray[np.int64]]] = {}
+        room = make_room(pages, self.npages, out)
         with self._lock:
             self._check_open()
-            for piece in self._pieces:
-                first = np.maximum(runs[:, 0], piece.first_page)
-                end = np.minimum(runs.sum(axis=1), piece.first_page + piece.npages)
-                some = np.flatnonzero(first < end)
-                begin = piece.start + (first[some] - piece.first_page) * PAGE_SIZE
-                into = (offsets[some] + first[some] - runs[some, 0]) * PAGE_SIZE
-                which = np.stack([begin, (end - first)[some] * PAGE_SIZE, into], axis=1)
-                extents.setdefault(piece.member.watch.pid, []).append(which)
-            for pid, parts in extents.items() if pages.count else ():
-                try:
-                    read_memory(pid, np.ascontiguousarray(np.concatenate(parts)), out.reshape(-1))
-                except ProcessLookupError as error:
-                    if pid == self._first.watch.pid:
-                        raise self._gone() from error
-        return out  # type: ignore[no-any-return]
+            read_pages(self._stretches.pieces, pages, room, self._check_reading)
+        return room
+
+    def _check_reading(self, pid: int) -> None:
+        if pid == self._first.watch.pid:
+            raise self._gone()
 
     def _gone(self) -> DirtyLogError:
         return DirtyLogError(
@@ -652,4 +434,5 @@ class Process(Resource):
     def __repr__(self) -> str:
         """Name the process and the size."""
         state = "closed " if self.closed else ""
-        return f"<{state}Process {self.pid}: {len(self._pieces)} regions in {self.npages} pages of {PAGE_SIZE} bytes>"
+        count = len(self._stretches.pieces)
+        return f"<{state}Process {self.pid}: {count} regions in {self.npages} pages of {PAGE_SIZE} bytes>"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dirtylog.errors import DirtyLogError
 
-__all__ = ["Area", "Region", "choose", "guest_areas", "mappings"]
+__all__ = ["Area", "Region", "choose", "guest_areas", "mappings", "parsed"]
 
 LARGE = 1 << 20
 THREAD_STACK = "[thread stack]"
@@ -97,27 +97,31 @@ def mappings(pid: int) -> list[Area]:
     ----------
     ``proc_pid_maps(5)``.
     """
+    return parsed(pid, Path(f"/proc/{pid}/maps").read_bytes())
+
+
+def parsed(pid: int, text: bytes) -> list[Area]:
+    """Return the mappings that a process's maps file says, as :func:`mappings` does."""
     found: list[Area] = []
     guarded = 0  # where a guard of a few pages has just ended
     stack_bytes: int | None = None
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            span, permissions, _, _, _, *name = line.rstrip("\n").split(maxsplit=5)
-            start, _, end = span.partition("-")
-            path = name[0] if name else ""
-            if path in _SPECIAL:
-                continue
-            area = Area(int(start, 16), int(end, 16), permissions[1] == "w", permissions[3] == "s", path)
-            if guarded == area.start and permissions == "rw-p" and not path and area.end - area.start >= LARGE:
-                stack_bytes = stack_bytes or _stack_bytes(pid)
-                if area.end - area.start == stack_bytes:
-                    area = Area(area.start, area.end, True, False, THREAD_STACK)
-            guarded = area.end if permissions == "---p" and area.end - area.start <= _MOST_GUARD else 0
-            last = found[-1] if found else None
-            if last and last.end == area.start and _alike(last, area):
-                found[-1] = Area(last.start, area.end, area.writable, area.shared, area.name)
-            else:
-                found.append(area)
+    for line in text.decode("utf-8", "surrogateescape").split("\n")[:-1]:
+        span, permissions, _, _, _, *name = line.split(maxsplit=5)
+        start, _, end = span.partition("-")
+        path = name[0] if name else ""
+        if path in _SPECIAL:
+            continue
+        area = Area(int(start, 16), int(end, 16), permissions[1] == "w", permissions[3] == "s", path)
+        if guarded == area.start and permissions == "rw-p" and not path and area.end - area.start >= LARGE:
+            stack_bytes = stack_bytes or _stack_bytes(pid)
+            if area.end - area.start == stack_bytes:
+                area = Area(area.start, area.end, True, False, THREAD_STACK)
+        guarded = area.end if permissions == "---p" and area.end - area.start <= _MOST_GUARD else 0
+        last = found[-1] if found else None
+        if last and last.end == area.start and _alike(last, area):
+            found[-1] = Area(last.start, area.end, area.writable, area.shared, area.name)
+        else:
+            found.append(area)
     return found
 
 

@@ -50,15 +50,6 @@ def digest_of(memory: Any) -> str:
     return found.hexdigest()
 
 
-def sync_directory(directory: str) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Arrival:
     """Memory that goes nowhere but into this process."""
 
@@ -101,6 +92,8 @@ class _Staged(Arrival):
 
     def start(self, memory: Any) -> None:
         """Give it its name; a file that has come to be there meanwhile is not replaced."""
+        from dirtylog.sinks._pageio import sync_directory
+
         assert self.path is not None
         # The only copy that has the right to run: whatever fails from here on, it stays.
         self.keep = True
@@ -151,6 +144,7 @@ class OutFile(_Staged):
     def arrived(self, memory: Any) -> None:
         """Make it durable, and its own name too."""
         from dirtylog.commands import _terminal
+        from dirtylog.sinks._pageio import sync_directory
 
         assert self.memory is not None
         if self.state is not None:

@@ -1,11 +1,16 @@
+import os
+
 import numpy as np
 import numpy.typing as npt
 
 from dirtylog._typing import Memory
 
-__all__ = ["data_extents", "read_extents", "rename_noreplace", "write_extents"]
+__all__ = ["UNSUPPORTED", "data_extents", "read_extents", "rename_noreplace", "sync_directory", "write_extents"]
+
+UNSUPPORTED: tuple[int, ...]
 
 def write_extents(fd: int, buffer: Memory, extents: npt.NDArray[np.int64], *, packed: bool, name: str) -> None: ...
 def read_extents(fd: int, buffer: Memory, extents: npt.NDArray[np.int64], *, packed: bool, name: str) -> None: ...
 def data_extents(fd: int, end: int, *, name: str) -> npt.NDArray[np.int64]: ...
 def rename_noreplace(source: str, target: str) -> None: ...
+def sync_directory(directory: str | os.PathLike[str]) -> None: ...

@@ -1,11 +1,12 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
-"""Moves extents of pages between memory and files without the GIL.
+"""Moves extents of pages between memory and files without the GIL, and gives files names that a power cut leaves them.
 
 An extent is a row ``(offset, length)`` in bytes. A *plain* buffer or file holds each extent at its own offset; a
 *packed* buffer holds them one after the other.
 """
 
+import errno as errors
 import os
 
 import numpy as np
@@ -17,7 +18,10 @@ from posix.types cimport off_t
 
 from dirtylog._bits.copying cimport HeldBuffer, check_packed, check_plain, extents_pointer, hold
 
-__all__ = ["data_extents", "read_extents", "rename_noreplace", "write_extents"]
+__all__ = ["UNSUPPORTED", "data_extents", "read_extents", "rename_noreplace", "sync_directory", "write_extents"]
+
+# What a file system answers to what it cannot do at all.
+UNSUPPORTED = (errors.EINVAL, errors.ENOSYS, errors.ENOTSUP, errors.EOPNOTSUPP, errors.ENOLCK)
 
 # Extents that are neighbours in the file go into one system call, as many as this.
 cdef enum:
@@ -194,6 +198,34 @@ def rename_noreplace(source, target) -> None:
             error = errno
     if error:
         raise OSError(error, os.strerror(error), target)
+
+
+def sync_directory(directory) -> None:
+    """Make what was renamed and removed in a directory survive a power cut.
+
+    Parameters
+    ----------
+    directory : str or path
+        Empty is the current one.
+
+    Raises
+    ------
+    OSError
+        There is no such directory, or the disk failed.
+
+    Notes
+    -----
+    Some file systems (some network and FUSE ones) cannot sync a directory; then all that is not written yet is synced.
+    """
+    descriptor = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        os.sync()
+    finally:
+        os.close(descriptor)
 
 
 cdef struct Found:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import pytest
 from dirtylog import DirtyPages
 from dirtylog._bits import copying
 from dirtylog._bits.flat import flat_bytes
+from dirtylog.commands import _arrivals
 from dirtylog.sinks import _pageio
 from dirtylog.sinks.extents import PackedExtents
+from dirtylog.sinks.migrate import sessions
+from dirtylog.sinks.snapshot.removal import Removal
 
 EXTENTS = np.array([(0, 10), (10, 6), (100, 1), (4096, 904)], np.int64)
 NBYTES = 5000
@@ -189,3 +193,56 @@ def test_any_contiguous_memory_becomes_bytes_and_nothing_else_does():
         flat_bytes(b"")
     with pytest.raises(TypeError, match="is int"):
         flat_bytes(3)
+
+
+class _Disk:
+    """A file system that answers to the sync of a directory as it is told, and counts."""
+
+    def __init__(self, monkeypatch, answer):
+        self.answer, self.calls = answer, []
+        self.fsync = os.fsync
+        monkeypatch.setattr(os, "fsync", self.sync_one)
+        monkeypatch.setattr(os, "sync", lambda: self.calls.append("all"))
+
+    def sync_one(self, descriptor):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            self.fsync(descriptor)
+            return
+        self.calls.append("directory")
+        if self.answer:
+            raise OSError(self.answer, os.strerror(self.answer))
+
+
+def _journal(directory):
+    sessions.Record("0" * 32, "source", directory).set("given")
+
+
+def _out_file(directory):
+    with _arrivals.OutFile(str(directory / "copy")) as out:
+        memory = out.reserve(4096)
+        out.arrived(memory)
+        out.start(memory)
+        memory.close()
+
+
+def _removal(directory):
+    (directory / "one").touch()
+    with Removal(str(directory), ["one"], patience=0, sync=True) as removal:
+        removal.remove(str(directory / "one"))
+
+
+@pytest.mark.parametrize("work", [_pageio.sync_directory, _journal, _out_file, _removal])
+@pytest.mark.parametrize("answer", _pageio.UNSUPPORTED)
+def test_where_a_directory_cannot_be_synced_all_is(monkeypatch, tmp_path, work, answer):
+    disk = _Disk(monkeypatch, answer)
+    work(tmp_path)
+    assert disk.calls
+    assert disk.calls == ["directory", "all"] * (len(disk.calls) // 2)
+
+
+@pytest.mark.parametrize("work", [_pageio.sync_directory, _journal, _out_file, _removal])
+def test_a_directory_that_fails_to_sync_is_an_error(monkeypatch, tmp_path, work):
+    disk = _Disk(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        work(tmp_path)
+    assert disk.calls == ["directory"]

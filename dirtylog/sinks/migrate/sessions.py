@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 from dirtylog.errors import DirtyLogError
+from dirtylog.sinks._pageio import sync_directory
 
 __all__ = ["Record", "Status", "check_unused", "new_session", "status"]
 
@@ -128,11 +129,7 @@ def _write(path: str, data: bytes) -> None:
         if os.path.exists(part):
             os.unlink(part)
         raise
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(os.path.dirname(path))
 
 
 def status(session: str, *, end: End | None = None, journal: str | os.PathLike[str] | None = None) -> Status:

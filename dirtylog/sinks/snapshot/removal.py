@@ -22,8 +22,9 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
+from dirtylog.sinks._pageio import sync_directory
 from dirtylog.sinks.snapshot.footer import SnapshotError
-from dirtylog.sinks.snapshot.staged import own_name, part_files, sync_directory, writer_died
+from dirtylog.sinks.snapshot.staged import own_name, part_files, writer_died
 
 __all__ = ["PATIENCE", "Removal", "announced", "clear", "stale"]
 

@@ -28,13 +28,11 @@ import weakref
 from types import TracebackType
 from typing import Self
 
-from dirtylog.sinks._pageio import rename_noreplace
+from dirtylog.sinks._pageio import UNSUPPORTED, rename_noreplace
 
-__all__ = ["UNSUPPORTED", "Staged", "own_name", "part_files", "sync_directory", "tidy", "writer_died"]
+__all__ = ["Staged", "own_name", "part_files", "tidy", "writer_died"]
 
 _PART = re.compile(r"\.dirtylog\.([0-9a-f]{12})\.(\d{1,10})\.(\d{1,20})\.[0-9a-f]{16}\.part")
-# What a file system answers to what it cannot do at all.
-UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LINK_REFUSED = (*UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EXDEV)
 
 # Which part files this process is writing. Weak, so that one whose writer was interrupted before it could tidy up is
@@ -110,19 +108,6 @@ def part_files(directory: str) -> tuple[dict[bool | None, list[str]], int]:
             if entry.name.startswith(".dirtylog.") and _PART.fullmatch(entry.name):
                 parts[writer_died(entry.name, entry.path in _writing)].append(entry.path)
     return parts, entries
-
-
-def sync_directory(directory: str) -> None:
-    """Make what was renamed and removed in a directory survive a power cut; where it cannot be synced, sync all."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        os.sync()
-    finally:
-        os.close(descriptor)
 
 
 _seen: dict[str, int] = {}

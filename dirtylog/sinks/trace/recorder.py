@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -20,19 +19,20 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog.log import Source
+from dirtylog.sinks._pageio import UNSUPPORTED, sync_directory
 from dirtylog.sinks.trace import layout
 from dirtylog.sinks.trace.layout import parquet_module
 
 __all__ = ["Recorder", "record"]
 
 
-def _sync(path: Path, flags: int) -> None:
-    """Put a file or a directory on the disk, where the file system can."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+def _sync(path: Path) -> None:
+    """Put a file on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync a directory
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(descriptor)
@@ -185,9 +185,9 @@ class Recorder:
             self._writer = None
             # Contents before the name, and the name before anybody is told: after a power cut there is the old trace
             # or the new one, never an empty file.
-            _sync(self._partial, os.O_RDONLY)
+            _sync(self._partial)
             self._partial.replace(self._path)
-            _sync(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            sync_directory(self._path.parent)
         except BaseException:
             self.abort()
             raise

@@ -50,17 +50,25 @@ class PackedExtents:
 
     def window(self, begin: int, end: int) -> npt.NDArray[np.int64]:
         """Return the extents of bytes `begin` to `end` of the packed stream, cut where the window cuts them."""
-        first = int(np.searchsorted(self.ends, begin, side="right"))
-        last = int(np.searchsorted(self.ends, end, side="left"))
+        first = int(self.ends.searchsorted(begin, side="right"))
+        last = int(self.ends.searchsorted(end, side="left"))
+        return self._cut(begin, end, first, last)
+
+    def _cut(self, begin: int, end: int, first: int, last: int) -> npt.NDArray[np.int64]:
         part = self.extents[first : last + 1].copy()
         if len(part):
             part[-1, 1] -= int(self.ends[first + len(part) - 1]) - min(end, self.total)
             skipped = begin - (int(self.ends[first]) - int(self.extents[first, 1]))
-            part[0] += (skipped, -skipped)
+            if skipped:
+                part[0] += (skipped, -skipped)
         return part
 
     def windows(self, size: int = WINDOW) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:
         """Go through the stream: ``(begin, end, extents)`` for each window of `size` bytes, the last one shorter."""
-        for begin in range(0, self.total, size):
+        begins = np.arange(0, self.total, size)
+        # Looked up together: one at a time, the look-ups would take longer than the digests.
+        firsts = self.ends.searchsorted(begins, side="right").tolist()
+        lasts = self.ends.searchsorted(begins + size, side="left").tolist()
+        for begin, first, last in zip(begins.tolist(), firsts, lasts, strict=True):
             end = min(begin + size, self.total)
-            yield begin, end, self.window(begin, end)
+            yield begin, end, self._cut(begin, end, first, last)

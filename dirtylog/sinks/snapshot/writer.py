@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._pageio import read_extents, write_extents
+from dirtylog.sinks._pageio import read_extents
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.ancestry import ancestors, own_change
@@ -30,6 +30,7 @@ from dirtylog.sinks.snapshot.chain import (
     directories_of,
     still_there,
 )
+from dirtylog.sinks.snapshot.copying import copy
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
 from dirtylog.sinks.snapshot.moment import check_moment, write_by_child
 from dirtylog.sinks.snapshot.removal import announced
@@ -37,6 +38,8 @@ from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.staged import Staged
 
 if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
     from dirtylog._typing import Memory
 
 __all__ = ["How", "Source", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
@@ -133,6 +136,20 @@ def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes],
     return digest, allocated
 
 
+def _digests(
+    descriptor: int, packed: PackedExtents, path: str, digest: Callable[[Buffer], bytes], how: How
+) -> list[bytes]:
+    """Return the digests of what a child has written: the memory has gone on, so the file is the moment."""
+    chunks = []
+    staging = memoryview(bytearray(min(WINDOW, packed.total)))
+    for begin, end, extents in packed.windows():
+        part = staging[: end - begin]
+        read_extents(descriptor, part, extents, packed=True, name=path)
+        chunks.append(digest(part))
+        how.told(end, packed.total)
+    return chunks
+
+
 def write(
     path: str,
     source: Source,
@@ -147,8 +164,6 @@ def write(
     state = footers.encode_state(how.state)
     packed = PackedExtents(pages, source.nbytes)
     digest = hasher(how.digest)
-    staging = memoryview(bytearray(min(WINDOW, packed.total)))
-    chunks = []
     identity = secrets.token_hex(16)
     # Before the pages are copied: the memory of a moment that is no later than that.
     moment = time.time_ns()
@@ -156,22 +171,12 @@ def write(
     with own_change(directory):
         staged = Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode)
     with staged:
-        by_child = how.moment == "fork"
-        if by_child:
+        if how.moment == "fork":
             assert isinstance(source, Space)
             write_by_child(source, staged.descriptor, packed.extents, path, lambda: how.told(0, packed.total))
-        for begin, end, extents in packed.windows():
-            part = staging[: end - begin]
-            if by_child:
-                # The memory has gone on: what the child has written is the moment.
-                read_extents(staged.descriptor, part, extents, packed=True, name=path)
-                chunks.append(digest(part))
-            else:
-                # Copied once, digested and written from the copy: the memory may change all the while.
-                source.gather(extents, part)
-                chunks.append(digest(part))
-                write_extents(staged.descriptor, part, extents, packed=True, name=path)
-            how.told(end, packed.total)
+            chunks = _digests(staged.descriptor, packed, path, digest, how)
+        else:
+            chunks = copy(source, packed, staged.descriptor, path, digest, lambda done: how.told(done, packed.total))
         footer = Footer(
             id=identity,
             kind="full" if parent is None else "diff",
@@ -258,7 +263,8 @@ def save(
     Notes
     -----
     O(memory). For memory that is written meanwhile, collect the epoch first and save afterwards (I3): what changes
-    during the copy is in the next epoch. Allocates 1 MiB and a bitmap. The GIL is released during the copies.
+    during the copy is in the next epoch. Allocates 3 MiB and a bitmap. The GIL is released during the copies.
+    From 8 MiB on, where there is a second processor, one thread copies and digests while another writes.
 
     The child of ``moment="fork"`` does nothing but write, in C: it needs no lock that another thread may have held,
     runs no handler of a fork, and sends no signal at its end. This call returns when all is written. Meanwhile the

@@ -167,6 +167,7 @@ class Observer(Observing):
             self._closed = True
             if self in self._log._observers:
                 self._log._observers.remove(self)
+                self._abandon()
             self._account = Account(DirtyBitmap(0, self._log.page_size))
 
 

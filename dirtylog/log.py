@@ -48,6 +48,10 @@ class Source(Protocol):
     def harvest(self) -> DirtyPages:
         """Get and clear what was written since the last harvest."""
 
+    # A source that keeps what it has handed out until it is delivered has two more, which a log looks for:
+    #   lease             of the newest harvest, any value but None
+    #   release_lease(lease)  every observer has committed the pages of that harvest; called without the log's lock
+
 
 class Attachment(Share):
     """Where a source lies in the page space of a log.
@@ -71,6 +75,7 @@ class Attachment(Share):
         self.name = name
         self.first_page = first_page
         self.npages = npages
+        self._ask_for_leases()
 
     def __repr__(self) -> str:
         """Name the source and its range."""
@@ -91,6 +96,10 @@ class DirtyLog(Gathering):
     `attach`, `detach` or `observer` waits until the harvests of another one are
     done, and never for the body of another observer's ``with`` block. A write that happened before a collect began
     is in that collect's epoch.
+
+    A source that keeps what it has handed out until it is delivered, such as the bitmaps of a QEMU disk, has an
+    attribute `lease` and a method `release_lease`: the log calls it when every observer has committed the pages of
+    that harvest. What an observer leaves uncommitted when it closes is never released.
 
     A collect costs the harvests, plus O(dirty words) for each observer. Each
     observer keeps one bit per page.
@@ -132,6 +141,7 @@ class DirtyLog(Gathering):
         self._observers = []
         self._geometry = (0, 0)
         self._unsaid = []
+        self._leases = []
         _logs.add(self)
 
     def __repr__(self) -> str:
@@ -252,6 +262,7 @@ class DirtyLog(Gathering):
                 raise ValueError(f"this {type(source).__name__} is not attached; attached are {self._sources}")
             try:
                 warning = attachment._harvest(self._observers)
+                attachment._note(self)
             except Exception as error:
                 attachment._report_everything(self._observers)
                 warning = (
@@ -301,6 +312,7 @@ class DirtyLog(Gathering):
                     "or choose another name"
                 )
             observer = Observer(self, name, DirtyBitmap(self.npages, self.page_size))
+            observer._begin_after(self)
             if everything:
                 for source in self._sources:
                     observer._account.add_range(source.first_page, source.npages, True)

@@ -334,7 +334,7 @@ PUBLIC = {
     "dirtylog.sources.memory": ["BACKENDS", "Arena", "Tracker", "arena", "empty", "track", "zeros"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
-    "dirtylog.sources.qemu": ["NbdClient", "PeerError", "Qmp", "QmpError"],
+    "dirtylog.sources.qemu": ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sinks.migrate": [
         "Control",

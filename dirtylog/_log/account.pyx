@@ -140,11 +140,29 @@ cdef class Gathering:
         Pages, and bytes per page (0: no source has said): one attribute, so that it changes in one step.
     _unsaid : list of str
         What there is to warn of.
+    _leases : list of (int, source, lease)
+        Harvests that some observer has not committed yet, of sources that ask to be told; numbered as they came.
     """
 
     cdef public object _lock
-    cdef public list _sources, _observers, _unsaid
+    cdef public list _sources, _observers, _unsaid, _leases
     cdef public tuple _geometry
+    cdef Py_ssize_t numbered
+
+    cdef list due(self):
+        """Take out the leases whose pages every observer has committed; under the lock."""
+        cdef list over = [], left = []
+        cdef Py_ssize_t floor = self.numbered
+        if not self._leases:
+            return over
+        for observer in self._observers:
+            floor = min(floor, (<Observing?>observer).delivered)
+        if self._leases[0][0] > floor:
+            return over
+        for entry in self._leases:
+            (over if entry[0] <= floor else left).append(entry)
+        self._leases = left
+        return over
 
 
 cdef class Observing:
@@ -163,6 +181,20 @@ cdef class Observing:
     cdef public Gathering _log
     cdef public Account _account
     cdef public bint _closed
+    # The newest lease whose pages it has committed: it was not there, and is owed nothing, at those before it came.
+    cdef Py_ssize_t delivered
+
+    def _begin_after(self, Gathering log not None):
+        """Owe nothing of what was harvested before; under the log's lock."""
+        self.delivered = log.numbered
+
+    def _abandon(self):
+        """Keep the leases of what was not delivered for whoever comes next; under the log's lock."""
+        cdef list left = []
+        for entry in self._log._leases:
+            if entry[0] <= self.delivered:
+                left.append(entry)
+        self._log._leases = left
 
     def _fitting(self):
         """Return the account, as large as the log; under the log's lock."""
@@ -182,6 +214,7 @@ cdef class Observing:
                 warning = (<Share?>share).collected(list(log._observers))
                 if warning is not None:
                     log._unsaid.append(warning)
+                (<Share>share).note(log)
             # What a signal handler has done meanwhile counts.
             self._check_open()
             number = self._account.committed + 1
@@ -189,6 +222,7 @@ cdef class Observing:
             if pages is None:
                 self._check_free()
                 raise DirtyLogError(f"observer {self.name!r} was used by a signal handler meanwhile; collect again")
+            epoch.leases = log.numbered
             epoch._number = number
             epoch._pages = pages
             if epoch._patience != INFINITY:
@@ -253,7 +287,24 @@ cdef class Share:
     cdef public object source, name
     cdef public uint64_t first_page, npages
     cdef int active
-    cdef bint doubt
+    cdef bint doubt, leased
+    # Of the harvest that every account has and the log has not noted yet.
+    cdef object lease
+
+    def _ask_for_leases(self):
+        """Look whether the source hears of commits."""
+        self.leased = callable(getattr(self.source, "release_lease", None))
+
+    cdef int note(self, Gathering log) except -1:
+        """Let the log remember the lease of the last harvest: later than the accounts have its pages."""
+        if self.lease is not None:
+            log.numbered += 1
+            log._leases.append((log.numbered, self.source, self.lease))
+            self.lease = None
+        return 0
+
+    def _note(self, Gathering log not None):
+        self.note(log)
 
     @property
     def _doubtful(self):
@@ -304,6 +355,8 @@ cdef class Share:
                 )
             for account in everybody:
                 (<Account>account).keep(pages, self.first_page)
+            if self.leased:
+                self.lease = self.source.lease
         except BaseException:
             self.doubt = True
             raise
@@ -358,6 +411,8 @@ cdef class Leaving:
     cdef public Py_ssize_t _number
     cdef readonly str owner
     cdef public double _patience, _deadline
+    # The newest lease whose pages it may hold.
+    cdef Py_ssize_t leases
 
     def __cinit__(self, Observing observer not None, str owner not None="", double patience=INFINITY):
         self._observer = observer
@@ -380,9 +435,21 @@ cdef class Leaving:
             except BaseException as error:
                 # A handler raised while another thread had the lock. The block has ended all the same.
                 interrupt = error
+        due = ()
         try:
+            if delivered and observer._account.holding() is self:
+                observer.delivered = self.leases
             observer._account.end(self, delivered)
+            if observer._log._leases and delivered:
+                due = observer._log.due()
         finally:
             lock.release()
+        # The epoch has ended, whatever a source says to that: a lease that is not released reports too much, later.
+        for _, source, lease in due:
+            try:
+                source.release_lease(lease)
+            except BaseException as error:
+                error.add_note("the epoch has been committed all the same")
+                interrupt = error
         if interrupt is not None:
             raise interrupt

@@ -4,8 +4,14 @@ To add a source: write a context manager that takes a number of pages and yields
 Every test of `test_conformance.py` then runs on it. A source of another package needs nothing here: `--source`.
 """
 
+import atexit
+import shutil
+import tempfile
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
+from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +21,9 @@ import dirtylog as dl
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sources import kvm
 from dirtylog.sources.kvm._guest import Guest
+from dirtylog.sources.qemu import QemuDisk
+
+from ..qemu import Daemon, Writer
 
 BASE_GFN = 1 << 16
 
@@ -106,6 +115,48 @@ def shared_log(npages):
         yield Opened(source=log, write=writer.mark_pages, overreports=False)
 
 
+@contextmanager
+def qemu_disk(npages):
+    """A disk in memory of one storage daemon for all tests: a node and an export for each."""
+    for name in ("qemu-storage-daemon", "qemu-io"):
+        if shutil.which(name) is None:
+            raise BackendUnavailable("a QEMU disk", f"{name} is not installed")
+    daemon = storage_daemon()
+    node = f"n{next(daemon.numbers)}"
+    daemon.qmp.execute("blockdev-add", {"driver": "null-co", "node-name": node, "size": npages * 4096})
+    export = {"type": "nbd", "id": node, "node-name": node, "name": node, "writable": True}
+    daemon.qmp.execute("block-export-add", export)
+    writer = Writer(daemon.nbd, node)
+    try:
+        with QemuDisk(daemon.qmp, node, 4096, persistent=False, nbd=daemon.nbd, name=f"{node}d") as disk:
+
+            def write(pages):
+                for page in pages:
+                    writer.write(page * 4096, 512, 1)
+
+            yield Opened(source=disk, write=write, overreports=False)
+    finally:
+        writer.close()
+        daemon.qmp.execute("block-export-del", {"id": node, "mode": "hard"})
+        daemon.qmp.wait("BLOCK_EXPORT_DELETED", lambda data: data["id"] == node)
+        daemon.qmp.execute("blockdev-del", {"node-name": node})
+
+
+@cache
+def storage_daemon():
+    """A storage daemon with a monitor, until the tests end."""
+    directory = Path(tempfile.mkdtemp(prefix="dirtylog-conformance-"))
+    daemon = Daemon(directory, disk=False)
+    daemon.start()
+    daemon.numbers = count()
+    connection = daemon.qmp()
+    atexit.register(shutil.rmtree, directory, True)
+    atexit.register(daemon.kill)
+    daemon.qmp = connection
+    atexit.register(connection.close)
+    return daemon
+
+
 # Two architectures more have no dirty log at all: see the tests of the model.
 ARCHITECTURES = ["x86", "arm", "arm64", "ia64", "mips", "powerpc-book3s-hv", "powerpc-book3s-pr", "s390"]
 
@@ -126,6 +177,7 @@ SOURCES = {
         for offset, short in ((1, 0), (16, 4095), (720, 720), (4095, 1))
     },
     "shared": shared_log,
+    "qemu-disk": qemu_disk,
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dirtylog._public import publish
 from dirtylog.sources._channel import PeerError
+from dirtylog.sources.qemu.disk import QemuDisk
 from dirtylog.sources.qemu.nbd import NbdClient
 from dirtylog.sources.qemu.qmp import Qmp, QmpError
 
-__all__ = ["NbdClient", "PeerError", "Qmp", "QmpError"]
+__all__ = ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"]
 
 publish(__name__, globals(), __all__)

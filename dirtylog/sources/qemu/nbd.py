@@ -261,6 +261,8 @@ class NbdClient(Resource):
 
     def _request(self, command: int, offset: int, length: int, flags: int = 0) -> None:
         self._check_open()
+        if self._inherited:
+            raise PeerError("the connection is that of the process this one was forked from; open another one")
         if self._broken:
             raise PeerError(f"the connection is of no more use: {self._broken}; connect again")
         # Until its reply is read to the end: an interrupt leaves the rest of it in the line.

@@ -113,6 +113,8 @@ class Qmp(Resource):
     def _alone(self) -> Iterator[None]:
         with self._lock:
             self._check_open()
+            if self._inherited:
+                raise DirtyLogError("the connection is that of the process this one was forked from; open another one")
             if self._busy:
                 raise DirtyLogError("the connection is in the middle of a command, which a signal handler interrupted")
             self._busy = True

@@ -1,109 +1,10 @@
-"""QEMU's own programs, started for a test: a storage daemon with a disk, and a client that writes to it."""
+"""A storage daemon with a disk, and a qemu-io that writes to it."""
 
-import shutil
-import socket
-import subprocess
 from types import SimpleNamespace
 
 import pytest
 
-from dirtylog.sources.qemu import NbdClient, Qmp
-
-SIZE = 16 << 20
-
-
-def program(name):
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def listening(path):
-    """A Unix socket that listens before its server runs: whoever connects waits for it, without asking again."""
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(path))
-    server.listen(16)
-    return server
-
-
-class Daemon:
-    """A qemu-storage-daemon over one qcow2 disk, named "disk"; it can be killed and started again."""
-
-    def __init__(self, directory, size=SIZE, nbd=True):
-        self.directory = directory
-        self.size = size
-        self.nbd_server = nbd
-        self.path = directory / "disk.qcow2"
-        self.monitor = directory / "monitor"
-        self.nbd = directory / "nbd"
-        self.process = None
-        create = [program("qemu-img"), "create", "-q", "-f", "qcow2", str(self.path), str(size)]
-        subprocess.run(create, check=True)
-
-    def start(self):
-        for path in (self.monitor, self.nbd):
-            path.unlink(missing_ok=True)
-        with listening(self.monitor) as monitor, listening(self.nbd) as nbd:
-            command = [
-                program("qemu-storage-daemon"),
-                "--blockdev", f"driver=file,node-name=file,filename={self.path},cache.no-flush=on",
-                "--blockdev", "driver=qcow2,node-name=disk,file=file",
-                "--chardev", f"socket,id=monitor,fd={monitor.fileno()},server=on,wait=off",
-                "--monitor", "chardev=monitor",
-            ]  # fmt: skip
-            if self.nbd_server:
-                command += ["--nbd-server", f"addr.type=fd,addr.str={nbd.fileno()}"]
-            self.process = subprocess.Popen(command, pass_fds=(monitor.fileno(), nbd.fileno()))
-
-    def qmp(self):
-        return Qmp(self.monitor, timeout=60)
-
-    def kill(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def quit(self):
-        """End it as it should end: bitmaps that are persistent are stored in the image."""
-        self.process.terminate()
-        self.process.wait()
-        self.process = None
-
-
-class Writer:
-    """A qemu-io that writes to an export, one command after the other."""
-
-    def __init__(self, nbd, export):
-        command = [program("qemu-io"), "-f", "raw", f"nbd+unix:///{export}?socket={nbd}"]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        self._until_prompt()
-
-    def _until_prompt(self):
-        said = b""
-        while not said.endswith(b"qemu-io> "):
-            piece = self.process.stdout.read1(4096)
-            assert piece, said
-            said += piece
-        return said
-
-    def __call__(self, command):
-        self.process.stdin.write(command.encode() + b"\n")
-        self.process.stdin.flush()
-        said = self._until_prompt()
-        assert b"failed" not in said, said
-        return said
-
-    def write(self, offset, length, value):
-        self(f"write -q -P {value} {offset} {length}")
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+from ...qemu import Daemon, Writer
 
 
 @pytest.fixture
@@ -122,8 +23,3 @@ def exported(daemon):
         writer = Writer(daemon.nbd, "w")
         yield SimpleNamespace(daemon=daemon, qmp=qmp, writer=writer, write=writer.write, nbd=daemon.nbd)
         writer.close()
-
-
-def content(nbd, export="w"):
-    with NbdClient(nbd, export) as client:
-        return bytes(client.read(0, client.size))

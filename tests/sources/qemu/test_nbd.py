@@ -16,7 +16,7 @@ import pytest
 from dirtylog.sources.qemu import NbdClient, PeerError
 from dirtylog.sources.qemu import nbd as module
 
-from .conftest import content, listening, program
+from ...qemu import content, listening, program
 
 CONTEXT = "base:allocation"
 

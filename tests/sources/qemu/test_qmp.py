@@ -8,7 +8,7 @@ import pytest
 
 from dirtylog.sources.qemu import PeerError, Qmp, QmpError
 
-from .conftest import listening
+from ...qemu import listening
 
 HELLO = b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}}, "capabilities": ["oob"]}}\r\n'
 READY = HELLO + b'{"return": {}, "id": 1}\r\n'

@@ -18,7 +18,20 @@ import dirtylog
 
 __all__ = ["COMMANDS", "EXIT_CODES", "FAILED", "UNAVAILABLE", "main"]
 
-COMMANDS = ("demo", "info", "profile", "record", "rate", "report", "top", "snapshot", "checkpoint", "migrate", "bench")
+COMMANDS = (
+    "demo",
+    "info",
+    "profile",
+    "record",
+    "rate",
+    "report",
+    "top",
+    "snapshot",
+    "checkpoint",
+    "backup",
+    "migrate",
+    "bench",
+)
 
 FAILED = 1
 UNAVAILABLE = 3

@@ -390,6 +390,7 @@ PUBLIC = {
         "repository",
         "restore",
     ],
+    "dirtylog.sinks.snapshot.disks": ["Backup", "back_up", "restore_disk"],
     "dirtylog.sinks.trace": ["Recorder", "Trace", "TraceEpoch", "TraceError", "record", "replay", "what_if"],
 }
 

@@ -159,6 +159,11 @@ class QemuDisk(Resource):
         """Name of the bitmap that records now."""
         return f"{self.name}-{self._number}"
 
+    @property
+    def lost(self) -> str:
+        """Why the next harvest reports every page; empty where it does not."""
+        return self._lost
+
     # What is there --------------------------------------------------------------------------------------------------
 
     def _look(self) -> tuple[int, list[dict[str, Any]]]:
@@ -366,17 +371,16 @@ class QemuDisk(Resource):
         self._qmp.execute("transaction", {"actions": told})
 
     def _join(self) -> None:
-        """Keep what was handed out in one frozen bitmap, the newest, however many leases there are."""
+        """Keep what was handed out in one frozen bitmap, the oldest: whoever noted its name finds all that is since."""
         if not self._unread:
             return
         self.lease += 1
-        *older, newest = self._unread
-        older = [*self._owed, *older]
-        if older:
-            actions: _Actions = [("block-dirty-bitmap-merge", {"target": newest, "bitmaps": older})]
-            actions += [("block-dirty-bitmap-remove", {"name": name}) for name in older]
+        oldest, *newer = [*self._owed, *self._unread]
+        if newer:
+            actions: _Actions = [("block-dirty-bitmap-merge", {"target": oldest, "bitmaps": newer})]
+            actions += [("block-dirty-bitmap-remove", {"name": name}) for name in newer]
             self._transaction(actions)
-        self._owed = {newest: {self.lease}.union(*self._owed.values())}
+        self._owed = {oldest: {self.lease}.union(*self._owed.values())}
         self._unread = []
 
     def release_lease(self, lease: int) -> None:

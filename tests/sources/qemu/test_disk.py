@@ -62,8 +62,8 @@ def test_a_bitmap_is_kept_until_its_epoch_commits_and_no_longer(exported, disk):
         assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-1"]  # the other one has not had it
         with other.collect() as epoch:
             assert numbers(epoch.pages) == [0]
-            assert bitmaps(exported.qmp) == ["dirtylog-1", "dirtylog-2"]  # joined
-        assert bitmaps(exported.qmp) == ["dirtylog-1", "dirtylog-2"]
+            assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-2"]  # joined
+        assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-2"]
         with backup.collect():
             pass
         with other.collect():

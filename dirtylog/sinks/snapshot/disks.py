@@ -1,0 +1,306 @@
+"""Backs up the disk of a running QEMU into a chain of snapshots: full once, then what its dirty bitmap names.
+
+The chain is the record of what was delivered. Each snapshot notes in its state the bitmap that records since its
+moment; the next backup begins at that bitmap, whatever became of the process that made the last one, or of QEMU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog._bits.pages import DirtyPages
+from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.log import DirtyLog
+from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath
+from dirtylog.sinks.snapshot.footer import Row, SnapshotError
+from dirtylog.sinks.snapshot.images import restore_image
+from dirtylog.sinks.snapshot.reader import info
+from dirtylog.sinks.snapshot.upkeep import catalog
+from dirtylog.sinks.snapshot.writer import How, parent_link, write
+from dirtylog.sources._channel import Address
+from dirtylog.sources.qemu import QemuDisk, Qmp
+
+__all__ = ["Backup", "back_up", "newest", "restore_disk"]
+
+GRANULARITY = 65536
+_SUFFIX = ".backup"
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """What :func:`back_up` did.
+
+    Parameters
+    ----------
+    info : Info
+        The snapshot that was written.
+    why_full : str
+        Why all of the disk was copied; empty for an incremental backup.
+    """
+
+    info: Info
+    why_full: str
+
+
+class _Space:
+    """The disk as the page space of a snapshot."""
+
+    named = False
+
+    def __init__(self, disk: QemuDisk) -> None:
+        self._disk = disk
+        self.page_size: int = disk.page_size
+        self.nbytes: int = disk.size
+        self.npages: int = disk.npages
+
+    def rows(self) -> tuple[Row, ...]:
+        """Return what the footer says: bytes."""
+        return (("", "|u1", (self.nbytes,), "C", 0, self.nbytes),)
+
+    def gather(self, extents: npt.NDArray[np.int64], packed: memoryview) -> None:
+        """Read extents one after the other into `packed`."""
+        at = 0
+        for offset, length in extents.tolist():
+            self._disk.read_bytes(offset, packed[at : at + length])
+            at += length
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """What a backup notes of the disk."""
+
+    path: str
+    info: Info
+    node: str
+    name: str
+    bitmap: str
+
+
+def _noted(path: str) -> _Noted | None:
+    about = info(path)
+    note = about.state.get("qemu") if isinstance(about.state, dict) else None
+    if not isinstance(note, dict):
+        return None
+    parts = [note.get(key) for key in ("node", "name", "bitmap")]
+    if not all(isinstance(part, str) for part in parts):
+        return None
+    return _Noted(path, about, *map(str, parts))
+
+
+def newest(directory: StrPath) -> _Noted | None:
+    """Return the newest backup of a directory that can be restored; None where there is none."""
+    for entry in reversed(catalog(directory)):
+        if entry.problem is None and (found := _noted(entry.path)) is not None:
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def _alone_in(directory: str) -> Iterator[None]:
+    """Keep other backups out of the directory, until the block ends or this process does."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DirtyLogError(f"another backup into {directory} is under way; wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _next_path(directory: str) -> str:
+    numbers = [
+        int(entry.name.removesuffix(_SUFFIX))
+        for entry in os.scandir(directory)
+        if entry.name.endswith(_SUFFIX) and entry.name.removesuffix(_SUFFIX).isdecimal()
+    ]
+    return os.path.join(directory, f"{max(numbers, default=0) + 1:08d}{_SUFFIX}")
+
+
+def back_up(
+    directory: StrPath,
+    qmp: Qmp,
+    node: str,
+    *,
+    full: bool = False,
+    granularity: SupportsIndex | None = None,
+    moment: bool = True,
+    nbd: Address | None = None,
+    sync: bool = True,
+    progress: Progress | None = None,
+) -> Backup:
+    """Copy what was written to a disk since the last backup, while the guest runs.
+
+    Parameters
+    ----------
+    directory : str or path
+        Where the backups are, and nothing else of dirtylog's. It is made if it does not exist.
+    qmp : Qmp
+        A monitor of the QEMU, or qemu-storage-daemon, that has the disk.
+    node : str
+        The disk's node name.
+    full : bool, default False
+        Copy all of it, and begin a new chain. This is so where there is no chain, where QEMU has lost the bitmap, and
+        where the disk has another size.
+    granularity : int, optional
+        Bytes of a page: 65536, or that of the chain. Another one begins a new chain.
+    moment : bool, default True
+        Copy what the disk held at one moment, as after a power cut. QEMU must be able to write a scratch file in
+        `directory`, which takes as much as the guest overwrites meanwhile. Without it each page is copied as it is
+        when it is reached, and the backup is of no one moment unless the guest is paused.
+    nbd : path-like or (str, int), optional
+        Where QEMU's NBD server listens, if one runs already.
+    sync : bool, default True
+        Survive a power cut (fsync).
+    progress : callable, optional
+        Called with the bytes written and the bytes to write.
+
+    Returns
+    -------
+    Backup
+
+    Raises
+    ------
+    DirtyLogError
+        Another backup into the directory is under way; or QEMU refused, or has gone.
+    SnapshotError, OSError, ValueError
+        As for :func:`~dirtylog.sinks.snapshot.save_diff`.
+
+    Notes
+    -----
+    Nothing is lost by a failure at any point, of this process or of QEMU: the bitmap that the newest backup names is
+    kept until a newer backup is on disk. O(what was written) where QEMU has the bitmap.
+    """
+    where = os.path.abspath(os.fspath(directory))
+    os.makedirs(where, mode=0o700, exist_ok=True)
+    with _alone_in(where):
+        last = newest(where)
+        why, page_size = "", GRANULARITY if granularity is None else int(granularity.__index__())
+        if last is None:
+            why = "there is no backup yet"
+        elif full:
+            why = "it was asked for"
+        elif last.node != node:
+            why = f"the newest backup is of the node {last.node!r}"
+        elif granularity is not None and page_size != last.info.page_size:
+            why = f"the chain has pages of {last.info.page_size} bytes"
+        if last is None or why:
+            name, since = f"dirtylog-{secrets.token_hex(4)}", None
+        else:
+            name, since, page_size = last.name, last.bitmap, last.info.page_size
+        scratch = os.path.join(where, f".{name}.scratch")
+        with QemuDisk(
+            qmp, node, page_size, name=name, since=since, nbd=nbd, scratch=scratch if moment else None
+        ) as disk:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(scratch)  # of a backup that was killed
+            if not why and last is not None and disk.size != last.info.nbytes:
+                why = f"the disk had {last.info.nbytes} bytes, and has {disk.size}"
+            why = why or disk.lost
+            done = _copy(_next_path(where), disk, last, why, sync, progress)
+        if why and last is not None and last.name != name:
+            _forget(qmp, last)
+        return done
+
+
+def _copy(path: str, disk: QemuDisk, last: _Noted | None, why: str, sync: bool, progress: Progress | None) -> Backup:
+    """Write one backup; its epoch commits when it is on disk."""
+    log = DirtyLog()
+    log.attach(disk)
+    space = _Space(disk)
+    with log.observer("backup") as observer, warnings.catch_warnings():
+        # A bitmap that is lost is the reason of a full backup, and said in its answer.
+        warnings.simplefilter("ignore", IncompleteLogWarning)
+        with observer.collect() as epoch:
+            note = {"qemu": {"node": disk.node, "name": disk.name, "bitmap": disk.bitmap}}
+            how = How(None, "xxh3_128", sync, False, None, note, progress)
+            if why or last is None:
+                # Collected first all the same: the copy begins where the new bitmap does (I3).
+                return Backup(write(path, space, disk.holds(), None, how), why)
+            pages: DirtyPages = epoch.pages
+            link, vouch = parent_link(path, last.path, space, how, ())
+            return Backup(write(path, space, pages, link, how, vouch), "")
+
+
+def _forget(qmp: Qmp, last: _Noted) -> None:
+    """Remove the bitmaps of a chain that nobody goes on with; one that is gone, or on another disk, is no matter."""
+    for node in qmp.execute("query-named-block-nodes", {"flat": True}):
+        if node.get("node-name") == last.node:
+            for bitmap in node.get("dirty-bitmaps", []):
+                if str(bitmap.get("name", "")).startswith(f"{last.name}-"):
+                    with contextlib.suppress(DirtyLogError):
+                        qmp.execute("block-dirty-bitmap-remove", {"node": last.node, "name": bitmap["name"]})
+
+
+def restore_disk(backup: StrPath, image: StrPath, *, format: str = "raw", progress: Progress | None = None) -> Info:
+    """Write the disk of a backup to an image.
+
+    Parameters
+    ----------
+    backup : str or path
+        A backup, or a directory of them: its newest.
+    image : str or path
+        File to write; it must not exist, and appears whole or not at all.
+    format : str, default "raw"
+        Or "qcow2", "vmdk", "vhdx", ...: what ``qemu-img convert -O`` makes.
+    progress : callable, optional
+        Called with the bytes written and the bytes to write.
+
+    Returns
+    -------
+    Info
+        Of the backup.
+
+    Raises
+    ------
+    FileExistsError
+        There is a file of the image's name.
+    BackendUnavailable
+        Another format than raw needs qemu-img.
+    SnapshotError, OSError
+        There is no backup, it is damaged, or the image cannot be written.
+    """
+    path = os.fspath(backup)
+    if os.path.isdir(path):
+        last = newest(path)
+        if last is None:
+            raise SnapshotError(f"{path}: there is no backup in it that can be restored")
+        path = last.path
+    if format == "raw":
+        return restore_image(path, image, progress=progress)
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise BackendUnavailable(f"an image of format {format}", "qemu-img is not on PATH", "restore a raw image")
+    target = os.path.abspath(os.fspath(image))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "an image is not overwritten; remove it, or give another name", target)
+    stem = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}")
+    raw, made = f"{stem}.raw", f"{stem}.image"
+    try:
+        about = restore_image(path, raw, progress=progress)
+        command = [program, "convert", "-f", "raw", "-O", format, raw, made]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            raise DirtyLogError(f"qemu-img could not make the image: {done.stderr.strip()[:1000]}")
+        with open(made, "rb") as file:
+            os.fsync(file.fileno())
+        os.link(made, target)  # which, unlike a rename, overwrites nothing
+        return about
+    finally:
+        for left in (raw, made):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(left)

@@ -1,0 +1,207 @@
+"""Backups of a disk that a real qemu-storage-daemon has: the disk equals the backup, whoever was killed in between."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from dirtylog import cli
+from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import disks
+from dirtylog.sinks.snapshot.disks import back_up, newest, restore_disk
+from dirtylog.sources.qemu import QemuDisk
+
+from ..qemu import Daemon, Writer, content, program
+
+pytest.importorskip("xxhash", reason="xxhash is not installed")
+SIZE = 4 << 20
+EXPORT = {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
+
+
+class Machine:
+    """A daemon whose disk is written at random through qemu-io, and can be killed."""
+
+    def __init__(self, directory, seed, size=SIZE):
+        self.daemon = Daemon(directory, size)
+        self.chance = np.random.default_rng(seed)
+        self.size = size
+        self.start()
+
+    def start(self):
+        self.daemon.start()
+        self.qmp = self.daemon.qmp()
+        self.qmp.execute("block-export-add", EXPORT)
+        self.writer = Writer(self.daemon.nbd, "w")
+
+    def write(self, times):
+        for _ in range(times):
+            length = int(self.chance.integers(1, 60_000))
+            at = int(self.chance.integers(0, self.size - length))
+            if self.chance.random() < 0.1:
+                self.writer(f"write -q -z {at} {length}")
+            else:
+                self.writer.write(at, length, int(self.chance.integers(256)))
+
+    def end(self, kill):
+        self.writer.close()
+        self.qmp.close()
+        (self.daemon.kill if kill else self.daemon.quit)()
+
+    def restart(self, kill):
+        self.end(kill)
+        self.start()
+
+    def content(self):
+        return content(self.daemon.nbd)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    made = Machine(tmp_path, 1)
+    yield made
+    made.end(kill=True)
+
+
+def save(machine, directory, **how):
+    return back_up(directory, machine.qmp, "disk", nbd=machine.daemon.nbd, sync=False, **how)
+
+
+def restored(path):
+    return np.asarray(snapshot.restore(path)).tobytes()
+
+
+def soak(machine, directory, rounds, granularity, kills, **how):
+    """Back up again and again, with the daemon killed in some rounds and ended in one; check each backup."""
+    fulls = 0
+    for number in range(rounds):
+        if number in kills:
+            machine.restart(kill=True)
+        elif number == rounds // 2:
+            machine.restart(kill=False)
+        machine.write(6)
+        done = save(machine, directory, granularity=granularity, **how)
+        assert bool(done.why_full) == (number == 0 or number in kills), (number, done.why_full)
+        fulls += done.info.kind == "full"
+        assert restored(done.info.path) == machine.content()
+    assert fulls == 1 + len(kills)
+
+
+@pytest.mark.parametrize("granularity", [4096, 65536, 1 << 20])
+def test_the_disk_equals_each_backup_whoever_was_killed(machine, tmp_path, granularity):
+    soak(machine, tmp_path / "backups", 5, granularity, kills={1, 4})
+
+
+def test_a_backup_is_of_one_moment_however_much_is_written_meanwhile(machine, tmp_path):
+    machine.write(20)
+    save(machine, tmp_path / "b")
+    machine.write(20)
+    before = machine.content()
+    told = []
+
+    def meanwhile(done, total):
+        told.append(done)
+        machine.writer.write(0, SIZE, len(told) % 256)
+
+    done = save(machine, tmp_path / "b", progress=meanwhile)
+    assert told
+    assert restored(done.info.path) == before
+    assert [name for name in os.listdir(tmp_path / "b") if name.startswith(".")] == []
+    assert restored(save(machine, tmp_path / "b").info.path) == machine.content()
+
+
+def test_a_backup_that_fails_loses_nothing_wherever_it_fails(machine, tmp_path, monkeypatch):
+    machine.write(5)
+    save(machine, tmp_path / "b")
+    for step, module in (("write", disks), ("parent_link", disks)):
+        machine.write(3)
+        with monkeypatch.context() as patched:
+            patched.setattr(module, step, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save(machine, tmp_path / "b")
+    # On disk, and its bitmap not removed: as if the process had died just then.
+    with monkeypatch.context() as patched:
+        patched.setattr(QemuDisk, "release_lease", lambda *_: None)
+        machine.write(3)
+        done = save(machine, tmp_path / "b")
+    assert not done.why_full
+    assert restored(done.info.path) == machine.content()
+    machine.write(3)
+    done = save(machine, tmp_path / "b")
+    assert not done.why_full
+    assert done.info.exact
+    assert restored(done.info.path) == machine.content()
+
+
+def test_why_a_backup_is_full_is_said_and_what_nobody_goes_on_with_is_removed(machine, tmp_path):
+    assert save(machine, tmp_path / "b").why_full == "there is no backup yet"
+    assert save(machine, tmp_path / "b").why_full == ""
+    assert save(machine, tmp_path / "b", full=True).why_full == "it was asked for"
+    assert "pages of 65536" in save(machine, tmp_path / "b", granularity=4096).why_full
+    name = newest(tmp_path / "b").bitmap
+    machine.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
+    assert "not there any more" in save(machine, tmp_path / "b").why_full
+    (node,) = [each for each in machine.qmp.execute("query-named-block-nodes") if each["node-name"] == "disk"]
+    assert [each["name"] for each in node["dirty-bitmaps"]] == [newest(tmp_path / "b").bitmap]
+    with disks._alone_in(str(tmp_path / "b")), pytest.raises(DirtyLogError, match="another backup"):
+        save(machine, tmp_path / "b")
+
+
+def test_restored_to_raw_and_qcow2_by_the_command(machine, tmp_path, capsys):
+    def command(*words):
+        code = cli.main(["backup", *map(str, words)])
+        return code, capsys.readouterr()
+
+    where = tmp_path / "b"
+    monitor = ["--qmp", machine.daemon.monitor, "--node", "disk", "--nbd", machine.daemon.nbd, "--no-sync"]
+    machine.qmp.close()  # a monitor serves one client
+    for expected in ("full: there is no backup yet", "what was written since 00000001.backup"):
+        machine.write(5)
+        code, said = command("save", where, *monitor)
+        assert code == 0, said.err
+        assert expected in said.out
+    wanted = machine.content()
+    code, said = command("verify", where, "--json")
+    assert code == 0
+    assert [each["kind"] for each in json.loads(said.out)["backups"]] == ["full", "diff"]
+    assert command("restore", where, tmp_path / "raw")[0] == 0
+    assert (tmp_path / "raw").read_bytes() == wanted
+    assert command("restore", where, tmp_path / "q", "--format", "qcow2")[0] == 0
+    compared = [program("qemu-img"), "compare", "-f", "raw", "-F", "qcow2", tmp_path / "raw", tmp_path / "q"]
+    subprocess.run(compared, check=True, capture_output=True)
+    assert command("restore", where, tmp_path / "first", "--backup", "00000001.backup")[0] == 0
+    code, said = command("restore", where, tmp_path / "q", "--format", "qcow2")
+    assert code == 1
+    assert "is not overwritten" in said.err
+    code, said = command("restore", where, tmp_path / "n", "--format", "nonsense")
+    assert code == 1
+    assert "qemu-img could not make the image" in said.err
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+    code, said = command("prune", where, "--keep-last", "1", "--json")
+    assert code == 0
+    assert len(json.loads(said.out)["removed"]) == 1
+    code, said = command("list", where)
+    assert (code, "restorable" in said.out) == (0, True)
+    assert restored(newest(where).path) == wanted
+    machine.write(5)
+    code, said = command("save", where, *monitor, "--json")
+    assert json.loads(said.out)["why_full"] == ""
+    assert restored(newest(where).path) == machine.content()
+    path = newest(where).path
+    with open(path, "r+b") as file:
+        file.seek(0)
+        file.write(os.urandom(SIZE))
+    assert command("verify", where)[0] == 1
+    machine.qmp = machine.daemon.qmp()
+
+
+def test_what_cannot_be_restored_is_said(tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(snapshot.SnapshotError, match="no backup in it"):
+        restore_disk(tmp_path / "none", tmp_path / "image")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(BackendUnavailable, match="qemu-img is not on PATH"):
+        restore_disk(tmp_path / "x", tmp_path / "image", format="qcow2")

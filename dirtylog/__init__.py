@@ -3,6 +3,7 @@
 From the roof to the ground; imports run downwards only::
 
     commands/      the command line
+    fleet/         one epoch of many workers, committed once to a store
     sinks/         what dirty pages are for: snapshot, checkpoint, migrate, trace, profile, rate
     log  epochs    the neck: merges sources, serves observers in epochs that commit or roll back
     sources/       where pages get dirty: memory of this process or another, KVM, a shared log

@@ -13,7 +13,8 @@ PACKAGE = Path(dl.__file__).parent
 # From the roof to the ground: a module imports from its own floor's room and from the floors below, never from above.
 # `log` knows neither sources nor vm; these two do not know each other.
 MAY_IMPORT = {
-    "commands": {"sinks", "log", "sources", "vm", "core", "bits", "ground", "reference", "top"},
+    "commands": {"fleet", "sinks", "log", "sources", "vm", "core", "bits", "ground", "reference", "top"},
+    "fleet": {"sinks", "log", "sources", "core", "bits", "ground"},
     "sinks": {"log", "sources", "core", "bits", "ground"},
     "log": {"core", "bits", "ground"},
     "sources": {"core", "bits", "ground"},
@@ -30,6 +31,7 @@ FLOORS = {
     "cli": "commands",
     "__main__": "commands",
     "commands": "commands",
+    "fleet": "fleet",
     "sinks": "sinks",
     "log": "log",
     "epochs": "log",
@@ -332,6 +334,17 @@ PUBLIC = {
         "probe",
     ],
     "dirtylog.sources.memory": ["BACKENDS", "Arena", "Tracker", "arena", "empty", "track", "zeros"],
+    "dirtylog.fleet": [
+        "Committed",
+        "Coordinator",
+        "Participant",
+        "Prepared",
+        "Reborn",
+        "ShardedArray",
+        "Standing",
+        "Threads",
+    ],
+    "dirtylog.fleet.dask": ["Dask"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.qemu": ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],

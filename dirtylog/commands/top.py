@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,18 +87,19 @@ class Look:
 class Watcher:
     """Harvests a process, and remembers as much as the longest working set needs."""
 
-    def __init__(self, process: Process, bars: str, names: Names) -> None:
+    def __init__(self, process: Process, bars: str, names: Names, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._process = process
         self._names = names
         self._bars = bars
         self._history: deque[tuple[float, DirtyPages]] = deque()
-        self._last = time.monotonic()
+        self._last = clock()
         process.harvest()
 
     def look(self) -> Look:
         """Harvest, and say what it means."""
         pages = self._process.harvest()
-        now = time.monotonic()
+        now = self._clock()
         seconds, self._last = now - self._last, now
         self._history.append((now, pages))
         while self._history and self._history[0][0] < now - max(WINDOWS):

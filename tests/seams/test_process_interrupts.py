@@ -11,7 +11,12 @@ from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from ..sources.test_process import Puppet, attach, pages_at
 from ..sources.test_process_launch import Told
 
-pytestmark = pytest.mark.thread_unsafe(reason="traces belong to the process")
+pytestmark = [
+    pytest.mark.thread_unsafe(reason="traces belong to the process"),
+    pytest.mark.usefixtures("plain_programs"),
+]
+# All that a harvest goes through.
+FILES = ("process/process.py", "process/stretches.py", "process/numbering.py", "process/members.py")
 
 
 def test_a_harvest_interrupted_anywhere_has_its_pages_in_the_next(interrupt_class):
@@ -24,7 +29,7 @@ def test_a_harvest_interrupted_anywhere_has_its_pages_in_the_next(interrupt_clas
             puppet.do(f"(poke({old}, {n % 64}), held.update(new=new(4)), poke(held['new'], 2))")
             new = puppet.do("held['new']")
             answers = []
-            interrupt = interrupt_class(n, "process/process.py")
+            interrupt = interrupt_class(n, *FILES)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", IncompleteLogWarning)
                 with contextlib.suppress(KeyboardInterrupt), interrupt.active():

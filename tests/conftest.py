@@ -127,6 +127,20 @@ def sanitized():
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
+@pytest.fixture
+def plain_programs(sanitized, monkeypatch):
+    """Start programs without the sanitizer of this process: its terabytes of shadow would be watched too."""
+    if sanitized:
+        monkeypatch.setenv("LD_PRELOAD", "")
+
+
+@pytest.fixture
+def importable(sanitized):
+    """Skip where such a program imports dirtylog: what is built for the sanitizer cannot be loaded without it."""
+    if sanitized:
+        pytest.skip("what imports dirtylog is under the sanitizer, and has its shadow of terabytes to be watched")
+
+
 @pytest.fixture(scope="session")
 def unprofiled(sanitized):
     """Skip where a profile of the whole process is out of the question."""

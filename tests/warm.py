@@ -29,6 +29,8 @@ MODULES = (
     "dirtylog.commands.profile dirtylog.commands.record"
 )
 LARGEST_REQUEST = 1 << 17
+# As it is at first: a test may start programs without the sanitizer that watches its own process.
+PRELOAD = os.environ.get("LD_PRELOAD", "")
 
 
 class Child:
@@ -118,7 +120,7 @@ def _begin():
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             # A pool of threads would make each fork one of a process with threads.
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, "LD_PRELOAD": PRELOAD, "OPENBLAS_NUM_THREADS": "1"},
         ).returncode = 0  # it ends with this process, which does not wait for it
     atexit.register(ours.close)
     return ours

@@ -42,10 +42,16 @@ os.environ["ASAN_OPTIONS"] += ":detect_leaks=0"
 import pytest
 sys.exit(pytest.main())
 """
+# Said, and no error.
+NO_ERROR = (
+    r"WARNING: ASan is ignoring requested __asan_handle_no_return|False positive error reports may follow"
+    r"|For details see https://github.com/google/sanitizers/issues/189"
+)
 # Programs that Python only starts, in which there is no extension module of ours, and what is about the checkout, the
 # documentation and the command line: Python, which calls what other tests call with far more arguments. So do the
 # orders in which a writer of snapshots may die, and what is drawn.
-# The last eight attach to processes: the tracer shares our memory on a stack of its own, which ASan does not know.
+# Of the tests that attach to processes, those are left out whose programs import dirtylog: what is built for the
+# sanitizer cannot be loaded without it, and with it a program has terabytes of shadow, all of which would be watched.
 # And ASan keeps freed memory for a while, so that a judge of leaks cannot tell what grows from what waits.
 NOT_HERE = (
     "tests/docs",
@@ -68,12 +74,8 @@ NOT_HERE = (
     "tests/sinks/test_snapshot_neighbours.py",
     "tests/sinks/test_snapshot_power.py",
     "tests/sinks/test_snapshot_upkeep.py",
-    "tests/sources/test_process.py",
-    "tests/sources/test_process_launch.py",
     "tests/sources/test_process_names.py",
-    "tests/sources/test_process_servers.py",
     "tests/sinks/test_snapshot_process.py",
-    "tests/seams/test_process_interrupts.py",
     "tests/commands/test_refused.py",
     "tests/commands/test_top.py",
 )
@@ -84,6 +86,10 @@ def reports(directory: Path) -> list[str]:
     found = []
     for path in sorted(directory.iterdir()):
         text = path.read_text(errors="replace")
+        # Who traces for an attachment runs on a stack of its own, and ends there: not an error.
+        text = "\n".join(line for line in text.splitlines() if not re.search(NO_ERROR, line))
+        if not text.strip():
+            continue
         if "ERROR: LeakSanitizer" not in text:
             found.append(text)
             continue

@@ -14,6 +14,7 @@ from dirtylog.sinks.profile import Sampler
 from dirtylog.sources.process.interpreter import Interpreter
 from dirtylog.sources.process.launch import MOMENT, Looks, launch
 
+pytestmark = pytest.mark.usefixtures("plain_programs")
 # Says where it is, and stops there: in its own code, in what was registered for its end, and in a finalizer that the
 # interpreter calls while it takes the modules apart. Each writes some pages of memory that is there from the beginning.
 PROGRAM = """
@@ -69,7 +70,7 @@ class Stepped:
 
 
 @pytest.fixture
-def stepped(tmp_path, unprofiled):
+def stepped(tmp_path):
     with Stepped(tmp_path) as one:
         yield one
 
@@ -158,7 +159,7 @@ def test_a_look_before_the_end_says_what_of_a_sample_was_the_programs(stepped):
     assert 3000 * 4096 < profile.ending["dirtied_bytes"] < profile.dirtied_bytes - 50 * 4096
 
 
-def test_a_start_is_over_when_the_program_sleeps_or_has_had_its_time(tmp_path, unprofiled):
+def test_a_start_is_over_when_the_program_sleeps_or_has_had_its_time(tmp_path):
     """Whatever the wall clock says: on a busy machine a start lasts longer, and writes no more."""
     go, ours = os.pipe()
     os.set_inheritable(go, True)

@@ -16,6 +16,7 @@ from dirtylog.sources.process.regions import THREAD_STACK, mappings
 
 from .test_process import Puppet, attach, pages_at
 
+pytestmark = pytest.mark.usefixtures("plain_programs")
 PUPPET = Path(__file__).with_name("puppet.py")
 PAGE = mmap.PAGESIZE
 
@@ -226,7 +227,7 @@ def test_memory_that_is_reserved_and_not_touched_is_not_watched_and_costs_no_pag
     assert tables() < before + 2048
 
 
-def test_signals_that_somebody_sends_to_the_watcher_are_passed_on(tmp_path):
+def test_signals_that_somebody_sends_to_the_watcher_are_passed_on(tmp_path, importable):
     script = tmp_path / "script.py"
     script.write_text(
         "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(9))\n"

@@ -15,6 +15,8 @@ from dirtylog.sinks.snapshot.processes import diff_process, process_of, save_pro
 
 from .test_process import PAGE, attach
 
+pytestmark = pytest.mark.usefixtures("plain_programs")
+
 
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory):
@@ -25,7 +27,7 @@ def redis(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("redis")
     where = tmp_path / "redis.sock"
     command = [program, "--port", "0", "--unixsocket", str(where), "--save", "", "--dir", str(tmp_path)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "LD_PRELOAD": ""})
     client = socket.socket(socket.AF_UNIX)
     client.settimeout(30)
     with server, client:

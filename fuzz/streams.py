@@ -65,6 +65,7 @@ class Migration(Target):
                 (Kind.PAGES, PAGES.pack(2, codec) + table + content),
                 (Kind.ROUND, ROUND.pack(2)),  # a page comes once per round
                 (Kind.ZEROS, zeros),
+                (Kind.DELTAS, PAGES.pack(1, RAW) + np.array([0, 512], "<i8").tobytes() + b"\x04\x02ab\xfa\x03\x00"),
                 (Kind.END, b"digest"),
                 (Kind.RUN, bytes(16)),
             ]

@@ -139,7 +139,8 @@ def test_the_expected_downtime_follows_what_is_dirty_and_decides():
     source.pause = lambda: source.bitmap.mark_range(599, 1) or setattr(source, "paused", True)
     seen = []
     # A round takes one second: the clock ticks at its begin and at its end.
-    result, _ = migrated(source, progress=seen.append, clock=ticks(), policy=Policy(downtime=0.15))
+    options = {"clock": ticks(), "policy": Policy(downtime=0.15), "delta_cache": 0}
+    result, _ = migrated(source, progress=seen.append, **options)
     assert seen == list(result.rounds)
     assert [(r.pages, r.zero_pages, r.dirtied, r.dirty_rate) for r in seen] == [
         (600, 150, 300, 300),

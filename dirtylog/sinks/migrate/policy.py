@@ -60,8 +60,8 @@ class Round:
         From 1.
     final : bool
         The source was paused.
-    pages, zero_pages : int
-        Pages of the round, and how many of them were zero and went without data.
+    pages, zero_pages, delta_pages : int
+        Pages of the round; how many of them were zero and went without data; of how many only what changed went.
     nbytes, wire_bytes : int
         Bytes of the pages; bytes that went over the socket for them.
     seconds, bandwidth : float
@@ -88,6 +88,7 @@ class Round:
     dirty_rate: float = 0.0
     expected_downtime: float = 0.0
     throttle: float = 0.0
+    delta_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

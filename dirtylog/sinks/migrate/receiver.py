@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.copying import zero_extents
-from dirtylog._bits.pages import check_geometry
+from dirtylog._bits.deltas import lay_deltas
+from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.extents import WINDOW
@@ -69,11 +70,13 @@ def _table(raw: memoryview, nbytes: int, granule: int) -> npt.NDArray[np.int64]:
 class _Filling:
     """One migration under way, seen from the destination."""
 
-    def __init__(self, target: Space, page_size: int, codec: int) -> None:
+    def __init__(self, target: Space, page_size: int, codec: int, fresh: bool) -> None:
         self.target = target
         self.granule = min(page_size, WINDOW)
         self.codec = codec
         self.seen = DirtyBitmap(-(-target.nbytes // self.granule))
+        # Of memory that is zero from the start: what is not. The rest is neither read nor written for zeros.
+        self.filled = DirtyBitmap(self.seen.npages) if fresh else None
         self.number = self.done = self.applied = 0
         # A sender sends each page once a round: what is left of the round that is under way.
         self.left = 0
@@ -104,23 +107,53 @@ class _Filling:
             raise WireError(f"round {self.number} has more bytes than the memory, {self.target.nbytes}")
         self.done += size
 
-    def pages(self, payload: memoryview) -> None:
+    def table(self, payload: memoryview) -> tuple[npt.NDArray[np.int64], int, int, memoryview]:
+        """Check the table before pages, or what changed in them: extents, their bytes, codec, and what comes behind."""
         if payload.nbytes < PAGES.size:
-            raise WireError(f"a PAGES frame of {payload.nbytes} bytes")
+            raise WireError(f"a frame of pages has {payload.nbytes} bytes")
         count, codec = PAGES.unpack_from(payload)
         end = PAGES.size + 16 * count
         if bytes(payload[5:8]) != b"\0\0\0" or codec not in (RAW, self.codec) or end > payload.nbytes:
-            raise WireError(f"a PAGES frame of {count} extents, codec {codec}, in {payload.nbytes} bytes")
+            raise WireError(f"a frame of pages has {count} extents, codec {codec}, in {payload.nbytes} bytes")
         extents = _table(payload[PAGES.size : end], self.target.nbytes, self.granule)
         size = int(extents[:, 1].sum())
         self.took(size)
-        data: memoryview | bytes = payload[end:]
+        return extents, size, codec, payload[end:]
+
+    def pages(self, payload: memoryview) -> None:
+        extents, size, codec, data = self.table(payload)
         if codec == ZSTD:
-            data = self.unpacked(payload[end:], size)
-        if memoryview(data).nbytes != size:
-            raise WireError(f"a PAGES frame holds {memoryview(data).nbytes} bytes for extents of {size}")
-        self.target.scatter(memoryview(data), extents)
-        self.mark(extents)
+            data = memoryview(self.unpacked(data, size))
+        if data.nbytes != size:
+            raise WireError(f"a PAGES frame holds {data.nbytes} bytes for extents of {size}")
+        self.target.scatter(data, extents)
+        numbers = self.mark(extents)
+        if self.filled is not None:
+            self.filled.mark_pages(numbers)
+        self.applied += 1
+
+    def deltas(self, payload: memoryview) -> None:
+        extents, size, codec, data = self.table(payload)
+        if codec == ZSTD:
+            # No larger than the pages.
+            data = memoryview(self.unpacked(data, size))
+        numbers = self.numbers(extents)
+        if _among(self.seen, numbers).count != len(numbers):
+            raise WireError("a DELTAS frame is about pages that never came")
+        regions = self.target.regions
+        try:
+            if len(regions) == 1:
+                lay_deltas(data, extents, self.granule, regions[0].view)
+            else:
+                # Behind an array may be nothing: what a delta says of that goes nowhere.
+                part = memoryview(bytearray(size))
+                self.target.gather(extents, part)
+                lay_deltas(data, np.array([[0, size]]), self.granule, part)
+                self.target.scatter(part, extents)
+        except ValueError as error:
+            raise WireError(f"a DELTAS frame cannot be used: {error}") from None
+        if self.filled is not None:
+            self.filled.mark_pages(numbers)
         self.applied += 1
 
     def unpacked(self, data: memoryview, size: int) -> bytes:
@@ -139,9 +172,13 @@ class _Filling:
     def zeros(self, payload: memoryview) -> None:
         extents = _table(payload, self.target.nbytes, self.granule)
         self.took(int(extents[:, 1].sum()))
-        for region, own, _, _ in self.target.parts(extents):
+        numbers = self.mark(extents)
+        if self.filled is not None:
+            held = _among(self.filled, numbers)
+            extents = held.runs() * self.granule
+            extents[:, 1] = np.minimum(extents[:, 1], self.target.nbytes - extents[:, 0])
+        for region, own, _, _ in self.target.parts(extents) if len(extents) else ():
             zero_extents(region.view, own)
-        self.mark(extents)
         self.applied += 1
 
     def beside(self, payload: memoryview) -> None:
@@ -151,8 +188,19 @@ class _Filling:
             raise WireError(f"the sender's state has more than {MAX_STATE_BYTES} bytes")
         self.state += payload
 
-    def mark(self, extents: npt.NDArray[np.int64]) -> None:
-        self.seen.mark_pages(granule_offsets(extents, self.granule) // self.granule)
+    def numbers(self, extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return granule_offsets(extents, self.granule) // self.granule
+
+    def mark(self, extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        numbers = self.numbers(extents)
+        self.seen.mark_pages(numbers)
+        return numbers
+
+
+def _among(pages: DirtyBitmap, numbers: npt.NDArray[np.int64]) -> DirtyPages:
+    """Return which of some ascending pages are marked."""
+    first = int(numbers[0])
+    return pages.peek(first, int(numbers[-1]) + 1 - first) & DirtyPages.from_indices(numbers, pages.npages)
 
 
 class _Stage(IntEnum):
@@ -260,9 +308,10 @@ class _Copy:
         """Receive pages until all are there, verified and kept; then say so."""
         channel, filling = self.channel, self.filling
         assert filling is not None
+        take = {Kind.PAGES: filling.pages, Kind.DELTAS: filling.deltas, Kind.ZEROS: filling.zeros}
         while True:
             before = channel.digest()
-            kind, payload = channel.receive(Kind.ROUND, Kind.PAGES, Kind.ZEROS, Kind.STATE, Kind.END)
+            kind, payload = channel.receive(Kind.ROUND, *take, Kind.STATE, Kind.END)
             if kind == Kind.ROUND:
                 filling.round(payload, self.max_rounds)
             elif kind == Kind.STATE:
@@ -281,7 +330,7 @@ class _Copy:
                 channel.send(Kind.HAVE, before, counted=False)
                 return
             else:
-                (filling.pages if kind == Kind.PAGES else filling.zeros)(payload)
+                take[kind](payload)
                 if self.progress is not None:
                     self.progress(filling.number, filling.done)
 
@@ -448,7 +497,7 @@ def _room(
     if codec == ZSTD:
         compressor()
     result, space = room(nbytes, page_size, said[HELLO.size :], out, limit)
-    return result, _Filling(space, page_size, codec)
+    return result, _Filling(space, page_size, codec, fresh=out is None)
 
 
 def _state(text: bytearray) -> Any:

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.copying import gather
+from dirtylog._bits.deltas import DELTA, WHOLE, ZERO
 from dirtylog._bits.pages import DirtyPages
-from dirtylog._core import zero_pages
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.control import Control
+from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.payloads import (
     HELLO,
     PAGES,
@@ -57,6 +58,7 @@ class Rounds:
     channel: Channel
     source: Source
     layout: bytes
+    copies: Copies
     compress: Callable[[Buffer], bytes] | None
     clock: Callable[[], float]
     session: bytes
@@ -69,6 +71,7 @@ class Rounds:
     state: bytes = b""
     rounds: list[Round] = field(default_factory=list)
     staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+    changes: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
     packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
 
     @property
@@ -99,6 +102,7 @@ class Rounds:
         if not PART <= stage <= RUNS or begun > self.begun or applied > self.sent:
             raise WireError(f"the copy says that it is at stage {stage}, round {begun}, frame {applied}; it cannot be")
         # What it has not applied is as if it had not been sent.
+        self.copies.forget(applied)
         self.begun, self.sent = begun, applied
         return int(stage)
 
@@ -117,10 +121,12 @@ class Rounds:
         if self.frames is not None:
             self.frames[granule_offsets(packed.extents, self.granule) // self.granule] = _PENDING
         self.begun += 1
+        self.copies.round(self.sent)
         self.channel.send(Kind.ROUND, ROUND.pack(self.begun))
-        zeros = 0
+        zeros = deltas = 0
         for start, end, extents in packed.windows(max(SENT_AT_ONCE, self.granule)):
-            zeros += self.window(extents, end - start)
+            counts = self.window(extents, end - start)
+            zeros, deltas = zeros + counts[0], deltas + counts[1]
             if self.control is not None:
                 self.control.nbytes += end - start
         seconds = self.clock() - begin
@@ -130,6 +136,7 @@ class Rounds:
                 final=final,
                 pages=pages.count,
                 zero_pages=zeros // max(self.page_size // WINDOW, 1),
+                delta_pages=deltas // max(self.page_size // WINDOW, 1),
                 nbytes=packed.total,
                 wire_bytes=self.channel.bytes_sent - before,
                 seconds=seconds,
@@ -137,34 +144,38 @@ class Rounds:
             )
         )
 
-    def window(self, extents: npt.NDArray[np.int64], nbytes: int) -> int:
-        """Send one window; return how many of its granules were zero."""
+    def window(self, extents: npt.NDArray[np.int64], nbytes: int) -> tuple[int, int]:
+        """Send one window; return how many of its granules were zero, and of how many only what changed went."""
         part = self.staging[:nbytes]
-        # Copied once: zero or not is asked of the bytes that are sent.
+        # Copied once: zero or not, changed or not is asked of the bytes that are sent.
         self.source.gather(extents, part)
         granule = self.granule
-        zeros = zero_pages(part, granule)
-        if self.frames is not None:
-            # The last frame of the window: until that one is applied, all of it counts as lacking.
-            last = self.sent + (1 if zeros and zeros.count < zeros.npages else 0)
-            self.frames[granule_offsets(extents, granule) // granule] = last
-        if not zeros:
-            self.data(extents, part)
-            return 0
         offsets = granule_offsets(extents, granule)
-        zero = zeros.indices()
-        self.sent += 1
-        self.channel.send(Kind.ZEROS, _joined(offsets[zero], granule, self.source.nbytes).astype("<i8").tobytes())
-        other = (DirtyPages._all(zeros.npages, granule, exact=True) - zeros).indices()
-        if len(other):
-            within = _joined(other * granule, granule, nbytes)
+        numbers = offsets // granule
+        kinds, used = self.copies.sort(part, numbers, self.changes)
+        zero, delta, whole = (np.flatnonzero(kinds == kind) for kind in (ZERO, DELTA, WHOLE))
+        # The last frame of the window: until that one is applied, all of it counts as lacking.
+        last = self.sent + sum(1 for each in (zero, delta, whole) if len(each)) - 1
+        self.copies.went(numbers, last)
+        if self.frames is not None:
+            self.frames[numbers] = last
+        if len(zero):
+            self.sent += 1
+            table = _joined(offsets[zero], granule, self.source.nbytes).astype("<i8").tobytes()
+            self.channel.send(Kind.ZEROS, table)
+        if len(delta):
+            self.data(_joined(offsets[delta], granule, self.source.nbytes), self.changes[:used], Kind.DELTAS)
+        if len(whole) == len(kinds):
+            self.data(extents, part)
+        elif len(whole):
+            within = _joined(whole * granule, granule, nbytes)
             packed = self.packing[: int(within[:, 1].sum())]
             gather(part, within, packed)
-            self.data(_joined(offsets[other], granule, self.source.nbytes), packed)
-        return zeros.count
+            self.data(_joined(offsets[whole], granule, self.source.nbytes), packed)
+        return len(zero), len(delta)
 
-    def data(self, extents: npt.NDArray[np.int64], part: memoryview) -> None:
-        """Send a frame of pages, compressed where that makes it smaller."""
+    def data(self, extents: npt.NDArray[np.int64], part: memoryview, kind: Kind = Kind.PAGES) -> None:
+        """Send a frame of pages or of what changed in them, compressed where that makes it smaller."""
         codec, payload = RAW, part
         if self.compress:
             smaller = self.compress(part)
@@ -172,7 +183,7 @@ class Rounds:
                 codec, payload = ZSTD, memoryview(smaller)
         table = extents.astype("<i8").tobytes()
         self.sent += 1
-        self.channel.send(Kind.PAGES, PAGES.pack(len(extents), codec), table, payload)
+        self.channel.send(kind, PAGES.pack(len(extents), codec), table, payload)
 
     def beside(self) -> None:
         """Send the state, in parts."""

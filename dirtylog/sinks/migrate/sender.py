@@ -16,7 +16,9 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from dirtylog._bits.pages import DirtyPages
+from dirtylog.sinks.extents import WINDOW
 from dirtylog.sinks.migrate.control import Cancelled, Control
+from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.origins import layout_of, source_of
 from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS, compressor
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
@@ -271,6 +273,7 @@ def send(
     throttle: Callable[[float], object] | None = None,
     progress: Callable[[Round], object] | None = None,
     compress: bool = False,
+    delta_cache: int = 1 << 26,
     deadline: float | None = None,
     control: Control | None = None,
     reconnect: Callable[[int], socket.socket] | None = None,
@@ -312,6 +315,10 @@ def send(
         by then, and it goes to ``Result.problems``.
     compress : bool
         zstd (needs zstandard) where it makes a window smaller.
+    delta_cache : int
+        Bytes for copies of pages that were sent (64 MiB; 0: none): of a page that is sent again while its copy is
+        kept, only what changed goes, where that is less than three quarters of it. Memory that fits is kept from the
+        first round on, of larger memory the pages that go again.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
     control : Control, optional
@@ -345,8 +352,8 @@ def send(
     -----
     On any failure every page this migration has taken from the observer or sent is put back to it: the next try, or
     the next consumer, sees it dirty. A KeyboardInterrupt after the right was given carries a note that says so: the
-    copy may run, so the source must not. Allocates a few MiB, and 8 bytes per page with `reconnect`. The GIL is
-    released during copies and system calls.
+    copy may run, so the source must not. Allocates a few MiB, `delta_cache`, and 8 bytes per page with `reconnect`. The
+    GIL is released during copies, comparisons and system calls.
 
     References
     ----------
@@ -364,7 +371,10 @@ def send(
     pack = compressor() if compress else None
     if state is None:
         state = getattr(source, "state", None)
-    sender = Rounds(Channel(sock, deadline), source, layout_of(source), pack, clock, bytes.fromhex(session))
+    if delta_cache < 0:
+        raise ValueError(f"delta_cache is {delta_cache}; it must be bytes, 0 or more")
+    copies = Copies(source.nbytes, min(page_size, WINDOW), delta_cache)
+    sender = Rounds(Channel(sock, deadline), source, layout_of(source), copies, pack, clock, bytes.fromhex(session))
     sender.state = b"" if callable(state) else encode_state(state)
     if reconnect is not None:
         sender.remember()

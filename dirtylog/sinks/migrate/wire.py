@@ -78,6 +78,8 @@ class Kind(IntEnum):
     """Sender, after a HELLO that announces it: names, types, shapes and places of the arrays."""
     STATE = 12
     """Sender, before END: a part of what belongs to the memory beside it."""
+    DELTAS = 13
+    """Sender: extents and what changed in their pages since they were last sent."""
 
 
 _MAX = {
@@ -93,6 +95,7 @@ _MAX = {
     Kind.DONE: 16,
     Kind.LAYOUT: MAX_LAYOUT,
     Kind.STATE: MAX_PART,
+    Kind.DELTAS: MAX_PAYLOAD,
 }
 
 

@@ -1,0 +1,181 @@
+/* What changed inside pages: runs of bytes that are as they were, and runs of new ones. */
+#ifndef DIRTYLOG_DELTAS_H
+#define DIRTYLOG_DELTAS_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "_bits/content.h"
+
+/* A delta of one page is pairs of numbers, each 7 bits at a time, low ones first, a set top bit saying that more come:
+ * how many bytes are as they were, how many are new; after each pair the new bytes. The pairs add up to the page. */
+
+/* A number below 2^28 takes so many bytes at most. */
+#define DL_NUMBER_BYTES 4
+/* New bytes go on over so few old ones: another pair would take as much. */
+#define DL_BRIDGED 4
+
+static inline size_t dl_put_number(unsigned char *out, size_t value)
+{
+    size_t n = 0;
+    while (value >= 128) {
+        out[n++] = (unsigned char)(value | 128);
+        value >>= 7;
+    }
+    out[n++] = (unsigned char)value;
+    return n;
+}
+
+/* -1 where the number is cut, is too long, or is written longer than it has to be. */
+static inline int64_t dl_take_number(const unsigned char *data, size_t nbytes, size_t *at)
+{
+    int64_t value = 0;
+    for (int part = 0; part < DL_NUMBER_BYTES && *at < nbytes; part++) {
+        unsigned char each = data[(*at)++];
+        value |= (int64_t)(each & 127) << (7 * part);
+        if (!(each & 128))
+            return part && !each ? -1 : value;
+    }
+    return -1;
+}
+
+/* Where `now` differs from `before` next, from `at` on. */
+static inline size_t dl_next_change(const unsigned char *now, const unsigned char *before, size_t at, size_t nbytes)
+{
+    while (at + 64 <= nbytes) {
+        uint64_t a[8], b[8], differ = 0;
+        memcpy(a, now + at, 64);
+        memcpy(b, before + at, 64);
+        for (int i = 0; i < 8; i++)
+            differ |= a[i] ^ b[i];
+        if (differ)
+            break;
+        at += 64;
+    }
+    while (at + 8 <= nbytes) {
+        uint64_t a, b;
+        memcpy(&a, now + at, 8);
+        memcpy(&b, before + at, 8);
+        if (a != b)
+            break;
+        at += 8;
+    }
+    while (at < nbytes && now[at] == before[at])
+        at++;
+    return at;
+}
+
+/* Where bytes that are as they were begin, enough of them for a pair of their own. */
+static inline size_t dl_end_of_change(const unsigned char *now, const unsigned char *before, size_t at, size_t nbytes)
+{
+    size_t same = 0;
+    for (; at < nbytes && same <= DL_BRIDGED; at++)
+        same = now[at] == before[at] ? same + 1 : 0;
+    return at - same;
+}
+
+/* Write the delta that makes `now` of `before` to `out`, and make `before` what `now` is: how many bytes it takes, or 0
+ * where that is more than `most`; then `before` is something between the two. Nothing is read of `now` twice that the
+ * other end learns once: `before` becomes what it will have, whatever somebody writes to `now` meanwhile. */
+static inline size_t dl_make_delta(const unsigned char *now, unsigned char *before, size_t nbytes, unsigned char *out,
+                                   size_t most)
+{
+    size_t used = 0, from = 0;
+    while (from < nbytes) {
+        size_t at = dl_next_change(now, before, from, nbytes);
+        size_t end = at < nbytes ? dl_end_of_change(now, before, at, nbytes) : at;
+        if (used + 2 * DL_NUMBER_BYTES + (end - at) > most)
+            return 0;
+        used += dl_put_number(out + used, at - from);
+        used += dl_put_number(out + used, end - at);
+        memcpy(out + used, now + at, end - at);
+        memcpy(before + at, out + used, end - at);
+        used += end - at;
+        from = end;
+    }
+    return used;
+}
+
+/* Whether `data` from `*at` on is the delta of a page of `nbytes`; `*at` moves behind it. Every pair moves on, so that
+ * this takes as long as what it reads. */
+static inline int dl_check_delta(const unsigned char *data, size_t length, size_t *at, size_t nbytes)
+{
+    size_t from = 0;
+    while (from < nbytes) {
+        int64_t same = dl_take_number(data, length, at);
+        int64_t changed = same < 0 ? -1 : dl_take_number(data, length, at);
+        if (changed < 0 || same + changed == 0 || (uint64_t)(same + changed) > nbytes - from)
+            return 0;
+        if ((uint64_t)changed > length - *at)
+            return 0;
+        *at += (size_t)changed;
+        from += (size_t)(same + changed);
+    }
+    return 1;
+}
+
+/* Lay a delta that was checked over a page. */
+static inline void dl_lay_delta(const unsigned char *data, size_t length, size_t *at, unsigned char *page,
+                                size_t nbytes)
+{
+    size_t from = 0;
+    while (from < nbytes) {
+        size_t same = (size_t)dl_take_number(data, length, at);
+        size_t changed = (size_t)dl_take_number(data, length, at);
+        memcpy(page + from + same, data + *at, changed);
+        *at += changed;
+        from += same + changed;
+    }
+}
+
+/* What becomes of a page. */
+#define DL_PAGE_ZERO 0
+#define DL_PAGE_WHOLE 1
+#define DL_PAGE_DELTA 2
+
+/* The last copies that were sent, of as many pages as there are places: page g at place g % places. */
+struct dl_copies {
+    unsigned char *data;
+    int64_t *pages;        /* which page each place holds, or -1 */
+    const int64_t *frames; /* in which frame it went last */
+    int64_t places;
+    size_t page_size;
+};
+
+/* Say of each page of a packed window whether it is zero, goes as a delta, which is written to `out`, or whole. Pages
+ * that go whole take their places where these are empty or hold what went before the frame `older`, none with -1. `numbers` ascend. Returns how
+ * many bytes `out` has: at most those of the pages, since a delta takes `most` of a page's bytes at most. */
+static inline size_t dl_sort_pages(const unsigned char *window, size_t nbytes, const int64_t *numbers,
+                                   struct dl_copies *copies, int64_t older, size_t most, unsigned char *kinds,
+                                   unsigned char *out)
+{
+    size_t used = 0;
+    for (size_t i = 0; i * copies->page_size < nbytes; i++) {
+        size_t length = dl_page_bytes(nbytes, copies->page_size, i);
+        const unsigned char *now = window + i * copies->page_size;
+        int64_t place = copies->places ? numbers[i] % copies->places : -1;
+        unsigned char *before = place < 0 ? NULL : copies->data + (size_t)place * copies->page_size;
+        int held = before && copies->pages[place] == numbers[i];
+        if (dl_is_zero(now, length)) {
+            kinds[i] = DL_PAGE_ZERO;
+            if (held)
+                copies->pages[place] = -1;
+            continue;
+        }
+        size_t delta = held && length == copies->page_size ? dl_make_delta(now, before, length, out + used, most) : 0;
+        if (delta) {
+            kinds[i] = DL_PAGE_DELTA;
+            used += delta;
+            continue;
+        }
+        kinds[i] = DL_PAGE_WHOLE;
+        if (held || (before && (copies->pages[place] < 0 ? older >= 0 : copies->frames[place] < older))) {
+            memcpy(before, now, length);
+            copies->pages[place] = numbers[i];
+        }
+    }
+    return used;
+}
+
+#endif /* DIRTYLOG_DELTAS_H */

@@ -10,9 +10,9 @@ import numpy as np
 
 from libc.stdint cimport int64_t
 
-from dirtylog._bits.copying cimport HeldBuffer, check_plain, extents_pointer, hold
+from dirtylog._bits.copying cimport HeldBuffer, check_packed, check_plain, extents_pointer, hold
 
-__all__ = ["DELTA", "WHOLE", "ZERO", "lay_deltas", "sort_pages"]
+__all__ = ["DELTA", "WHOLE", "ZERO", "extents_of", "lay_deltas", "sort_pages"]
 
 
 cdef extern from "_bits/deltas.h" nogil:
@@ -37,7 +37,25 @@ WHOLE = DL_PAGE_WHOLE
 DELTA = DL_PAGE_DELTA
 
 
-def sort_pages(window, const int64_t[::1] numbers, copies, int64_t[::1] held, const int64_t[::1] frames,
+cdef Py_ssize_t number_pages(const int64_t *extents, Py_ssize_t n, int64_t page_size, int64_t *numbers,
+                             Py_ssize_t room) noexcept nogil:
+    """Write the numbers of the pages of some extents; how many there are, or -1: more than there is room for."""
+    cdef Py_ssize_t count = 0
+    cdef Py_ssize_t i
+    cdef int64_t first, end
+    for i in range(n):
+        first = extents[2 * i] // page_size
+        end = (extents[2 * i] + extents[2 * i + 1] + page_size - 1) // page_size
+        if end - first > room - count:
+            return -1
+        while first < end:
+            numbers[count] = first
+            count += 1
+            first += 1
+    return count
+
+
+def sort_pages(window, const int64_t[:, ::1] extents, copies, int64_t[::1] held, const int64_t[::1] frames,
                Py_ssize_t page_size, *, int64_t older, out) -> tuple:
     """Say of each page of a window whether it is zero, has changed a little, or goes whole; and what changed.
 
@@ -45,8 +63,8 @@ def sort_pages(window, const int64_t[::1] numbers, copies, int64_t[::1] held, co
     ----------
     window : buffer
         Pages one after the other; the last one may be cut.
-    numbers : int64 array
-        Their numbers, from 0.
+    extents : int64 array of shape (n, 2)
+        Where they lie in the memory: offset and length in bytes, ascending, of whole pages.
     copies : buffer
         What was last sent, of as many pages as `held` has places: page ``g`` at place ``g % len(held)``.
     held : int64 array
@@ -62,6 +80,8 @@ def sort_pages(window, const int64_t[::1] numbers, copies, int64_t[::1] held, co
 
     Returns
     -------
+    numbers : int64 array
+        The number of each page, from 0.
     kinds : uint8 array
         `ZERO`, `WHOLE` or `DELTA` for each page.
     used : int
@@ -74,15 +94,19 @@ def sort_pages(window, const int64_t[::1] numbers, copies, int64_t[::1] held, co
     cdef HeldBuffer read = hold(window, False, "window")
     cdef HeldBuffer kept = hold(copies, True, "copies")
     cdef HeldBuffer written = hold(out, True, "out")
-    cdef Py_ssize_t n = numbers.shape[0]
-    cdef Py_ssize_t i
-    if not 0 < page_size < 1 << 28 or n != (read.raw.len + page_size - 1) // page_size:
-        raise ValueError(f"there are {n} numbers for {read.raw.len} bytes in pages of {page_size}")
-    if kept.raw.len < held.shape[0] * page_size or frames.shape[0] < held.shape[0] or written.raw.len < read.raw.len:
-        raise ValueError(f"copies has {kept.raw.len} bytes, frames {frames.shape[0]} and out {written.raw.len}: too few")
-    for i in range(n):
-        if numbers[i] < 0:
-            raise IndexError(f"page {numbers[i]} is out of range; pages are numbered from 0 on")
+    cdef const int64_t *rows = extents_pointer(extents)
+    if not 0 < page_size < 1 << 28:
+        raise ValueError(f"page_size is {page_size}; it must be 1 to {(1 << 28) - 1}")
+    check_plain(rows, extents.shape[0], <int64_t>1 << 62, "memory")
+    check_packed(rows, extents.shape[0], read.raw.len)
+    cdef Py_ssize_t n = (read.raw.len + page_size - 1) // page_size
+    numbers = np.empty(n, np.int64)
+    cdef int64_t[::1] numbers_view = numbers
+    if n and number_pages(rows, extents.shape[0], page_size, &numbers_view[0], n) != n:
+        raise ValueError(f"the extents of {read.raw.len} bytes are not of whole pages of {page_size} bytes")
+    cdef Py_ssize_t places = held.shape[0]
+    if kept.raw.len < places * page_size or frames.shape[0] < places or written.raw.len < read.raw.len:
+        raise ValueError(f"copies has {kept.raw.len} bytes, frames {frames.shape[0]}, out {written.raw.len}: too few")
     kinds = np.empty(n, np.uint8)
     cdef unsigned char[::1] kinds_view = kinds
     cdef dl_copies last
@@ -96,9 +120,50 @@ def sort_pages(window, const int64_t[::1] numbers, copies, int64_t[::1] held, co
     cdef size_t used = 0
     if n:
         with nogil:
-            used = dl_sort_pages(pages, <size_t>read.raw.len, &numbers[0], &last, older,
+            used = dl_sort_pages(pages, <size_t>read.raw.len, &numbers_view[0], &last, older,
                                  <size_t>(page_size - page_size // 4), &kinds_view[0], changes)
-    return kinds, used
+    return numbers, kinds, used
+
+
+def extents_of(const int64_t[::1] numbers, const unsigned char[::1] kinds, int kind, int64_t page_size,
+               int64_t end) -> np.ndarray:
+    """Return the pages of one kind as extents, neighbours joined, nothing past `end`.
+
+    Parameters
+    ----------
+    numbers : int64 array
+        Ascending.
+    kinds : uint8 array
+        One for each.
+    kind : int
+        Which.
+    page_size, end : int
+        In bytes.
+
+    Returns
+    -------
+    int64 array of shape (n, 2)
+        Offset and length in bytes.
+    """
+    cdef Py_ssize_t n = numbers.shape[0]
+    if kinds.shape[0] != n:
+        raise ValueError(f"there are {kinds.shape[0]} kinds for {n} pages")
+    found = np.empty((n, 2), np.int64)
+    cdef int64_t[:, ::1] rows = found
+    cdef Py_ssize_t count = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        if kinds[i] != kind:
+            continue
+        if count and rows[count - 1, 0] + rows[count - 1, 1] == numbers[i] * page_size:
+            rows[count - 1, 1] += page_size
+        else:
+            rows[count, 0] = numbers[i] * page_size
+            rows[count, 1] = page_size
+            count += 1
+    if count and rows[count - 1, 0] + rows[count - 1, 1] > end:
+        rows[count - 1, 1] = end - rows[count - 1, 0]
+    return found[:count]
 
 
 cdef int walk(const unsigned char *data, size_t length, unsigned char *memory, const int64_t *extents, Py_ssize_t n,

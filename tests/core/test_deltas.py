@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirtylog._bits.deltas import DELTA, WHOLE, ZERO, lay_deltas, sort_pages
+from dirtylog._bits.deltas import DELTA, WHOLE, ZERO, extents_of, lay_deltas, sort_pages
 
 PAGE = 512
 
@@ -20,8 +20,11 @@ class Cache:
 
     def sort(self, window, numbers, older=1):
         out = np.full(len(window), 0xAA, np.uint8)
+        where = extents(*numbers)
+        where[-1, 1] = len(window) - (len(numbers) - 1) * PAGE
         how = {"older": older, "out": out}
-        kinds, used = sort_pages(window, np.array(numbers), self.data, self.held, self.frames, PAGE, **how)
+        found, kinds, used = sort_pages(window, where, self.data, self.held, self.frames, PAGE, **how)
+        assert found.tolist() == list(numbers)
         return kinds.tolist(), out[:used].tobytes()
 
 
@@ -144,9 +147,24 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="page_size is 0"):
         lay_deltas(b"", extents(), 0, np.zeros(PAGE, np.uint8))
     cache = Cache(1)
-    with pytest.raises(IndexError, match="page -1 is out of range"):
+    with pytest.raises(IndexError, match="offset -512"):
         cache.sort(page(), [-1])
-    with pytest.raises(ValueError, match="2 numbers for 512 bytes"):
-        cache.sort(page(), [0, 1])
+    for extent in ([0, 511], [0, 1024]):
+        with pytest.raises(ValueError, match="do not add up"):
+            sort_pages(page(), np.array([extent]), cache.data, cache.held, cache.frames, PAGE, older=0, out=page())
+    with pytest.raises(ValueError, match="not of whole pages"):
+        sort_pages(page(), np.array([[5, 512]]), cache.data, cache.held, cache.frames, PAGE, older=0, out=page())
+    with pytest.raises(ValueError, match="page_size is 0"):
+        sort_pages(page(), extents(0), cache.data, cache.held, cache.frames, 0, older=0, out=page())
     with pytest.raises(ValueError, match="too few"):
-        sort_pages(page(), np.array([0]), cache.data, np.array([-1, -1]), np.zeros(2, int), PAGE, older=0, out=page())
+        sort_pages(page(), extents(0), cache.data, np.array([-1, -1]), np.zeros(2, int), PAGE, older=0, out=page())
+
+
+def test_pages_of_a_kind_are_joined_where_they_are_neighbours():
+    numbers = np.array([0, 1, 3, 4, 5, 9])
+    kinds = np.array([1, 1, 1, 2, 1, 1], np.uint8)
+    assert extents_of(numbers, kinds, 1, 10, 1000).tolist() == [[0, 20], [30, 10], [50, 10], [90, 10]]
+    assert extents_of(numbers, kinds, 1, 10, 97).tolist()[-1] == [90, 7]
+    assert extents_of(numbers, kinds, 0, 10, 1000).shape == (0, 2)
+    with pytest.raises(ValueError, match="5 kinds for 6 pages"):
+        extents_of(numbers, kinds[:5], 1, 10, 1000)

@@ -1,6 +1,7 @@
 """Pages that go again: only what changed goes, out of a bounded cache, whatever breaks; and from senders that lie."""
 
 import itertools
+import queue
 import random
 import socket
 import struct
@@ -11,6 +12,7 @@ import zstandard
 
 from dirtylog.sinks.migrate import MigrationError, Policy, receive, send
 from dirtylog.sinks.migrate import receiver as receiving
+from dirtylog.sinks.migrate import rounds as sending
 from dirtylog.sinks.migrate.payloads import HELLO, PAGES, ROUND
 from dirtylog.sinks.migrate.wire import Channel, Kind
 
@@ -76,27 +78,27 @@ def test_what_changed_by_more_than_three_quarters_goes_whole():
 
 
 @pytest.mark.parametrize("cache", [20 * PAGE, 1 << 26])
-def test_lines_that_are_cut_anywhere_never_leave_a_copy_that_is_not_the_others(cache):
+def test_lines_that_are_cut_anywhere_never_leave_a_copy_that_is_not_the_others(cache, monkeypatch):
+    # Several frames of each window.
+    monkeypatch.setattr(sending, "SENT_AT_ONCE", 4 * PAGE)
     rng = random.Random(4)
     for _ in range(12):
         source = Scribbler(rng.random().as_integer_ratio()[0] % 1000, 60)
         cuts = iter([rng.randrange(60_000) for _ in range(6)])
-        waiting = []
+        waiting = queue.Queue()
 
         def connect(breaks, cuts=cuts, waiting=waiting):
             here, there = socket.socketpair()
             for sock in (here, there):
                 sock.settimeout(60)
-            waiting.append(there)
+            waiting.put(there)
             cut = Cut(fileno=here.detach())
             cut.settimeout(60)
             cut.budget = next(cuts, 1 << 40)
             return cut
 
         def accept(breaks, waiting=waiting):
-            while not waiting:
-                pass
-            return waiting.pop()
+            return waiting.get(timeout=10)
 
         with connect(0) as here:
             destination = Destination(accept(0), reconnect=accept)

@@ -197,6 +197,71 @@ def test_a_port_scanners_bytes_and_many_silent_connections_do_not_take_the_slot(
     assert any("too many others" in why for why in refused)
 
 
+def test_a_thousand_connections_beside_the_real_one_hold_nobody_up():
+    """Silent ones, ones that say a little and hang up, and a port scanner's: in waves, while memory goes over."""
+    scanner = [b"GET / HTTP/1.0\r\n\r\n", b"\x16\x03\x01\x02\x00\x01", bytes(100)]
+    said = [b"", b"dlog", *scanner, b"dlog\x03" + bytes(35)]
+    memory = np.random.default_rng(0).integers(0, 256, 1 << 22, np.uint8)
+    log = DirtyLog()
+    log.attach(DirtyBitmap(memory.nbytes // 4096))
+    refused, received, answers = [], [], []
+    keys = Keys(token=TOKEN)
+    options = {"refused": lambda name, why: refused.append(why), "pending": 8, "timeout": 60}
+
+    with Listener(HERE, keys, **options) as listener, contextlib.ExitStack() as strangers:
+
+        def come(numbers):
+            for number in numbers:
+                if number % 100 == 0:
+                    strangers.pop_all().close()
+                sock = strangers.enter_context(socket.create_connection(listener.address, timeout=60))
+                with contextlib.suppress(OSError):
+                    sock.sendall(said[number % len(said)])
+                if number % 5 == 0:
+                    sock.close()
+
+        def accept(breaks=0):
+            return listener.accept(60)
+
+        def take():
+            try:
+                with accept() as sock:
+                    received.append(receive(sock, reconnect=accept))
+            except BaseException as error:
+                answers.append(error)
+
+        def cut(breaks):
+            come(range(500, 1000))
+            return connect(listener.address, keys, timeout=60)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        come(range(500))
+        with Once(connect(listener.address, keys, timeout=60)) as here:
+            send(here, memory, log.observer("migration"), reconnect=cut)
+        thread.join()
+    assert answers == []
+    assert (received[0] == memory).all()
+    assert len(refused) > 500
+
+
+class Once(socket.socket):
+    """A line that breaks in the middle of what it carries."""
+
+    def __init__(self, sock):
+        timeout = sock.gettimeout()
+        super().__init__(fileno=sock.detach())
+        self.settimeout(timeout)
+        self.left = 1 << 21
+
+    def sendall(self, data):
+        self.left -= len(data)
+        if self.left < 0:
+            self.shutdown(socket.SHUT_RDWR)
+            raise ConnectionResetError(104, "cut")
+        super().sendall(data)
+
+
 class Clock:
     """Time that passes when it is looked at."""
 

@@ -10,6 +10,10 @@ from dirtylog._bits.deltas import sort_pages
 __all__ = ["Copies"]
 
 
+# The frame of what is not sent yet.
+_NEVER = np.iinfo(np.int64).max
+
+
 class Copies:
     """What the other end has, of as many pages as fit.
 
@@ -47,15 +51,18 @@ class Copies:
             self._older = self._begun[0]
 
     def sort(
-        self, window: memoryview, numbers: npt.NDArray[np.int64], out: memoryview
-    ) -> tuple[npt.NDArray[np.uint8], int]:
+        self, window: memoryview, extents: npt.NDArray[np.int64], out: memoryview
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8], int]:
         """Say of each page of a window whether it is zero, changed a little, or goes whole; `out` has the changes."""
-        return sort_pages(
-            window, numbers, self._data, self._pages, self._frames, self.page_size, older=self._older, out=out
+        found = sort_pages(
+            window, extents, self._data, self._pages, self._frames, self.page_size, older=self._older, out=out
         )
+        # Until it is said in which frame each of them goes: if that is never said, they are forgotten.
+        self.went(found[0], _NEVER)
+        return found
 
     def went(self, numbers: npt.NDArray[np.int64], frame: int) -> None:
-        """Note that some pages go in frames up to this one."""
+        """Note in which frame some pages go."""
         if self.places:
             places = numbers % self.places
             self._frames[places[self._pages[places] == numbers]] = frame

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.copying import gather
-from dirtylog._bits.deltas import DELTA, WHOLE, ZERO
+from dirtylog._bits.deltas import DELTA, WHOLE, ZERO, extents_of
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.payloads import (
     HELLO,
+    MIN_PAGE_SIZE,
     PAGES,
     PART,
     RAW,
@@ -36,19 +37,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounds"]
 
-# Bytes of a frame: a line that breaks loses what is under way, and a core's own cache holds it.
+# Bytes of pages in a frame: a line that breaks takes what is under way with it.
 SENT_AT_ONCE = 1 << 18
 # Not sent yet, in the table of frames.
 _PENDING = np.iinfo(np.uint64).max
 
 
-def _joined(offsets: npt.NDArray[np.int64], granule: int, end: int) -> npt.NDArray[np.int64]:
-    """Return ascending granules as extents, neighbours joined, nothing past `end`."""
-    starts = np.flatnonzero(np.diff(offsets, prepend=-2 * granule) != granule)
-    lengths = np.diff(starts, append=len(offsets)) * granule
-    extents = np.stack([offsets[starts], lengths], axis=1)
-    extents[-1, 1] = min(extents[-1, 1], end - extents[-1, 0])
-    return extents
+def _table(extents: npt.NDArray[np.int64]) -> bytes:
+    return extents.astype("<i8", copy=False).tobytes()
 
 
 @dataclass(slots=True)
@@ -72,6 +68,7 @@ class Rounds:
     rounds: list[Round] = field(default_factory=list)
     staging: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
     changes: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
+    positions: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(WINDOW // MIN_PAGE_SIZE))
     packing: memoryview = field(default_factory=lambda: memoryview(bytearray(WINDOW)))
 
     @property
@@ -124,7 +121,7 @@ class Rounds:
         self.copies.round(self.sent)
         self.channel.send(Kind.ROUND, ROUND.pack(self.begun))
         zeros = deltas = 0
-        for start, end, extents in packed.windows(max(SENT_AT_ONCE, self.granule)):
+        for start, end, extents in packed.windows():
             counts = self.window(extents, end - start)
             zeros, deltas = zeros + counts[0], deltas + counts[1]
             if self.control is not None:
@@ -149,30 +146,37 @@ class Rounds:
         part = self.staging[:nbytes]
         # Copied once: zero or not, changed or not is asked of the bytes that are sent.
         self.source.gather(extents, part)
-        granule = self.granule
-        offsets = granule_offsets(extents, granule)
-        numbers = offsets // granule
-        kinds, used = self.copies.sort(part, numbers, self.changes)
-        zero, delta, whole = (np.flatnonzero(kinds == kind) for kind in (ZERO, DELTA, WHOLE))
-        # The last frame of the window: until that one is applied, all of it counts as lacking.
-        last = self.sent + sum(1 for each in (zero, delta, whole) if len(each)) - 1
-        self.copies.went(numbers, last)
-        if self.frames is not None:
-            self.frames[numbers] = last
-        if len(zero):
-            self.sent += 1
-            table = _joined(offsets[zero], granule, self.source.nbytes).astype("<i8").tobytes()
-            self.channel.send(Kind.ZEROS, table)
-        if len(delta):
-            self.data(_joined(offsets[delta], granule, self.source.nbytes), self.changes[:used], Kind.DELTAS)
-        if len(whole) == len(kinds):
-            self.data(extents, part)
-        elif len(whole):
-            within = _joined(whole * granule, granule, nbytes)
+        numbers, kinds, used = self.copies.sort(part, extents, self.changes)
+        zero, delta, whole = (int(np.count_nonzero(kinds == kind)) for kind in (ZERO, DELTA, WHOLE))
+        # In order, so that what a line takes with it is known frame by frame.
+        if zero:
+            self.goes(numbers[kinds == ZERO])
+            self.channel.send(Kind.ZEROS, _table(self.of_kind(numbers, kinds, ZERO)))
+        if delta:
+            self.goes(numbers[kinds == DELTA])
+            self.data(self.of_kind(numbers, kinds, DELTA), self.changes[:used], Kind.DELTAS)
+        if whole < len(kinds):
+            within = extents_of(self.positions[: len(kinds)], kinds, WHOLE, self.granule, nbytes)
             packed = self.packing[: int(within[:, 1].sum())]
             gather(part, within, packed)
-            self.data(_joined(offsets[whole], granule, self.source.nbytes), packed)
-        return len(zero), len(delta)
+            extents, part = self.of_kind(numbers, kinds, WHOLE), packed
+            numbers = numbers[kinds == WHOLE]
+        whole_part = PackedExtents.of_extents(extents)
+        for start, end, piece in whole_part.windows(max(SENT_AT_ONCE, self.granule)):
+            self.goes(numbers[start // self.granule : -(-end // self.granule)])
+            self.data(piece, part[start:end])
+        return zero, delta
+
+    def of_kind(self, numbers: npt.NDArray[np.int64], kinds: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.int64]:
+        """Return the extents of the granules of one kind."""
+        return extents_of(numbers, kinds, kind, self.granule, self.source.nbytes)
+
+    def goes(self, numbers: npt.NDArray[np.int64]) -> None:
+        """Note that some granules go in the next frame: until that one is applied, they count as lacking."""
+        self.copies.went(numbers, self.sent)
+        if self.frames is not None:
+            self.frames[numbers] = self.sent
+        self.sent += 1
 
     def data(self, extents: npt.NDArray[np.int64], part: memoryview, kind: Kind = Kind.PAGES) -> None:
         """Send a frame of pages or of what changed in them, compressed where that makes it smaller."""
@@ -181,9 +185,7 @@ class Rounds:
             smaller = self.compress(part)
             if len(smaller) < part.nbytes:
                 codec, payload = ZSTD, memoryview(smaller)
-        table = extents.astype("<i8").tobytes()
-        self.sent += 1
-        self.channel.send(kind, PAGES.pack(len(extents), codec), table, payload)
+        self.channel.send(kind, PAGES.pack(len(extents), codec), _table(extents), payload)
 
     def beside(self) -> None:
         """Send the state, in parts."""

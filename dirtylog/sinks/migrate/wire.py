@@ -12,11 +12,11 @@ import hashlib
 import socket
 import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from dirtylog._bits.checksum import crc32
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks.extents import WINDOW
 
@@ -34,6 +34,8 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 # A frame of pages: at most one window of data, its extents, their number and the codec.
 MAX_EXTENTS = 4096
 _PIECE = 1 << 18
+# Bytes that are copied for one call rather than sent by a call of their own.
+_LARGE = 1 << 14
 MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
 # The names and types of arrays, as JSON; and one part of the sender's state.
 MAX_LAYOUT = MAX_PART = WINDOW
@@ -97,6 +99,22 @@ _MAX = {
     Kind.STATE: MAX_PART,
     Kind.DELTAS: MAX_PAYLOAD,
 }
+
+
+def _joined(header: bytes, parts: tuple[Buffer, ...]) -> Iterator[memoryview]:
+    """Return what goes in one call each: what is small together, what is large as it is, without a copy."""
+    small = header
+    for part in parts:
+        view = memoryview(part)
+        if view.nbytes < _LARGE:
+            small += part
+            continue
+        if small:
+            yield memoryview(small)
+        yield view
+        small = b""
+    if small:
+        yield memoryview(small)
 
 
 class Channel:
@@ -168,19 +186,19 @@ class Channel:
             # Before the frame has a number and its time begins: if this raises, the next frame is the next.
             self.pace(HEADER_BYTES + length)
         header = _HEADER.pack(MAGIC, VERSION, kind, 0, self._sent & 0xFFFFFFFF, length)
-        crc = zlib.crc32(header)
+        crc = crc32(header)
         for part in parts:
-            crc = zlib.crc32(part, crc)
+            crc = crc32(part, crc)
         header += _CRC.pack(crc)
         self._sent += 1
         if counted:
             self._digest.update(header)
         with self._patience() as left:
-            data = memoryview(b"".join((header, *parts)))
-            # In pieces: an SSLSocket's sendall() gives each of its writes the whole timeout.
-            for start in range(0, len(data), _PIECE):
-                left("sending a frame")
-                self._sock.sendall(data[start : start + _PIECE])
+            for data in _joined(header, parts):
+                # In pieces: an SSLSocket's sendall() gives each of its writes the whole timeout.
+                for start in range(0, len(data), _PIECE):
+                    left("sending a frame")
+                    self._sock.sendall(data[start : start + _PIECE])
         self.bytes_sent += HEADER_BYTES + length
 
     def receive(self, *expected: Kind, counted: bool = True) -> tuple[Kind, memoryview]:
@@ -225,7 +243,7 @@ class Channel:
             self._payload = bytearray(_MAX[kind])
         payload = memoryview(self._payload)[:length]
         self._fill(payload, left)
-        if zlib.crc32(payload, zlib.crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
+        if crc32(payload, crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
             raise Broken(f"{kind.name} frame {sequence} does not match its checksum")
         self._received += 1
         self.bytes_received += HEADER_BYTES + length

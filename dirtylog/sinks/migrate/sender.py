@@ -325,7 +325,7 @@ def send(
         Limits its bandwidth, says how far it is, and cancels it, from any thread.
     reconnect : callable, optional
         Called when the line breaks, with how many times it has; returns another connected socket, which is closed for
-        you, or raises what ends the migration. Only pages that the copy lacks go again, and what was dirtied since.
+        you, or raises what ends the migration. Only pages that the copy lacks go again.
     session : str, optional
         32 hexadecimal digits that nobody can guess, and that no other migration has; by default new ones.
     journal : path, optional

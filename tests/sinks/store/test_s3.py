@@ -1,0 +1,190 @@
+"""The same over S3, spoken by moto on loopback: any request may fail, before, in or after what it asks for."""
+
+import threading
+from itertools import count
+
+import numpy as np
+import pytest
+
+import dirtylog as dl
+from dirtylog.sinks.store import BranchMoved, InDoubt, StoreSink, history, repository, restore
+
+
+class Faulty:
+    """A WSGI application in front of another: one request, or some, of those to come are not served as asked."""
+
+    def __init__(self, app):
+        self.app, self.requests, self.fail, self.how = app, 0, range(0), "before"
+        self.lock = threading.Lock()
+
+    def arm(self, first, how, number=1):
+        self.requests, self.fail, self.how = 0, range(first, first + number), how
+
+    def __call__(self, environ, start_response):
+        with self.lock:
+            self.requests += 1
+            fails = self.requests in self.fail
+        if not fails:
+            return self.app(environ, start_response)
+        if self.how == "in":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+        if self.how == "after" and self.requests == self.fail.start:
+            answer = self.app(environ, lambda *_: None)
+            for _ in answer:
+                pass
+        # The line is cut; no answer comes.
+        environ["werkzeug.socket"].shutdown(2)
+        start_response("500 cut", [])
+        return []
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Storage options of a server, and what makes its requests fail."""
+    icechunk = pytest.importorskip("icechunk")
+    server = pytest.importorskip("moto.server")
+    serving = pytest.importorskip("werkzeug.serving")
+    icechunk.set_logs_filter("error")
+
+    class Quiet(serving.WSGIRequestHandler):
+        def log_request(self, *_):
+            pass
+
+        def log_error(self, *_):
+            pass
+
+        def connection_dropped(self, error, environ=None):
+            pass
+
+    faulty = Faulty(server.DomainDispatcherApplication(server.create_backend_app))
+    http = serving.make_server("127.0.0.1", 0, faulty, threaded=True, request_handler=Quiet)
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, name="moto", daemon=True)
+    thread.start()
+    options = {
+        "region": "us-east-1",
+        "endpoint_url": f"http://127.0.0.1:{http.server_port}",
+        "allow_http": True,
+        "force_path_style": True,
+        "network_stream_timeout_seconds": 2,
+        "access_key_id": "test",
+        "secret_access_key": "test",
+    }
+    # One try for each request: what fails is seen.
+    retries = icechunk.StorageRetriesSettings(max_tries=1, initial_backoff_ms=1, max_backoff_ms=1)
+    config = icechunk.RepositoryConfig.default()
+    config.storage = icechunk.StorageSettings(retries=retries)
+    buckets = (f"bucket-{number}" for number in count())
+
+    def make():
+        bucket = next(buckets)
+        import urllib.request
+
+        asked = urllib.request.Request(f"{options['endpoint_url']}/{bucket}", method="PUT")
+        with urllib.request.urlopen(asked, timeout=30):
+            pass
+        return repository(f"s3://{bucket}/arrays", config=config, **options)
+
+    yield make, faulty
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left_behind():
+    """The server's and the client's threads live as long as their connections."""
+
+
+def copies(arrays):
+    return {name: array.copy() for name, array in arrays.items()}
+
+
+def test_random_epochs_restore_exactly_at_every_snapshot(s3, tracked, at_random, equal):
+    make, _ = s3
+    arrays, rng = {"w": dl.zeros((16, 512)), "b": dl.zeros(700, "f4")}, np.random.default_rng(3)
+    sink = StoreSink(tracked(arrays), arrays, make(), chunks={"w": (4, 512), "b": (350,)})
+    kept = {}
+    for step in range(8):
+        at_random(rng, arrays)
+        arrays["w"][step % 16, 0] += 1
+        kept[sink.save(step=step).snapshot] = copies(arrays)
+    for snapshot, then in kept.items():
+        equal(sink.restore(snapshot), then)
+
+
+@pytest.mark.stress  # the client waits before it tries again, for minutes in all
+@pytest.mark.parametrize(
+    ("how", "number_of"),
+    [("before", 1000), ("in", 1), ("after", 1)],
+    ids=["before, from then on", "in one", "after one"],
+)
+def test_any_request_may_fail_and_nothing_is_lost_or_there_twice(s3, tracked, equal, how, number_of):
+    make, faulty = s3
+    w = dl.zeros((8, 512))
+    repo = make()
+    sink = StoreSink(tracked({"w": w}), {"w": w}, repo, chunks=(2, 512), compressors=None)
+    w[:] = 1
+    sink.save(step=0)
+    expected = [copies({"w": w})]
+    refused = adopted = 0
+    for number in count(1):
+        w[number % 8] += 1
+        expected.append(copies({"w": w}))
+        faulty.arm(number, how, number_of)
+        try:
+            # The client itself tries again where one request fails: what was done is then done twice, or refused.
+            adopted += sink.save(step=number).adopted
+            reached = faulty.requests >= number
+            faulty.arm(0, how, 0)
+        except Exception:
+            refused += 1
+            reached = True
+            faulty.arm(0, how, 0)
+            sink.save(step=number)  # nothing is written where the other has landed
+        if not reached:
+            break
+    told = [version for version in history(repo) if version.transaction]
+    assert [version.step for version in told] == list(range(number + 1))
+    assert [version.epoch for version in told] == sorted({version.epoch for version in told})
+    for version, then in zip(told, expected, strict=True):
+        equal(restore(repo, version.snapshot), then)
+    assert number > 6
+    assert (refused > 3) == (number_of > 1)
+    assert adopted <= number
+
+
+@pytest.mark.stress
+def test_a_commit_of_which_the_store_says_nothing_is_held(s3, tracked):
+    make, faulty = s3
+    w = dl.zeros((8, 512))
+    observer = tracked({"w": w})
+    sink = StoreSink(observer, {"w": w}, make(), chunks=(2, 512))
+    sink.save()
+    w[1] = 1
+    faulty.arm(0, "after", 0)
+    sink.save()
+    requests = faulty.requests
+    w[2] = 2
+    faulty.arm(requests, "after", 100)  # the write of the branch arrives, and no answer to anything from then on
+    with pytest.raises(InDoubt):
+        sink.save()
+    assert observer.epoch is not None
+    faulty.arm(0, "after", 0)
+    w[3] = 3
+    assert sink.save().pages == 1
+    assert [version.epoch for version in sink.history() if version.transaction] == [1, 2, 3, 4]
+
+
+def test_a_strangers_commit_is_refused(s3, tracked):
+    make, _ = s3
+    w, v = dl.zeros((8, 512)), dl.zeros((8, 512))
+    repo = make()
+    sink = StoreSink(tracked({"w": w}), {"w": w}, repo)
+    sink.save()
+    stranger = StoreSink(tracked({"w": v}), {"w": v}, repo)
+    v[:] = 9
+    stranger.save()
+    w[1] = 1
+    with pytest.raises(BranchMoved, match="somebody else has committed"):
+        sink.save()

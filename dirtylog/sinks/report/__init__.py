@@ -158,12 +158,12 @@ def _apart(trace: Trace, facts: Digest) -> str:
     texts = [
         f"{size_text(int(facts.column_pages[part].sum()) * facts.page_size)} in {seconds:.3g} s while {what}"
         for part, seconds, what in (
-            (slice(0, span[0]), facts.edges[span[0]], "the program was loaded and its interpreter set up"),
+            (slice(0, span[0]), facts.edges[span[0]], "the program was loaded"),
             (slice(span[1], None), facts.seconds - facts.edges[span[1]], "its interpreter took itself down"),
         )
         if seconds > 0
     ]
-    return f"written {', and '.join(texts)}: at first, the time in between is selected"
+    return f"{', '.join(texts)}; the time in between is selected at first"
 
 
 def _data(trace: Trace, facts: Digest, bandwidths: Sequence[float], downtime: float) -> dict[str, Any]:
@@ -177,7 +177,8 @@ def _data(trace: Trace, facts: Digest, bandwidths: Sequence[float], downtime: fl
     hot = list(facts.written())[:COLOURED]
     sums = facts.by_region(hot)
     sizes = facts.sizes() * facts.page_size
-    hot_names = short_names([facts.regions[i][:LONGEST_NAME] or unnamed for i in hot], sizes[hot].tolist())
+    hot_full = [facts.regions[i][:LONGEST_NAME] or unnamed for i in hot]
+    hot_names, hot_briefs = (short_names(hot_full, sizes[hot].tolist(), brief=brief) for brief in (False, True))
     rest = bool(sums[-1].any())
     edges, shares = facts.windows(sums if rest else sums[:-1])
     bins = int(np.flatnonzero(facts.gaps.any(axis=0)).max(initial=0)) + 1
@@ -220,6 +221,7 @@ def _data(trace: Trace, facts: Digest, bandwidths: Sequence[float], downtime: fl
         "steps": STEPS,
         "windows": _rounded(edges),
         "regionNames": [*hot_names, *(["all others"] if rest else [])],
+        "regionBriefs": [*hot_briefs, *(["all others"] if rest else [])],
         "regionRest": [*([False] * len(hot_names)), *([True] if rest else [])],
         "regionPages": [_rounded(row, 3) for row in shares],
         "gaps": facts.gaps[:, :bins].tolist(),

@@ -164,7 +164,7 @@
     return Plotly.react("rate", W > 0 ? traces : [], layout({ showlegend: true, xaxis: timeAxis({ title: "", rangeslider: { visible: true, thickness: 0.16, bgcolor: dark ? "#161d27" : "#f3f5f8", bordercolor: line, borderwidth: 1, range: [0, last] } }), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true }, margin: { l: 56, r: 12, t: 28, b: 24 } }), CONFIG);
   }
   function drawRegions() {
-    const traces = D.regionNames.map((name, i) => ({ type: "scatter", mode: "lines", stackgroup: "all", name: escaped(name), x: D.windows, y: steps(D.regionPages[i].map(v => MiB(v / width))), line: { shape: "hv", width: 0.5, color: COLOURS[i % 9] }, fillcolor: COLOURS[i % 9], text: steps(D.regionPages[i].map(v => escaped(name) + ": " + size(v * P / width) + " per second")), hoverinfo: "text" }));
+    const traces = D.regionNames.map((name, i) => ({ type: "scatter", mode: "lines", stackgroup: "all", name: escaped(narrow() ? D.regionBriefs[i] : name), x: D.windows, y: steps(D.regionPages[i].map(v => MiB(v / width))), line: { shape: "hv", width: 0.5, color: COLOURS[i % 9] }, fillcolor: COLOURS[i % 9], text: steps(D.regionPages[i].map(v => escaped(name) + ": " + size(v * P / width) + " per second")), hoverinfo: "text" }));
     return Plotly.react("regions", W > 0 ? traces : [], layout({ showlegend: true, legend: Object.assign({ orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 }, traceorder: "normal" }, narrow() ? { entrywidth: 0.48, entrywidthmode: "fraction" } : {}), xaxis: timeAxis(), yaxis: { title: "MiB per second", rangemode: "tozero", fixedrange: true } }), CONFIG);
   }
 
@@ -261,6 +261,7 @@
     await Promise.all([drawMap(), drawRate(), drawRegions()]);
     small("often", D.often.map((_, i) => i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : "1"), D.often.map(v => D.distinct ? 100 * v / D.distinct : 0), D.often.map((v, i) => size(v * P) + " in " + (i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : 1) + " harvests"), "harvests that found it written", "share", { type: "bar" });
     update();
+    document.documentElement.dataset.drawn = (narrow() ? "narrow " : "wide ") + (dark ? "dark" : "light");
   }
   if (D.program) [from, to] = D.program;
   const place = location.hash.match(/^#t=([\d.]+),([\d.]+)$/);
@@ -285,9 +286,10 @@
       else if (event["xaxis.range"]) choose(...event["xaxis.range"]);
       else if ("xaxis.range[0]" in event) choose(event["xaxis.range[0]"], event["xaxis.range[1]"]);
     });
-    document.documentElement.dataset.drawn = "yes";
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  // A phone that is turned.
+  matchMedia("(max-width: 639.5px)").addEventListener("change", draw);
   const fit = () => document.querySelectorAll(".chart").forEach(chart => Plotly.Plots.resize(chart));
   addEventListener("beforeprint", () => { printing = true; draw().then(fit); });
   addEventListener("afterprint", () => { printing = false; draw().then(fit); });

@@ -97,7 +97,7 @@ def names_of(pid: int, agent: str | None) -> Iterator[Names]:
         yield Names(pid)
         return
     with Connection(agent, pid) as connection:
-        yield Names(pid, connection.arrays)
+        yield Names(pid, connection.arrays, spent=lambda: connection.spent)
 
 
 def add_program_arguments(parser: argparse.ArgumentParser) -> None:
@@ -343,8 +343,11 @@ def _watch_started(
         def before(process: Process) -> None:
             # From its first step on: it may say that it is ready before `launch` returns.
             _remote.pass_signals(process.pid)
-            arrays = Connection(asking, process.pid, PATIENCE).arrays if asking is not None else None
-            names.append(Names(process.pid, arrays))
+            if asking is None:
+                names.append(Names(process.pid))
+            else:
+                connection = Connection(asking, process.pid, PATIENCE)
+                names.append(Names(process.pid, connection.arrays, spent=lambda: connection.spent))
             sampling.append(begin(process, names[0]))
 
         begins = _begins(words, naming) if python else []

@@ -125,7 +125,7 @@ def test_an_answer_that_comes_late_is_taken_at_a_later_look():
     region = Region(PAGE, 3 * PAGE, 0, 2, "anonymous", "")
     with ours, theirs:
         names = Names(os.getpid(), Connection(ours, 1, timeout=0.01).arrays, lambda: now[0])
-        text = b'[["late", 4096, 8192]]'
+        text = b'[[["late", 4096, 8192]], 0.01]'
         answer = inside.LENGTH.pack(len(text)) + text
         for part in (b"", answer[:3], answer[3:9]):
             theirs.sendall(part)
@@ -134,6 +134,32 @@ def test_an_answer_that_comes_late_is_taken_at_a_later_look():
         theirs.sendall(answer[9:])
         assert [each.name for each in names([region])] == ["late", "anonymous"]
         assert theirs.recv(100) == inside.NAMES, "it was asked once"
+
+
+def test_an_answer_that_came_late_and_cost_little_is_no_reason_to_wait_long():
+    """By the program's own time: on a busy machine, what was allocated since had no names for ten seconds."""
+    now, asked, spent, price = [0.0], [], [0.0], [0.02]
+
+    def arrays():
+        asked.append(now[0])
+        now[0] += 0.25
+        spent[0] += price[0]
+        return []
+
+    names = Names(os.getpid(), arrays, lambda: now[0], spent=lambda: spent[0])
+
+    def allocate(second):
+        now[0] = float(second)
+        names([Region(second * MIB, (second + 1) * MIB, 0, 256, "anonymous", "")])
+
+    for second in range(0, 20, 2):
+        allocate(second)
+    assert asked == list(range(0, 20, 2))
+    # Beyond half a second, no more than a fiftieth of the time.
+    price[0] = 1.3
+    for second in range(20, 60, 2):
+        allocate(second)
+    assert asked[10:] == [20, 50]
 
 
 def test_objects_that_change_while_they_are_looked_through_are_looked_at_again(monkeypatch):
@@ -211,7 +237,13 @@ def test_pieces_cover_a_region_once_and_a_page_of_two_arrays_is_the_firsts():
 def test_what_a_program_says_is_not_believed_blindly(tmp_path):
     import socket
 
-    for said in (b"\xff\xff\xff\xff", inside.LENGTH.pack(3) + b"[1]", inside.LENGTH.pack(9) + b"[", b""):
+    for said in (
+        b"\xff\xff\xff\xff",
+        inside.LENGTH.pack(3) + b"[1]",
+        inside.LENGTH.pack(8) + b"[[1], 2]",
+        inside.LENGTH.pack(9) + b"[",
+        b"",
+    ):
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.sendall(said)

@@ -98,6 +98,8 @@ class Connection:
         self._timeout = timeout
         self._asked = False
         self._answer = bytearray()
+        # Seconds of CPU time that the program took to look through its objects, in all.
+        self.spent: float = 0.0
         if isinstance(where, socket.socket):
             self._socket = where
             return
@@ -149,7 +151,9 @@ class Connection:
             said = json.loads(text)
             if said is None:
                 raise TimeoutError("the program could not look through its objects this time")
-            return [(str(name), int(start), int(end)) for name, start, end in said]
+            arrays, seconds = said
+            self.spent += max(0.0, float(seconds))
+            return [(str(name), int(start), int(end)) for name, start, end in arrays]
         except (ValueError, TypeError, RecursionError) as error:
             raise OSError(f"what a program says of its arrays cannot be used: {error}") from error
 

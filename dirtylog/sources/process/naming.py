@@ -25,8 +25,9 @@ _GLIBC_HEAP = 64 * _MIB
 _POOLS = (16384, 4096)
 # MI_SEGMENT_SIZE of mimalloc's include/mimalloc/types.h, 64-bit.
 _MI_SEGMENT = 32 * _MIB
-# At most this part of the time is spent asking a program for its arrays.
+# At most this part of the time is spent looking through a program's objects, beyond half a second at its start.
 _SHARE = 50
+_FREE = 0.5
 _MOST_ARRAYS = 200
 
 
@@ -42,6 +43,9 @@ class Names:
         :func:`dirtylog.sources.process.handover.Connection.arrays` does; asked now and then.
     clock : callable, optional
         Seconds, never going back.
+    spent : callable, optional
+        Seconds of CPU time that the program's answers took it so far, as
+        :attr:`dirtylog.sources.process.handover.Connection.spent` says; by default, what they took here.
 
     Notes
     -----
@@ -55,11 +59,14 @@ class Names:
         pid: int,
         arrays: Callable[[], Sequence[Found]] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[], float] | None = None,
     ) -> None:
         self._pid = pid
         self._ask = arrays
         self._clock = clock
-        self._again = float("-inf")
+        self._again = self._began = clock()
+        self._waited = 0.0
+        self._spent = spent or (lambda: self._waited)
         self._asking = True
         self._arrays: list[Found] = []
         self._looked_at: dict[tuple[int, int, int], str] = {}
@@ -82,15 +89,15 @@ class Names:
         self._asking |= any(region.npages * PAGE_SIZE >= _MIB for region in unknown)
         if self._ask is not None and self._asking and now >= self._again:
             self._asking = False
-            spent = 0.0
             try:
                 self._arrays = sorted(self._ask(), key=lambda found: found[1])
-                spent = self._clock() - now
+                self._waited += self._clock() - now
             except TimeoutError:
                 self._asking = True  # it is looking, or busy: what it says is there at a later look
             except OSError:
                 self._ask = None  # the program has ended, what it had is known
-            self._again = self._clock() + max(1.0, _SHARE * spent)
+            # By the program's own time: a busy machine makes an answer late, and not dear.
+            self._again = max(self._clock() + 1.0, self._began + _SHARE * (self._spent() - _FREE))
         for pid in {region.pid or self._pid for region in unknown}:
             self._look_at([region for region in regions if (region.pid or self._pid) == pid], pid)
 

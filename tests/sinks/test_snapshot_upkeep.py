@@ -87,6 +87,18 @@ def test_prune_keeps_the_newest_of_each_day(tree, monkeypatch):
     assert plain(done.kept) == tree.check() == ["s3", "s5"]
 
 
+def test_the_newest_of_a_day_is_kept_though_the_clock_was_put_back(tree, monkeypatch):
+    hour = 3600 * 10**9
+    midnight = int(time.mktime((2026, 3, 10, 0, 0, 0, 0, 0, -1))) * 10**9
+    # Yesterday, today, and then over midnight back into yesterday.
+    for i, hours in enumerate((-5, 1, -1)):
+        monkeypatch.setattr(time, "time_ns", lambda at=midnight + hours * hour: at)
+        tree.diff(f"s{i}", f"s{i - 1}") if i else tree.full("s0")
+    done = prune(tree.directory, keep_daily=2, dry_run=True)
+    assert plain(done.kept) == ["s0", "s2"]
+    assert plain(prune(tree.directory, keep_daily=1, sync=False).kept) == tree.check() == ["s2"]
+
+
 def test_prune_leaves_what_it_does_not_understand_and_what_others_need(tree, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     tree.line("a", "b", "c", "d")

@@ -3,6 +3,7 @@
 import mmap
 
 import numpy as np
+import pytest
 
 from dirtylog.sinks import snapshot
 from dirtylog.sources import kvm
@@ -39,3 +40,25 @@ def test_a_guest_runs_in_a_mapped_snapshot_and_is_put_back(tmp_path):
         mapped.close()
         guest.write([GFN + 5], 66)
         assert set(vm.get_dirty_log(0)) >= {5}
+
+
+@needs_kvm
+def test_an_opened_snapshot_is_the_memory_of_a_slot(tmp_path):
+    snapshot.save(tmp_path / "base", np.ones(NPAGES * PAGE, np.uint8), page_size=PAGE, sync=False)
+    with snapshot.open(tmp_path / "base") as mapped, kvm.Kvm() as system, system.create_vm() as vm:
+        vm.set_memory_region(0, GFN, NPAGES, memory=mapped)
+        assert np.shares_memory(vm.memory(0), mapped.array)
+        guest = Guest(vm, padding=PADDING)
+        guest.write([GFN + 5], 66)
+        assert mapped.array[5 * PAGE] == 66
+        # It goes on in the guest after it was closed, and it is the same memory when the slot is changed.
+        mapped.close()
+        vm.set_memory_region(0, GFN, NPAGES, log_dirty=False)
+        guest.write([GFN + 6], 67)
+        assert vm.memory(0)[6 * PAGE] == 67
+
+
+@needs_kvm
+def test_what_has_no_memory_is_not_the_memory_of_a_slot():
+    with kvm.Kvm() as system, system.create_vm() as vm, pytest.raises(TypeError, match="slot 0: memory is list"):
+        vm.set_memory_region(0, GFN, NPAGES, memory=[1, 2])

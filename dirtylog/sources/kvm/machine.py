@@ -115,7 +115,7 @@ class VM(Resource):
             Size in pages; 0 deletes the slot.
         log_dirty : bool, optional
             Keep a dirty log.
-        memory : writable buffer, optional
+        memory : writable buffer, array or opened snapshot, optional
             Page-aligned, contiguous, at least ``npages * page_size`` bytes:
             `dirtylog.zeros` makes such arrays. It is kept alive, and cannot be
             resized or unmapped by its owner, until the slot is deleted or the
@@ -125,7 +125,7 @@ class VM(Resource):
         Raises
         ------
         TypeError
-            `memory` has no buffer.
+            `memory` has no memory of its own.
         ValueError
             `memory` is read-only, has gaps, is not page-aligned or too small; the VM is closed.
         OSError

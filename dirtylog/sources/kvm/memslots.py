@@ -6,6 +6,7 @@ import mmap
 import os
 from typing import TYPE_CHECKING, NoReturn
 
+from dirtylog._bits.flat import flat_array
 from dirtylog._bits.owed import Owed
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sources.kvm import _kvm
@@ -75,7 +76,12 @@ def lend(slot: int, npages: int, memory: Memory | None) -> tuple[Memory, _kvm.Pi
     if memory is None:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
-        pinned = _kvm.Pinned(memory)
+        try:
+            pinned = _kvm.Pinned(memory)
+        except TypeError:
+            # What lends its memory by another protocol than the buffer's: an opened snapshot, a tensor.
+            memory = flat_array(memory, what=f"slot {slot}: memory")
+            pinned = _kvm.Pinned(memory)
     except (BufferError, ValueError) as error:
         raise ValueError(f"slot {slot}: memory has to be writable and contiguous ({error})") from error
     if pinned.address % PAGE_SIZE:

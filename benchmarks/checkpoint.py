@@ -1,8 +1,10 @@
 """What the n-th checkpoint costs beside saving everything: time, bytes, and the time to load, by ratio in one run.
 
-Run: python -m benchmarks.checkpoint [--mib 1024] [--directory DIR] [--markdown]. Nothing is synced. Peers that are not
-installed are named and left out. Beside the time that passed stands the CPU time of the process, its system calls
-included, which other work on the machine moves much less.
+Run: python -m benchmarks.checkpoint [--mib 1024] [--directory DIR] [--sync] [--markdown]. All are equally durable:
+without --sync nobody syncs, and with it everybody does. None of the peers syncs by itself, so the benchmark calls fsync
+on their files and their directory, in the time that is measured; dirtylog does so by itself, as is its default. Peers
+that are not installed are named and left out. Beside the time that passed stands the CPU time of the process, its
+system calls included, which other work on the machine moves much less.
 """
 
 import argparse
@@ -86,6 +88,14 @@ def size_of(path):
     return sum(each.stat().st_blocks * 512 for each in paths)
 
 
+def sync(path):
+    """Put what a peer wrote on the disk, as a snapshot is when it has its name."""
+    for each in [path, *(path.rglob("*") if path.is_dir() else []), path.parent]:
+        descriptor = os.open(each, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def remove(path):
     if path.is_dir():
         shutil.rmtree(path)
@@ -93,7 +103,7 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def compare(array, fraction, directory, peers, rounds, rng):
+def compare(array, fraction, directory, peers, rounds, rng, durable):
     """Measure one share of dirty pages: rows of name, save, load, bytes."""
     pages = array.size // 512
     chosen = rng.choice(pages, max(int(pages * fraction), 1), replace=False)
@@ -108,7 +118,7 @@ def compare(array, fraction, directory, peers, rounds, rng):
         times[name][1].append(cpu)
         return answer
 
-    with dl.Checkpoint(ours, {"w": array}, sync=False) as checkpoint:
+    with dl.Checkpoint(ours, {"w": array}, sync=durable) as checkpoint:
         checkpoint.save()
         for turn in range(rounds):
             # In turns, so that all meet the same neighbours on the machine.
@@ -122,7 +132,7 @@ def compare(array, fraction, directory, peers, rounds, rng):
             for name, (save, load, ending) in peers.items():
                 path = directory / f"peer{ending}"
                 remove(path)
-                note(name, lambda s=save, p=path: s(str(p), array))
+                note(name, lambda s=save, p=path: (s(str(p), array), durable and sync(p)))
                 sizes[name] = size_of(path)
                 if turn == rounds - 1:
                     times[name][2].append(timed(lambda lo=load, p=path: float(np.asarray(lo(str(p))).sum()))[0])
@@ -152,6 +162,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="where to write (the directory for temporary files)")
     parser.add_argument("--dirty", type=float, nargs="+", default=[0.001, 0.01, 0.1, 1.0], metavar="SHARE")
+    parser.add_argument("--sync", action="store_true", help="let everybody sync, dirtylog and peers")
     parser.add_argument("--markdown", action="store_true", help="print the table for the documentation")
     options = parser.parse_args()
     if not 1 <= options.mib <= 1 << 16 or not all(0 < share <= 1 for share in options.dirty):
@@ -168,9 +179,10 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:
         for share in options.dirty:
-            rows += compare(array, share, Path(directory), peers, options.rounds, rng)
+            rows += compare(array, share, Path(directory), peers, options.rounds, rng, options.sync)
     header = ["dirty", "by", "save", "/ ours", "CPU", "/ ours", "bytes", "per dirty byte", "load and read"]
-    title = f"The n-th checkpoint of {options.mib} MiB, nothing synced, {os.cpu_count()} CPUs"
+    synced = "all" if options.sync else "nothing"
+    title = f"The n-th checkpoint of {options.mib} MiB, {synced} synced, {os.cpu_count()} CPUs"
     if options.markdown:
         show_markdown(header, rows)
     else:

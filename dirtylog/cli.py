@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import dirtylog
+from dirtylog.commands._refusal import Misunderstood
 
 __all__ = ["COMMANDS", "EXIT_CODES", "FAILED", "UNAVAILABLE", "main"]
 
@@ -34,6 +35,7 @@ COMMANDS = (
 )
 
 FAILED = 1
+MISUNDERSTOOD = 2
 UNAVAILABLE = 3
 INTERRUPTED = 130
 EXIT_CODES = """\
@@ -53,8 +55,8 @@ def _complain(text: str) -> None:
     print(f"dirtylog: {printable(text, keep=chr(10))}", file=sys.stderr)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser: one sub-command for each module in `COMMANDS`."""
+def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Build the parser: one sub-command for each of these modules of `COMMANDS`."""
     top = argparse.ArgumentParser(
         prog="dirtylog",
         description="Which pages of memory were written since I last looked?",
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"dirtylog {dirtylog.__version__}")
     commands = top.add_subparsers(metavar="command", required=True)
-    for name in COMMANDS:
+    for name in names:
         module = import_module(f"dirtylog.commands.{name}")
         description = module.__doc__ or ""
         command = commands.add_parser(
@@ -91,12 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         The exit code: see `EXIT_CODES`.
     """
-    args = parser().parse_args(argv)
-    if sys.stdout is None:  # Python's way to say that it was started with standard output closed
-        if sys.stderr is not None:
-            print("dirtylog: standard output is closed; redirect it to /dev/null if it is not wanted", file=sys.stderr)
-        return FAILED
+    words = sys.argv[1:] if argv is None else argv
     try:
+        # A command that is named comes first; what the others import would make it wait.
+        args = parser([word for word in words[:1] if word in COMMANDS] or COMMANDS).parse_args(words)
+        if sys.stdout is None:  # Python's way to say that it was started with standard output closed
+            if sys.stderr is not None:
+                said = "standard output is closed; redirect it to /dev/null if it is not wanted"
+                print(f"dirtylog: {said}", file=sys.stderr)
+            return FAILED
         code: int = args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -109,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except dirtylog.BackendUnavailable as error:
         _complain(str(error))
         return UNAVAILABLE
+    except Misunderstood as error:
+        _complain(str(error))
+        return MISUNDERSTOOD
     except (dirtylog.DirtyLogError, OSError, MemoryError) as error:
         _complain(str(error) or type(error).__name__)
         return FAILED

@@ -20,9 +20,9 @@ def at_least(low: float, kind: Callable[[str], Any], high: float = math.inf) -> 
     def read(text: str) -> Any:
         value = _number(text, kind)
         if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: {low:g} or more")
+            raise argparse.ArgumentTypeError(f"{text} is too small; it must be at least {low:g}")
         if value > high:
-            raise argparse.ArgumentTypeError(f"{text} is too large: {high:.10g} or less")
+            raise argparse.ArgumentTypeError(f"{text} is too large; it must be at most {high:.10g}")
         return value
 
     return read
@@ -35,7 +35,7 @@ def more_than(low: float, kind: Callable[[str], Any], high: float = math.inf) ->
     def read(text: str) -> Any:
         value = bounded(text)
         if value == low:
-            raise argparse.ArgumentTypeError(f"{text} is too small: more than {low:g}")
+            raise argparse.ArgumentTypeError(f"{text} is too small; it must be more than {low:g}")
         return value
 
     return read

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
 from dirtylog.commands._numbers import LONGEST, more_than
+from dirtylog.commands._refusal import Misunderstood, refusing
 from dirtylog.commands._terminal import show_note
 from dirtylog.errors import BackendUnavailable, DirtyLogError
 
@@ -141,7 +142,7 @@ def _words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     named = words[:1] == ["--"]
     words = words[named:]
     if not words or (words[0] in ("-m", "-c") and len(words) < 2):
-        raise DirtyLogError("there is no program to watch: name one after the options, or a running process by --pid")
+        raise Misunderstood("there is no program to watch: name one after the options, or a running process by --pid")
     if words[0] not in ("-m", "-c") and (named or not _is_python(words[0])):
         return [], words
     return [sys.executable, *_own_options()], words
@@ -215,10 +216,10 @@ def watch(
     given = bool(args.program or args.module is not None or args.code is not None)
     if args.pid is not None:
         if given:
-            raise DirtyLogError(f"--pid {args.pid} and a program were given; watch one of them")
+            raise Misunderstood(f"--pid {args.pid} and a program were given; watch one of them")
         return _watch_running(args, begin, done)
     if args.agent is not None:
-        raise DirtyLogError("--agent is about a running process; name one by --pid")
+        raise Misunderstood("--agent is about a running process; name one by --pid")
     return _watch_started(args, begin, done)
 
 
@@ -280,10 +281,10 @@ def _watch_running(
     from dirtylog import attach
     from dirtylog.sources.process.launch import Looks
 
-    with (
-        attach(args.pid, handover=args.agent, follow_children=True) as process,
-        names_of(args.pid, args.agent) as names,
-    ):
+    with ExitStack() as stack:
+        with refusing():
+            process = stack.enter_context(attach(args.pid, handover=args.agent, follow_children=True))
+            names = stack.enter_context(names_of(args.pid, args.agent))
         sampling = begin(process, names)
         looks = Looks(process)
         missed = None
@@ -328,7 +329,7 @@ def _watch_started(
         if stream is not None:
             stream.flush()
     if args.arrays and not python:
-        raise DirtyLogError("--arrays is about a Python program; for another leave it out")
+        raise Misunderstood("--arrays is about a Python program; for another leave it out")
     sampling: list[Sampling] = []
     names: list[Names] = []
 

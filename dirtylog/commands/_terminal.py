@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 __all__ = [
     "bytes_text",
     "encodes",
+    "pages_text",
     "plain_table",
     "seconds_text",
     "show_json",
@@ -40,6 +41,17 @@ def bytes_text(size: float) -> str:
         if size < 1024:
             return f"{size:.1f} {unit}"
     return f"{size / 1024:.1f} TiB"
+
+
+def pages_text(count: int) -> str:
+    """Write a number of pages.
+
+    Examples
+    --------
+    >>> pages_text(1), pages_text(2)
+    ('1 page', '2 pages')
+    """
+    return f"{count} page{'' if count == 1 else 's'}"
 
 
 def time_text(seconds: float) -> str:

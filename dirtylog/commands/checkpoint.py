@@ -48,6 +48,7 @@ def _list(args: argparse.Namespace) -> None:
     from dirtylog.commands import _terminal
     from dirtylog.sinks.checkpoint import Checkpoint
 
+    os.listdir(args.directory)  # an error if there is none
     records = Checkpoint.history(args.directory)
     if args.json:
         kept = [{"step": r.step, "time": r.time, **asdict(r.info), "state": None} for r in records]
@@ -66,7 +67,8 @@ def _list(args: argparse.Namespace) -> None:
                 os.path.basename(record.info.path),
             )
             for record in records
-        ],
+        ]
+        or [("none", "", "", "", "", "")],
         left=3,
     )
 
@@ -116,12 +118,9 @@ def _export(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do one action."""
-    from dirtylog import DirtyLogError
+    from dirtylog.commands._refusal import refusing
 
-    try:
-        {"list": _list, "show": _show, "export": _export}[args.action](args)
-    except KeyError as error:
-        raise DirtyLogError(error.args[0]) from error
-    except ValueError as error:
-        raise DirtyLogError(str(error)) from error
+    action = {"list": _list, "show": _show, "export": _export}[args.action]
+    with refusing():
+        action(args)
     return 0

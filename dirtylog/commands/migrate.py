@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dirtylog.commands._arrivals import add_arrivals, arrays_of, arrival_of, digest_of, nbytes_of
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._origins import add_origins, origin_of
+from dirtylog.commands._refusal import refusing
 
 if TYPE_CHECKING:
     import socket
@@ -130,10 +131,9 @@ def _add_keys(end: argparse.ArgumentParser) -> None:
 @contextmanager
 def _keys(args: argparse.Namespace) -> Iterator[Keys]:
     """Yield the keys of the command line; what is wrong with them is said in its words."""
-    from dirtylog.errors import DirtyLogError
     from dirtylog.sinks.migrate import Keys
 
-    try:
+    with refusing(" (--tls-cert, --tls-key, --tls-ca, --token-file, --insecure)"):
         yield Keys.from_files(
             cert=args.tls_cert,
             key=args.tls_key,
@@ -142,8 +142,6 @@ def _keys(args: argparse.Namespace) -> Iterator[Keys]:
             psk_file=args.tls_psk_file,
             token_file=args.token_file,
         )
-    except ValueError as error:
-        raise DirtyLogError(f"{error} (--tls-cert, --tls-key, --tls-ca, --token-file, --insecure)") from error
 
 
 @contextmanager
@@ -172,16 +170,13 @@ def _reconnect(args: argparse.Namespace) -> Callable[[int], socket.socket] | Non
 def _status(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from dirtylog.errors import DirtyLogError
     from dirtylog.sinks.migrate import settle, status
 
-    try:
+    with refusing():
         found = status(args.session, journal=args.journal)
         if args.end == "settle" and found.may_run is None:
             with _connect(args) as sock:
                 found = settle(sock, args.session, journal=args.journal)
-    except (KeyError, ValueError) as error:
-        raise DirtyLogError(str(error.args[0])) from error
     return {**asdict(found), "may_run": found.may_run, "advice": found.advice}
 
 
@@ -196,13 +191,10 @@ def _connect(args: argparse.Namespace) -> socket.socket:
 def _send(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from dirtylog.errors import DirtyLogError
     from dirtylog.sinks.migrate import Control, MigrationError, Policy, send
 
-    try:
+    with refusing():
         policy = Policy(downtime=args.downtime, max_rounds=args.max_rounds, force=args.force)
-    except ValueError as error:
-        raise DirtyLogError(str(error)) from error
     with origin_of(args) as origin, _connect(args) as sock, origin.running():
         try:
             result = send(

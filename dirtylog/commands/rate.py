@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog.commands._numbers import more_than
 from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
+from dirtylog.commands._refusal import Misunderstood
 from dirtylog.commands._terminal import printable
 from dirtylog.commands._trace import add_migration_arguments
 
@@ -39,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Meter the trace, or record one of a process first."""
-    from dirtylog import DirtyLogError
-
     if (args.trace is None) == (args.pid is None):
-        raise DirtyLogError("name a trace, or a running process by --pid: one of them")
+        raise Misunderstood("name a trace, or a running process by --pid: one of them")
     if args.pid is None:
+        if args.agent is not None:
+            raise Misunderstood("--agent is about a running process; name one by --pid")
         return meter(args)
     from tempfile import TemporaryDirectory
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dirtylog.commands._refusal import Misunderstood
 from dirtylog.commands._trace import add_migration_arguments
 
 __all__ = ["add_arguments", "run"]
@@ -25,9 +26,11 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog.sinks.report import report_html
     from dirtylog.sinks.trace import Trace
 
+    output = Path(args.output) if args.output else Path(args.trace).with_suffix(".html")
+    if output.exists() and output.samefile(args.trace):
+        raise Misunderstood(f"{output} is the trace itself, which the page would overwrite; name another by --output")
     with Trace(args.trace) as trace:
         page = report_html(trace, bandwidths=args.bandwidth, downtime=args.downtime)
-    output = Path(args.output) if args.output else Path(args.trace).with_suffix(".html")
     output.write_text(page, encoding="utf-8")
     if args.json:
         from dirtylog.commands import _terminal

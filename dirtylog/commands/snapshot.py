@@ -105,17 +105,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check_origin(args: argparse.Namespace) -> None:
     """Refuse options that do not go with where the memory comes from."""
-    from dirtylog import DirtyLogError
+    from dirtylog.commands._refusal import Misunderstood
 
     if (args.image is None) == (args.pid is None):
-        raise DirtyLogError("name an image, or a running process by --pid: one of them")
+        raise Misunderstood("name an image, or a running process by --pid: one of them")
     given = [f"--{name}" for name in ("freeze", "select") if getattr(args, name) is not None]
     if args.pid is None and given:
-        raise DirtyLogError(f"{given[0]} is about a running process; name one by --pid")
+        raise Misunderstood(f"{given[0]} is about a running process; name one by --pid")
     if args.pid is not None and args.action == "diff" and args.bitmap is not None:
-        raise DirtyLogError("--bitmap is about an image; the memory of a process is compared with the parent")
+        raise Misunderstood("--bitmap is about an image; the memory of a process is compared with the parent")
     if args.pid is not None and args.action == "save" and args.page_size != PAGE_SIZE:
-        raise DirtyLogError("--page-size is about an image; a process has the pages of the system")
+        raise Misunderstood("--page-size is about an image; a process has the pages of the system")
 
 
 def _act_on_process(args: argparse.Namespace, progress: Any) -> Any:
@@ -223,20 +223,17 @@ def _list(args: argparse.Namespace) -> int:
 
 def _prune(args: argparse.Namespace) -> int:
     """Remove what is not to be kept."""
-    from dirtylog import DirtyLogError
     from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
+    from dirtylog.commands._refusal import refusing
     from dirtylog.sinks import snapshot
 
-    try:
-        with byte_bar("snapshot prune") as progress:
-            done = snapshot.prune(
-                args.directory, keep_last=args.keep_last, keep_daily=args.keep_daily, dry_run=args.dry_run,
-                sync=not args.no_sync, patience=args.patience, progress=progress,
-            )  # fmt: skip
-    except ValueError as error:
-        hint = " (--keep-last N, --keep-daily N)" if args.keep_last is None and args.keep_daily is None else ""
-        raise DirtyLogError(f"{error}{hint}") from error
+    hint = " (--keep-last N, --keep-daily N)" if args.keep_last is None and args.keep_daily is None else ""
+    with refusing(hint), byte_bar("snapshot prune") as progress:
+        done = snapshot.prune(
+            args.directory, keep_last=args.keep_last, keep_daily=args.keep_daily, dry_run=args.dry_run,
+            sync=not args.no_sync, patience=args.patience, progress=progress,
+        )  # fmt: skip
     if args.json:
         _terminal.show_json({"action": "prune", "dry_run": args.dry_run, **asdict(done)})
         return 0
@@ -272,27 +269,25 @@ def _of_process(about: Any) -> list[tuple[str, str]]:
 
 def run(args: argparse.Namespace) -> int:
     """Do one action and print the snapshot it is about."""
-    from dirtylog import DirtyLogError
     from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
+    from dirtylog.commands._refusal import refusing
 
     others = {"clean": _clean, "list": _list, "tree": _list, "prune": _prune}
     if args.action in others:
         return others[args.action](args)
-    try:
-        with byte_bar(f"snapshot {args.action}") as progress:
-            about = _act(args, progress)
-    except ValueError as error:
-        raise DirtyLogError(str(error)) from error
+    with refusing(), byte_bar(f"snapshot {args.action}") as progress:
+        about = _act(args, progress)
     if args.json:
         _terminal.show_json({"action": args.action, **asdict(about)})
         return 0
+    pages = _terminal.pages_text
     sure = "" if about.exact else ", some of them perhaps clean"
     rows = [
         ("snapshot", about.path),
         ("kind", about.kind if about.parent is None else f"{about.kind} over {about.parent}"),
-        ("memory", f"{_terminal.bytes_text(about.nbytes)}, {about.npages} pages of {about.page_size} B"),
-        ("holds", f"{about.count} pages{sure}; {_terminal.bytes_text(about.allocated)} on disk"),
+        ("memory", f"{_terminal.bytes_text(about.nbytes)}, {pages(about.npages)} of {about.page_size} B"),
+        ("holds", f"{pages(about.count)}{sure}; {_terminal.bytes_text(about.allocated)} on disk"),
         *_of_process(about),
         ("epoch", "-" if about.epoch is None else str(about.epoch)),
         ("digest", f"{about.digest} ({about.algorithm})"),

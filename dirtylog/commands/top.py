@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dirtylog.commands import _terminal
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._program import names_of
+from dirtylog.commands._refusal import refusing
 from dirtylog.commands._screen import keys_until, raw_keys
 from dirtylog.commands._terminal import printable
 
@@ -152,16 +153,17 @@ def run(args: argparse.Namespace) -> int:
     looks = 1 if args.once else args.count
     select = "all" if args.all else "large"
     with ExitStack() as stack:
-        process = stack.enter_context(
-            attach(
-                pid,
-                select=select,
-                handover=args.agent,
-                trust_shared=args.trust_shared,
-                follow_children=args.follow,
+        with refusing():
+            process = stack.enter_context(
+                attach(
+                    pid,
+                    select=select,
+                    handover=args.agent,
+                    trust_shared=args.trust_shared,
+                    follow_children=args.follow,
+                )
             )
-        )
-        names = stack.enter_context(names_of(pid, args.agent))
+            names = stack.enter_context(names_of(pid, args.agent))
         watcher = Watcher(process, BARS if _terminal.encodes(BARS) else ASCII_BARS, names)
         if args.json or args.once or not sys.stdout.isatty():
             _print(watcher, args, looks)

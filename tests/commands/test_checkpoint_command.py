@@ -52,12 +52,15 @@ def test_the_same_for_people(directory, tmp_path, capsys):
 
 def test_what_is_not_there_is_one_error(directory, tmp_path, capsys):
     for words, match in (
-        (["show", directory, "--step", "5"], "no checkpoint of step 5; it has those of [10, 20]"),
+        (["show", directory, "--step", "5"], "no checkpoint of step 5; it has those of 10, 20"),
         (["export", directory, str(tmp_path / "x.txt")], "it must end in one of .npy, .npz, .zarr"),
         (["export", directory, str(tmp_path / "x.npy")], "holds one array, and there are 2"),
         (["export", directory, str(tmp_path / "x.npz"), "--array", "z"], "no array 'z'; it has b, w"),
-        (["show", str(tmp_path / "none")], "has no checkpoint"),
+        (["show", str(tmp_path / "none")], "none has no checkpoint\n"),
+        (["list", str(tmp_path / "none")], "No such file or directory"),
     ):
         assert cli.main(["checkpoint", *words]) == 1
         assert match in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["run"]
+    assert cli.main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "none" in capsys.readouterr().out

@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -51,22 +53,80 @@ def test_a_command_line_that_is_not_understood_is_exit_code_2(capsys, words):
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("rate", "one of them"),
+        ("rate trace --pid 1", "one of them"),
+        ("rate trace --agent socket", "name one by --pid"),
+        ("record trace", "no program to watch"),
+        ("profile --pid 1 program", "watch one of them"),
+        ("profile --agent socket program", "name one by --pid"),
+        ("snapshot save image", "one of them"),
+        ("snapshot save image memory --freeze", "name one by --pid"),
+    ],
+)
+def test_words_that_do_not_go_together_are_exit_code_2_too(capsys, words, complaint):
+    code, _, said = run(capsys, *words.split())
+    assert (code, complaint in said) == (2, True), said
+
+
+@pytest.mark.parametrize("words", ["top {}", "rate --pid {}", "profile --pid {}", "record --pid {} trace"])
+def test_a_process_that_cannot_be_watched_is_refused_in_a_sentence(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, said = run(capsys, *words.format(os.getpid()).split())
+    assert code == cli.FAILED
+    assert said.startswith("dirtylog: ")
+    assert "this process itself" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_waits_for_no_other_ones_imports(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "import_module", lambda name: asked.append(name) or import_module(name))
+    assert cli.main(["info", "--json"]) == 0
+    assert asked == ["dirtylog.commands.info"]
+
+
+def test_ctrl_c_while_a_command_is_imported_is_no_traceback(monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(["info"]) == cli.INTERRUPTED
+
+
+def test_a_page_does_not_take_the_place_of_its_trace(capsys, tmp_path):
+    trace = tmp_path / "run.html"
+    trace.write_bytes(b"a trace")
+    code, _, said = run(capsys, "report", str(trace))
+    assert (code, "--output" in said) == (2, True)
+    assert trace.read_bytes() == b"a trace"
+
+
+def test_a_trace_that_cannot_be_written_is_named(capsys, tmp_path):
+    pytest.importorskip("pyarrow")
+    trace = str(tmp_path / "none" / "trace")
+    code, _, said = run(capsys, "record", trace, "-c", "pass")
+    assert (code, said) == (1, f"dirtylog: [Errno 2] No such file or directory: {trace!r}\n")
+
+
 def test_more_writers_than_a_machine_has_vcpus_are_refused_before_a_thread_starts(capsys):
     assert exit_code("demo", "--writers", "100000") == 2
-    assert "100000 is too large: 1024 or less" in capsys.readouterr().err
+    assert "100000 is too large; it must be at most 1024" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("profile --interval 0 x.py", "argument --interval: 0 is too small: more than 0"),
+        ("profile --interval 0 x.py", "argument --interval: 0 is too small; it must be more than 0"),
         ("profile --every 1,x x.py", "argument --every: 'x' is not a number"),
         ("profile --every 0 x.py", "argument --every: 0 is too small"),
         ("record --interval nan t.parquet x.py", "argument --interval: nan is not a number that is finite"),
         ("rate t.parquet --bandwidth 0", "argument --bandwidth: 0 is too small"),
         ("rate --bandwidth 1e9 t.parquet", "argument --bandwidth: 't.parquet' is not a number"),
         ("rate t.parquet --window -1", "argument --window: -1 is too small"),
-        ("report t.parquet --downtime -1", "argument --downtime: -1 is too small: 0 or more"),
+        ("report t.parquet --downtime -1", "argument --downtime: -1 is too small; it must be at least 0"),
         ("demo --interval nan", "argument --interval: nan is not a number that is finite"),
         ("demo --rounds 1.5", "argument --rounds: '1.5' is not a whole number"),
         (f"rate t.parquet --bandwidth {'9' * 400}", "argument --bandwidth: "),
@@ -240,5 +300,5 @@ def test_a_whole_number_that_no_float_holds_is_read_and_held_to_its_bounds():
     from dirtylog.commands._numbers import at_least
 
     assert at_least(1, int)("9" * 400) == 10**400 - 1
-    with pytest.raises(ArgumentTypeError, match="too large: 10 or less"):
+    with pytest.raises(ArgumentTypeError, match=r"too large; it must be at most 10$"):
         at_least(1, int, 10)("9" * 400)

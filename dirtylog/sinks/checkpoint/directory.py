@@ -164,10 +164,9 @@ def find(directory: StrPath, step: int | None) -> str:
             return there[at]
         # The run before; whatever a file says, this comes to an end.
         end = min(first, end - 1)
-    raise KeyError(
-        f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}") +
-        f"; it has those of {[number for number in map(_step, there[-10:]) if number is not None]}"
-    )  # fmt: skip
+    said = f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}")
+    steps = [str(number) for number in map(_step, there[-10:]) if number is not None]
+    raise KeyError(f"{said}; it has those of {', '.join(steps)}" if steps else said)
 
 
 def _step(path: str) -> int | None:

@@ -99,9 +99,15 @@ class Recorder:
         self._waiting = 0
         self._time = 0.0
         self.epochs: int = 0
-        self._writer: Any = parquet.ParquetWriter(
-            self._partial, self._schema, compression="zstd", write_page_checksum=True
-        )
+        try:
+            self._writer: Any = parquet.ParquetWriter(
+                self._partial, self._schema, compression="zstd", write_page_checksum=True
+            )
+        except OSError as error:
+            if error.errno is None:
+                raise
+            # pyarrow names the file that nobody asked for.
+            raise OSError(error.errno, os.strerror(error.errno), str(self._path)) from error
 
     @staticmethod
     def _check_size(npages: int) -> None:

@@ -6,6 +6,7 @@ import argparse
 import os
 import runpy
 import sys
+from contextlib import suppress
 
 from dirtylog import agent
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("script", help="the program")
     parser.add_argument("args", nargs=argparse.REMAINDER, help="its arguments")
     args = parser.parse_args()
+    owner = os.getpid()
     try:
         listener = agent.listen(args.socket)
     except OSError as error:
@@ -30,7 +32,10 @@ def main() -> None:
         runpy.run_path(args.script, run_name="__main__")
     finally:
         listener.close()
-        os.unlink(args.socket)
+        # A child by fork that comes here leaves the socket to its parent.
+        if os.getpid() == owner:
+            with suppress(FileNotFoundError):
+                os.unlink(args.socket)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import dirtylog as dl
 
-# Answers EPERM to ptrace(2), as the profile of a container does; then is one command after the other.
+# Answers EPERM (0x50001) to ptrace(2), as the profile of a container does; then is one command after the other.
 WATCHER = """
 import ctypes, json, sys
 class Filter(ctypes.Structure):
@@ -61,3 +62,18 @@ def test_a_python_program_is_watched_without_ptrace_and_others_are_refused(tmp_p
     assert 8 << 20 <= whole["dirtied_bytes"] < 14 << 20
     assert whole["missed"] is None
     assert "has ended" in lost["missed"]
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter names a system call of x86-64 by its number")
+def test_a_program_does_not_begin_before_it_is_traced_even_if_that_ends_the_watcher(tmp_path):
+    began = tmp_path / "began"
+    ended = WATCHER.replace("0x50001", "0x80000000")  # SECCOMP_RET_KILL_PROCESS
+    commands = [["profile", "--", "/bin/touch", str(began)]]
+    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1])}
+    # The program has our pipes: they end when it has.
+    done = subprocess.run(
+        [sys.executable, "-c", ended, json.dumps(commands)], capture_output=True, text=True, env=environment
+    )
+    if done.returncode != -signal.SIGSYS:
+        pytest.skip(f"no filter can end a process here: {done.stderr}")
+    assert not began.exists()

@@ -1,8 +1,10 @@
 """Snapshots opened without reading them: the same bytes as a restore, copied on write, put back, read in parts."""
 
+import mmap
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,6 +41,20 @@ def test_mapped_memory_is_what_restoring_gives(tmp_path, page_size):
         assert (np.asarray(opened) == memory).all()
         assert opened.state == {"i": 12}
         assert (opened.nbytes, opened.page_size, opened.info) == (memory.nbytes, page_size, snapshot.info(path))
+
+
+def test_where_the_system_has_larger_pages_than_a_file_has_blocks_the_rest_of_the_base_is_put_back_by_copying(
+    tmp_path, monkeypatch
+):
+    # A multiple of this machine's: what is laid is the same, in larger pieces.
+    monkeypatch.setattr(mapped, "mmap", SimpleNamespace(PAGESIZE=16 * mmap.PAGESIZE))
+    monkeypatch.setattr(mapped, "GIVEN_BACK", 1)
+    path, memory = chain_of(tmp_path, diffs=0)
+    with snapshot.open(path) as opened:
+        assert (opened.array == memory).all()
+        opened.array[:] = 3
+        opened.reset()
+        assert (opened.array == memory).all()
 
 
 @pytest.mark.parametrize("limit", [0, 3])

@@ -7,7 +7,10 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from ast import literal_eval
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
-from dirtylog.sources.process import _remote
+from dirtylog.sources.process import _remote, attaching
+from dirtylog.sources.process.members import children
 from dirtylog.sources.process.regions import mappings
 
 from .. import warm
@@ -69,6 +73,13 @@ def attach(pid, **how):
         return dl.attach(pid, **how)
     except (BackendUnavailable, PermissionError) as missing:
         pytest.skip(f"attaching does not work here: {missing}")
+
+
+def status(pid):
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return ""
 
 
 @pytest.fixture
@@ -373,6 +384,48 @@ def test_the_signal_mask_is_what_it_was(puppet):
     assert before == after
 
 
+def test_a_thread_that_does_not_stop_in_time_is_let_go_where_this_process_traces_itself(puppet, monkeypatch):
+    attach(puppet.pid).close()
+
+    def only_by_a_parent(pid, tid, *, patience_ms, in_process):
+        if not in_process:
+            raise OSError(errno.EPERM, "ptrace(PTRACE_SEIZE): refused")
+        return _remote.inject(pid, tid, patience_ms=-1, in_process=True)
+
+    monkeypatch.setattr(attaching, "inject", only_by_a_parent)
+    late = None
+    while late is None:  # it may have stopped at once
+        try:
+            attaching.attach(puppet.pid).close()
+        except dl.DirtyLogError as error:
+            late = error
+    assert "no thread" in str(late)
+    puppet.tell("1")
+    assert select.select([puppet.process.stdout], [], [], 60)[0]
+    assert literal_eval(puppet.answer()) == 1
+
+
+def test_patience_that_ends_when_the_thread_has_stopped_does_not_cut_its_call_short(puppet):
+    attach(puppet.pid).close()
+    descriptor = None
+    with ThreadPoolExecutor(1) as pool:
+        while descriptor is None:
+            # Held before its fourth request: the thread has stopped, and its registers are still its own.
+            answer = pool.submit(_remote.inject, puppet.pid, puppet.pid, patience_ms=50, stop_at=4)
+            held = None
+            while held is None and not answer.done():
+                held = next((pid for pid in children(os.getpid()) if "T (stopped)" in status(pid)), None)
+            if held is not None:
+                over = time.monotonic() + 0.06
+                while time.monotonic() < over:
+                    os.sched_yield()
+                os.kill(held, signal.SIGCONT)
+            with suppress(TimeoutError):  # it has not stopped in time: once more
+                descriptor = answer.result()[0]
+    os.close(descriptor)
+    assert puppet.do("1") == 1
+
+
 def test_a_stopped_process_is_attached_to_and_stays_stopped(puppet):
     address = puppet.do("new(512)")
     puppet.process.send_signal(signal.SIGSTOP)
@@ -556,6 +609,19 @@ def test_a_script_run_by_the_agent_can_be_watched(tmp_path, importable):
         other.communicate("go\n")
     assert other.returncode == 0
     assert not path.exists()
+
+
+def test_a_child_of_a_script_run_by_the_agent_leaves_the_socket_to_its_parent(tmp_path):
+    script, socket = tmp_path / "script.py", tmp_path / "socket"
+    script.write_text(
+        f"import os, sys\nif not os.fork(): sys.exit()\nos.wait()\nprint(os.path.exists({str(socket)!r}))"
+    )
+    # From 3.12 on Python warns of a fork beside threads, and the agent's is one.
+    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dirtylog.agent", "--socket", str(socket), str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout == "True\n", done.stderr
+    assert not socket.exists()
 
 
 def test_whoever_is_no_agent_is_refused(tmp_path, puppet):

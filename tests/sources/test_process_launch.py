@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+import subprocess
 import sys
 from ast import literal_eval
 from pathlib import Path
@@ -225,6 +226,17 @@ def test_memory_that_is_reserved_and_not_touched_is_not_watched_and_costs_no_pag
     told.do(f"poke({address}, 6, {pages - 1})")
     assert new_in(told.program, address, pages) == {6, pages - 1}
     assert tables() < before + 2048
+
+
+def test_an_end_of_passing_signals_on_that_never_began_changes_no_handler():
+    command = (
+        "import signal; from dirtylog.sources.process import _remote; _remote.pass_signals(0)\n"
+        "try: signal.raise_signal(signal.SIGINT)\n"
+        "except KeyboardInterrupt: print('ours')"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stdout == "ours\n"
 
 
 def test_signals_that_somebody_sends_to_the_watcher_are_passed_on(tmp_path, importable):

@@ -89,7 +89,8 @@ class _Layout:
         if np.count_nonzero(lengths >= least) > budget:
             # The longest of them, and none that is as long as one that is left out.
             least = int(np.partition(lengths, -budget - 1)[-budget - 1]) + 1
-        copied = [_EMPTY]
+        # Of the base too, where the system's pages are larger than a file's blocks.
+        copied = [self.copied]
         for number, extents in layers:
             whole, parts = _plan(extents, nbytes, offset, extents[:, 1] >= least)
             path, digest = found.files[number]
@@ -307,7 +308,8 @@ class Mapped:
         """Divide a range into whole pages that are mappings of files, and the rest."""
         assert self._layout is not None
         size, copied = mmap.PAGESIZE, self._layout.copied
-        stops = copied.sum(axis=1)
+        # A part of a diff may lie within one of the base.
+        stops = np.maximum.accumulate(copied.sum(axis=1))
         part = copied[int(np.searchsorted(stops, begin, "right")) : int(np.searchsorted(copied[:, 0], end))]
         # Whole pages of the system around what was copied, which hold no other file's bytes than what is copied too.
         low = np.maximum(part[:, 0] // size * size, begin)

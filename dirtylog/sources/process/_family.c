@@ -33,6 +33,8 @@ int dl_pass_signals(int pid)
 
     if (pid && receiver)
         return -EBUSY;
+    if (!pid && !receiver)
+        return 0; /* nothing to end: no handler was kept to be put back */
     receiver = pid;
     sigfillset(&now.sa_mask);
     for (int i = 0; i < PASSED; i++) {

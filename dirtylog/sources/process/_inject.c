@@ -47,6 +47,8 @@
 #define SYS_close_range 436
 #endif
 #define LONG_MODE_CS 0x33
+/* What a call that does not wait may take on a machine that is far too busy. */
+#define CALL_NS UINT64_C(60000000000)
 
 /* The address of a system call instruction in one executable mapping, or 0. */
 static uint64_t search(int pid, uint64_t start, uint64_t end)
@@ -227,7 +229,9 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
         error = -errno;
         goto detach;
     }
-    /* From here on the thread has registers that are not its own: no more giving up before they are back. */
+    /* From here on the thread has registers that are not its own: no more giving up before they are back. Patience was
+     * for the stop; if the machine is busy, the call waits for its turn, however little of the patience was left. */
+    deadline = dl_now_ns() + CALL_NS;
     error = dl_take_userfaultfd(in, &saved, gadget, deadline, pidfd);
     if (!error && in->keep)
         error = dl_take_keeper(in, &saved, gadget, deadline);

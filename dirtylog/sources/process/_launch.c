@@ -39,9 +39,13 @@ static void become(struct dl_launch *launch, int go, int answer, const sigset_t 
 {
     char word;
     int error;
+    ssize_t got;
 
-    while (read(go, &word, 1) < 0 && errno == EINTR)
+    while ((got = read(go, &word, 1)) < 0 && errno == EINTR)
         ;
+    /* Not traced: it may not begin, and who started it has ended, or starts it in another way. */
+    if (got != 1)
+        _exit(127);
     /* Python ignores these two; a program expects what its shell would have given it. */
     signal(SIGPIPE, SIG_DFL);
     signal(SIGXFSZ, SIG_DFL);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,14 +80,27 @@ def _threads(pid: int) -> list[int]:
     return [tid for _, tid in sorted(found)]
 
 
+def _descriptor_by(pid: int, tid: int, patience: float, in_process: bool) -> tuple[int, float]:
+    """Get a userfaultfd by one thread of the process."""
+
+    def work() -> tuple[int, float]:
+        descriptor, stopped, _ = inject(pid, tid, patience_ms=int(patience * 1000), in_process=in_process)
+        return descriptor, stopped
+
+    if not in_process:
+        return work()
+    # By a thread that ends: only then does the kernel let go of a thread that was told to stop and has not yet.
+    with ThreadPoolExecutor(1, "dirtylog attach") as tracer:
+        return tracer.submit(work).result()
+
+
 def _descriptor_of(pid: int, patience: float) -> tuple[int, float]:
-    """Get a userfaultfd of the process by ptrace: by a helper, or by this thread where only a parent may trace."""
+    """Get a userfaultfd of the process by ptrace: by a helper, or by us where only a parent may trace."""
     refused: OSError | None = None
     for tid in _threads(pid)[:8]:
         for in_process in (False, True):
             try:
-                descriptor, stopped, _ = inject(pid, tid, patience_ms=int(patience * 1000), in_process=in_process)
-                return descriptor, stopped
+                return _descriptor_by(pid, tid, patience, in_process)
             except OSError as error:
                 refused = error
                 if error.errno != errno.EPERM or "SEIZE" not in (error.strerror or ""):
@@ -179,7 +193,7 @@ def attach(
     -----
     The tracer is a helper process, which finishes its millisecond even when
     this process is killed meanwhile. Where only a parent may trace its children
-    (``ptrace_scope`` 1), this thread traces itself, and being killed in that
+    (``ptrace_scope`` 1), this process traces itself, and being killed in that
     millisecond would leave the target with wrong registers.
 
     Signals that arrive meanwhile are handled afterwards; a system call that the

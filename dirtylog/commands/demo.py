@@ -185,7 +185,7 @@ def show(outcomes: list[Outcome], args: argparse.Namespace) -> None:
         ("pages", lambda o: f"{o.pages:,} of {o.page_size} B"),
         ("harvests", lambda o: f"{len(o.harvest_seconds)}"),
         ("dirty pages", lambda o: f"{sum(o.dirty_pages):,}"),
-        ("dirty a harvest", lambda o: f"{median(o.dirty_pages):,.0f} ({median(o.dirty_pages) / o.pages:.1%})"),
+        ("dirty per harvest", lambda o: f"{median(o.dirty_pages):,.0f} ({median(o.dirty_pages) / o.pages:.1%})"),
         ("harvest time", lambda o: _terminal.seconds_text(median(o.harvest_seconds))),
         ("bytes copied", lambda o: _terminal.bytes_text(o.bytes_copied)),
         (

@@ -1,7 +1,8 @@
 """Draw a trace as one HTML page: which memory was written when, how fast, and what snapshots and migrations would cost.
 
-The page is one file that asks nobody for anything: send it, print it, look at it on a phone. Its charts are drawn by
-the browser; drag across time to see one stretch of it in all of them.
+The page is one file that loads nothing from anywhere: send it, print it, look at it
+on a phone. The browser draws its charts; drag across time to see one stretch of it in
+all of them.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ cdef class DirtyBitmap:
     cdef Block word_block           # what bits.words and bits.summary point into
     cdef Block summary_block
     cdef DirtyPages nothing         # the answer of a harvest that finds nothing: one for all of them
+    cdef object __weakref__
+    cdef object myself              # a weak reference, for the answers
     cdef uint64_t page(self, object page) except? <uint64_t>-1
     cdef int span(self, object first, object count, uint64_t *first_page, uint64_t *end_page,
                   bint open_end) except -1

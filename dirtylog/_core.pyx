@@ -5,6 +5,7 @@
 cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release
 from cpython.object cimport PyObject, PyTypeObject
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -36,7 +37,7 @@ from dirtylog._bits.blocks cimport (
     no_words,
 )
 from dirtylog._bits.numbers cimport dl_hold_numbers, dl_numbers_of_items
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
 from dirtylog._bits.taking cimport take_pages
@@ -122,6 +123,7 @@ cdef class DirtyBitmap:
     def __cinit__(self):
         self.word_block = no_words  # no page, and safe to ask, whoever calls __new__
         self.bits.words = no_words.words
+        self.myself = PyWeakref_NewRef(self, None)
 
     def __init__(self, npages, page_size=4096):
         if self.word_block is not no_words:
@@ -430,7 +432,8 @@ cdef class DirtyBitmap:
         MemoryError
             There is no memory for the result; nothing has been cleared (I5).
         BaseException
-            What a signal handler raised meanwhile; the pages are marked again (I5), and `out` means nothing.
+            What a signal handler raised meanwhile; the pages are marked again (I5), and `out` means nothing. So they
+            are if an exception throws the answer away before you have stored it.
 
         Notes
         -----
@@ -462,6 +465,7 @@ cdef class DirtyBitmap:
         if dl_signals_raise():
             self.put(pages, 0)
             dl_raised()
+        pages_given(pages, self.myself, mark_again)
         return pages
 
     def peek(self, first=0, count=None) -> DirtyPages:
@@ -563,6 +567,10 @@ cdef void pages_write(DirtyPages pages, uint64_t *out, size_t nwords) noexcept n
     else:
         memset(out, 0, nwords * 8)
         dl_scatter(pages.numbers.words, pages.masks.words, pages.entries, out)
+
+
+cdef void mark_again(PyObject *bitmap, PyObject *pages) noexcept:
+    (<DirtyBitmap>bitmap).put(<DirtyPages>pages, 0)
 
 
 # The module that people know it by, in tracebacks and help().

@@ -12,7 +12,10 @@ cdef class Owed:
     cdef Block summary
     cdef uint64_t page_size
     cdef uint64_t state             # what there is besides them; changed by atomic operations alone
+    cdef object __weakref__
+    cdef object myself              # a weak reference, for the answers
     cdef int check(self, DirtyPages pages) except -1
     cdef void note(self, DirtyPages pages, uint64_t said) noexcept
     cdef DirtyPages settled(self, DirtyPages pages, uint64_t state, warn)
+    cdef DirtyPages given(self, DirtyPages pages)
     cdef DirtyPages joined(self, DirtyPages pages, uint64_t state)

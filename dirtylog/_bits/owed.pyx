@@ -3,6 +3,8 @@
 """What a source has taken and not handed out: kept, whatever broke, and joined to its next answer (I5)."""
 
 cimport cython
+from cpython.object cimport PyObject
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport uint64_t
 
 from dirtylog._bits.atomic cimport dl_exchange, dl_fetch_or, dl_load_acquire
@@ -10,7 +12,7 @@ from dirtylog._bits.batch cimport dl_merge_dense, dl_merge_sparse
 from dirtylog._bits.bitmap cimport dl_groups_for, dl_mark_range
 from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport block_new, kernels
-from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
+from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
 from dirtylog._bits.taking cimport take_pages
 
@@ -53,8 +55,9 @@ cdef class Owed:
     Owing needs no memory and calls no Python code, so it cannot fail and cannot be interrupted. It costs
     nothing while nothing is owed: one load per answer.
 
-    What no library can close: the few instructions between the end of :meth:`take` and the caller's own
-    store. An epoch of a log has the caller say when it has the pages.
+    An answer that an exception throws away before the caller has stored it is owed again: when it is
+    deallocated, the exception is on its way (``thrown.h``). What the caller has stored is the caller's; an epoch
+    of a log has the caller say when it has done with the pages.
 
     Examples
     --------
@@ -77,6 +80,7 @@ cdef class Owed:
         self.bits.summary = self.summary.words
         self.bits.npages = npages
         self.page_size = page_size
+        self.myself = PyWeakref_NewRef(self, None)
 
     def __bool__(self):
         return dl_load_acquire(&self.state) != 0
@@ -154,11 +158,10 @@ cdef class Owed:
         cdef uint64_t state = dl_load_acquire(&self.state)
         if state or not (pages.exact or warn is None):
             return self.settled(pages, state, warn)
-        # Python runs its handlers at the caller's next instruction, where the answer is on nobody's shelf.
         if dl_signals_raise():
             self.note(pages, 0)
             dl_raised()
-        return pages
+        return self.given(pages)
 
     def peek(self, DirtyPages pages not None, warn=None):
         """Return `pages`, which a source still has, with all that is owed; it stays owed.
@@ -224,7 +227,12 @@ cdef class Owed:
         except BaseException:
             self.note(answer, state & (INEXACT | SAID))
             raise
-        return answer
+        return self.given(answer)
+
+    cdef DirtyPages given(self, DirtyPages pages):
+        """Hand out: Python runs its handlers at the caller's next instruction, and may throw the answer away."""
+        pages_given(pages, self.myself, owe_again)
+        return pages
 
     cdef DirtyPages joined(self, DirtyPages pages, uint64_t state):
         """Take what is owed and join it, `state` being its flags; MemoryError before or after leaves it owed."""
@@ -240,6 +248,11 @@ cdef class Owed:
         except BaseException:
             self.note(earlier, 0)
             raise
+
+
+cdef void owe_again(PyObject *owed, PyObject *pages) noexcept:
+    # Its warning has been shown.
+    (<Owed>owed).note(<DirtyPages>pages, 0 if (<DirtyPages>pages).exact else SAID)
 
 
 cdef DirtyPages inexact(DirtyPages pages):
@@ -302,7 +315,7 @@ def take_all(requests, dict taken=None, warn=None) -> dict:
                 if not (<DirtyPages>answers[i]).exact and not <uint64_t>states[i] & SAID:
                     warn(todo[i][0], answers[i])
         for i in range(len(todo)):
-            result[todo[i][0]] = answers[i]
+            result[todo[i][0]] = (<Owed>todo[i][1]).given(<DirtyPages>answers[i])
         if dl_signals_raise():
             dl_raised()
         return result

@@ -11,7 +11,7 @@ from dirtylog._bits import geometry
 
 cimport cython
 from cpython.number cimport PyNumber_Index
-from cpython.object cimport PyTypeObject
+from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -50,6 +50,7 @@ from dirtylog._bits.sets cimport (
     dl_words_of_indices,
     dl_words_of_runs,
 )
+from dirtylog._bits.thrown cimport dl_dealloc, dl_dealloc_by, dl_giver_end, dl_giver_set, dl_take_back
 
 __all__ = ["DirtyPages"]
 
@@ -75,6 +76,12 @@ cdef void pages_fill(DirtyPages pages, Block dense, Block numbers, Block masks, 
     pages.numbers = numbers
     pages.masks = masks
     pages.entries = entries
+
+
+cdef void pages_given(DirtyPages pages, object giver, dl_take_back *take_back) noexcept:
+    """Note who takes pages back that an exception throws away, by a weak reference; of none, nobody."""
+    if pages.numbers is None or pages.entries:
+        dl_giver_set(&pages.giver, <PyObject *>giver, take_back)
 
 
 cdef DirtyPages pages_from_words_block(Block words, uint64_t npages, uint64_t page_size, bint exact):
@@ -791,3 +798,14 @@ def iterate(indices):
 
 # The module that people know it by, in tracebacks, help() and pickles.
 (<PyTypeObject *>DirtyPages).tp_name = "dirtylog.DirtyPages"
+
+
+cdef dl_dealloc rest_of_dealloc
+
+cdef void dealloc_pages(PyObject *pages) noexcept:
+    """Give pages back that an exception throws away, before Cython's own deallocation, which hides the exception."""
+    dl_giver_end(&(<DirtyPages>pages).giver, pages)
+    rest_of_dealloc(pages)
+
+
+rest_of_dealloc = dl_dealloc_by(<PyObject *>DirtyPages, dealloc_pages)

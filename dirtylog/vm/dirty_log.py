@@ -86,23 +86,31 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
             if words is not None:
                 words[:] = pages.words
             return pages
+        owed = vm.owed_by(slot, npages)
+        earlier = bool(owed)
+        taken: DirtyPages | None = None
         try:
             hook = python_hook(vm, slot)
             if vm.mmu.harvest_batch(slot, hook) if hook else vm.mmu.harvest(slot):
                 vm.arch.flush_tlbs(vm, slot)
-            return vm.mmu.hand_out(slot, words)
+            taken = owed.take(vm.mmu.hand_out, slot, words)
+            if earlier and words is not None:
+                words[:] = taken.words
         except BaseException:
             # I5: a hook that failed, no memory for the copy, or an interrupt.
+            if taken is not None:
+                owed.owe(taken)
             vm.mmu.put_back(slot)
             raise
+        return taken
 
 
 def peek(vm: VM, slot: int) -> DirtyPages:
     """Copy a slot's log without clearing it; hardware marks are moved into it first."""
     with vm.slots_lock:
-        vm.check_log(slot)
+        npages = vm.check_log(slot)
         vm.arch.sync_dirty_log(vm, slot)
-        return vm.mmu.peek(slot)
+        return vm.owed_by(slot, npages).peek(vm.mmu.peek(slot))
 
 
 def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:

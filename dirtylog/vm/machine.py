@@ -7,6 +7,7 @@ import operator
 import threading
 from typing import TYPE_CHECKING
 
+from dirtylog._bits.owed import Owed
 from dirtylog.vm import dirty_log
 from dirtylog.vm._mmu import HUGE_PAGES, Lock, Mmu
 from dirtylog.vm.arch import Arch, find
@@ -137,6 +138,8 @@ class VM:
             huge_pages=huge_pages,
             pml=pml,
         )
+        # By slot: taken from its log or drained from the rings, and not handed out (I5).
+        self.owed: dict[int, Owed] = {}
         self.rings: Rings | None = Rings(self) if dirty_ring else None
         self.slots_lock: Lock = self.mmu.slots_lock
         self.harvest_lock: threading.Lock = threading.Lock()
@@ -196,7 +199,7 @@ class VM:
                 if old is None:
                     raise invalid(f"slot {slot} does not exist; nothing to delete")
                 self.mmu.remove(slot)
-                self._forget_rings(slot)
+                self._forget(slot)
             elif old is None:
                 array = guest_memory(memory, region.npages * self.page_size)
                 self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty, self.initially_set)
@@ -218,17 +221,25 @@ class VM:
         elif old.log_dirty and not new.log_dirty:
             with self.mmu_lock:
                 self.mmu.stop_log(old.slot)
-            self._forget_rings(old.slot)
+            self._forget(old.slot)
 
-    def _forget_rings(self, slot: int) -> None:
+    def owed_by(self, slot: int, npages: int) -> Owed:
+        """Return what keeps a slot's pages that were not handed out; ``slots_lock`` is held."""
+        if slot not in self.owed:
+            self.owed[slot] = Owed(npages, self.page_size)
+        return self.owed[slot]
+
+    def _forget(self, slot: int) -> None:
+        """Drop what was taken of a slot that is deleted or keeps no log: the next of its id must not get it."""
         if self.rings is not None:
             self.rings.forget(slot)
+        self.owed.pop(slot, None)
 
     def _start_log(self, slot: int) -> None:
         # Old news first: also what a store that was under way when the log was
         # switched off has pushed since. What the hardware notes from here on may
         # be reported although it was written before this call returned.
-        self._forget_rings(slot)
+        self._forget(slot)
         self.mmu.sync(slot, discard=True)
         with self.mmu_lock:
             self.mmu.start_log(slot, self.initially_set)

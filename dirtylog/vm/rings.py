@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dirtylog._bits.owed import Owed, take_all
+from dirtylog._bits.owed import take_all
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
+    from dirtylog._bits.owed import Owed
     from dirtylog.vm.machine import VM
 
 __all__ = ["DirtyRingFull", "Rings"]
@@ -67,8 +70,6 @@ class Rings:
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm
-        # By slot: drained from the rings and not handed out.
-        self.owed: dict[int, Owed] = {}
 
     def drain(self) -> None:
         """Fetch, write-protect, flush, keep the pages, and make room: in this order.
@@ -100,7 +101,7 @@ class Rings:
         for slot in found:
             vm.arch.flush_tlbs(vm, slot)
         for slot, pages in found.items():
-            self._of(slot, pages.npages).owe(pages)
+            self.vm.owed_by(slot, pages.npages).owe(pages)
         vm.mmu.ring_release()
 
     def harvest(self, taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
@@ -109,40 +110,37 @@ class Rings:
         `taken` gets it as well: whatever breaks until the caller has returned it, `owe` takes it (I5).
         """
         self.drain()
-        logging = [(region.slot, region.npages) for region in self.vm.regions() if region.log_dirty]
-        return take_all([(slot, self._of(slot, n), functools.partial(self._none, n)) for slot, n in logging], taken)
+        logging = [region for region in self.vm.regions() if region.log_dirty]
+        return take_all([self._request(region.slot, region.npages) for region in logging], taken)
 
     def owe(self, taken: dict[int, DirtyPages]) -> None:
         """Keep for the next harvest what was taken and not handed out."""
         for slot, pages in taken.items():
             # A slot that is gone, or another one by now, has nobody who asks for them.
             with contextlib.suppress(KeyError, ValueError):
-                self.owed[slot].owe(pages)
+                self.vm.owed[slot].owe(pages)
+
+    def _request(self, slot: int, npages: int) -> tuple[int, Owed, Callable[[], DirtyPages]]:
+        return slot, self.vm.owed_by(slot, npages), functools.partial(self._none, npages)
 
     def _none(self, npages: int) -> DirtyPages:
         return DirtyPages._empty(npages, self.vm.page_size)
-
-    def _of(self, slot: int, npages: int) -> Owed:
-        if slot not in self.owed:
-            self.owed[slot] = Owed(npages, self.vm.page_size)
-        return self.owed[slot]
 
     def take(self, slot: int, taken: dict[int, DirtyPages]) -> dict[int, DirtyPages]:
         """Return what one slot has, as `harvest` does; the others' pages wait for their turn."""
         npages = self.vm.check_log(slot)
         self.drain()
-        return take_all([(slot, self._of(slot, npages), functools.partial(self._none, npages))], taken)
+        return take_all([self._request(slot, npages)], taken)
 
     def peek(self, slot: int) -> DirtyPages:
         """Return what one slot has, and keep it."""
         npages = self.vm.check_log(slot)
         self.drain()
-        return self._of(slot, npages).peek(self._none(npages))
+        return self.vm.owed_by(slot, npages).peek(self._none(npages))
 
     def forget(self, slot: int) -> None:
-        """Drop the pages of a slot that is deleted or keeps no log any more: the next of its id must not get them.
+        """Drop the entries of a slot that is deleted or keeps no log any more.
 
         Calls no hook, so it cannot fail half-way: other slots' entries wait for the next drain.
         """
         self.vm.mmu.ring_forget(slot)
-        self.owed.pop(slot, None)

@@ -93,6 +93,8 @@ class Disk:
             at += length
 
     def fsync(self, descriptor):
+        if descriptor not in self.files:
+            return  # of a file in another directory
         number = self.files[descriptor]
         self.operations.append(("sync", number) if number is not None else ("sync directory",))
 

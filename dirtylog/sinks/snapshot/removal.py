@@ -138,6 +138,9 @@ class Removal:
             try:
                 with open(staging, "xb") as file:
                     file.write(self._text)
+                    if self.sync:
+                        file.flush()
+                        os.fsync(file.fileno())
                 os.rename(staging, self.path)
             except FileNotFoundError:
                 continue  # another remover has just ended and taken the directory along

@@ -426,3 +426,14 @@ def test_a_series_of_an_extension_type_is_refused(dtype):
         pytest.importorskip("pyarrow")
     with pytest.raises(TypeError, match=r"a Series of .*, which keeps a mask"):
         dl.track(pandas.Series([1] * 1000, dtype=dtype))
+
+
+@pytest.mark.parametrize("offsets", [[0, 2], [8, 0]])
+def test_a_type_that_cannot_be_written_down_is_refused_with_a_way_out(tmp_path, offsets):
+    array = np.zeros(300, np.dtype({"names": ["a", "b"], "formats": ["<u4", "<u4"], "offsets": offsets, "itemsize": 16}))
+    array["a"] = 7
+    with pytest.raises(TypeError, match=r"\.view\(numpy\.uint8\)"):
+        snapshot.save(tmp_path / "a", {"x": array})
+    assert not list(tmp_path.iterdir())
+    snapshot.save(tmp_path / "a", {"x": array.view(np.uint8)})
+    assert np.array_equal(snapshot.restore(tmp_path / "a")["x"].view(array.dtype)["a"], array["a"])

@@ -150,6 +150,76 @@ def test_a_read_into_a_registered_buffer_is_told_and_reported(backend):
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("wanted", ["auto", *BACKENDS])
+def test_a_hole_that_is_punched_is_compared_or_told_and_reported(wanted):
+    descriptor = os.memfd_create("guest")
+    try:
+        os.ftruncate(descriptor, 16 * PAGE)
+        memory = mmap.mmap(descriptor, 16 * PAGE)
+        array = np.frombuffer(memory, np.uint8).reshape(16, PAGE)
+        array[:] = 7
+        try:
+            t = dl.track(array, wanted)
+        except dl.BackendUnavailable as refusal:
+            pytest.skip(str(refusal))
+        with t:
+            memory.madvise(mmap.MADV_REMOVE, 4 * PAGE, 3 * PAGE)
+            if t.backend != "compare":
+                t.mark(4 * PAGE, 3 * PAGE)
+            assert t.harvest().indices().tolist() == [4, 5, 6]
+            assert t.harvest().count == 0
+    finally:
+        os.close(descriptor)
+
+
+def test_a_write_that_asks_for_no_permission_is_seen_or_told_and_reported(backend):
+    array = filled(8)
+    with dl.track(array, backend) as t, open("/proc/self/mem", "r+b", buffering=0) as memory:
+        memory.seek(array.ctypes.data + 5 * PAGE)
+        assert memory.write(b"debugger") == 8
+        if backend == "mprotect":
+            t.mark(5 * PAGE, 8)
+        assert t.harvest().indices().tolist() == [5]
+
+
+def test_a_system_call_that_protected_memory_refuses_goes_through_after_a_store():
+    if refusal := _tracking.probe("mprotect"):
+        pytest.skip(refusal)
+    array = filled(8)
+    with dl.track(array, "mprotect") as t, open("/dev/zero", "rb", buffering=0) as file:
+        with pytest.raises(OSError, match="Bad address"):
+            file.readinto(memoryview(array[4:6]).cast("B"))
+        assert t.harvest().count == 0
+        assert (array == 1).all()
+        array[4:6, 0] = 1
+        assert file.readinto(memoryview(array[4:6]).cast("B")) == 2 * PAGE
+        assert t.harvest().indices().tolist() == [4, 5]
+
+
+def test_a_thread_that_leaves_the_signal_of_faults_open_may_block_all_others(backend):
+    array, blocked = filled(8), []
+
+    def work():
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV})
+        blocked.append(probe.blocks_faults())
+        array[5, 0] = 2
+
+    with dl.track(array, backend) as t:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert t.harvest().indices().tolist() == [5]
+    assert blocked == [0]
+
+
+def test_where_a_thread_blocks_the_signal_of_faults_memory_is_not_protected(monkeypatch):
+    monkeypatch.setattr(tracker, "BACKENDS", ("mprotect", "compare"))
+    monkeypatch.setattr(tracker, "blocks_faults", lambda: 4711)
+    with dl.track(filled(8)) as t:
+        assert t.backend == "compare"
+        assert "thread 4711 blocks SIGSEGV" in t.refused["mprotect"]
+
+
 def test_what_others_write_to_a_privately_mapped_file_is_reported(tmp_path):
     path = tmp_path / "image"
     path.write_bytes(b"\x01" * (16 * PAGE))

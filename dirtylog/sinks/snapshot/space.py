@@ -96,7 +96,13 @@ class Region:
         self.shape: tuple[int, ...] = (self.view.nbytes,)
         # A buffer that is not an array comes without a type: bytes.
         if array.dtype.kind != "V" or array.dtype.names is not None or isinstance(memory, np.ndarray):
-            self.kind = np.lib.format.dtype_to_descr(array.dtype)
+            try:
+                self.kind = np.lib.format.dtype_to_descr(array.dtype)
+            except ValueError as error:
+                raise TypeError(
+                    f"{what} has the type {array.dtype}, which cannot be written down ({error}); pass its bytes, "
+                    ".view(numpy.uint8) of it, and keep the type"
+                ) from None
             self.shape = array.shape
             self.order = _order(array)
         self.name: str = name

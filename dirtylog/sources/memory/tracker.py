@@ -377,8 +377,9 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
     small pages while it is tracked.
 
     mprotect sees stores, each 4 to 7 microseconds for the first write to a page.
-    System calls that write into a page before a store does fail with EFAULT,
-    ``MADV_DONTNEED`` goes unseen, and the program must not install another
+    System calls that write into a page before a store does fail with EFAULT:
+    store a byte into each page first. A thread must not block SIGSEGV, since its
+    first store would end the process, and the program must not install another
     SIGSEGV handler over the tracker's, which stays and passes on what is not its
     own. ``faulthandler.enable()`` and ``disable()`` change that handler too: call
     them before the first tracker is opened, since without its handler a store

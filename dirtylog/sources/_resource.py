@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from types import TracebackType
 from typing import NoReturn, Self, SupportsIndex
@@ -24,6 +25,8 @@ class Resource:
     """
 
     _closed = True
+    # Of the class: see `__del__`.
+    _ending = staticmethod(sys.is_finalizing)
 
     def __init__(self) -> None:
         """Remember the process that the resource belongs to."""
@@ -96,9 +99,16 @@ class Resource:
 
     def __del__(self) -> None:
         """Close what was forgotten, and say so; a forked child's copy goes in silence."""
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             try:
                 if not self._inherited:
                     warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             finally:
                 self.close()
+        except (AttributeError, TypeError):
+            # When the interpreter ends, the names of modules may be None before the last object goes (without the GIL
+            # they are). The system takes everything back then.
+            if not self._ending():
+                raise

@@ -430,7 +430,8 @@ def test_a_series_of_an_extension_type_is_refused(dtype):
 
 @pytest.mark.parametrize("offsets", [[0, 2], [8, 0]])
 def test_a_type_that_cannot_be_written_down_is_refused_with_a_way_out(tmp_path, offsets):
-    array = np.zeros(300, np.dtype({"names": ["a", "b"], "formats": ["<u4", "<u4"], "offsets": offsets, "itemsize": 16}))
+    fields = {"names": ["a", "b"], "formats": ["<u4", "<u4"], "offsets": offsets, "itemsize": 16}
+    array = np.zeros(300, np.dtype(fields))
     array["a"] = 7
     with pytest.raises(TypeError, match=r"\.view\(numpy\.uint8\)"):
         snapshot.save(tmp_path / "a", {"x": array})

@@ -1,5 +1,9 @@
 """What every resource owes whoever closes it."""
 
+import sys
+
+import pytest
+
 from dirtylog.sources._resource import Resource
 
 
@@ -35,3 +39,19 @@ def test_of_two_that_close_at_once_one_gives_back():
     assert (resource.releases, resource.closed) == (1, True)
     resource.close()
     assert resource.releases == 1
+
+
+def test_what_the_last_object_misses_at_the_end_of_the_interpreter_is_not_an_error(monkeypatch):
+    class Late(Resource):
+        _closed = False
+
+        def _release(self):
+            raise TypeError("'NoneType' object is not callable")
+
+    noticed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: noticed.append(unraisable.exc_type))
+    for ending in (False, True):
+        monkeypatch.setattr(Resource, "_ending", lambda _, ending=ending: ending)
+        with pytest.warns(ResourceWarning):
+            Late()
+    assert noticed == [TypeError]

@@ -349,6 +349,7 @@ PUBLIC = {
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.qemu": ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],
     "dirtylog.sources.shared": ["SharedLog"],
+    "dirtylog.sources.vhost": ["VhostBackend", "VhostRequest"],
     "dirtylog.sinks.migrate": [
         "Control",
         "Keys",

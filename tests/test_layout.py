@@ -347,7 +347,7 @@ PUBLIC = {
     "dirtylog.fleet.dask": ["Dask"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
-    "dirtylog.sources.qemu": ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],
+    "dirtylog.sources.qemu": ["DirtyRate", "MeasuredRate", "NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sources.vhost": ["VhostBackend", "VhostRequest"],
     "dirtylog.sinks.migrate": [

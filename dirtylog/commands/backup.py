@@ -48,21 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be done")
 
 
-def _address(text: str) -> str | tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return (host, int(port)) if host and port.isdecimal() and "/" not in text else text
-
-
 def _save(args: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     from dirtylog.commands import _terminal
     from dirtylog.commands._bar import byte_bar
+    from dirtylog.commands._monitor import address
     from dirtylog.sinks.snapshot.disks import back_up
     from dirtylog.sources.qemu import Qmp
 
-    with Qmp(_address(args.qmp)) as qmp, byte_bar("backup save") as progress:
+    with Qmp(address(args.qmp)) as qmp, byte_bar("backup save") as progress:
         done = back_up(
             args.directory, qmp, args.node, full=args.full, granularity=args.granularity, moment=not args.no_moment,
-            nbd=args.nbd and _address(args.nbd), sync=not args.no_sync, progress=progress,
+            nbd=args.nbd and address(args.nbd), sync=not args.no_sync, progress=progress,
         )  # fmt: skip
     about = done.info
     rows = [

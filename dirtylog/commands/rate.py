@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dirtylog.commands._monitor import meter_guest
 from dirtylog.commands._numbers import more_than
 from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
 from dirtylog.commands._refusal import Misunderstood
@@ -34,12 +35,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     parser.add_argument("--pid", type=int, help="watch this running process now, instead of reading a trace")
+    parser.add_argument("--qmp", metavar="ADDRESS", help="have a QEMU measure its guest: its monitor, a Unix socket")
+    parser.add_argument(
+        "--mode",
+        default="page-sampling",
+        choices=("page-sampling", "dirty-bitmap", "dirty-ring"),
+        help="with --qmp: how QEMU measures; all but page-sampling need KVM",
+    )
+    parser.add_argument("--seconds", type=int, default=1, help="with --qmp: how long, from 1 to 60 (1)")
     add_agent_argument(parser)
     add_watch_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Meter the trace, or record one of a process first."""
+    from dirtylog import DirtyLogError
+
+    if args.qmp is not None:
+        if args.trace is not None or args.pid is not None:
+            raise DirtyLogError("name a trace, a running process by --pid, or a QEMU by --qmp: one of them")
+        return meter_guest(args)
     if (args.trace is None) == (args.pid is None):
         raise Misunderstood("name a trace, or a running process by --pid: one of them")
     if args.pid is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dirtylog._public import publish
 from dirtylog.sources._channel import PeerError
+from dirtylog.sources.qemu.dirty_rate import DirtyRate, MeasuredRate
 from dirtylog.sources.qemu.disk import QemuDisk
 from dirtylog.sources.qemu.nbd import NbdClient
 from dirtylog.sources.qemu.qmp import Qmp, QmpError
 
-__all__ = ["NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"]
+__all__ = ["DirtyRate", "MeasuredRate", "NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"]
 
 publish(__name__, globals(), __all__)

@@ -1,0 +1,62 @@
+"""What the commands that talk to QEMU share: how an address is written, and its own dirty rate."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+__all__ = ["address", "meter_guest"]
+
+
+def address(text: str) -> str | tuple[str, int]:
+    """Read HOST:PORT, or the path of a Unix socket."""
+    host, _, port = text.rpartition(":")
+    return (host, int(port)) if host and port.isdecimal() and "/" not in text else text
+
+
+def meter_guest(args: argparse.Namespace) -> int:
+    """Have QEMU measure, and forecast a migration at that rate."""
+    from dirtylog import DirtyLogError
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.forecast import forecast
+    from dirtylog.sources.qemu import DirtyRate, Qmp
+
+    with Qmp(address(args.qmp)) as qmp:
+        memory = qmp.execute("query-memory-size-summary")
+        nbytes = int(memory["base-memory"]) + int(memory.get("plugged-memory", 0))
+        try:
+            rate = DirtyRate(qmp, args.mode).measure(args.seconds)
+        except ValueError as error:
+            raise DirtyLogError(str(error)) from error
+    npages = -(-nbytes // 4096)
+
+    def dirtied(_: float, seconds: float) -> float:
+        return min(npages, rate.bytes_per_second * seconds / 4096)
+
+    forecasts = [
+        forecast(npages, 4096, dirtied, bandwidth=bandwidth, downtime=args.downtime) for bandwidth in args.bandwidth
+    ]
+    if args.json:
+        _terminal.show_json({**asdict(rate), "migrations": [asdict(each) for each in forecasts]})
+        return 0
+    text = _terminal.bytes_text
+    _terminal.show_table(
+        f"QEMU's own figure of {rate.seconds} s, by {rate.mode}",
+        ["figure", "value"],
+        [
+            ["per second", text(rate.bytes_per_second)],
+            *([f"vCPU {number} per second", text(each)] for number, each in rate.vcpus.items()),
+            ["memory", text(nbytes)],
+        ],
+    )
+    print(rate.meaning)
+    _terminal.show_table(
+        f"Migration with at most {args.downtime:g} s of pause, if it goes on at that rate",
+        ["bandwidth", "verdict", "rounds", "seconds", "pause"],
+        [
+            [f"{text(f.bandwidth)}/s", f.verdict, str(len(f.rounds)), f"{f.seconds:.3f}", f"{f.downtime:.3f}"]
+            for f in forecasts
+        ],
+        left=2,
+    )
+    return 0

@@ -41,7 +41,7 @@ def meter_guest(args: argparse.Namespace) -> int:
         return 0
     text = _terminal.bytes_text
     _terminal.show_table(
-        f"QEMU's own figure of {rate.seconds} s, by {rate.mode}",
+        f"by {rate.mode}, {rate.seconds} s",
         ["figure", "value"],
         [
             ["per second", text(rate.bytes_per_second)],
@@ -51,7 +51,7 @@ def meter_guest(args: argparse.Namespace) -> int:
     )
     print(rate.meaning)
     _terminal.show_table(
-        f"Migration with at most {args.downtime:g} s of pause, if it goes on at that rate",
+        f"Migration with at most {args.downtime:g} s of pause",
         ["bandwidth", "verdict", "rounds", "seconds", "pause"],
         [
             [f"{text(f.bandwidth)}/s", f.verdict, str(len(f.rounds)), f"{f.seconds:.3f}", f"{f.downtime:.3f}"]

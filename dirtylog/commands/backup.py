@@ -150,7 +150,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         answer, rows = {"save": _save, "restore": _restore, "prune": _prune}[args.action](args)
     except ValueError as error:
-        raise DirtyLogError(str(error)) from error
+        hint = " (--keep-last N, --keep-daily N)" if args.action == "prune" else ""
+        raise DirtyLogError(f"{error}{hint}") from error
     if args.json:
         _terminal.show_json({"action": args.action, **answer})
     else:

@@ -136,6 +136,27 @@ def test_a_backup_that_fails_loses_nothing_wherever_it_fails(machine, tmp_path, 
     assert restored(done.info.path) == machine.content()
 
 
+def names(machine):
+    (node,) = [each for each in machine.qmp.execute("query-named-block-nodes") if each["node-name"] == "disk"]
+    return [each["name"] for each in node.get("dirty-bitmaps", [])]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_full_backup_that_fails_leaves_no_bitmap_that_nobody_knows(machine, tmp_path, monkeypatch, first):
+    if not first:
+        save(machine, tmp_path / "b")
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(disks, "write", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                save(machine, tmp_path / "b", full=True)
+        assert len(names(machine)) <= 2
+    machine.write(5)
+    assert bool(save(machine, tmp_path / "b").why_full) == first
+    assert names(machine) == [newest(tmp_path / "b").bitmap]
+    assert restored(newest(tmp_path / "b").path) == machine.content()
+
+
 def test_why_a_backup_is_full_is_said_and_what_nobody_goes_on_with_is_removed(machine, tmp_path):
     assert save(machine, tmp_path / "b").why_full == "there is no backup yet"
     assert save(machine, tmp_path / "b").why_full == ""
@@ -144,8 +165,7 @@ def test_why_a_backup_is_full_is_said_and_what_nobody_goes_on_with_is_removed(ma
     name = newest(tmp_path / "b").bitmap
     machine.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
     assert "not there any more" in save(machine, tmp_path / "b").why_full
-    (node,) = [each for each in machine.qmp.execute("query-named-block-nodes") if each["node-name"] == "disk"]
-    assert [each["name"] for each in node["dirty-bitmaps"]] == [newest(tmp_path / "b").bitmap]
+    assert names(machine) == [newest(tmp_path / "b").bitmap]
     with disks._alone_in(str(tmp_path / "b")), pytest.raises(DirtyLogError, match="another backup"):
         save(machine, tmp_path / "b")
 

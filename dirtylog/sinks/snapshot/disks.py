@@ -198,10 +198,14 @@ def back_up(
             why = f"the newest backup is of the node {last.node!r}"
         elif granularity is not None and page_size != last.info.page_size:
             why = f"the chain has pages of {last.info.page_size} bytes"
-        if last is None or why:
-            name, since = f"dirtylog-{secrets.token_hex(4)}", None
-        else:
+        if last is not None and last.node == node and granularity in (None, last.info.page_size):
+            # Also where all is copied: if that fails, the chain goes on where it was.
             name, since, page_size = last.name, last.bitmap, last.info.page_size
+        else:
+            # A name by which what a backup into this directory has left, that was killed, is known, and removed: no
+            # backup has noted it.
+            place = os.stat(where)
+            name, since = f"dirtylog-{place.st_dev:x}.{place.st_ino:x}-{page_size}", ""
         scratch = os.path.join(where, f".{name}.scratch")
         with QemuDisk(
             qmp, node, page_size, name=name, since=since, nbd=nbd, scratch=scratch if moment else None
@@ -212,7 +216,7 @@ def back_up(
                 why = f"the disk had {last.info.nbytes} bytes, and has {disk.size}"
             why = why or disk.lost
             done = _copy(_next_path(where), disk, last, why, sync, progress)
-        if why and last is not None and last.name != name:
+        if last is not None and (last.name, last.node) != (name, node):
             _forget(qmp, last)
         return done
 

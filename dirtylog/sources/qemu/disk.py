@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import warnings
+import zlib
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -127,6 +128,8 @@ class QemuDisk(Resource):
         # Re-entrant for a finalizer; a harvest within a harvest is the log's to refuse.
         self._lock = threading.RLock()
         self._nbd, self._nbd_directory = nbd, ""
+        # QEMU's node names have at most 31 bytes, bitmaps and exports more.
+        self._overlay = f"dirtylog-{zlib.crc32(name.encode()):08x}"
         self._scratch = None if scratch is None else os.path.abspath(os.fspath(scratch))
         self._moment = False
         self._reader: NbdClient | None = None
@@ -180,12 +183,15 @@ class QemuDisk(Resource):
         """End what a process that died has left in QEMU: its exports, its copy-before-write job, its scratch nodes."""
         mine = f"{self.name}-x-"
         for export in self._qmp.execute("query-block-exports"):
-            if export["id"] in (f"{mine}bits", f"{mine}read") and export["node-name"] in (self.node, f"{mine}scratch"):
+            if export["id"] in (f"{mine}bits", f"{mine}read") and export["node-name"] in (self.node, self._overlay):
                 self._end_export(export["id"])
-        if any(job["id"] == f"{mine}job" for job in self._qmp.execute("query-jobs")):
-            self._end_job(f"{mine}job")
+        for job in self._qmp.execute("query-jobs"):
+            if job["id"] == f"{mine}job":
+                self._end_job(job["id"])
+            elif job["id"] == f"{mine}create" and job["status"] == "concluded":
+                self._qmp.execute("job-dismiss", {"id": job["id"]})
         nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
-        for left in (f"{mine}scratch", f"{mine}file"):
+        for left in (self._overlay, f"{self._overlay}-file"):
             if left in nodes:
                 self._qmp.execute("blockdev-del", {"node-name": left})
 
@@ -348,7 +354,7 @@ class QemuDisk(Resource):
         self._thaw()
         if self._scratch is not None:
             self._prepare_scratch()
-            device = {"device": self.node, "job-id": f"{self.name}-x-job", "target": f"{self.name}-x-scratch"}
+            device = {"device": self.node, "job-id": f"{self.name}-x-job", "target": self._overlay}
             actions.append(("blockdev-backup", {**device, "sync": "none"}))
         try:
             self._turn(actions)
@@ -495,7 +501,7 @@ class QemuDisk(Resource):
     def _client(self) -> NbdClient:
         self._check_open()
         if self._reader is None:
-            self._reader = self._export("read", f"{self.name}-x-scratch" if self._moment else self.node)
+            self._reader = self._export("read", self._overlay if self._moment else self.node)
         return self._reader
 
     def _prepare_scratch(self) -> None:
@@ -504,8 +510,10 @@ class QemuDisk(Resource):
         mine = f"{self.name}-x-"
         with open(self._scratch, "xb"):
             self._moment = True
-        self._qmp.execute("blockdev-add", {"driver": "file", "filename": self._scratch, "node-name": f"{mine}file"})
-        about = {"driver": "qcow2", "file": f"{mine}file", "size": self.size}
+        self._qmp.execute(
+            "blockdev-add", {"driver": "file", "filename": self._scratch, "node-name": f"{self._overlay}-file"}
+        )
+        about = {"driver": "qcow2", "file": f"{self._overlay}-file", "size": self.size}
         self._qmp.execute("blockdev-create", {"job-id": f"{mine}create", "options": about})
         self._qmp.wait(
             "JOB_STATUS_CHANGE", lambda data: data.get("id") == f"{mine}create" and data.get("status") == "concluded"
@@ -514,7 +522,7 @@ class QemuDisk(Resource):
         self._qmp.execute("job-dismiss", {"id": f"{mine}create"})
         if "error" in job:
             raise QmpError("blockdev-create", "GenericError", str(job["error"]))
-        overlay = {"driver": "qcow2", "node-name": f"{mine}scratch", "file": f"{mine}file", "backing": self.node}
+        overlay = {"driver": "qcow2", "node-name": self._overlay, "file": f"{self._overlay}-file", "backing": self.node}
         self._qmp.execute("blockdev-add", overlay)
 
     def _end_job(self, job: str) -> None:
@@ -534,7 +542,7 @@ class QemuDisk(Resource):
         if any(each["id"] == f"{mine}job" for each in self._qmp.execute("query-jobs")):
             self._end_job(f"{mine}job")
         nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
-        for left in (f"{mine}scratch", f"{mine}file"):
+        for left in (self._overlay, f"{self._overlay}-file"):
             if left in nodes:
                 self._qmp.execute("blockdev-del", {"node-name": left})
         with contextlib.suppress(FileNotFoundError):

@@ -146,7 +146,8 @@ def test_a_harvest_that_fails_after_the_turn_owes_its_pages(exported, disk, monk
 def test_with_a_scratch_file_read_gives_the_moment_of_the_harvest(exported, tmp_path):
     scratch = tmp_path / "scratch"
     exported.write(0, SIZE, 1)
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=scratch) as disk:
+    name = "a" * 100  # longer than the name of a node may be
+    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=scratch, name=name) as disk:
         for value in (2, 3, 4):
             before = content(exported.nbd)
             disk.harvest()

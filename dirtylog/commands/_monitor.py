@@ -18,6 +18,7 @@ def meter_guest(args: argparse.Namespace) -> int:
     """Have QEMU measure, and forecast a migration at that rate."""
     from dirtylog import DirtyLogError
     from dirtylog.commands import _terminal
+    from dirtylog.commands._trace import show_forecasts
     from dirtylog.sinks.forecast import forecast
     from dirtylog.sources.qemu import DirtyRate, Qmp
 
@@ -50,13 +51,5 @@ def meter_guest(args: argparse.Namespace) -> int:
         ],
     )
     print(rate.meaning)
-    _terminal.show_table(
-        f"Migration with at most {args.downtime:g} s of pause",
-        ["bandwidth", "verdict", "rounds", "seconds", "pause"],
-        [
-            [f"{text(f.bandwidth)}/s", f.verdict, str(len(f.rounds)), f"{f.seconds:.3f}", f"{f.downtime:.3f}"]
-            for f in forecasts
-        ],
-        left=2,
-    )
+    show_forecasts(forecasts, args.downtime)
     return 0

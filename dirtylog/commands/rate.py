@@ -14,7 +14,7 @@ from dirtylog.commands._numbers import more_than
 from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
 from dirtylog.commands._refusal import Misunderstood
 from dirtylog.commands._terminal import printable
-from dirtylog.commands._trace import add_migration_arguments
+from dirtylog.commands._trace import add_migration_arguments, show_forecasts
 
 if TYPE_CHECKING:
     from dirtylog.sinks.trace.playback import Sample
@@ -143,13 +143,5 @@ def meter(args: argparse.Namespace) -> int:
             *([name, text(size)] for name, size in regions.most_common(10) if size),
         ],
     )
-    _terminal.show_table(
-        f"Migration with at most {args.downtime:g} s of pause",
-        ["bandwidth", "verdict", "rounds", "seconds", "pause"],
-        [
-            [f"{text(f.bandwidth)}/s", f.verdict, str(len(f.rounds)), f"{f.seconds:.3f}", f"{f.downtime:.3f}"]
-            for f in forecasts
-        ],
-        left=2,
-    )
+    show_forecasts(forecasts, args.downtime)
     return 0

@@ -1,21 +1,10 @@
-"""What the tests of stores share: memory with a log, a repository, and the threads that zarr keeps."""
+"""What the tests of stores share: memory with a log, a repository, and one that fails."""
 
-import threading
 from contextlib import ExitStack
 
 import pytest
 
 import dirtylog as dl
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left_behind():
-    """In place of the suite's: zarr keeps its threads for the next call."""
-    before = set(threading.enumerate())
-    yield
-    kept = ("zarr_", "asyncio_")
-    left = [each for each in threading.enumerate() if each not in before and not each.name.startswith(kept)]
-    assert not left, f"still running: {left}"
 
 
 @pytest.fixture

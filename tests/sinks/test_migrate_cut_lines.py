@@ -246,7 +246,7 @@ class Watched:
         return self.observer.collect()
 
 
-@pytest.mark.parametrize("kind", [Guest, Program])
+@pytest.mark.parametrize("kind", [Guest, pytest.param(Program, marks=pytest.mark.stress)])
 def test_twenty_cuts_at_random_lose_nothing_and_cost_a_fifth_at_most(kind):
     if kind is Guest and not (probed := kvm.probe()).available:
         pytest.skip(probed.reason)

@@ -90,10 +90,10 @@ def test_lines_that_are_cut_anywhere_never_leave_a_copy_that_is_not_the_others(c
         def connect(breaks, cuts=cuts, waiting=waiting):
             here, there = socket.socketpair()
             for sock in (here, there):
-                sock.settimeout(60)
+                sock.settimeout(15)
             waiting.put(there)
             cut = Cut(fileno=here.detach())
-            cut.settimeout(60)
+            cut.settimeout(15)
             cut.budget = next(cuts, 1 << 40)
             return cut
 

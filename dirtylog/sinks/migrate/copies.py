@@ -35,7 +35,7 @@ class Copies:
 
     def __init__(self, nbytes: int, page_size: int, cache: int) -> None:
         npages = -(-nbytes // page_size)
-        self.page_size = page_size
+        self.page_size: int = page_size
         self.places: int = min(cache // page_size, npages)
         # Where not all pages have places, those that are sent again take them: the first round goes through once.
         self._older = 0 if self.places == npages else -1

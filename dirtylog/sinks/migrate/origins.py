@@ -32,10 +32,10 @@ class Outside:
         Whose pages they are. It has been harvested just before: that is when it learns what is mapped.
     """
 
-    named = False
+    named: bool = False
 
     def __init__(self, process: Process) -> None:
-        self.process = process
+        self.process: Process = process
         self.page_size: int = process.page_size
         self.npages: int = process.npages
         self.nbytes: int = process.npages * process.page_size

@@ -49,11 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Meter the trace, or record one of a process first."""
-    from dirtylog import DirtyLogError
-
     if args.qmp is not None:
         if args.trace is not None or args.pid is not None:
-            raise DirtyLogError("name a trace, a running process by --pid, or a QEMU by --qmp: one of them")
+            raise Misunderstood("name a trace, a running process by --pid, or a QEMU by --qmp: one of them")
         return meter_guest(args)
     if (args.trace is None) == (args.pid is None):
         raise Misunderstood("name a trace, or a running process by --pid: one of them")

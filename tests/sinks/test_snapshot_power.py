@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
+from dirtylog.sinks import _pageio
 from dirtylog.sinks.snapshot import (
+    copying,
     flatten,
     merge,
     overlay,
@@ -23,7 +25,6 @@ from dirtylog.sinks.snapshot import (
     restore,
     save,
     staged,
-    writer,
 )
 
 SECTOR = 512
@@ -49,8 +50,9 @@ class Disk:
     def patch(self, monkeypatch):
         monkeypatch.setattr(staged, "os", self)
         monkeypatch.setattr(removal, "os", self)
+        monkeypatch.setattr(_pageio, "os", self)
         monkeypatch.setattr(staged, "rename_noreplace", self.rename_noreplace)
-        for module in (writer, overlay):
+        for module in (copying, overlay):
             monkeypatch.setattr(module, "write_extents", self.write_extents)
 
     def __getattr__(self, name):

@@ -8,7 +8,8 @@ DIRTYLOG_TRACE     1: Cython line tracing, for coverage of the .pyx files (slow)
 
 What is compiled stays in build/, one directory for each set of switches, compiler and Python, and is taken from there
 as long as the bytes that it was made of are the same. pip compiles in temporary directories and unpacks a Cython of its
-own each time, so neither places nor time stamps say what is up to date.
+own each time, so neither places nor time stamps say what is up to date. Where all of it is, Cython is not needed, and
+tools/build_backend.py does not ask for it.
 """
 
 import fcntl
@@ -21,11 +22,13 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import Cython
-from Cython.Build import cythonize
-from Cython.Build.Dependencies import create_dependency_tree
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from setuptools.command.build_ext import build_ext, customize_compiler, new_compiler
+
+try:
+    import Cython
+except ImportError:
+    Cython = None
 
 HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
@@ -93,7 +96,16 @@ class BuildExtensions(build_ext):
         super().finalize_options()
         self.parallel = self.parallel or os.cpu_count() or 1
 
-    def build_extensions(self) -> None:
+    def is_up_to_date(self) -> bool:
+        """Say whether nothing is to be compiled."""
+        self.ensure_finalized()
+        self.compiler = new_compiler(compiler=self.compiler)
+        customize_compiler(self.compiler)
+        self.find_store()
+        return not self.force and all(map(self.is_built, self.extensions))
+
+    def find_store(self) -> None:
+        """Choose the directory of this compiler, this Python and these switches."""
         everything = [
             sysconfig.get_config_vars("EXT_SUFFIX", "CFLAGS", "LDSHARED"),
             sys.version,
@@ -103,13 +115,18 @@ class BuildExtensions(build_ext):
         ]
         digest = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
         self.store = Path("build", f"{sys.implementation.cache_tag}-{digest}")
+
+    def build_extensions(self) -> None:
+        self.find_store()
         (self.store / "modules").mkdir(parents=True, exist_ok=True)
         self.build_temp = str(self.store / "objects")
         # Whoever builds the same at the same time waits, and finds it done.
         with open(self.store / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self.prints = {extension.name: self.fingerprint(extension) for extension in self.extensions}
-            stale = [each for each in self.extensions if self.force or not self.is_built(each.name)]
+            stale = [each for each in self.extensions if self.force or not self.is_built(each)]
+            if stale and Cython is None:
+                raise SystemExit(f"{len(stale)} modules are to be compiled, and Cython is not there: install cython")
+            self.records = {each.name: self.record(each) for each in stale}
             self.translate(stale)
             # The longest first, or it would be compiled alone at the end.
             self.extensions.sort(key=lambda each: -sum(os.path.getsize(source) for source in each.sources))
@@ -128,37 +145,49 @@ class BuildExtensions(build_ext):
         kept.with_suffix(".print").unlink(missing_ok=True)
         super().build_extension(ext)
         shutil.copy2(target, kept)
-        kept.with_suffix(".print").write_text(self.prints[ext.name])
+        kept.with_suffix(".print").write_text(json.dumps(self.records[ext.name]))
 
     def kept(self, name: str) -> Path:
         return self.store / "modules" / f"{name}.so"
 
-    def is_built(self, name: str) -> bool:
-        recorded = self.kept(name).with_suffix(".print")
-        return self.kept(name).exists() and recorded.exists() and recorded.read_text() == self.prints[name]
+    def is_built(self, ext: Extension) -> bool:
+        """Say whether a module is made of what is here now: of other files only after one of its own has changed."""
+        kept = self.kept(ext.name)
+        try:
+            cython, files, print_of_them = json.loads(kept.with_suffix(".print").read_text())
+            same = print_of_them == self.fingerprint(ext, files)
+        except (OSError, ValueError):
+            return False
+        return same and kept.exists() and (Cython is None or Cython.__version__ == cython)
 
-    def fingerprint(self, ext: Extension) -> str:
-        """Return a digest of all that a module is made of: versions, flags and the bytes of its files."""
+    def record(self, ext: Extension) -> tuple[str, list[str], str]:
+        """Return what a module is made of: Cython's version, its files, and a digest of those."""
         files = {Path(source) for source in ext.sources}
         if ext.name != SHARED:
-            files |= set(PACKAGE.rglob("*.h"))
+            from Cython.Build.Dependencies import create_dependency_tree
+
             known = create_dependency_tree(quiet=True).all_dependencies(ext.sources[0])
             files |= {Path(os.path.relpath(file)) for file in known if HERE in Path(file).resolve().parents}
-        inputs = [
-            Cython.__version__,
-            ext.extra_compile_args,
-            ext.extra_link_args,
-            ext.define_macros,
-            DIRECTIVES,
-            SHARED,
-        ]
+        names = sorted(map(str, files))
+        return Cython.__version__, names, self.fingerprint(ext, names)
+
+    def fingerprint(self, ext: Extension, files: list[str]) -> str:
+        """Return a digest of flags, and of the bytes of some files and of all headers."""
+        inputs = [ext.extra_compile_args, ext.extra_link_args, ext.define_macros, DIRECTIVES, SHARED]
+        # A declaration file that is new may come before one that there was.
+        inputs.append(sorted(map(str, PACKAGE.rglob("*.pxd"))))
         found = hashlib.sha256(json.dumps(inputs).encode())
-        for file in sorted(files):
-            found.update(f"\0{file}\0".encode() + file.read_bytes())
+        headers = [] if ext.name == SHARED else map(str, PACKAGE.rglob("*.h"))
+        for file in sorted({*files, *headers}):
+            found.update(f"\0{file}\0".encode() + Path(file).read_bytes())
         return found.hexdigest()
 
     def translate(self, stale: list[Extension]) -> None:
         """Turn the .pyx of these into C, side by side."""
+        if not stale:
+            return
+        from Cython.Build import cythonize
+
         place = self.store / "cython"
         # Cython puts a copy of each header beside its C, and keeps one that is younger than the original.
         for header in PACKAGE.rglob("*.h"):

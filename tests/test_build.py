@@ -39,6 +39,8 @@ def build(directory):
     package = tmp_path / "dirtylog"
     package.mkdir()
     shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools" / "build_backend.py", tmp_path / "tools")
     (package / "__init__.py").touch()
     for name in ("alpha", "beta"):
         (package / f"{name}.pyx").write_text(MODULE)
@@ -78,6 +80,34 @@ def test_a_second_build_compiles_what_has_changed_since_the_first_and_nothing_el
     assert build("fourth") == ["alpha", "beta"]
     found = list((directory / "build").glob("*/cython/dirtylog/one.h"))
     assert [path.read_text() for path in found] == ["static int one = 2;\n"]
+
+
+def test_cython_is_asked_for_and_needed_only_where_something_is_to_be_compiled(build, directory):
+    without = directory / "without"
+    without.mkdir()
+    (without / "Cython.py").write_text("raise ImportError('hidden')\n")
+    hidden = {"PYTHONPATH": str(without)}
+    asked = (
+        "import sys; sys.path.append('tools'); import build_backend as b; print(b.get_requires_for_build_editable())"
+    )
+
+    def answer():
+        environment = {**os.environ, **hidden, "CC": str(directory / "compiler")}
+        for name in [name for name in environment if name.startswith("DIRTYLOG_")]:
+            del environment[name]
+        done = subprocess.run(
+            [sys.executable, "-c", asked], cwd=directory, env=environment, capture_output=True, text=True
+        )
+        return done.stdout.strip() or done.stderr
+
+    build("with")
+    assert answer() == "[]"
+    assert build("without-cython", **hidden) == []
+    (directory / "dirtylog" / "beta.pyx").write_text(MODULE.replace("answer", "asked"))
+    assert answer() == "['cython>=3.3,<3.4']"
+    with pytest.raises(AssertionError, match="1 modules are to be compiled, and Cython is not there"):
+        build("refused", **hidden)
+    assert build("again") == ["beta"]
 
 
 def test_a_build_with_another_switch_takes_nothing_from_the_last_and_neither_does_the_next_without(build, directory):

@@ -505,6 +505,9 @@ def test_what_cannot_be_attached_to_is_refused_by_name(puppet):
         dl.attach(os.getpid())
     with pytest.raises(ValueError, match="process ids are 1 and more"):
         dl.attach(0)
+    for wrong in ("1", 1.5):
+        with pytest.raises(TypeError, match="integer"):
+            dl.attach(wrong)
     with pytest.raises(ProcessLookupError, match="there is no process"):
         dl.attach(2**22 + 1)
     puppet.do("held.update(e=threading.Event()) or held.update(t=threading.Thread(target=held['e'].wait))")

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,8 +187,8 @@ def attach(
         It is being traced, filters system calls, or does not stop.
     BackendUnavailable
         The kernel or the architecture lacks what is needed.
-    ValueError
-        `pid` is this process, a thread, or a thread of the kernel.
+    ValueError, TypeError
+        `pid` is this process, a thread, or a thread of the kernel; or not a number.
 
     Notes
     -----
@@ -218,7 +219,7 @@ def attach(
     ...     memory = process.read(dirty)
     >>> _ = other.communicate("end")
     """
-    pid = int(pid)
+    pid = index(pid)
     if pid < 1:
         raise ValueError(f"pid is {pid}; process ids are 1 and more")
 

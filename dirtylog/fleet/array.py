@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -127,6 +128,7 @@ class ShardedArray:
         self._coordinator = Coordinator(repo, branch, timeout=timeout)
         self._lock = threading.RLock()
         self._handles: dict[str, Handle] = {}
+        self._places: dict[str, Hashable] = {}
         self._rows: dict[str, range] = {}
         self._base = ""
         self._closed = False
@@ -207,10 +209,13 @@ class ShardedArray:
         store = self._repo.readonly_session(snapshot_id=self._base).store if stored else None
         places: list[Hashable] = list(self._engine.places())
         asked: dict[str, Answer] = {}
-        for number, name in enumerate(names):
+        taken = Counter(self._places[name] for name in self._handles)
+        for name in names:
             rows = self._rows[name]
+            self._places[name] = min(places, key=taken.__getitem__)
+            taken[self._places[name]] += 1
             asked[name] = self._engine.spawn(
-                places[number % len(places)],
+                self._places[name],
                 Shard,
                 self._name,
                 rows.start,

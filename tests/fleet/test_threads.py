@@ -240,6 +240,7 @@ def test_a_lost_worker_costs_what_was_written_since_the_last_snapshot(array, met
         with pytest.raises(ConnectionError, match="gone"):
             array.checkpoint(step=2)
     assert array.recover() == [name]
+    assert sorted(array._places.values()) == [0, 1, 2]  # where there was room, not beside another shard
     assert np.array_equal(array.read(), expected_after(steps, array.rows))
     array.apply(write, 3)
     array.checkpoint(step=3)

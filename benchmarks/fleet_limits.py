@@ -1,4 +1,4 @@
-"""Where a fleet's checkpoint meets its limits: a simulation from constants that were measured, to 10 000 workers.
+"""Where a fleet's checkpoint meets its limits, to 10 000 workers: a simulation from what was measured and assumed.
 
 ``python -m benchmarks.fleet_limits``: epochs of 100, 1000 and 10 000 workers with 10 GiB each, in chunks of 1 MiB, of
 which each worker has 20 or 1000 dirty ones. Every request's latency is drawn; the slowest worker decides. Nothing is
@@ -13,10 +13,10 @@ import numpy as np
 MANIFEST_BYTES_PER_CHUNK = 20  # 97 875 bytes for 5000
 FORK_BYTES, FORK_BYTES_PER_CHUNK = 700, 19  # pickled: 1084 for 20 chunks
 MERGE_SECONDS, FORK_SECONDS = 0.00003, 0.00004
-# A call to a worker and its answer, at the coordinator: serialising and two messages.
-CALL_SECONDS = 0.0002
 # What S3 says of itself, and its price in the first region, in dollars.
 PUTS_PER_SECOND_AND_PREFIX, PUT_PRICE, GET_PRICE, GIB_MONTH_PRICE = 3500, 0.005 / 1000, 0.0004 / 1000, 0.023
+# Assumed: a call to a worker and its answer, at the coordinator: serialising and two messages.
+CALL_SECONDS = 0.0002
 # Assumed: a request's median latency and its spread, a worker's bandwidth, the coordinator's, hours between failures.
 PUT_SECONDS, PUT_SPREAD, WORKER_BANDWIDTH, COORDINATOR_BANDWIDTH = 0.03, 0.6, 250e6, 500e6
 HOURS_TO_FAILURE = 5000

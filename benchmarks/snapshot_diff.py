@@ -13,7 +13,7 @@ import numpy as np
 
 from dirtylog import DirtyPages
 from dirtylog._bits.copying import copy_extents
-from dirtylog.sinks.extents import PackedExtents
+from dirtylog.sinks._bytes.extents import PackedExtents
 from dirtylog.sinks.snapshot import save, save_diff
 
 

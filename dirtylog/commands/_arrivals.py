@@ -92,7 +92,7 @@ class _Staged(Arrival):
 
     def start(self, memory: Any) -> None:
         """Give it its name; a file that has come to be there meanwhile is not replaced."""
-        from dirtylog.sinks._pageio import sync_directory
+        from dirtylog.sinks._bytes.pageio import sync_directory
 
         assert self.path is not None
         # The only copy that has the right to run: whatever fails from here on, it stays.
@@ -144,7 +144,7 @@ class OutFile(_Staged):
     def arrived(self, memory: Any) -> None:
         """Make it durable, and its own name too."""
         from dirtylog.commands import _terminal
-        from dirtylog.sinks._pageio import sync_directory
+        from dirtylog.sinks._bytes.pageio import sync_directory
 
         assert self.memory is not None
         if self.state is not None:

@@ -11,8 +11,8 @@ from dirtylog import DirtyPages
 from dirtylog._bits import copying
 from dirtylog._bits.flat import flat_bytes
 from dirtylog.commands import _arrivals
-from dirtylog.sinks import _pageio
-from dirtylog.sinks.extents import PackedExtents
+from dirtylog.sinks._bytes import pageio
+from dirtylog.sinks._bytes.extents import PackedExtents
 from dirtylog.sinks.migrate import sessions
 from dirtylog.sinks.snapshot.removal import Removal
 
@@ -68,11 +68,11 @@ def test_a_file_gets_and_gives_the_extents_at_their_offsets(tmp_path, packed):
         file.truncate(NBYTES)
         data = bytearray(int(EXTENTS[:, 1].sum()))
         copying.gather(source, EXTENTS, data)
-        _pageio.write_extents(file.fileno(), data if packed else source, EXTENTS, packed=packed, name="f")
+        pageio.write_extents(file.fileno(), data if packed else source, EXTENTS, packed=packed, name="f")
         want = expected(source, np.zeros(NBYTES, np.uint8))
         assert (np.fromfile(tmp_path / "f", np.uint8) == want).all()
         back = bytearray(len(data)) if packed else bytearray(NBYTES)
-        _pageio.read_extents(file.fileno(), back, EXTENTS, packed=packed, name="f")
+        pageio.read_extents(file.fileno(), back, EXTENTS, packed=packed, name="f")
         assert back == (data if packed else want.tobytes())
 
 
@@ -80,7 +80,7 @@ def test_more_neighbours_than_one_call_takes_are_written_whole(tmp_path):
     extents = np.stack([np.arange(1000) * 3, np.full(1000, 3)], axis=1)
     source = memory(4)[:3000]
     with open(tmp_path / "f", "w+b") as file:
-        _pageio.write_extents(file.fileno(), source, extents, packed=False, name="f")
+        pageio.write_extents(file.fileno(), source, extents, packed=False, name="f")
         assert (np.fromfile(tmp_path / "f", np.uint8) == source).all()
 
 
@@ -92,7 +92,7 @@ def test_an_extent_outside_is_refused_before_a_byte_moves(tmp_path, row):
     with pytest.raises(IndexError, match="extent 1 is offset"):
         copying.copy_extents(source, target, extents)
     with pytest.raises(IndexError), open(tmp_path / "f", "w+b") as file:
-        _pageio.write_extents(file.fileno(), source, extents, packed=False, name="f")
+        pageio.write_extents(file.fileno(), source, extents, packed=False, name="f")
     assert (target == before).all()
     assert os.path.getsize(tmp_path / "f") == 0
 
@@ -106,7 +106,7 @@ def test_a_packed_buffer_of_the_wrong_size_is_refused(size):
 def test_the_sum_of_packed_extents_cannot_overflow(tmp_path):
     extents = np.array([(0, 1 << 62)] * 5, np.int64)
     with pytest.raises(ValueError, match="do not add up"), open(tmp_path / "f", "w+b") as file:
-        _pageio.write_extents(file.fileno(), b"12345678", extents, packed=True, name="f")
+        pageio.write_extents(file.fileno(), b"12345678", extents, packed=True, name="f")
 
 
 def test_buffers_that_will_not_do_are_refused():
@@ -125,7 +125,7 @@ def test_no_extents_is_no_work(tmp_path):
     assert copying.copy_extents(memory(1), memory(2), none) == 0
     copying.gather(memory(1), none, bytearray())
     with open(tmp_path / "f", "w+b") as file:
-        _pageio.write_extents(file.fileno(), b"", none, packed=True, name="f")
+        pageio.write_extents(file.fileno(), b"", none, packed=True, name="f")
 
 
 def test_an_error_carries_errno_and_file_name(tmp_path):
@@ -133,12 +133,12 @@ def test_an_error_carries_errno_and_file_name(tmp_path):
         file.write(b"short")
         file.flush()
         with pytest.raises(OSError, match="'some name'") as caught:
-            _pageio.read_extents(file.fileno(), bytearray(NBYTES), EXTENTS, packed=False, name="some name")
+            pageio.read_extents(file.fileno(), bytearray(NBYTES), EXTENTS, packed=False, name="some name")
         assert caught.value.errno == errno.ENODATA
     read_only = os.open(tmp_path / "f", os.O_RDONLY)
     try:
         with pytest.raises(OSError, match="'f'") as caught:
-            _pageio.write_extents(read_only, memory(1), EXTENTS, packed=False, name="f")
+            pageio.write_extents(read_only, memory(1), EXTENTS, packed=False, name="f")
         assert caught.value.errno == errno.EBADF
     finally:
         os.close(read_only)
@@ -147,10 +147,10 @@ def test_an_error_carries_errno_and_file_name(tmp_path):
 def test_data_extents_cover_all_that_is_not_zero(tmp_path):
     with open(tmp_path / "f", "w+b") as file:
         file.truncate(1 << 20)
-        assert len(_pageio.data_extents(file.fileno(), 1 << 20, name="f")) == 0
+        assert len(pageio.data_extents(file.fileno(), 1 << 20, name="f")) == 0
         for offset in (5, 70_000, (1 << 20) - 1):
             os.pwrite(file.fileno(), b"x", offset)
-        found = _pageio.data_extents(file.fileno(), 1 << 20, name="f")
+        found = pageio.data_extents(file.fileno(), 1 << 20, name="f")
         assert all(any(o <= offset < o + n for o, n in found) for offset in (5, 70_000, (1 << 20) - 1))
         assert found.sum(axis=1).max() <= 1 << 20
         assert (found[1:, 0] >= found[:-1].sum(axis=1)).all()
@@ -160,7 +160,7 @@ def test_data_extents_of_what_cannot_be_sought_is_an_error_with_the_name():
     reader, writer = os.pipe()
     try:
         with pytest.raises(OSError, match="'pipe'"):
-            _pageio.data_extents(reader, 100, name="pipe")
+            pageio.data_extents(reader, 100, name="pipe")
     finally:
         os.close(reader)
         os.close(writer)
@@ -231,8 +231,8 @@ def _removal(directory):
         removal.remove(str(directory / "one"))
 
 
-@pytest.mark.parametrize("work", [_pageio.sync_directory, _journal, _out_file, _removal])
-@pytest.mark.parametrize("answer", _pageio.UNSUPPORTED)
+@pytest.mark.parametrize("work", [pageio.sync_directory, _journal, _out_file, _removal])
+@pytest.mark.parametrize("answer", pageio.UNSUPPORTED)
 def test_where_a_directory_cannot_be_synced_all_is(monkeypatch, tmp_path, work, answer):
     disk = _Disk(monkeypatch, answer)
     work(tmp_path)
@@ -240,7 +240,7 @@ def test_where_a_directory_cannot_be_synced_all_is(monkeypatch, tmp_path, work, 
     assert disk.calls == ["directory", "all"] * (len(disk.calls) // 2)
 
 
-@pytest.mark.parametrize("work", [_pageio.sync_directory, _journal, _out_file, _removal])
+@pytest.mark.parametrize("work", [pageio.sync_directory, _journal, _out_file, _removal])
 def test_a_directory_that_fails_to_sync_is_an_error(monkeypatch, tmp_path, work):
     disk = _Disk(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output"):

@@ -9,7 +9,7 @@ import pytest
 
 from dirtylog import DirtyPages
 from dirtylog.sinks import snapshot
-from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import copying
 from dirtylog.sinks.snapshot.footer import hasher
 

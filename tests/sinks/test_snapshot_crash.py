@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks._pageio import rename_noreplace
+from dirtylog.sinks._bytes.pageio import rename_noreplace
 from dirtylog.sinks.snapshot import clean, rebase, restore, save, save_diff, staged, verify
 
 from .. import warm

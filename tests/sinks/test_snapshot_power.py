@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sinks import _pageio
+from dirtylog.sinks._bytes import pageio
 from dirtylog.sinks.snapshot import (
     copying,
     flatten,
@@ -50,7 +50,7 @@ class Disk:
     def patch(self, monkeypatch):
         monkeypatch.setattr(staged, "os", self)
         monkeypatch.setattr(removal, "os", self)
-        monkeypatch.setattr(_pageio, "os", self)
+        monkeypatch.setattr(pageio, "os", self)
         monkeypatch.setattr(staged, "rename_noreplace", self.rename_noreplace)
         for module in (copying, overlay):
             monkeypatch.setattr(module, "write_extents", self.write_extents)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks._pageio import UNSUPPORTED, rename_noreplace
+from dirtylog.sinks._bytes.pageio import UNSUPPORTED, rename_noreplace
 from dirtylog.sinks.checkpoint.directory import find
 from dirtylog.sinks.snapshot import restore
 from dirtylog.sinks.snapshot.chain import StrPath

@@ -20,7 +20,7 @@ from dirtylog._bits.deltas import lay_deltas
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import DirtyBitmap
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate.origins import room
 from dirtylog.sinks.migrate.payloads import (
     COMPLETE,

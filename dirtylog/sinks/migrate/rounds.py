@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dirtylog._bits.copying import gather
 from dirtylog._bits.deltas import DELTA, WHOLE, ZERO, extents_of
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.payloads import (

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate.control import Cancelled, Control
 from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.origins import layout_of, source_of

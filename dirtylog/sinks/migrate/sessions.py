@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, TypeAlias
 
 from dirtylog.errors import DirtyLogError
-from dirtylog.sinks._pageio import sync_directory
+from dirtylog.sinks._bytes.pageio import sync_directory
 
 __all__ = ["Record", "Status", "check_unused", "new_session", "status"]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog._bits.checksum import crc32
 from dirtylog.errors import DirtyLogError
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.sinks._pageio import write_extents
-from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.pageio import write_extents
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.words import runs as runs_of_words
 from dirtylog.errors import BackendUnavailable, DirtyLogError
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import compare_pages, zero_pages
-from dirtylog.sinks._pageio import read_extents, write_extents
+from dirtylog.sinks._bytes.pageio import read_extents, write_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, directories_of, follow, lay, settled
 from dirtylog.sinks.snapshot.footer import Row

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot._mapping import RunTable, follow_diffs
 from dirtylog.sinks.snapshot.chain import MAX_CHAIN, ChainMovedError, Info, Layer, Link, describe, find, still_there

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dirtylog._bits.copying import copy_extents
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.vouched import forget_range, vouch_for_range
-from dirtylog.sinks._pageio import read_extents
+from dirtylog.sinks._bytes.pageio import read_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import reader
 from dirtylog.sinks.snapshot._mapping import Memory

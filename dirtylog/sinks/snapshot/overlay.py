@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._pageio import read_extents, write_extents
-from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.pageio import read_extents, write_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     ChainMovedError,

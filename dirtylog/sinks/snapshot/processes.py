@@ -21,7 +21,7 @@ from dirtylog._bits.flat import flat_bytes
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import compare_pages, zero_pages
 from dirtylog.errors import DirtyLogError
-from dirtylog.sinks.extents import WINDOW, PackedExtents
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path
 from dirtylog.sinks.snapshot.footer import Row, SnapshotError
 from dirtylog.sinks.snapshot.reader import info, restore

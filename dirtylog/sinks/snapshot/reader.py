@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._pageio import data_extents, read_extents
-from dirtylog.sinks.extents import WINDOW
+from dirtylog.sinks._bytes.extents import WINDOW
+from dirtylog.sinks._bytes.pageio import data_extents, read_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     ChainMovedError,

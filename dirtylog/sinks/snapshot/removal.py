@@ -22,7 +22,7 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Self
 
-from dirtylog.sinks._pageio import sync_directory
+from dirtylog.sinks._bytes.pageio import sync_directory
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.staged import own_name, part_files, writer_died
 

@@ -28,7 +28,7 @@ import weakref
 from types import TracebackType
 from typing import Self
 
-from dirtylog.sinks._pageio import UNSUPPORTED, rename_noreplace
+from dirtylog.sinks._bytes.pageio import UNSUPPORTED, rename_noreplace
 
 __all__ = ["Staged", "own_name", "part_files", "tidy", "writer_died"]
 

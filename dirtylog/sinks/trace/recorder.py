@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog.log import Source
-from dirtylog.sinks._pageio import UNSUPPORTED, sync_directory
+from dirtylog.sinks._bytes.pageio import UNSUPPORTED, sync_directory
 from dirtylog.sinks.trace import layout
 from dirtylog.sinks.trace.layout import parquet_module
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dirtylog.sinks.migrate import MigrationError, receive
+from dirtylog.sinks.migrate import MigrationError, receive, sessions
 from dirtylog.sinks.migrate.payloads import HELLO, PAGES, RAW, ROUND, ZSTD
 from dirtylog.sinks.migrate.wire import HEADER_BYTES, VERSION, Kind
 from dirtylog.sources.qemu import NbdClient, PeerError, Qmp, QmpError
@@ -93,7 +93,8 @@ class Migration(Target):
         return data
 
     def read(self, data: bytes) -> object:
-        """Receive into new memory."""
+        """Receive into new memory, as a process that has received nothing before."""
+        sessions._known.clear()
         with self.here, self.there:
             return receive(self.here, limit=LIMIT, state=lambda state: None)
 

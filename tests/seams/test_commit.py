@@ -457,6 +457,26 @@ def test_another_session_does_not_take_the_place_of_a_lost_one():
     assert migration.copy_runs
 
 
+@pytest.mark.parametrize("stage", ["have", "runs"])
+@pytest.mark.parametrize("kept", ["memory", "journal"])
+def test_a_copy_that_is_complete_is_not_forgotten_for_a_sender_of_its_session(tmp_path, stage, kept):
+    """If it were, the source that asks would hear that there is no copy, and run beside it."""
+    session = "ab" * 16
+    journal = tmp_path if kept == "journal" else None
+    sessions.Record(session, "copy", journal).set(stage)
+    if kept == "journal":
+        sessions._known.clear()  # another process
+    here, there = socket.socketpair()
+    with here, there:
+        Channel(there).send(Kind.HELLO, HELLO.pack(bytes.fromhex(session), NPAGES * 4096, 4096, 0, 0))
+        there.shutdown(socket.SHUT_WR)
+        with pytest.raises(MigrationError, match=f"session {session} was received here before: the copy"):
+            receive(here, journal=journal)
+        with pytest.raises(DirtyLogError, match="was received here before"):
+            Channel(there).receive(Kind.READY, counted=False)
+    assert status(session, journal=journal).stage == stage
+
+
 def test_a_copy_that_claims_to_run_without_the_right_is_not_believed():
     here, there = socket.socketpair()
     migration = Migration()

@@ -37,7 +37,7 @@ from dirtylog.sinks.migrate.payloads import (
     granule_offsets,
 )
 from dirtylog.sinks.migrate.policy import MigrationError
-from dirtylog.sinks.migrate.sessions import Record
+from dirtylog.sinks.migrate.sessions import Record, check_no_copy
 from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_LAYOUT, Channel, Kind, Refusal, WireError
 from dirtylog.sinks.snapshot.footer import MAX_PAGE_SIZE, MAX_STATE_BYTES, SnapshotError, decode_state
 from dirtylog.sinks.snapshot.space import Space
@@ -291,9 +291,11 @@ class _Copy:
                 raise WireError(f"a LAYOUT frame of {layout.nbytes} bytes, {length} were announced")
             said += layout
         if self.filling is None:
+            session = said[:16].hex()
+            check_no_copy(session, self.journal)
             self.result, self.filling = _room(said, self.out, self.limit)
             self.agreed = said
-            self.record = Record(said[:16].hex(), "copy", self.journal)
+            self.record = Record(session, "copy", self.journal)
             self.move(_Stage.PART)
         elif said not in (self.agreed, self.agreed[:16] + bytes(HELLO.size - 16)):
             self.channel.refuse("another session is being received here")

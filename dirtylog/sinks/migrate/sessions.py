@@ -17,8 +17,9 @@ from typing import Literal, TypeAlias
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.pageio import sync_directory
+from dirtylog.sinks.migrate.wire import WireError
 
-__all__ = ["Record", "Status", "check_unused", "new_session", "status"]
+__all__ = ["Record", "Status", "check_no_copy", "check_unused", "new_session", "status"]
 
 End: TypeAlias = Literal["source", "copy"]
 _PATTERN = re.compile("[0-9a-f]{32}")
@@ -84,10 +85,34 @@ def _check(session: str) -> str:
 def check_unused(session: str, journal: str | os.PathLike[str] | None) -> str:
     """Refuse what is no identifier, and one that a source has had: its copy may be waiting for the right to run."""
     _check(session)
-    known = (session, "source") in _known or (journal is not None and os.path.exists(_path(journal, session, "source")))
-    if known:
+    if _recorded(session, "source", journal):
         raise ValueError(f"session {session} was used before; each migration has one of its own: leave it out")
     return session
+
+
+def check_no_copy(session: str, journal: str | os.PathLike[str] | None) -> None:
+    """Refuse a session of which this end has a complete copy: its stage is what keeps two ends from running.
+
+    Raises
+    ------
+    WireError
+        There is one, in this process or in the journal.
+    DirtyLogError
+        The journal's file is damaged.
+    """
+    recorded = _recorded(session, "copy", journal)
+    if recorded is not None and recorded.stage in ("have", "runs"):
+        raise WireError(
+            f"session {session} was received here before: {recorded.advice}. A new migration has a session of its own"
+        )
+
+
+def _recorded(session: str, end: End, journal: str | os.PathLike[str] | None) -> Status | None:
+    """Return what this end has recorded of a session, in this process or in its journal."""
+    known = _known.get((session, end))
+    if known is None and journal is not None:
+        known = _read(_path(journal, session, end), session)
+    return known
 
 
 def _path(journal: str | os.PathLike[str], session: str, end: str) -> str:

@@ -201,7 +201,8 @@ def test_a_thread_that_leaves_the_signal_of_faults_open_may_block_all_others(bac
 
     def work():
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV})
-        blocked.append(probe.blocks_faults())
+        # Others may: pyarrow's allocator has a thread that blocks all.
+        blocked.append(probe.blocks_faults() == threading.get_native_id())
         array[5, 0] = 2
 
     with dl.track(array, backend) as t:
@@ -209,7 +210,7 @@ def test_a_thread_that_leaves_the_signal_of_faults_open_may_block_all_others(bac
         thread.start()
         thread.join()
         assert t.harvest().indices().tolist() == [5]
-    assert blocked == [0]
+    assert blocked == [False]
 
 
 def test_where_a_thread_blocks_the_signal_of_faults_memory_is_not_protected(monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -167,7 +168,9 @@ def test_a_start_is_over_when_the_program_sleeps_or_has_had_its_time(tmp_path):
         program = launch([sys.executable, "-c", f"import os; os.read({go}, 1)\nwhile True: pass"])
     except BackendUnavailable as missing:
         pytest.skip(f"watching a program does not work here: {missing}")
-    with program:
+    with program, ExitStack() as last:
+        # Whatever fails: it would turn for ever.
+        last.callback(os.kill, program.pid, signal.SIGKILL)
         looks = program.looks
         used = [0.0]
         while looks.starting():
@@ -179,7 +182,7 @@ def test_a_start_is_over_when_the_program_sleeps_or_has_had_its_time(tmp_path):
         while time.clock_gettime(~program.pid << 3 | 2) < MOMENT:
             os.sched_yield()
         assert not looks.starting()
-        os.kill(program.pid, signal.SIGKILL)
+        last.close()
         program.wait(60)
         assert not looks.starting()
     for descriptor in (go, ours):

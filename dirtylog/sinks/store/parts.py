@@ -87,7 +87,8 @@ class Part:
         chunks: Sequence[SupportsIndex] | None,
         first_row: int,
     ) -> None:
-        _, self.kind, shape, order, _, _ = row
+        self.kind: Any = row[1]
+        _, _, shape, order, _, _ = row
         what = f"array {name!r}"
         axes = {"C": tuple(range(len(shape))), "F": tuple(reversed(range(len(shape))))}.get(order, order)
         array = array_of(memory, what) if len(shape) == np.ndim(memory) else flat_array(memory, what=what)

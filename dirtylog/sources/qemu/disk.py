@@ -124,7 +124,9 @@ class QemuDisk(Resource):
             raise ValueError(
                 f"name is {name!r}; it must be a letter, then letters, digits, '-', '.' and '_', at most 100"
             )
-        self.node, self.name, self._qmp, self._persistent = node, name, qmp, bool(persistent)
+        self.node: str = node
+        self.name: str = name
+        self._qmp, self._persistent = qmp, bool(persistent)
         # Re-entrant for a finalizer; a harvest within a harvest is the log's to refuse.
         self._lock = threading.RLock()
         self._nbd, self._nbd_directory = nbd, ""
@@ -134,19 +136,19 @@ class QemuDisk(Resource):
         self._moment = False
         self._reader: NbdClient | None = None
         self._number = -1
-        self.lease = 0
+        self.lease: int = 0
         # Frozen bitmaps: not handed out yet; handed out in these leases, which are not released.
         self._unread: list[str] = []
         self._owed: dict[str, set[int]] = {}
         self._lost = ""
         image, _ = self._look()
-        self.size = int(image)
-        self.npages = check_geometry(-(-self.size // self.page_size), self.page_size)[0]
+        self.size: int = int(image)
+        self.npages: int = check_geometry(-(-self.size // self.page_size), self.page_size)[0]
         try:
             if nbd is None:
                 self._serve()
             self._tidy()
-            self.resumed = self._resume(self._look()[1], since)
+            self.resumed: bool = self._resume(self._look()[1], since)
         except BaseException:
             self._stop_serving()
             raise

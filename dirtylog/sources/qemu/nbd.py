@@ -156,7 +156,7 @@ class NbdClient(Resource):
         except BaseException:
             self._channel.close()
             raise
-        self.contexts = tuple(self._ids.values())
+        self.contexts: tuple[str, ...] = tuple(self._ids.values())
         self._closed = False
 
     def __repr__(self) -> str:
@@ -236,8 +236,8 @@ class NbdClient(Resource):
     def _go(self) -> None:
         name = self._name.encode()
         self._ask(_OPT_GO, struct.pack(">I", len(name)) + name + struct.pack(">HH", 1, _INFO_BLOCK_SIZE))
-        self.size = -1
-        self.block_size = 1
+        self.size: int = -1
+        self.block_size: int = 1
         self._most = MAX_READ
         flags = 0
         for kind, body in self._replies(_OPT_GO, f"the export {self._name!r}"):
@@ -253,7 +253,7 @@ class NbdClient(Resource):
                 self.block_size, self._most = least, min(MAX_READ, most // least * least)
         if not 0 <= self.size < 1 << 63 or not flags & _HAS_FLAGS:
             raise PeerError(f"the NBD server says of the export {self._name!r}: {self.size} bytes, flags {flags:#x}")
-        self.read_only = bool(flags & _IS_READ_ONLY)
+        self.read_only: bool = bool(flags & _IS_READ_ONLY)
         self._read_flags = _CMD_FLAG_DF if flags & _SENDS_DF else 0
         self._can_flush = bool(flags & _SENDS_FLUSH)
 

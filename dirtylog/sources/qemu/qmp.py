@@ -94,7 +94,7 @@ class Qmp(Resource):
         self.events: collections.deque[dict[str, Any]] = collections.deque(maxlen=MAX_EVENTS)
         self._channel = Channel(address, timeout, "the QMP monitor")
         try:
-            self.version = self._greet()
+            self.version: str = self._greet()
             self._closed = False
             self.execute("qmp_capabilities")
         except BaseException:

@@ -129,7 +129,7 @@ class VhostBackend(Resource):
         A connected Unix stream socket, which the back end takes over. QEMU connects to what
         ``-chardev socket,path=...`` names, so the device listens and accepts.
     features : int, default 0
-        The device's own feature bits (VIRTIO_BLK_F_..., VIRTIO_NET_F_...).
+        The device's own feature bits (``VIRTIO_BLK_F_...``, ``VIRTIO_NET_F_...``).
     config : bytes, default b""
         The device's configuration space.
     queues : int, default 1

@@ -614,7 +614,7 @@ def test_a_script_run_by_the_agent_can_be_watched(tmp_path, importable):
     assert not path.exists()
 
 
-def test_a_child_of_a_script_run_by_the_agent_leaves_the_socket_to_its_parent(tmp_path):
+def test_a_child_of_a_script_run_by_the_agent_leaves_the_socket_to_its_parent(tmp_path, importable):
     script, socket = tmp_path / "script.py", tmp_path / "socket"
     script.write_text(
         f"import os, sys\nif not os.fork(): sys.exit()\nos.wait()\nprint(os.path.exists({str(socket)!r}))"

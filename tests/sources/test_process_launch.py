@@ -228,7 +228,7 @@ def test_memory_that_is_reserved_and_not_touched_is_not_watched_and_costs_no_pag
     assert tables() < before + 2048
 
 
-def test_an_end_of_passing_signals_on_that_never_began_changes_no_handler():
+def test_an_end_of_passing_signals_on_that_never_began_changes_no_handler(importable):
     command = (
         # What a shell starts in the background ignores it.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -12,7 +12,7 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import SupportsIndex
 
 import numpy as np
@@ -305,6 +305,27 @@ class NbdClient(Resource):
         number = _ERRNOS.get(code, errno.EIO)
         return OSError(number, f"{what}: {words or os.strerror(number)}")
 
+    def _chunks(self, most: int, what: str) -> Iterator[tuple[int, int]]:
+        """Yield the type and the length of each chunk of a reply; raise at its end what the server could not do."""
+        failure = None
+        errors = 0
+        done = False
+        while not done:
+            done, kind, size = self._chunk(most)
+            if kind & _CHUNK_ERROR:
+                found = self._failure(kind, size, what)
+                failure = failure or found
+                errors += 1
+                if errors > MAX_ERRORS:
+                    raise PeerError(f"the NBD server sent more than {MAX_ERRORS} errors for one request")
+            elif kind != _CHUNK_NONE:
+                yield kind, size
+            elif size or not done:
+                raise PeerError("the NBD server sent an empty chunk in the middle of a reply")
+        self._broken = ""
+        if failure is not None:
+            raise failure
+
     def _check_range(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise IndexError(f"bytes {offset} to {offset + length} are not in the export, which has {self.size} bytes")
@@ -360,55 +381,37 @@ class NbdClient(Resource):
 
     def _read(self, offset: int, out: memoryview) -> None:
         length = len(out)
-        failure = None
         # Begins of what has come to ends; chunks may come in any order, but each byte once.
         got: dict[int, int] = {}
-        errors = 0
         with self._lock, self._channel.exchange():
             self._request(_CMD_READ, offset, length, self._read_flags)
-            done = False
-            while not done:
-                done, kind, size = self._chunk(8 + length)
-                if kind & _CHUNK_ERROR:
-                    found = self._failure(kind, size, f"read of {length} bytes at {offset}")
-                    failure = failure or found
-                    errors += 1
-                    if errors > MAX_ERRORS:
-                        raise PeerError(f"the NBD server sent more than {MAX_ERRORS} errors for one read")
-                elif kind == _CHUNK_NONE:
-                    if size or not done:
-                        raise PeerError("the NBD server sent an empty chunk in the middle of a reply")
-                elif kind in (_CHUNK_DATA, _CHUNK_HOLE):
-                    if size < 9 or (kind == _CHUNK_HOLE and size != 12):
-                        raise PeerError(f"the NBD server sent a chunk of {size} bytes for a read")
-                    (at,) = struct.unpack(">Q", self._channel.exactly(8))
-                    count = size - 8
-                    if kind == _CHUNK_HOLE:
-                        (count,) = struct.unpack(">I", self._channel.exactly(4))
-                    first = at - offset
-                    if first < 0 or not count or first + count > length or first in got:
-                        raise PeerError(
-                            f"the NBD server sent bytes {at} to {at + count}; {offset} to {offset + length} were asked "
-                            "for, each once"
-                        )
-                    got[first] = first + count
-                    if kind == _CHUNK_HOLE:
-                        out[first : first + count] = bytes(count)
-                    else:
-                        self._channel.fill(out[first : first + count])
-                else:
+            for kind, size in self._chunks(8 + length, f"read of {length} bytes at {offset}"):
+                if kind not in (_CHUNK_DATA, _CHUNK_HOLE):
                     raise PeerError(f"the NBD server answered a read with a chunk of type {kind}")
+                if size < 9 or (kind == _CHUNK_HOLE and size != 12):
+                    raise PeerError(f"the NBD server sent a chunk of {size} bytes for a read")
+                (at,) = struct.unpack(">Q", self._channel.exactly(8))
+                count = size - 8
+                if kind == _CHUNK_HOLE:
+                    (count,) = struct.unpack(">I", self._channel.exactly(4))
+                first = at - offset
+                if first < 0 or not count or first + count > length or first in got:
+                    raise PeerError(
+                        f"the NBD server sent bytes {at} to {at + count}; {offset} to {offset + length} were asked "
+                        "for, each once"
+                    )
+                got[first] = first + count
+                if kind == _CHUNK_HOLE:
+                    out[first : first + count] = bytes(count)
+                else:
+                    self._channel.fill(out[first : first + count])
                 if len(got) > length // 512 + 1:
                     raise PeerError(f"the NBD server divides {length} bytes into more than {len(got) - 1} chunks")
-            self._broken = ""
-            if failure is None:
-                begins = sorted(got)
-                # Each piece begins where the one before it ends, and the last ends where the range does.
-                if begins[:1] != [0] or [*begins[1:], length] != [got[begin] for begin in begins]:
-                    self._broken = "a read was answered in part"
-                    raise PeerError(f"the NBD server left out bytes of the {length} at {offset}, or sent some twice")
-        if failure is not None:
-            raise failure
+            begins = sorted(got)
+            # Each piece begins where the one before it ends, and the last ends where the range does.
+            if begins[:1] != [0] or [*begins[1:], length] != [got[begin] for begin in begins]:
+                self._broken = "a read was answered in part"
+                raise PeerError(f"the NBD server left out bytes of the {length} at {offset}, or sent some twice")
 
     def extents(
         self, context: str, offset: SupportsIndex = 0, length: SupportsIndex | None = None
@@ -459,34 +462,17 @@ class NbdClient(Resource):
 
     def _status(self, number: int, offset: int, length: int) -> npt.NDArray[np.int64]:
         """Ask once; the answer may end before the range does."""
-        failure = None
         answers: dict[int, bytes] = {}
-        errors = 0
         with self._lock, self._channel.exchange():
             self._request(_CMD_BLOCK_STATUS, offset, length)
-            done = False
-            while not done:
-                done, kind, size = self._chunk(4 + 8 * MAX_DESCRIPTORS)
-                if kind & _CHUNK_ERROR:
-                    found = self._failure(kind, size, f"block status of {length} bytes at {offset}")
-                    failure = failure or found
-                    errors += 1
-                    if errors > MAX_ERRORS:
-                        raise PeerError(f"the NBD server sent more than {MAX_ERRORS} errors for one request")
-                elif kind == _CHUNK_NONE:
-                    if size or not done:
-                        raise PeerError("the NBD server sent an empty chunk in the middle of a reply")
-                elif kind == _CHUNK_STATUS:
-                    body = self._channel.exactly(size)
-                    (context,) = struct.unpack(">I", body[:4]) if size >= 12 and size % 8 == 4 else (-1,)
-                    if context not in self._ids or context in answers:
-                        raise PeerError(f"the NBD server sent {size} bytes of block status for the context {context}")
-                    answers[context] = body[4:]
-                else:
+            for kind, size in self._chunks(4 + 8 * MAX_DESCRIPTORS, f"block status of {length} bytes at {offset}"):
+                if kind != _CHUNK_STATUS:
                     raise PeerError(f"the NBD server answered a request for block status with a chunk of type {kind}")
-            self._broken = ""
-        if failure is not None:
-            raise failure
+                body = self._channel.exactly(size)
+                (context,) = struct.unpack(">I", body[:4]) if size >= 12 and size % 8 == 4 else (-1,)
+                if context not in self._ids or context in answers:
+                    raise PeerError(f"the NBD server sent {size} bytes of block status for the context {context}")
+                answers[context] = body[4:]
         if number not in answers:
             raise PeerError(f"the NBD server left out the context {self._ids[number]!r}")
         pairs = np.frombuffer(answers[number], ">u4").astype(np.int64).reshape(-1, 2)
@@ -513,13 +499,8 @@ class NbdClient(Resource):
             return
         with self._lock, self._channel.exchange():
             self._request(_CMD_FLUSH, 0, 0)
-            done, kind, size = self._chunk(0)
-            failure = self._failure(kind, size, "flush") if kind & _CHUNK_ERROR else None
-            if not done or (failure is None and (kind != _CHUNK_NONE or size)):
+            for kind, _ in self._chunks(0, "flush"):
                 raise PeerError(f"the NBD server answered a flush with a chunk of type {kind}")
-            self._broken = ""
-        if failure is not None:
-            raise failure
 
 
 def _joined(extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -256,8 +256,7 @@ class VhostBackend(Resource):
         PeerError
             The guest has no such memory; or its log is smaller than the guest.
         """
-        memory, at = self._find(address, len(data))
-        memory[at : at + len(data)] = data
+        self._store(address, data)
         if self.logging:
             self._mark(address, len(data))
 

@@ -192,10 +192,7 @@ class QemuDisk(Resource):
                 self._end_job(job["id"])
             elif job["id"] == f"{mine}create" and job["status"] == "concluded":
                 self._qmp.execute("job-dismiss", {"id": job["id"]})
-        nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
-        for left in (self._overlay, f"{self._overlay}-file"):
-            if left in nodes:
-                self._qmp.execute("blockdev-del", {"node-name": left})
+        self._drop_overlay()
 
     def _resume(self, bitmaps: list[dict[str, Any]], since: str | None) -> bool:
         """Go on with the bitmaps that are there, or begin with one."""
@@ -229,9 +226,11 @@ class QemuDisk(Resource):
         return ("block-dirty-bitmap-add", about)
 
     def _transaction(self, actions: _Actions) -> None:
-        """Do all of it at one moment, or nothing."""
-        if actions:
-            told = [{"type": kind, "data": {"node": self.node, **about}} for kind, about in actions]
+        """Do all of it at one moment, or nothing. What is about bitmaps is about those of our node."""
+        told = []
+        for kind, about in actions:
+            told.append({"type": kind, "data": {"node": self.node, **about} if "bitmap" in kind else about})
+        if told:
             self._qmp.execute("transaction", {"actions": told})
 
     # Exports --------------------------------------------------------------------------------------------------------
@@ -304,8 +303,12 @@ class QemuDisk(Resource):
         ends = dirty[:, 0] + dirty[:, 1]
         if (dirty[:, 0] % self.page_size).any() or (ends[ends != self.size] % self.page_size).any():
             raise PeerError(f"QEMU reports pieces of {bitmap!r} that are not multiples of {self.page_size} bytes")
-        first = dirty[:, 0] // self.page_size
-        runs = np.stack([first, -(-ends // self.page_size) - first], axis=1)
+        return self._pages(dirty)
+
+    def _pages(self, extents: npt.NDArray[np.int64]) -> DirtyPages:
+        """Return the pages that some extents touch."""
+        first = extents[:, 0] // self.page_size
+        runs = np.stack([first, -(-(extents[:, 0] + extents[:, 1]) // self.page_size) - first], axis=1)
         return DirtyPages.from_runs(runs, self.npages, self.page_size)
 
     # What a source does ---------------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ class QemuDisk(Resource):
             device = {"device": self.node, "job-id": f"{self.name}-x-job", "target": self._overlay}
             actions.append(("blockdev-backup", {**device, "sync": "none"}))
         try:
-            self._turn(actions)
+            self._transaction(actions)
             self._unread.append(recording)
         except QmpError:
             _, bitmaps = self._look()
@@ -369,14 +372,8 @@ class QemuDisk(Resource):
                 raise
             # Somebody has removed it: nobody knows what was written.
             self._lost = f"the bitmap {recording!r} is not there any more"
-            self._turn([actions[0], *actions[2:]])
+            self._transaction([actions[0], *actions[2:]])
         self._number += 1
-
-    def _turn(self, actions: _Actions) -> None:
-        told = []
-        for kind, about in actions:
-            told.append({"type": kind, "data": about if kind == "blockdev-backup" else {"node": self.node, **about}})
-        self._qmp.execute("transaction", {"actions": told})
 
     def _join(self) -> None:
         """Keep what was handed out in one frozen bitmap, the oldest: whoever noted its name finds all that is since."""
@@ -495,10 +492,7 @@ class QemuDisk(Resource):
         """
         with self._lock:
             extents = self._client().extents("base:allocation")
-        data = extents[(extents[:, 2] & 2) == 0]
-        first = data[:, 0] // self.page_size
-        runs = np.stack([first, -(-(data[:, 0] + data[:, 1]) // self.page_size) - first], axis=1)
-        return DirtyPages.from_runs(runs, self.npages, self.page_size)
+        return self._pages(extents[(extents[:, 2] & 2) == 0])
 
     def _client(self) -> NbdClient:
         self._check_open()
@@ -531,6 +525,13 @@ class QemuDisk(Resource):
         self._qmp.execute("block-job-cancel", {"device": job, "force": True})
         self._qmp.wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == job and data.get("status") == "null")
 
+    def _drop_overlay(self) -> None:
+        """Remove the scratch nodes, those that are there."""
+        nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
+        for left in (self._overlay, f"{self._overlay}-file"):
+            if left in nodes:
+                self._qmp.execute("blockdev-del", {"node-name": left})
+
     def _thaw(self) -> None:
         """Let go of the moment, and of the export that reads."""
         reader, self._reader = self._reader, None
@@ -543,10 +544,7 @@ class QemuDisk(Resource):
         mine = f"{self.name}-x-"
         if any(each["id"] == f"{mine}job" for each in self._qmp.execute("query-jobs")):
             self._end_job(f"{mine}job")
-        nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
-        for left in (self._overlay, f"{self._overlay}-file"):
-            if left in nodes:
-                self._qmp.execute("blockdev-del", {"node-name": left})
+        self._drop_overlay()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._scratch)
         self._moment = False

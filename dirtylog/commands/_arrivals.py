@@ -93,18 +93,16 @@ class _Staged(Arrival):
     def start(self, memory: Any) -> None:
         """Give it its name; a file that has come to be there meanwhile is not replaced."""
         from dirtylog.sinks._bytes.pageio import sync_directory
+        from dirtylog.sinks.snapshot.staged import rename_new
 
         assert self.path is not None
         # The only copy that has the right to run: whatever fails from here on, it stays.
         self.keep = True
         try:
-            os.link(self.part, self.path)
+            rename_new(self.part, self.path)
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-                error.add_note(f"the memory is complete, in {self.part}")
-                raise
-            # A file system without hard links.
-            os.rename(self.part, self.path)
+            error.add_note(f"the memory is complete, in {self.part}")
+            raise
         self.keep = False
         sync_directory(self.directory)
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks._bytes.pageio import UNSUPPORTED, rename_noreplace
 from dirtylog.sinks.checkpoint.directory import find
 from dirtylog.sinks.snapshot import restore
 from dirtylog.sinks.snapshot.chain import StrPath
+from dirtylog.sinks.snapshot.staged import rename_new
 
 __all__ = ["KINDS", "export"]
 
@@ -110,12 +110,7 @@ def export(
     staging = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}{ending}")
     try:
         KINDS[ending](staging, {name: arrays[name] for name in chosen})
-        try:
-            rename_noreplace(staging, path)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            os.rename(staging, path)
+        rename_new(staging, path)
     except BaseException:
         with suppress(FileNotFoundError):
             shutil.rmtree(staging) if os.path.isdir(staging) else os.unlink(staging)

@@ -28,6 +28,7 @@ from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath
 from dirtylog.sinks.snapshot.footer import Row, SnapshotError
 from dirtylog.sinks.snapshot.images import restore_image
 from dirtylog.sinks.snapshot.reader import info
+from dirtylog.sinks.snapshot.staged import rename_new
 from dirtylog.sinks.snapshot.upkeep import catalog
 from dirtylog.sinks.snapshot.writer import How, parent_link, write
 from dirtylog.sources._channel import Address
@@ -302,7 +303,7 @@ def restore_disk(backup: StrPath, image: StrPath, *, format: str = "raw", progre
             raise DirtyLogError(f"qemu-img could not make the image: {done.stderr.strip()[:1000]}")
         with open(made, "rb") as file:
             os.fsync(file.fileno())
-        os.link(made, target)  # which, unlike a rename, overwrites nothing
+        rename_new(made, target)
         return about
     finally:
         for left in (raw, made):

@@ -30,7 +30,7 @@ from typing import Self
 
 from dirtylog.sinks._bytes.pageio import UNSUPPORTED, rename_noreplace
 
-__all__ = ["Staged", "own_name", "part_files", "tidy", "writer_died"]
+__all__ = ["Staged", "own_name", "part_files", "rename_new", "tidy", "writer_died"]
 
 _PART = re.compile(r"\.dirtylog\.([0-9a-f]{12})\.(\d{1,10})\.(\d{1,20})\.[0-9a-f]{16}\.part")
 _LINK_REFUSED = (*UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EACCES, errno.EXDEV)
@@ -49,6 +49,50 @@ def _say_once(what: str, text: str) -> None:
             return
         _said.add(what)
     warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+def rename_new(part: str, path: str) -> None:
+    """Give a file, or a directory, a name that nobody has, by the best that the file system offers.
+
+    Raises
+    ------
+    FileExistsError
+        Somebody has the name; nothing has changed.
+    OSError
+        It has no new name.
+
+    Warns
+    -----
+    RuntimeWarning
+        Once in a process: two writers of one name at the same moment are not told apart here.
+    """
+    try:
+        rename_noreplace(part, path)
+        return
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _LINK_REFUSED:
+            raise
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        return
+    _say_once(
+        "noreplace",
+        f"{os.path.dirname(path)}: this file system has neither a rename that replaces nothing nor links, so two "
+        "writers of one name at the same moment are not told apart",
+    )
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    os.rename(part, path)
 
 
 @functools.cache
@@ -208,39 +252,6 @@ class Staged:
                 return
             raise
 
-    def _rename(self) -> None:
-        if self.replace:
-            os.rename(self.part, self.path)
-            return
-        try:
-            rename_noreplace(self.part, self.path)
-            return
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-        try:
-            os.link(self.part, self.path)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            if error.errno not in _LINK_REFUSED:
-                raise
-        else:
-            self.published = True
-            with contextlib.suppress(OSError):
-                os.unlink(self.part)
-            return
-        _say_once(
-            "noreplace",
-            f"{self.directory}: this file system has neither a rename that replaces nothing nor links, so two writers "
-            "of one name at the same moment are not told apart",
-        )
-        if os.path.lexists(self.path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path)
-        os.rename(self.part, self.path)
-
     def publish(self) -> None:
         """Give the file its name. If this raises an error of the file system, there is none of that name from here."""
         directory = -1
@@ -250,7 +261,10 @@ class Staged:
                 # Opened and tried beforehand: what this file system cannot do is said while nothing has changed.
                 directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 self._sync_directory(directory)
-            self._rename()
+            if self.replace:
+                os.rename(self.part, self.path)
+            else:
+                rename_new(self.part, self.path)
             self.published = True
             if self.durable:
                 try:

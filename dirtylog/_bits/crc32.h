@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "_bits/cpuid.h"
+
 /* What is folded is of this many bytes at least, and a multiple of sixteen. */
 #define DL_CRC32_LEAST ((size_t)64)
 
@@ -68,7 +70,8 @@ static DL_FOLDING uint32_t dl_crc32_blocks(const unsigned char *data, size_t nby
 
 static inline int dl_crc32_can_fold(void)
 {
-    return __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+    static const struct dl_feature pclmul = {"pclmulqdq", 1, 2, 1}, sse41 = {"sse4_1", 1, 2, 19};
+    return dl_has_feature(&pclmul) && dl_has_feature(&sse41);
 }
 #else
 static inline uint32_t dl_crc32_blocks(const unsigned char *data, size_t nbytes, uint32_t state)

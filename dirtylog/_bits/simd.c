@@ -4,6 +4,7 @@
  * words of a line are not zero, taking a whole line, the pages of a word), and
  * instantiated for each instruction set.
  */
+#include "_bits/cpuid.h"
 #include "_bits/simd.h"
 
 #include <string.h>
@@ -390,7 +391,6 @@ DL_INSTANTIATE(neon, )
 #endif /* __aarch64__ */
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 
 /* ---- a line of dirty words, two at a time --------------------------------------- */
@@ -528,15 +528,7 @@ DL_AVX512 DL_INLINE void expand_word_avx512(uint64_t word, unsigned bits, int64_
 
 DL_INSTANTIATE(avx512, DL_AVX512)
 
-/* ---- what a path needs, by the names that Linux gives it in /proc/cpuinfo. The processor is asked by ourselves:
- * of what a compiler's own function does not know it says that it is not there, and nobody would learn why. ---- */
-
-struct dl_feature {
-    const char *name;
-    unsigned leaf;
-    unsigned word; /* 0 to 3: eax, ebx, ecx, edx */
-    unsigned bit;
-};
+/* ---- what a path needs ---------------------------------------------------------- */
 
 /* Registers that the operating system keeps for each thread: bits of XCR0. */
 #define DL_XCR0_AVX 0x06u
@@ -551,19 +543,12 @@ static const struct dl_feature for_avx512[] = {
     {"avx512_vbmi2", 7, 2, 6}, {"avx512_vpopcntdq", 7, 2, 14}, {NULL, 0, 0, 0},
 };
 
-static int has_feature(const struct dl_feature *feature)
-{
-    unsigned words[4];
-    return __get_cpuid_count(feature->leaf, 0, &words[0], &words[1], &words[2], &words[3]) &&
-           words[feature->word] >> feature->bit & 1;
-}
-
 /* Whether the operating system saves these registers when it switches threads. */
 static int system_keeps(unsigned xcr0)
 {
     static const struct dl_feature osxsave = {"osxsave", 1, 2, 27};
     unsigned low, high;
-    if (!has_feature(&osxsave))
+    if (!dl_has_feature(&osxsave))
         return 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & xcr0) == xcr0;
@@ -573,7 +558,7 @@ static int system_keeps(unsigned xcr0)
 static const char *first_missing(const struct dl_feature *feature, unsigned xcr0, const char *registers)
 {
     for (; feature->name; feature++)
-        if (!has_feature(feature))
+        if (!dl_has_feature(feature))
             return feature->name;
     return system_keeps(xcr0) ? NULL : registers;
 }

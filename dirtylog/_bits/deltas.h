@@ -144,8 +144,9 @@ struct dl_copies {
 };
 
 /* Say of each page of a packed window whether it is zero, goes as a delta, which is written to `out`, or whole. Pages
- * that go whole take their places where these are empty or hold what went before the frame `older`, none with -1. `numbers` ascend. Returns how
- * many bytes `out` has: at most those of the pages, since a delta takes `most` of a page's bytes at most. */
+ * that go whole take their places where these are empty or hold what went before the frame `older`, none with -1.
+ * `numbers` ascend. Returns how many bytes `out` has: at most those of the pages, since a delta takes `most` of a page's
+ * bytes at most. */
 static inline size_t dl_sort_pages(const unsigned char *window, size_t nbytes, const int64_t *numbers,
                                    struct dl_copies *copies, int64_t older, size_t most, unsigned char *kinds,
                                    unsigned char *out)

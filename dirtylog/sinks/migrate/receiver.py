@@ -107,8 +107,8 @@ class _Filling:
             raise WireError(f"round {self.number} has more bytes than the memory, {self.target.nbytes}")
         self.done += size
 
-    def table(self, payload: memoryview) -> tuple[npt.NDArray[np.int64], int, int, memoryview]:
-        """Check the table before pages, or what changed in them: extents, their bytes, codec, and what comes behind."""
+    def table(self, payload: memoryview) -> tuple[npt.NDArray[np.int64], int, memoryview]:
+        """Check the table before pages, or what changed in them: extents, their bytes, and what comes behind."""
         if payload.nbytes < PAGES.size:
             raise WireError(f"a frame of pages has {payload.nbytes} bytes")
         count, codec = PAGES.unpack_from(payload)
@@ -118,12 +118,12 @@ class _Filling:
         extents = _table(payload[PAGES.size : end], self.target.nbytes, self.granule)
         size = int(extents[:, 1].sum())
         self.took(size)
-        return extents, size, codec, payload[end:]
+        data = payload[end:]
+        # Of what changed in pages there is no more than of the pages.
+        return extents, size, memoryview(self.unpacked(data, size)) if codec == ZSTD else data
 
     def pages(self, payload: memoryview) -> None:
-        extents, size, codec, data = self.table(payload)
-        if codec == ZSTD:
-            data = memoryview(self.unpacked(data, size))
+        extents, size, data = self.table(payload)
         if data.nbytes != size:
             raise WireError(f"a PAGES frame holds {data.nbytes} bytes for extents of {size}")
         self.target.scatter(data, extents)
@@ -133,10 +133,7 @@ class _Filling:
         self.applied += 1
 
     def deltas(self, payload: memoryview) -> None:
-        extents, size, codec, data = self.table(payload)
-        if codec == ZSTD:
-            # No larger than the pages.
-            data = memoryview(self.unpacked(data, size))
+        extents, size, data = self.table(payload)
         numbers = self.numbers(extents)
         if _among(self.seen, numbers).count != len(numbers):
             raise WireError("a DELTAS frame is about pages that never came")

@@ -6,7 +6,7 @@ import operator
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from types import TracebackType
@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from dirtylog.fleet.coordinator import Committed, Coordinator
 from dirtylog.fleet.engine import Answer, Engine, Handle
 from dirtylog.fleet.shard import Shard
-from dirtylog.sinks.store.branch import find, history
+from dirtylog.sinks.store.branch import history
 from dirtylog.sinks.store.parts import default_chunks
 from dirtylog.sinks.store.zarrs import ATTRIBUTE, read, zarr_package
 
@@ -174,7 +174,7 @@ class ShardedArray:
                 f"{branch!r} has gone on since {snapshot}; name a branch of its own, which is made from the snapshot"
             )
         zarr = zarr_package()
-        session = repo.readonly_session(snapshot_id=find(repo, branch, snapshot))
+        session = repo.readonly_session(snapshot_id=snapshot)
         try:
             stored = zarr.open_array(session.store, path=name, mode="r")
         except FileNotFoundError:
@@ -198,13 +198,13 @@ class ShardedArray:
         self._rows = {f"{first}-{end}": range(first, end) for first, end in pairwise(edges)}
         self._base = base
         try:
-            self._spawn(dict.fromkeys(self._rows), stored)
+            self._spawn(self._rows, stored)
         except BaseException:
             self.close()
             raise
         self._coordinator.admit(self._handles)
 
-    def _spawn(self, names: dict[str, Any], stored: bool) -> None:
+    def _spawn(self, names: Iterable[str], stored: bool) -> None:
         """Make shards, from zeros or from the base, each in the place that has the fewest."""
         store = self._repo.readonly_session(snapshot_id=self._base).store if stored else None
         places: list[Hashable] = list(self._engine.places())
@@ -352,7 +352,7 @@ class ShardedArray:
             for name in lost:
                 with suppress(Exception):
                     self._engine.release(self._handles.pop(name))
-            self._spawn(dict.fromkeys(lost), True)
+            self._spawn(lost, True)
             self._handles = {name: self._handles[name] for name in self._rows}
             self._coordinator.admit(self._handles)
             return lost

@@ -19,6 +19,7 @@ import dirtylog as dl
 from dirtylog.sinks.migrate import Listener, Policy, connect, receive, send
 from dirtylog.sources import kvm
 
+from .guest import Running, writer
 from .test_migrate_door import certificate
 
 PAGE = 4096
@@ -73,24 +74,6 @@ def goes_on(vcpu, counter):
         pass
     running.stop()
     return running.reason == "INTR"
-
-
-class Running(threading.Thread):
-    """A guest, in a thread until it is stopped."""
-
-    def __init__(self, vcpu):
-        super().__init__()
-        self.vcpu, self.stopping, self.reason = vcpu, False, "INTR"
-        self.start()
-
-    def run(self):
-        while not self.stopping and self.reason == "INTR":
-            self.reason = self.vcpu.run().reason
-
-    def stop(self):
-        self.stopping = True
-        self.vcpu.kick()
-        self.join()
 
 
 @contextlib.contextmanager
@@ -184,13 +167,7 @@ class Guest:
         vm.set_memory_region(0, 0, NPAGES)
         self.memory = vm.memory(0)
         self.memory[:] = np.random.default_rng(0).integers(0, 256, self.memory.nbytes, np.uint8)
-        first, end = PAGE.to_bytes(4, "little"), (NPAGES * PAGE).to_bytes(4, "little")
-        program = (
-            b"\x89\x0e"  # mov [esi], ecx
-            b"\x81\xc6\x00\x10\x00\x00"  # add esi, 4096
-            b"\x81\xfe" + end + b"\x72\x05"  # cmp esi, end; jb over the next
-            b"\xbe" + first + b"\x41\xeb\xe8"  # mov esi, first; inc ecx; jmp to the begin
-        )
+        program = writer(1, NPAGES)
         self.memory[: len(program)] = np.frombuffer(program, np.uint8)
         self.log = dl.DirtyLog()
         self.log.attach(vm.slot(0))

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,23 +15,14 @@ from dirtylog import DirtyLog
 from dirtylog.sinks.migrate import Policy, receive, send
 from dirtylog.sources import kvm
 
+from .guest import Running, writer
+
 PAGE = 4096
 START, COUNT = 16, 2048
 NPAGES = START + COUNT
 
 probed = kvm.probe()
 pytestmark = pytest.mark.skipif(not probed.available, reason=probed.reason)
-
-
-def program():
-    """Write 1, 2, 3, ... into the pages from START on, round and round, for ever."""
-    first, end = (START * PAGE).to_bytes(4, "little"), (NPAGES * PAGE).to_bytes(4, "little")
-    return (
-        b"\x89\x0e"  # mov [esi], ecx
-        b"\x81\xc6\x00\x10\x00\x00"  # add esi, 4096
-        b"\x81\xfe" + end + b"\x72\x05"  # cmp esi, end; jb over the next
-        b"\xbe" + first + b"\x41\xeb\xe8"  # mov esi, first; inc ecx; jmp to the begin
-    )
 
 
 def check_memory(memory, rcx):
@@ -44,25 +34,6 @@ def check_memory(memory, rcx):
     last = rcx if numbers[(rcx - 1) % COUNT] == rcx else rcx - 1
     k = np.arange(COUNT)
     assert (numbers == np.where(k < last, k + 1 + (last - 1 - k) // COUNT * COUNT, 0)).all()
-
-
-class Running(threading.Thread):
-    """The guest, in a thread until it is stopped."""
-
-    def __init__(self, vcpu):
-        super().__init__()
-        self.vcpu, self.stopping, self.reason = vcpu, False, "INTR"
-        self.start()
-
-    def run(self):
-        while not self.stopping and self.reason == "INTR":
-            self.reason = self.vcpu.run().reason
-
-    def stop(self):
-        self.stopping = True
-        self.vcpu.kick()
-        self.join()
-        assert self.reason == "INTR"
 
 
 class Patient:
@@ -108,16 +79,17 @@ def go_on():
 
 
 def test_a_running_guest_migrates_into_another_process_and_goes_on():
-    here = str(Path(__file__).parent)
+    root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r}); import test_migrate_kvm as t; t.go_on()"],
+        [sys.executable, "-c", "from tests.sinks import test_migrate_kvm as t; t.go_on()"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *(p for p in sys.path if p)])},
     )  # fmt: skip
     with process, kvm.Kvm() as system, system.create_vm() as vm:
         vm.set_memory_region(0, 0, NPAGES)
         memory = vm.memory(0)
-        memory[: len(program())] = np.frombuffer(program(), np.uint8)
+        program = writer(START, NPAGES)
+        memory[: len(program)] = np.frombuffer(program, np.uint8)
         log = DirtyLog()
         log.attach(vm.slot(0))
         vcpu = vm.create_vcpu()

@@ -87,8 +87,7 @@ class Part:
         chunks: Sequence[SupportsIndex] | None,
         first_row: int,
     ) -> None:
-        self.kind: Any = row[1]
-        _, _, shape, order, _, _ = row
+        _, kind, shape, order, _, _ = row
         what = f"array {name!r}"
         axes = {"C": tuple(range(len(shape))), "F": tuple(reversed(range(len(shape))))}.get(order, order)
         array = array_of(memory, what) if len(shape) == np.ndim(memory) else flat_array(memory, what=what)
@@ -103,6 +102,7 @@ class Part:
             array = np.ndarray((*shape, array.itemsize), np.uint8, flat, 0, (*array.strides, 1))
             extents, axes = (*extents, array.shape[-1]), (*axes, len(shape))
         self.name: str = name
+        self.kind: Any = kind
         self.array: npt.NDArray[Any] = array
         self.chunks: ChunkMap = ChunkMap(array.shape, extents, array.itemsize, offset=place, order=axes)
         self.first_row: int = first_row

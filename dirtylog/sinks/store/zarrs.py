@@ -80,16 +80,15 @@ def create(store: Any, part: Part, shape: Sequence[int], compressors: Any = "aut
     )
 
 
-def fits(store: Any, part: Part, rows: int | None = None) -> bool:
+def fits(store: Any, part: Part) -> bool:
     """Whether the store has the array of a part, with its type, shape and chunks."""
     zarr = zarr_package()
     try:
         array = zarr.open_array(store, path=part.name, mode="r")
     except (FileNotFoundError, zarr.errors.ContainsGroupError):
         return False
-    shape = part.array.shape if rows is None else (rows, *part.array.shape[1:])
     return bool(
-        array.shape == shape
+        array.shape == part.array.shape
         and array.chunks == part.chunks.chunks
         and array.dtype == part.array.dtype
         and array.attrs.asdict().get(ATTRIBUTE) == {"dtype": _plain(part.kind)}

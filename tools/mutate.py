@@ -1,6 +1,6 @@
 """Do the tests notice? One-line mistakes in the core and the machine, each built and run against its tests.
 
-``python tools/mutate.py [--scratch DIR] [--only PATTERN] [--start NAME] [--list]``: in a scratch copy, for each
+``python tools/mutate.py [--scratch DIR] [--only PATTERN ...] [--start NAME] [--list]``: in a scratch copy, for each
 mutation in ``mutations.txt``: change one place, rebuild the modules that hold it, run its tests, restore. Prints a
 table and exits with 1 if one survives or no longer applies, because its line has changed: then write it anew.
 """
@@ -143,7 +143,9 @@ def main() -> int:
     """Run the mutations asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of mutations, as a shell pattern")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="PATTERN", help="names of mutations, as shell patterns"
+    )
     parser.add_argument(
         "--start", metavar="NAME", help="leave out what is listed before this one: to go on after a stop"
     )
@@ -154,7 +156,9 @@ def main() -> int:
     if options.start and options.start not in names:
         parser.error(f"--start {options.start} names no mutation; --list prints them")
     first = names.index(options.start) if options.start else 0
-    chosen = [mutation for mutation in mutations[first:] if fnmatch.fnmatch(mutation.name, options.only)]
+    chosen = [
+        mutation for mutation in mutations[first:] if any(fnmatch.fnmatch(mutation.name, only) for only in options.only)
+    ]
     if options.list:
         for mutation in chosen:
             print(f"{mutation.name:<42} {mutation.file:<40} {mutation.old.strip()}  ->  {mutation.new.strip()}")

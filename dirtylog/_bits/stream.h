@@ -15,16 +15,23 @@
 #define DL_STREAM_BYTES ((int64_t)4 << 20)
 #define DL_STREAM_LINE ((size_t)64)
 
-/* Stores go past the caches, and while a page is copied the next one is
- * fetched: the hardware prefetcher stops at a page's end. `next` has
- * `next_bytes`; it is only fetched, never used. */
+/* How far ahead of what is copied the source is fetched: one page. */
+#define DL_STREAM_AHEAD ((size_t)4096)
+
+/* Stores go past the caches. The source is fetched a page ahead, in the order
+ * in which it will be copied: the hardware prefetcher stops at a page's end,
+ * and does not know where the next extent begins. `next` has `next_bytes`; it
+ * is only fetched, never used. */
 static inline void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes)
 {
 #if defined(__SSE2__)
     if (((uintptr_t)target & 15) == 0 && nbytes % DL_STREAM_LINE == 0) {
         for (size_t at = 0; at < nbytes; at += DL_STREAM_LINE) {
-            if (at < next_bytes)
-                _mm_prefetch(next + at, _MM_HINT_T0);
+            size_t ahead = at + DL_STREAM_AHEAD;
+            if (ahead < nbytes)
+                _mm_prefetch(source + ahead, _MM_HINT_T0);
+            else if (ahead - nbytes < next_bytes)
+                _mm_prefetch(next + (ahead - nbytes), _MM_HINT_T0);
             for (size_t part = at; part < at + DL_STREAM_LINE; part += 16)
                 _mm_stream_si128((__m128i *)(void *)(target + part),
                                  _mm_loadu_si128((const __m128i *)(const void *)(source + part)));

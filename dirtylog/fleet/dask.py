@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, SupportsIndex
 
@@ -14,26 +16,78 @@ from dirtylog.fleet.engine import Answer, Engine, Handle
 __all__ = ["Dask", "ShardedArray"]
 
 
+# How long a call is waited for, in seconds, before it is asked whether its worker lives. Dask itself goes on for half a
+# minute to try to reach one that has died, and waits for ever for one that is to make an actor and is gone.
+LOOK = 0.25
+
+
+def _waited(what: Any, timeout: float | None, gone: Callable[[], str]) -> Any:
+    """Wait for a future of Dask, as long as whoever is to answer it lives.
+
+    Parameters
+    ----------
+    what : distributed.Future or ActorFuture
+        What is waited for.
+    timeout : float or None
+        Seconds.
+    gone : callable
+        Says who has died; empty where nobody has.
+    """
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        try:
+            return what.result(min(LOOK, max(0.0, end - time.monotonic())))
+        except TimeoutError:
+            if what.done():
+                # It came in between, or this is what the call itself raised.
+                return what.result(LOOK)
+            if who := gone():
+                raise ConnectionError(
+                    f"{who} is gone, and what it had with it; restore from the last snapshot"
+                ) from None
+            if time.monotonic() >= end:
+                raise
+
+
+class _Call:
+    """What a call to an actor will give."""
+
+    def __init__(self, answer: Any, actor: _Actor) -> None:
+        self._answer = answer
+        self._actor = actor
+
+    def result(self, timeout: float | None = None) -> Any:
+        return _waited(self._answer, timeout, self._actor.gone)
+
+
 class _Actor:
     """An actor; the future keeps it alive."""
 
-    def __init__(self, future: Any, actor: Any) -> None:
+    def __init__(self, future: Any, actor: Any, place: Hashable) -> None:
         self.future = future
         self._actor = actor
+        self._place = place
+
+    def gone(self) -> str:
+        return "" if self.future.status == "finished" else f"the actor in {self._place}"
 
     def call(self, method: str, *args: Any) -> Answer:
-        answer: Answer = getattr(self._actor, method)(*args)
-        return answer
+        return _Call(getattr(self._actor, method)(*args), self)
 
 
 class _Spawned:
     """An actor that is being made."""
 
-    def __init__(self, future: Any) -> None:
+    def __init__(self, future: Any, place: Hashable, places: Callable[[], Sequence[Hashable]]) -> None:
         self._future = future
+        self._place = place
+        self._places = places
 
     def result(self, timeout: float | None = None) -> _Actor:
-        return _Actor(self._future, self._future.result(timeout))
+        return _Actor(self._future, _waited(self._future, timeout, self._gone), self._place)
+
+    def _gone(self) -> str:
+        return "" if self._place in self._places() else f"the worker {self._place}"
 
 
 class Dask:
@@ -69,9 +123,8 @@ class Dask:
 
     def spawn(self, place: Hashable, factory: Callable[..., Any], *args: Any) -> Answer:
         """Begin to make an actor in a worker."""
-        return _Spawned(
-            self._client.submit(factory, *args, actor=True, workers=[place], allow_other_workers=False, pure=False)
-        )
+        future = self._client.submit(factory, *args, actor=True, workers=[place], allow_other_workers=False, pure=False)
+        return _Spawned(future, place, self.places)
 
     def release(self, handle: Handle) -> None:
         """Let an actor go."""

@@ -1,12 +1,23 @@
 """A fleet over worker processes of Dask, some of which are killed: every snapshot is one moment of every shard."""
 
+import multiprocessing
+import os
 import random
+import runpy
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks.store import history, restore
+from dirtylog.sinks.store import history, repository, restore
+
+from . import coordinating
 
 ROWS, COLUMNS, CHUNK = 32, 512, 4
 
@@ -47,13 +58,39 @@ def expected_after(steps, shards):
 
 
 @pytest.fixture(scope="module")
-def client():
+def processes():
+    """Processes that have imported what a worker and a coordinator need: a hundred are started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dirtylog.fleet.dask", "distributed", "icechunk", "zarr"])
+    before = os.environ.get("OPENBLAS_NUM_THREADS")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a pool of threads would make each fork one of a process with threads
+    from multiprocessing.forkserver import ensure_running
+
+    ensure_running()
+    os.environ.pop("OPENBLAS_NUM_THREADS")
+    os.environ.update({} if before is None else {"OPENBLAS_NUM_THREADS": before})
+    return context
+
+
+@pytest.fixture(scope="module")
+def cluster(processes):
     distributed = pytest.importorskip("distributed")
     pytest.importorskip("icechunk")
-    cluster = distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=None, silence_logs=50
-    )
-    with cluster, distributed.Client(cluster) as client:
+    import dask
+
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, dashboard_address=None, memory_limit=None, silence_logs=50
+        ) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(cluster):
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(cluster) as client:
         yield client
 
 
@@ -98,9 +135,90 @@ def test_workers_that_are_killed_cost_their_epoch_and_nothing_else(client, repo)
         assert np.array_equal(again.read(), restore(repo)["array"])
 
 
-@pytest.mark.stress
-def test_a_hundred_epochs_with_a_worker_killed_in_every_third(client, repo):
-    assert killed_and_recovered(client, repo, random.Random(2), 100) == 33
+@contextmanager
+def coordinator(processes, *arguments):
+    """Start a coordinator; yield the process and what it tells."""
+    heard, tell = processes.Pipe(duplex=False)
+    program = str(Path(coordinating.__file__))
+    process = processes.Process(
+        target=runpy.run_path, args=(program, {"ARGUMENTS": (*arguments, tell)}, "coordinator"), daemon=True
+    )
+    process.start()
+    tell.close()
+    try:
+        yield process, heard
+    finally:
+        process.kill()
+        process.join()
+        heard.close()
+
+
+def killed_at_random(processes, cluster, directory, rng, epochs):
+    """Take a fleet through epochs while workers and the coordinator are killed; return what was told, and how often."""
+    committed, counts, step, typical = {}, Counter(), 0, 0.1
+    while step < epochs:
+        arguments = (cluster.scheduler_address, str(directory), len(cluster.workers), step + 1, epochs)
+        with coordinator(processes, *arguments) as (process, heard):
+            doom, victim, began = None, None, time.monotonic()
+            while True:
+                if not heard.poll(None if doom is None else max(0.0, doom - time.monotonic())):
+                    doom = None
+                    counts[f"{victim} killed"] += 1
+                    if victim == "coordinator":
+                        process.kill()
+                        break
+                    os.kill(rng.choice([nanny.pid for nanny in cluster.workers.values() if nanny.pid]), signal.SIGKILL)
+                    continue
+                try:
+                    word, step, *rest = heard.recv()
+                except EOFError:
+                    process.join()
+                    assert process.exitcode == 0
+                    break
+                counts[word] += 1
+                if word == "begins":
+                    began = time.monotonic()
+                    if doom is None and rng.random() < 0.3:
+                        doom = began + rng.uniform(0, 1.2 * typical)
+                        victim = rng.choice(["worker", "worker", "coordinator"])
+                elif word == "committed":
+                    committed[step], typical = rest[0], time.monotonic() - began
+                elif word == "recovered":
+                    counts["shards"] += len(rest[0])
+    return committed, counts
+
+
+def one_moment_each(repo, committed):
+    """Check that every snapshot is one moment of every shard, and that none is missing."""
+    told = [version for version in history(repo) if version.step]
+    steps = [version.step for version in told]
+    assert all(before < after for before, after in pairwise(steps))
+    assert len({version.transaction for version in told}) == len(told)
+    for version, expected in zip(told, coordinating.states(steps), strict=True):
+        assert np.array_equal(restore(repo, version.snapshot)["array"], expected), version
+    assert committed.items() <= {version.step: version.snapshot for version in told}.items()
+    return len(told)
+
+
+@pytest.mark.parametrize(
+    ("seed", "epochs"), [(3, 20), pytest.param(4, 100, marks=pytest.mark.stress)], ids=["twenty", "a hundred"]
+)
+def test_epochs_outlive_workers_and_coordinators_that_are_killed_at_random(processes, cluster, tmp_path, seed, epochs):
+    repo = repository(tmp_path)
+    committed, counts = killed_at_random(processes, cluster, tmp_path, random.Random(seed), epochs)
+    print(dict(counts))
+    assert one_moment_each(repo, committed) >= len(committed) > epochs // 2
+    assert counts["coordinator killed"] > 0
+    assert counts["worker killed"] > 0
+    assert counts["shards"] > 0
+
+
+def test_a_shard_is_not_waited_for_in_a_place_that_is_gone(client):
+    from dirtylog.fleet.dask import Dask
+
+    asked = Dask(client).spawn("tcp://127.0.0.1:9", dict)
+    with pytest.raises(ConnectionError, match=r"the worker tcp://127\.0\.0\.1:9 is gone"):
+        asked.result(30)
 
 
 def test_what_is_not_a_client_is_refused():

@@ -1,25 +1,12 @@
-"""What the tests of fleets share: a repository, an engine of threads, and the threads that zarr keeps."""
+"""What the tests of fleets share: a repository, and an engine of threads."""
 
-import threading
 from itertools import count
 
 import pytest
 
+from ..stores import icechunk, no_thread_is_left_behind
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left_behind():
-    """In place of the suite's: zarr keeps its threads for the next call, and Dask some until its loop ends."""
-    before = set(threading.enumerate())
-    yield
-    left = [each for each in threading.enumerate() if each not in before and each.name.startswith("dirtylog")]
-    assert not left, f"still running: {left}"
-
-
-@pytest.fixture
-def icechunk():
-    package = pytest.importorskip("icechunk")
-    package.set_logs_filter("error")
-    return package
+__all__ = ["icechunk", "no_thread_is_left_behind"]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any, SupportsIndex
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks.store.chunks import ChunkMap
-from dirtylog.sinks.store.parts import WHOLE
+from dirtylog.sinks.store.parts import chunks_within, written
 from dirtylog.sinks.store.zarrs import AT_ONCE
 
 __all__ = ["Advice", "advise_chunks"]
@@ -100,9 +100,10 @@ def advise_chunks(
     sizes, item = tuple(map(operator.index, shape)), operator.index(itemsize)
     if latency < 0 or not bandwidth > 0:
         raise ValueError(f"latency is {latency} and bandwidth {bandwidth}; they must be at least 0 and above 0")
-    shapes = (
-        _candidates(sizes, item) if candidates is None else [tuple(map(operator.index, each)) for each in candidates]
-    )
+    if candidates is None:
+        shapes = [chunks_within(limit, sizes, item) for limit in SIZES]
+    else:
+        shapes = [tuple(map(operator.index, each)) for each in candidates]
     maps = [ChunkMap(sizes, chunks, item, offset=offset) for chunks in dict.fromkeys(shapes)]
     nbytes, requests, dirty, seen = [0] * len(maps), [0] * len(maps), 0, 0
     for each in epochs:
@@ -110,11 +111,9 @@ def advise_chunks(
         seen += 1
         dirty += pages.nbytes
         for number, chunks in enumerate(maps):
-            found = chunks.of_pages(pages)
-            size = chunks.nbytes_of(found)
-            whole = size >= WHOLE * chunks.nbytes
-            nbytes[number] += chunks.nbytes if whole else size
-            requests[number] += chunks.count if whole else len(found)
+            _, count, size = written(chunks, chunks.of_pages(pages))
+            nbytes[number] += size
+            requests[number] += count
     if not seen:
         raise ValueError("there are no epochs; advice is from what was seen to be written")
     found_advice = [
@@ -129,17 +128,3 @@ def advise_chunks(
         for number, chunks in enumerate(maps)
     ]
     return sorted(found_advice, key=lambda advice: (advice.seconds, advice.chunk_count))
-
-
-def _candidates(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, ...]]:
-    """Return chunks whose bytes lie together, of about each size."""
-    found = []
-    for most in SIZES:
-        chunks, size = [1] * len(shape), itemsize
-        for axis in reversed(range(len(shape))):
-            chunks[axis] = max(1, min(shape[axis], most // size))
-            if chunks[axis] < shape[axis]:
-                break
-            size *= chunks[axis]
-        found.append(tuple(chunks))
-    return found

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtylog.log import Observer
-from dirtylog.sinks.store.parts import Chunking, Part, Task, parts_of, tasks
+from dirtylog.sinks.store.parts import Chunking, Part, Task, Written, parts_of, summary, tasks
 from dirtylog.sinks.store.sink import Saved
 from dirtylog.sinks.store.zarrs import create, read, write, zarr_package
 
@@ -87,8 +87,7 @@ class Mirror:
         """
         zarr = zarr_package()
         with self._lock, self._observer.collect() as epoch:
-            pages = epoch.pages
-            work: list[Task] = tasks(self._parts, pages if self._complete else None)
+            work: list[Task] = tasks(self._parts, epoch.pages if self._complete else None)
             if work:
                 group = zarr.open_group(self._store, mode="a")
                 if not self._complete:
@@ -98,19 +97,7 @@ class Mirror:
                 write(group.store, work)
                 group.attrs[ATTRIBUTE] = {"whole": epoch.number, "writing": None}
                 self._complete = True
-            nbytes = sum(task.nbytes for task in work)
-            return Saved(
-                snapshot="",
-                written=bool(work),
-                epoch=epoch.number,
-                pages=pages.count,
-                exact=pages.exact,
-                chunks=sum(task.count for task in work),
-                nbytes=nbytes,
-                whole=tuple(task.part.name for task in work if task.whole),
-                amplification=nbytes / pages.nbytes if pages.nbytes else 0.0,
-                adopted=False,
-            )
+            return Saved.of(Written(**summary(epoch, work)), "")
 
     @property
     def whole(self) -> int | None:

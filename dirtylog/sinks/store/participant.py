@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from dirtylog.log import Epoch, Observer
 from dirtylog.sinks.store.branch import BranchMoved, InDoubt, since
-from dirtylog.sinks.store.parts import Chunking, Part, parts_of, tasks
+from dirtylog.sinks.store.parts import Chunking, Part, Written, parts_of, summary, tasks
 from dirtylog.sinks.store.zarrs import create, fits, write
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["Participant", "Prepared", "Standing"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Written):
     """What one participant has written, and not yet committed.
 
     Attributes
@@ -50,13 +50,6 @@ class Prepared:
 
     session: Any
     incarnation: int
-    epoch: int
-    pages: int
-    dirty_bytes: int
-    exact: bool
-    chunks: int
-    nbytes: int
-    whole: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,24 +179,13 @@ class Participant:
                 )
             with ExitStack() as until_held:
                 epoch = until_held.enter_context(self._observer.collect())
-                pages = epoch.pages
-                work = tasks(self._parts, None if self._base is None else pages)
+                work = tasks(self._parts, None if self._base is None else epoch.pages)
                 if self._base is None:
                     for part in self._parts:
                         if not fits(session.store, part):
                             create(session.store, part, part.array.shape, self._compressors)
                 write(session.store, work)
-                prepared = Prepared(
-                    session=session,
-                    incarnation=self.incarnation,
-                    epoch=epoch.number,
-                    pages=pages.count,
-                    dirty_bytes=pages.nbytes,
-                    exact=pages.exact,
-                    chunks=sum(task.count for task in work),
-                    nbytes=sum(task.nbytes for task in work),
-                    whole=tuple(task.part.name for task in work if task.whole),
-                )
+                prepared = Prepared(session=session, incarnation=self.incarnation, **summary(epoch, work))
                 self._held = tx, epoch
                 until_held.pop_all()
             return prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
@@ -11,18 +12,30 @@ import numpy.typing as npt
 
 from dirtylog._bits.flat import array_of, flat_array
 from dirtylog._bits.pages import DirtyPages
+from dirtylog.log import Epoch
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.store.chunks import ChunkMap
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["Chunking", "Part", "Task", "default_chunks", "parts_of", "tasks"]
+__all__ = [
+    "Chunking",
+    "Part",
+    "Task",
+    "Written",
+    "chunks_within",
+    "default_chunks",
+    "parts_of",
+    "summary",
+    "tasks",
+    "written",
+]
 
 Chunking = Sequence[SupportsIndex] | Mapping[str, Sequence[SupportsIndex]] | None
 
 # Bytes of a chunk: large enough that a request is not most of its cost, small enough that one page does not cost much.
-SMALL, LARGE = 256 << 10, 1 << 20
+LARGE = 1 << 20
 # From this share of an array's bytes on it is written whole: one call, in place of one for each chunk.
 WHOLE = 0.75
 
@@ -44,12 +57,19 @@ def default_chunks(shape: Sequence[int], itemsize: int, order: Sequence[int] | N
     tuple of int
         One item along the outer axes, some along one axis, all along the inner ones.
     """
+    return chunks_within(LARGE, shape, itemsize, order)
+
+
+def chunks_within(
+    limit: int, shape: Sequence[int], itemsize: int, order: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Return chunks whose bytes lie together in memory, as large as they can be within a number of bytes."""
     axes = tuple(range(len(shape))) if order is None else tuple(order)
     chunks = [1] * len(shape)
     size = itemsize
     for axis in reversed(axes):
-        # Within the bounds, as many as divide the axis best: a chunk at the end that is nearly empty costs a request.
-        most = max(1, LARGE // size)
+        # As many as divide the axis best: a chunk at the end that is nearly empty costs a request.
+        most = max(1, limit // size)
         if shape[axis] > most:
             pieces = -(-shape[axis] // most)
             chunks[axis] = -(-shape[axis] // pieces)
@@ -130,26 +150,73 @@ class Task:
         Its dirty chunks.
     whole : bool
         Whether all of it is written in one call: it is new, or little of it is clean.
+    count, nbytes : int
+        Chunks that are written, and bytes before they are compressed.
     """
 
-    __slots__ = ("numbers", "part", "whole")
+    __slots__ = ("count", "nbytes", "numbers", "part", "whole")
 
     def __init__(self, part: Part, numbers: npt.NDArray[np.int64] | None) -> None:
         self.part: Part = part
-        everything = numbers is None
         self.numbers: npt.NDArray[np.int64] = np.arange(part.chunks.count) if numbers is None else numbers
-        dirty = part.chunks.nbytes_of(self.numbers)
-        self.whole: bool = bool(dirty) and (everything or dirty >= WHOLE * part.chunks.nbytes)
+        self.whole, self.count, self.nbytes = written(part.chunks, self.numbers)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are written, before they are compressed."""
-        return self.part.chunks.nbytes if self.whole else self.part.chunks.nbytes_of(self.numbers)
 
-    @property
-    def count(self) -> int:
-        """Chunks that are written."""
-        return self.part.chunks.count if self.whole else len(self.numbers)
+def written(chunks: ChunkMap, numbers: npt.NDArray[np.int64]) -> tuple[bool, int, int]:
+    """Tell what is written where some chunks of an array are dirty.
+
+    Returns
+    -------
+    whole : bool
+        Whether all of the array is, in one call: little of it is clean.
+    count, nbytes : int
+        Chunks, and their bytes before they are compressed.
+    """
+    nbytes = chunks.nbytes_of(numbers)
+    if nbytes and nbytes >= WHOLE * chunks.nbytes:
+        return True, chunks.count, chunks.nbytes
+    return False, len(numbers), nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written of one epoch.
+
+    Attributes
+    ----------
+    epoch : int
+        Its number.
+    pages, dirty_bytes : int
+        Dirty pages, and bytes of them.
+    exact : bool
+        Whether the sources vouch for them.
+    chunks, nbytes : int
+        What was written: chunks, and bytes before compression.
+    whole : tuple of str
+        Arrays that were written whole.
+    """
+
+    epoch: int
+    pages: int
+    dirty_bytes: int
+    exact: bool
+    chunks: int
+    nbytes: int
+    whole: tuple[str, ...]
+
+
+def summary(epoch: Epoch, work: Sequence[Task]) -> dict[str, Any]:
+    """Return the attributes of :class:`Written` for an epoch and what is written of it."""
+    pages = epoch.pages
+    return {
+        "epoch": epoch.number,
+        "pages": pages.count,
+        "dirty_bytes": pages.nbytes,
+        "exact": pages.exact,
+        "chunks": sum(task.count for task in work),
+        "nbytes": sum(task.nbytes for task in work),
+        "whole": tuple(task.part.name for task in work if task.whole),
+    }
 
 
 def parts_of(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from dirtylog.log import Observer
 from dirtylog.sinks.store.branch import BranchMoved, InDoubt, Version, history, icechunk_package, restore, since
-from dirtylog.sinks.store.participant import Participant, Prepared
-from dirtylog.sinks.store.parts import Chunking
+from dirtylog.sinks.store.participant import Participant
+from dirtylog.sinks.store.parts import Chunking, Written
 from dirtylog.sinks.store.zarrs import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -58,6 +58,22 @@ class Saved:
     whole: tuple[str, ...]
     amplification: float
     adopted: bool
+
+    @classmethod
+    def of(cls, written: Written, snapshot: str, adopted: bool = False) -> Self:
+        """Make it of what was written, the snapshot that this became, and whether its answer was lost."""
+        return cls(
+            snapshot=snapshot,
+            written=bool(written.chunks),
+            epoch=written.epoch,
+            pages=written.pages,
+            exact=written.exact,
+            chunks=written.chunks,
+            nbytes=written.nbytes,
+            whole=written.whole,
+            amplification=written.nbytes / written.dirty_bytes if written.dirty_bytes else 0.0,
+            adopted=adopted,
+        )
 
 
 def commit_once(repo: Any, branch: str, session: Any, message: str, about: Mapping[str, Any]) -> tuple[str, bool]:
@@ -258,7 +274,7 @@ class StoreSink:
             prepared = participant.prepare(tx, session)
             if not prepared.chunks and participant.base is not None:
                 participant.decide(tx, True, participant.base)
-                return self._saved(prepared, participant.base, False)
+                return Saved.of(prepared, participant.base)
             about = {
                 "transaction": tx,
                 "observer": self._observer.name,
@@ -280,21 +296,7 @@ class StoreSink:
                 raise
             # An interrupt (KeyboardInterrupt) in between leaves the epoch held: the next save resolves it.
             participant.decide(tx, True, snapshot)
-            return self._saved(prepared, snapshot, adopted)
-
-    def _saved(self, prepared: Prepared, snapshot: str, adopted: bool) -> Saved:
-        return Saved(
-            snapshot=snapshot,
-            written=bool(prepared.chunks),
-            epoch=prepared.epoch,
-            pages=prepared.pages,
-            exact=prepared.exact,
-            chunks=prepared.chunks,
-            nbytes=prepared.nbytes,
-            whole=prepared.whole,
-            amplification=prepared.nbytes / prepared.dirty_bytes if prepared.dirty_bytes else 0.0,
-            adopted=adopted,
-        )
+            return Saved.of(prepared, snapshot, adopted)
 
     def history(self) -> list[Version]:
         """List the snapshots of the branch, oldest first."""

@@ -6,12 +6,9 @@ import pytest
 
 import dirtylog as dl
 
+from ...stores import icechunk, no_thread_is_left_behind
 
-@pytest.fixture
-def icechunk():
-    package = pytest.importorskip("icechunk")
-    package.set_logs_filter("error")
-    return package
+__all__ = ["icechunk", "no_thread_is_left_behind"]
 
 
 @pytest.fixture

@@ -91,11 +91,6 @@ def s3():
     http.server_close()
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left_behind():
-    """The server's and the client's threads live as long as their connections."""
-
-
 def copies(arrays):
     return {name: array.copy() for name, array in arrays.items()}
 

@@ -406,6 +406,7 @@ PUBLIC = {
         "history",
         "repository",
         "restore",
+        "state_of",
     ],
     "dirtylog.sinks.snapshot.disks": ["Backup", "back_up", "restore_disk"],
     "dirtylog.sinks.trace": ["Recorder", "Trace", "TraceEpoch", "TraceError", "record", "replay", "what_if"],

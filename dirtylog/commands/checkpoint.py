@@ -1,6 +1,6 @@
-"""Look into a directory of checkpoints: list them, show one, export its arrays.
+"""Look into a directory or a store of checkpoints: list them, show one, export its arrays.
 
-The directory is what dirtylog.Checkpoint wrote. Arrays are exported to .npy, .npz or
+It is what dirtylog.Checkpoint wrote. Arrays are exported to .npy, .npz or
 .zarr, by the ending of the file that you name.
 """
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     }
     for name, text in actions.items():
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", help="where the checkpoints are")
+        command.add_argument("directory", help="where the checkpoints are: a directory, or a store, s3://bucket/prefix")
         if name == "export":
             command.add_argument("target", help="what to write, with its ending; it must not exist")
             command.add_argument("--array", action="append", metavar="NAME", help="only this one; may be repeated")
@@ -48,6 +48,9 @@ def _list(args: argparse.Namespace) -> None:
     from dirtylog.commands import _terminal
     from dirtylog.sinks.checkpoint import Checkpoint
 
+    if "://" in args.directory:
+        _list_of_store(args)
+        return
     os.listdir(args.directory)  # an error if there is none
     records = Checkpoint.history(args.directory)
     if args.json:
@@ -73,27 +76,60 @@ def _list(args: argparse.Namespace) -> None:
     )
 
 
+def _list_of_store(args: argparse.Namespace) -> None:
+    from dirtylog.commands import _terminal
+    from dirtylog.sinks.checkpoint import Checkpoint
+
+    records = Checkpoint.history(args.directory)
+    if args.json:
+        kept = [
+            {
+                "step": record.step,
+                "time": record.time,
+                "snapshot": record.info.snapshot,
+                "pages": record.info.pages,
+                "exact": record.info.exact,
+                "bytes": record.info.about.get("bytes", 0),
+            }
+            for record in records
+        ]
+        _terminal.show_json({"action": "list", "checkpoints": kept})
+        return
+    _terminal.show_table(
+        args.directory,
+        ["step", "time", "pages", "written", "snapshot"],
+        [
+            (
+                "-" if record.step is None else str(record.step),
+                _terminal.time_text(record.time),
+                str(record.info.pages),
+                _terminal.bytes_text(record.info.about.get("bytes", 0)),
+                record.info.snapshot,
+            )
+            for record in records
+        ]
+        or [("none", "", "", "", "")],
+        left=2,
+    )
+
+
 def _show(args: argparse.Namespace) -> None:
     import json
 
     from dirtylog.commands import _terminal
     from dirtylog.sinks.checkpoint import directory
-    from dirtylog.sinks.snapshot.chain import Layer
-    from dirtylog.sinks.snapshot.space import dtype_of
+    from dirtylog.sinks.checkpoint.checkpoint import keeper
 
-    path = directory.find(args.directory, args.step)
-    noted = directory.about(path)
-    with Layer(path) as layer:
-        regions = layer.footer.regions
-    arrays = [(name, str(dtype_of(kind, path)), list(shape), length) for name, kind, shape, _, _, length in regions]
-    state = _plain(noted["user"])
+    step, arrays, state = keeper(args.directory).described(args.directory, args.step)
+    state = _plain(state)
     if args.json:
         names = ("name", "dtype", "shape", "nbytes")
         rows = [dict(zip(names, each, strict=True)) for each in arrays]
-        _terminal.show_json({"action": "show", "path": path, "step": noted["step"], "arrays": rows, "state": state})
+        where = args.directory if "://" in args.directory else directory.find(args.directory, args.step)
+        _terminal.show_json({"action": "show", "path": where, "step": step, "arrays": rows, "state": state})
         return
     _terminal.show_table(
-        f"step {noted['step']}" if noted["step"] is not None else "saved by the thread",
+        f"step {step}" if step is not None else "saved by the thread",
         ["array", "dtype", "shape", "size"],
         [
             (name, kind, "x".join(map(str, shape)) or "-", _terminal.bytes_text(size))

@@ -282,7 +282,7 @@ def test_a_kill_at_a_random_moment_leaves_all_arrays_of_one_step(tmp_path, seed)
     for step in steps:
         found = dl.Checkpoint.load(tmp_path, step)
         assert found["w"][-1, -1] == found["b"][0] == found["w"][step % 50, 5] == step
-        assert snapshot.verify(dl.Checkpoint._path(Path(tmp_path), step))
+        assert snapshot.verify(directory.find(tmp_path, step))
 
 
 def test_a_foreign_snapshot_among_the_checkpoints_is_refused_by_name(tmp_path):

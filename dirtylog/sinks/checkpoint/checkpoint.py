@@ -1,11 +1,7 @@
-"""Keeps named arrays as a chain of snapshots in a directory, tracks what is written to them, and thins the chain out.
+"""Keeps checkpoints of named arrays: tracks what is written to them, and saves it by one call, or by itself.
 
-Each checkpoint is one snapshot file (:mod:`dirtylog.sinks.snapshot`) of all arrays, named by a number that goes up:
-full the first time, a diff afterwards. It appears by one rename, so all arrays are of one moment or there is no
-checkpoint, and the epochs of all trackers are committed after it, or rolled back together.
-
-With `keep`, the oldest checkpoint that is kept takes in the diffs below it now and then, by one rename too, and those
-are removed. It then holds what its child expects of its parent, so the chain above it stays as it is.
+Where they go is another's business: a directory (:mod:`dirtylog.sinks.checkpoint.chains`), or a store
+(:mod:`dirtylog.sinks.checkpoint.stores`).
 """
 
 from __future__ import annotations
@@ -16,36 +12,60 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dirtylog.log import DirtyLog, Observer
-from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding
+from dirtylog.sinks.checkpoint.chains import Chain
 from dirtylog.sinks.checkpoint.directory import Change, Record
-from dirtylog.sinks.snapshot import Info, SnapshotError
 from dirtylog.sinks.snapshot.moment import check_moment
 from dirtylog.sinks.snapshot.space import Space
-from dirtylog.sinks.snapshot.upkeep import thin
 from dirtylog.sources.memory import Tracker, track
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dirtylog._typing import Memory
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "keeper"]
 
 PAGE_SIZE = 4096
-# How long a save waits for writers in its directory, in seconds, before it leaves what is not kept to the next one.
-PATIENCE = 1.0
+FULL_EVERY = 1000
+
+
+def keeper(directory: Any) -> ModuleType:
+    """Return the module that reads checkpoints from there: from a directory, or from a store."""
+    if isinstance(directory, os.PathLike) or (isinstance(directory, str) and "://" not in directory):
+        return directories
+    from dirtylog.sinks.checkpoint import stores
+
+    return stores
+
+
+class _BackEnd(Protocol):
+    """Where checkpoints go."""
+
+    def ready(self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]) -> Any:
+        """Return what takes in the new ones of some arrays; nothing has changed yet."""
+
+    def go_on(self, ready: Any) -> None:
+        """Save these arrays from now on."""
+
+    def save(
+        self, arrays: Mapping[str, Memory], step: int | None, state: object, until_taken: ExitStack | None = None
+    ) -> Any:
+        """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
+
+    def close(self) -> None:
+        """Let go what it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What goes with one array: its tracker, who collects from it, and who else refers to it."""
+    """What goes with one array: its tracker, and who else refers to it."""
 
     tracker: Tracker
-    observer: Observer
     binding: Binding
 
 
@@ -54,8 +74,10 @@ class Checkpoint:
 
     Parameters
     ----------
-    directory : str or path
-        Where the checkpoints are; made if it is not there. One `Checkpoint` at a time writes there.
+    directory : str, path or icechunk.Repository
+        Where the checkpoints are: a directory, or a store, ``"s3://bucket/prefix"``, ``"gs://..."``, ``"az://..."`` or
+        ``"file:///..."``, with credentials from the environment (:func:`dirtylog.sinks.store.repository`). Made if it
+        is not there. One `Checkpoint` at a time writes there. None where `store` is given.
     arrays : mapping of str to array
         What to save: memory of any kind that :func:`dirtylog.track` takes. Write to the arrays in place (``w += 1``,
         ``w[:] = ...``): a name that is bound to another array later (``w = w + 1``) is not followed, and a warning
@@ -67,27 +89,40 @@ class Checkpoint:
     keep : int, optional
         How many checkpoints can be loaded; all by default. Older ones are merged and removed by themselves.
     full_every : int
-        Write all arrays again after so many diffs, so that loading never reads more files than that.
+        Write all arrays again after so many diffs, so that loading never reads more files than that. Not for a store,
+        of which every snapshot stands for itself.
     backend : str
         How writes are noticed; as for :func:`dirtylog.track`.
     digest : str
-        ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``; by default the first if it is there.
+        ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``; by default the first if it is there. Not for a store.
     sync : bool
-        Survive a power cut (fsync), not only the end of this process.
+        Survive a power cut (fsync), not only the end of this process. What is in a store survives what the store does.
     moment : str
         ``"copy"``: :attr:`lock` is held until all is written. ``"fork"`` (Linux): until a child process has the memory,
         which takes milliseconds; then writers go on while the child writes. See :func:`dirtylog.sinks.snapshot.save`.
+        Not for a store.
+    store : icechunk.Repository, optional
+        Save there, on its branch ``main``: for a repository that you have opened yourself. To read from it, pass it in
+        the place of `directory`.
 
     Raises
     ------
     ValueError
-        `every`, `keep`, `full_every`, `moment` or an array will not do.
+        `every`, `keep`, `full_every`, `moment` or an array will not do, or not for a store.
+    BackendUnavailable
+        A store needs the packages icechunk and zarr.
 
     Notes
     -----
     The first checkpoint of each run of a program is full; the others cost what is dirty. A save that fails (the disk is
     full) changes nothing and loses nothing: the pages are in the next one. Safe to call from any thread;
     saves come one after the other.
+
+    In a store a checkpoint is one snapshot of an Icechunk repository, whose arrays every reader of Zarr reads, in C
+    order. With `keep`, older snapshots expire and what only they had is deleted, in all of the repository: it has one
+    branch and no tags, and nobody else writes to it. Where somebody has, a save raises
+    :class:`~dirtylog.sinks.store.BranchMoved` and nothing is merged: :meth:`update` with the same arrays goes on from
+    there, and the next checkpoint holds them whole.
 
     Examples
     --------
@@ -106,16 +141,17 @@ class Checkpoint:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Any,
         arrays: Mapping[str, Memory],
         *,
         every: float | None = None,
         keep: int | None = None,
-        full_every: int = 1000,
+        full_every: int = FULL_EVERY,
         backend: str = "auto",
         digest: str | None = None,
         sync: bool = True,
         moment: str = "copy",
+        store: Any = None,
     ) -> None:
         if every is not None and not 0 < every < threading.TIMEOUT_MAX:
             raise ValueError(f"every is {every}; it must be a number of seconds above 0")
@@ -126,33 +162,50 @@ class Checkpoint:
         if not isinstance(arrays, Mapping) or not arrays:
             raise ValueError("arrays must be a mapping of names to at least one array")
         check_moment(moment, Space(arrays, PAGE_SIZE))
-        self.directory: str = os.path.abspath(os.fspath(directory))
+        if (directory is None) == (store is None):
+            raise ValueError("say where: a directory or the address of a store, or None and a repository as store=")
+        where = directory if store is None else store
         self.lock: threading.RLock = threading.RLock()
         # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
         # nobody who holds this one waits for `lock`.
         self._saving = threading.RLock()
         self._moment = moment
-        self._keep = keep
-        self._full_every = full_every
         self._backend = backend
-        self._digest = digest or _best_digest()
-        self._sync = sync
-        self._parent: str | None = None
-        # The names and sizes that the parent has: a diff is of the same.
-        self._layout: list[tuple[str, int, int]] = []
-        self._diffs = 0
         self._step = -1
-        # The number of the newest file and how many there are; None if the directory has to be looked at.
-        self._files: tuple[int, int] | None = None
-        # The first file of this run up to the newest of which the steps only rise, and the highest of them.
-        self._since, self._reached = 0, -1
         self._error: BaseException | None = None
         self._said: set[str] = set()
         self._unbound: set[str] = set()
         self._ended = threading.Event()
         self._arrays: dict[str, Memory] = {}
         self._held: dict[str, _Held] = {}
-        os.makedirs(self.directory, exist_ok=True)
+        kept = keeper(where)
+        self._back: _BackEnd
+        if kept is directories:
+            self.directory: Any = os.path.abspath(os.fspath(where))
+            self._back = Chain(
+                self.directory,
+                keep=keep,
+                full_every=full_every,
+                digest=digest,
+                sync=sync,
+                moment=moment,
+                note=self._note,
+            )
+        else:
+            if refused := [
+                name
+                for name, other in (
+                    ("full_every", full_every != FULL_EVERY),
+                    ("digest", digest is not None),
+                    ("moment", moment != "copy"),
+                )
+                if other
+            ]:
+                raise ValueError(
+                    f"{' and '.join(refused)} cannot be chosen for a store; leave it out, or save to a directory"
+                )
+            self.directory = where
+            self._back = kept.Stored(where, keep=keep, note=self._note)
         self._take(arrays)
         self._thread: threading.Thread | None = None
         if every is not None:
@@ -165,14 +218,12 @@ class Checkpoint:
             taken = {}
             for name in arrays:
                 binding = Binding(arrays, name)
-                tracker: Tracker = stack.enter_context(track(arrays[name], backend=self._backend))
-                log = DirtyLog()
-                log.attach(tracker)
-                # An array that is new is new in all its pages, until a checkpoint has them.
-                taken[name] = _Held(tracker, log.observer("checkpoint", everything=True), binding)
+                taken[name] = _Held(stack.enter_context(track(arrays[name], backend=self._backend)), binding)
             before = {name: self._held[name] for name in arrays if name in self._held}
-            self._arrays = {**self._arrays, **arrays}
-            self._held = {**self._held, **taken}
+            known, held_of = {**self._arrays, **arrays}, {**self._held, **taken}
+            ready = self._back.ready(known, {name: each.tracker for name, each in held_of.items()}, arrays)
+            self._arrays, self._held = known, held_of
+            self._back.go_on(ready)
             stack.pop_all()
         self._unbound -= set(arrays)
         for held in taken.values():
@@ -187,7 +238,7 @@ class Checkpoint:
         ----------
         arrays : mapping of str to array
             Arrays by names that are known, or new ones. If one has another size, or is new, the next checkpoint holds
-            all arrays whole.
+            all arrays whole; in a store it does so in any case.
 
         Raises
         ------
@@ -255,7 +306,7 @@ class Checkpoint:
                     stacklevel=3,
                 )
 
-    def save(self, *, step: int | None = None, state: object = None) -> Info:
+    def save(self, *, step: int | None = None, state: object = None) -> Any:
         """Write what changed since the last checkpoint.
 
         Parameters
@@ -267,13 +318,14 @@ class Checkpoint:
 
         Returns
         -------
-        Info
-            Of the file that was written.
+        Info or Saved
+            Of the file that was written; of the snapshot, :class:`dirtylog.sinks.store.Saved`, in a store.
 
         Raises
         ------
         OSError, SnapshotError
-            It could not be written; nothing has changed, and the same pages are in the next one.
+            It could not be written; nothing has changed, and the same pages are in the next one. From a store, what it
+            raises, and :class:`~dirtylog.sinks.store.BranchMoved` and :class:`~dirtylog.sinks.store.InDoubt`.
         ValueError
             `step` is negative, or the checkpoint is closed.
         Exception
@@ -291,49 +343,11 @@ class Checkpoint:
                     raise ValueError(f"step is {step!r}; it must be a number from 0")
                 return self._save(number, state, until_taken)
 
-    def _save(self, step: int | None, state: object, until_taken: ExitStack | None = None) -> Info:
+    def _save(self, step: int | None, state: object, until_taken: ExitStack | None = None) -> Any:
         """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
-        last, count = self._files or directories.newest(self.directory)
-        # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
-        number, self._files = last + 1, None
-        path = os.path.join(self.directory, directories.name_of(number))
-        rises = self._since > 0 and (step is None or step > self._reached)
-        since = self._since if rises else number
-        reached = self._reached if step is None else step
-        # If this fails and has left a file, the next begins another run.
-        self._since = 0
-        about = {"step": step, "keep": self._keep, "since": since, "reached": reached, "user": state}
-        with ExitStack() as epochs:
-            pages = {name: epochs.enter_context(each.observer.collect()).pages for name, each in self._held.items()}
-            page_size = next(iter(pages.values())).page_size
-            layout = [(row[0], row[4], row[5]) for row in Space(self._arrays, page_size).rows()]
-            options: Any = {"state": about, "digest": self._digest, "sync": self._sync, "moment": self._moment}
-            if self._moment == "fork" and until_taken is not None:
-                options["progress"] = lambda *_: until_taken.close()
-            full = self._parent is None or layout != self._layout or self._diffs >= self._full_every
-            if full or self._parent is None:
-                info = snapshot.save(path, self._arrays, page_size=page_size, **options)
-            else:
-                info = snapshot.save_diff(path, self._arrays, pages, parent=self._parent, **options)
-            self._parent, self._layout = path, layout
-            self._diffs = 0 if full else self._diffs + 1
-            self._step = self._step if step is None else step
-            self._since, self._reached = since, reached
-            self._files = number, count + 1
-        self._thin(count + 1)
-        return info
-
-    def _thin(self, count: int) -> None:
-        """Remove what is not kept, when it is as much again as what is: so each save pays for a page or two of it."""
-        keep = self._keep
-        if keep is None or count < 2 * keep:
-            return
-        self._files = None
-        try:
-            thin(self.directory, lambda entries: directories.to_keep(entries, keep), patience=PATIENCE, sync=self._sync)
-        except (OSError, SnapshotError) as error:
-            # The checkpoint is written. What could not be removed is tried again after the next.
-            self._note(error)
+        written = self._back.save(self._arrays, step, state, until_taken)
+        self._step = self._step if step is None else step
+        return written
 
     def close(self) -> None:
         """End the thread and the tracking; writes nothing. Raises what the thread met; does nothing a second time."""
@@ -341,6 +355,7 @@ class Checkpoint:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
         with self.lock, self._saving:
+            self._back.close()
             for held in self._held.values():
                 held.tracker.close()
             self._raise_earlier()
@@ -361,28 +376,30 @@ class Checkpoint:
             error.add_note(f"and before that, in the checkpoint's thread: {type(earlier).__name__}: {earlier}")
 
     @staticmethod
-    def steps(directory: str | os.PathLike[str]) -> list[int]:
+    def steps(directory: str | os.PathLike[str] | Any) -> list[int]:
         """List the steps that are kept, oldest first."""
-        return [step for step, _ in directories.kept(os.path.abspath(os.fspath(directory))) if step is not None]
+        found: list[int] = keeper(directory).steps(directory)
+        return found
 
     @staticmethod
-    def history(directory: str | os.PathLike[str]) -> list[Record]:
-        """List the checkpoints that are kept, oldest first: step, time, and what the file is.
+    def history(directory: str | os.PathLike[str] | Any) -> list[Record]:
+        """List the checkpoints that are kept, oldest first: step, time, and what the file or the snapshot is.
 
         Raises
         ------
         SnapshotError
             One of the files is damaged, or no checkpoint's.
         """
-        return directories.history(directory)
+        found: list[Record] = keeper(directory).history(directory)
+        return found
 
     @staticmethod
-    def diff(directory: str | os.PathLike[str], a: int, b: int | None = None) -> dict[str, Change]:
+    def diff(directory: str | os.PathLike[str] | Any, a: int, b: int | None = None) -> dict[str, Change]:
         """Say what changed from one checkpoint to another.
 
         Parameters
         ----------
-        directory : str or path
+        directory : str, path or icechunk.Repository
             Where the checkpoints are.
         a, b : int
             Steps, in any order; `b` is the latest by default.
@@ -402,7 +419,7 @@ class Checkpoint:
         Notes
         -----
         Within one run of a program these are the pages that were written in between, of which some may hold what they
-        held before; only page sets are read. Across runs both checkpoints are read and compared.
+        held before; only page sets are read. Across runs, and in a store, both checkpoints are read and compared.
 
         Examples
         --------
@@ -415,16 +432,12 @@ class Checkpoint:
         ...     Checkpoint.diff(directory, 0, 1)["w"].rows.tolist()
         [7]
         """
-        older, newer = sorted(directories.find(directory, step) for step in (a, b))
-        return directories.changed(older, newer)
-
-    @staticmethod
-    def _path(directory: str | os.PathLike[str], step: int | None) -> str:
-        return directories.find(directory, step)
+        found: dict[str, Change] = keeper(directory).diff(directory, a, b)
+        return found
 
     @staticmethod
     def load(
-        directory: str | os.PathLike[str],
+        directory: str | os.PathLike[str] | Any,
         step: int | None = None,
         *,
         into: Mapping[str, Memory] | None = None,
@@ -434,7 +447,7 @@ class Checkpoint:
 
         Parameters
         ----------
-        directory : str or path
+        directory : str, path or icechunk.Repository
             Where the checkpoints are.
         step : int, optional
             Which one; the latest by default.
@@ -454,6 +467,8 @@ class Checkpoint:
             There is none of that step, or it is not kept any more.
         SnapshotError
             It is damaged.
+        ValueError
+            `verify` of a store, which keeps no digests.
 
         Notes
         -----
@@ -461,25 +476,11 @@ class Checkpoint:
         any others. The memory lives for as long as one of the arrays does, also when the checkpoint is merged or
         removed meanwhile. Whoever *cuts* one of its files ends the process at the next access to it, as with any
         mapping. Loading is O(files of the chain), and short runs of pages are copied at once:
-        :class:`~dirtylog.sinks.snapshot.Mapped`.
+        :class:`~dirtylog.sinks.snapshot.Mapped`. From a store all is read at once, into new arrays in C order.
         """
-        path = Checkpoint._path(directory, step)
-        if into is not None:
-            if verify:
-                snapshot.verify(path)
-            return snapshot.restore(path, out=into)
-        with snapshot.open(path, verify=verify) as mapped:
-            return mapped.restored()
+        return keeper(directory).load(directory, step, into, verify)
 
     @staticmethod
-    def state_of(directory: str | os.PathLike[str], step: int | None = None) -> Any:
+    def state_of(directory: str | os.PathLike[str] | Any, step: int | None = None) -> Any:
         """Return the state that was saved with a checkpoint; parameters and errors as for :meth:`load`."""
-        return directories.about(Checkpoint._path(directory, step))["user"]
-
-
-def _best_digest() -> str:
-    try:
-        import xxhash  # noqa: F401
-    except ImportError:
-        return "blake2b_128"
-    return "xxh3_128"
+        return keeper(directory).state_of(directory, step)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,10 @@ from dirtylog.sinks import snapshot
 from dirtylog.sinks.snapshot import Entry, Info, SnapshotError
 from dirtylog.sinks.snapshot.chain import Layer, StrPath, follow, settled
 from dirtylog.sinks.snapshot.footer import Footer
-from dirtylog.sinks.snapshot.space import arrays_of
+from dirtylog.sinks.snapshot.space import arrays_of, dtype_of
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
 
 __all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "newest", "to_keep"]
 
@@ -41,13 +44,14 @@ class Record:
         What it is loaded by; None of what the background thread saved.
     time : float
         When, in seconds since 1970.
-    info : Info
-        Of its file: path, kind, pages, names, bytes on disk. The user's state is not read.
+    info : Info or Version
+        Of its file: path, kind, pages, names, bytes on disk. Of a store, its :class:`dirtylog.sinks.store.Version`. The
+        user's state is not read.
     """
 
     step: int | None
     time: float
-    info: Info
+    info: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +184,44 @@ def history(directory: StrPath) -> list[Record]:
     return [Record(_noted(info)["step"], info.time, info) for info in found]
 
 
+def steps(directory: StrPath) -> list[int]:
+    """List the steps that are kept, oldest first."""
+    return [step for step, _ in kept(os.path.abspath(os.fspath(directory))) if step is not None]
+
+
+def load(directory: StrPath, step: int | None, into: Mapping[str, Memory] | None = None, verify: bool = False) -> Any:
+    """Map the arrays of a checkpoint, or read them into others."""
+    path = find(directory, step)
+    if into is not None:
+        if verify:
+            snapshot.verify(path)
+        return snapshot.restore(path, out=into)
+    with snapshot.open(path, verify=verify) as mapped:
+        return mapped.restored()
+
+
+def state_of(directory: StrPath, step: int | None) -> Any:
+    """Return the state that was saved with a checkpoint."""
+    return about(find(directory, step))["user"]
+
+
+def described(directory: StrPath, step: int | None) -> tuple[int | None, list[tuple[str, str, list[int], int]], Any]:
+    """Return the step of a checkpoint, name, type, shape and bytes of each of its arrays, and its state."""
+    path = find(directory, step)
+    noted = about(path)
+    arrays = [
+        (name, str(dtype_of(kind, path)), list(shape), length)
+        for name, kind, shape, _, _, length in _footer(path).regions
+    ]
+    return noted["step"], arrays, noted["user"]
+
+
+def diff(directory: StrPath, a: int, b: int | None) -> dict[str, Change]:
+    """Say what changed from the older of two steps to the newer."""
+    older, newer = sorted(find(directory, step) for step in (a, b))
+    return changed(older, newer)
+
+
 def to_keep(entries: Sequence[Entry], keep: int) -> set[str]:
     """Choose what is kept of a directory: the newest, what is not ours, and a base that is cheaper kept than written.
 
@@ -221,7 +263,7 @@ def _footer(path: str) -> Footer:
         return layer.footer
 
 
-def _differing(older: Any, newer: npt.NDArray[Any], page_size: int) -> DirtyPages:
+def differing(older: Any, newer: npt.NDArray[Any], page_size: int) -> DirtyPages:
     """Compare an array with an older one; where they are not alike, all of it differs."""
     if older is None or (older.dtype, older.shape, older.strides) != (newer.dtype, newer.shape, newer.strides):
         return DirtyPages._all(-(-newer.nbytes // page_size), page_size, exact=True)
@@ -252,7 +294,7 @@ def changed(older: str, newer: str) -> dict[str, Change]:
             own = np.stack([low - first, high - low], axis=1)[high > low]
             pages = DirtyPages.from_runs(own, count, footer.page_size)
         else:
-            pages = _differing(before.get(name), after[name], footer.page_size)
+            pages = differing(before.get(name), after[name], footer.page_size)
         if pages:
             answer[name] = Change(pages, pages.rows(np.atleast_1d(after[name])))
     return answer

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from dirtylog.errors import BackendUnavailable
+from dirtylog.sinks.checkpoint import directory as directories
+from dirtylog.sinks.checkpoint.checkpoint import keeper
 from dirtylog.sinks.checkpoint.directory import find
 from dirtylog.sinks.snapshot import restore
 from dirtylog.sinks.snapshot.chain import StrPath
@@ -56,14 +58,14 @@ KINDS: dict[str, Callable[[str, Arrays], None]] = {".npy": _npy, ".npz": _npz, "
 
 
 def export(
-    directory: StrPath, target: StrPath, step: int | None = None, *, names: Iterable[str] | None = None
+    directory: StrPath | Any, target: StrPath, step: int | None = None, *, names: Iterable[str] | None = None
 ) -> list[str]:
     """Write the arrays of a checkpoint as ``.npy``, ``.npz`` or ``.zarr``, which appears whole or not at all.
 
     Parameters
     ----------
-    directory : str or path
-        Where the checkpoints are.
+    directory : str, path or icechunk.Repository
+        Where the checkpoints are, as for :meth:`Checkpoint.load`.
     target : str or path
         What to write; its ending says how. It must not exist.
     step : int, optional
@@ -99,7 +101,8 @@ def export(
         raise ValueError(f"{path} ends in {ending!r}; it must end in one of {', '.join(KINDS)}")
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "an export overwrites nothing; remove it, or give another name", path)
-    arrays: dict[str, Any] = restore(find(directory, step))
+    kept = keeper(directory)
+    arrays: dict[str, Any] = restore(find(directory, step)) if kept is directories else kept.load(directory, step)
     chosen = list(arrays) if names is None else list(dict.fromkeys(names))
     for name in chosen:
         if name not in arrays:

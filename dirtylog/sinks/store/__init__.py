@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dirtylog._public import publish
 from dirtylog.sinks.store.advice import Advice, advise_chunks
-from dirtylog.sinks.store.branch import BranchMoved, InDoubt, Version, history, repository, restore
+from dirtylog.sinks.store.branch import BranchMoved, InDoubt, Version, history, repository, restore, state_of
 from dirtylog.sinks.store.chunks import ChunkMap
 from dirtylog.sinks.store.mirror import Mirror
 from dirtylog.sinks.store.parts import default_chunks
@@ -24,6 +24,7 @@ __all__ = [
     "history",
     "repository",
     "restore",
+    "state_of",
 ]
 
 publish(__name__, globals(), __all__)

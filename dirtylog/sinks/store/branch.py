@@ -8,12 +8,26 @@ from dataclasses import dataclass
 from datetime import datetime
 from inspect import signature
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from dirtylog.errors import BackendUnavailable, DirtyLogError
-from dirtylog.sinks.store.zarrs import ATTRIBUTE, read, zarr_package
+from dirtylog.sinks.snapshot.footer import decode_state
+from dirtylog.sinks.store.zarrs import ATTRIBUTE, describe, noted, read, zarr_package
 
-__all__ = ["BranchMoved", "InDoubt", "Version", "find", "history", "repository", "restore", "since"]
+__all__ = [
+    "BranchMoved",
+    "InDoubt",
+    "Version",
+    "described",
+    "exists",
+    "find",
+    "history",
+    "repository",
+    "restore",
+    "since",
+    "state_of",
+    "versions",
+]
 
 
 class BranchMoved(DirtyLogError):
@@ -94,7 +108,9 @@ def repository(where: str | os.PathLike[str], *, create: bool = True, config: An
     ----------
     where : str or path
         A directory, ``"s3://bucket/prefix"``, ``"gs://bucket/prefix"``, ``"az://account/container/prefix"``, or
-        ``"memory://"``, which nobody else sees.
+        ``"memory://"``, which nobody else sees. Options may follow, as in
+        ``"s3://bucket/prefix?endpoint_url=http://127.0.0.1:9000&allow_http=true&force_path_style=true"``: those, and
+        `region` and `anonymous`. Never keys: they would be in every log.
     create : bool
         Make it if it is not there.
     config : icechunk.RepositoryConfig, optional
@@ -129,9 +145,16 @@ def repository(where: str | os.PathLike[str], *, create: bool = True, config: An
     return kind.create(storage, config, **spec)
 
 
+def exists(where: str) -> bool:
+    """Whether there is a repository at an address, with what the environment says."""
+    icechunk = icechunk_package()
+    return bool(icechunk.Repository.exists(_storage(icechunk, where, {})))
+
+
 def _storage(icechunk: Any, where: str, options: Mapping[str, Any]) -> Any:
-    parts = urlsplit(where)
+    parts = urlsplit(where if "://" in where else "")
     path = parts.path.strip("/")
+    options = {**_asked(parts.query), **options}
     secrets = [key for key in options if "key" in key or "token" in key or key in ("anonymous", "get_credentials")]
     environment = {} if secrets or "from_env" in options else {"from_env": True}
     if "://" not in where or parts.scheme == "file":
@@ -150,6 +173,23 @@ def _storage(icechunk: Any, where: str, options: Mapping[str, Any]) -> Any:
             account=parts.netloc, container=container, prefix=prefix, **environment, **options
         )
     raise ValueError(f"{where} is no store that is known; use a directory, s3://, gs://, az:// or memory://")
+
+
+def _asked(query: str) -> dict[str, Any]:
+    """Return the options that follow an address."""
+    asked: dict[str, Any] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        if name in ("region", "endpoint_url") and value:
+            asked[name] = value
+        elif name in ("allow_http", "anonymous", "force_path_style") and value in ("true", "false"):
+            asked[name] = value == "true"
+        else:
+            raise ValueError(
+                f"the address has {name}={'...' if 'key' in name or 'token' in name else value}; it may have region "
+                "and endpoint_url, and allow_http, anonymous and force_path_style as true or false. Keys come from the "
+                "environment, or from the arguments of repository()"
+            )
+    return asked
 
 
 def versions(repo: Any, **where: Any) -> Iterator[Version]:
@@ -264,3 +304,39 @@ def restore(
     """
     session = repo.readonly_session(snapshot_id=find(repo, branch, snapshot, epoch, step))
     return read(session.store, names, out)
+
+
+def state_of(
+    repo: Any,
+    snapshot: str | None = None,
+    *,
+    branch: str = "main",
+    epoch: int | None = None,
+    step: int | None = None,
+) -> Any:
+    """Return the state that was saved with a snapshot; None where there was none.
+
+    Parameters
+    ----------
+    repo, snapshot, branch, epoch, step
+        As for :func:`restore`.
+
+    Raises
+    ------
+    KeyError
+        There is no such snapshot.
+    SnapshotError
+        What is there is no state.
+    """
+    chosen = find(repo, branch, snapshot, epoch, step)
+    version = next(versions(repo, snapshot_id=chosen))
+    said = noted(repo.readonly_session(snapshot_id=chosen).store) if version.transaction else {}
+    # What an earlier snapshot said is still there.
+    if not said or said.get("transaction") != version.transaction:
+        return None
+    return decode_state(str(said.get("state", "")).encode("ascii", "replace"), f"snapshot {chosen}")
+
+
+def described(repo: Any, snapshot: str, names: Any = None) -> list[tuple[str, str, list[int], int]]:
+    """Return name, type, shape and bytes of the arrays of a snapshot; of those of some names."""
+    return describe(repo.readonly_session(snapshot_id=snapshot).store, names)

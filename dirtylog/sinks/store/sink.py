@@ -11,15 +11,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from dirtylog.log import Observer
+from dirtylog.sinks.snapshot.footer import encode_state
 from dirtylog.sinks.store.branch import BranchMoved, InDoubt, Version, history, icechunk_package, restore, since
 from dirtylog.sinks.store.participant import Participant
 from dirtylog.sinks.store.parts import Chunking, Written
-from dirtylog.sinks.store.zarrs import ATTRIBUTE
+from dirtylog.sinks.store.zarrs import ATTRIBUTE, note
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
 __all__ = ["Saved", "StoreSink", "commit_once"]
+
+# What is noted of every commit, here or by a fleet.
+NOTED = {"transaction", "observer", "epoch", "step", "pages", "exact", "chunks", "bytes", "arrays", "shards"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +243,14 @@ class StoreSink:
         """Whether `close` was called."""
         return self._closed
 
-    def save(self, *, step: int | None = None, message: str | None = None) -> Saved:
+    def save(
+        self,
+        *,
+        step: int | None = None,
+        message: str | None = None,
+        state: object = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> Saved:
         """Collect an epoch and commit what is dirty.
 
         Parameters
@@ -248,14 +259,22 @@ class StoreSink:
             What to find it by, beside the epoch's number.
         message : str, optional
             Of the commit; ``"epoch N"`` by default.
+        state : object, optional
+            What else belongs to it: dicts, lists, text, numbers and bytes; see :func:`state_of`.
+        about : mapping, optional
+            More to note of the commit, by names of your own: text and numbers. It comes back as ``Version.about``, and
+            is read with every history, so keep it short.
 
         Returns
         -------
         Saved
-            What was written. Nothing is, and no snapshot is made, where nothing is dirty.
+            What was written. Where nothing is dirty, and neither `state` nor `about` given, nothing is, and no snapshot
+            is made.
 
         Raises
         ------
+        TypeError, ValueError
+            `state` has something else, or `about` a name that is dirtylog's; nothing has changed.
         BranchMoved
             Somebody else has committed to the branch. Nothing is merged.
         InDoubt
@@ -268,14 +287,17 @@ class StoreSink:
             if self._closed:
                 raise ValueError("the sink is closed; make another")
             participant = self._participant
+            text, always = encode_state(state), state is not None or about is not None
+            if taken := sorted(NOTED & set(about or ())):
+                raise ValueError(f"about has {', '.join(taken)}, which dirtylog notes itself; choose other names")
             participant.resolve(self._repo, self._branch)
             session = self._repo.writable_session(self._branch)
             tx = uuid.uuid4().hex
             prepared = participant.prepare(tx, session)
-            if not prepared.chunks and participant.base is not None:
+            if not prepared.chunks and participant.base is not None and not always:
                 participant.decide(tx, True, participant.base)
                 return Saved.of(prepared, participant.base)
-            about = {
+            noted = {
                 "transaction": tx,
                 "observer": self._observer.name,
                 "epoch": prepared.epoch,
@@ -284,10 +306,17 @@ class StoreSink:
                 "exact": prepared.exact,
                 "chunks": prepared.chunks,
                 "bytes": prepared.nbytes,
+                "arrays": [part.name for part in participant.parts],
             }
             try:
+                if always:
+                    note(session.store, {"transaction": tx, "state": text.decode("ascii")})
                 snapshot, adopted = commit_once(
-                    self._repo, self._branch, session, message or f"epoch {prepared.epoch}", about
+                    self._repo,
+                    self._branch,
+                    session,
+                    message or f"epoch {prepared.epoch}",
+                    {**(about or {}), **noted},
                 )
             except InDoubt:
                 raise

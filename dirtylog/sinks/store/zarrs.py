@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from dirtylog.sinks.store.parts import Part, Task
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["ATTRIBUTE", "create", "read", "write", "zarr_package"]
+__all__ = ["ATTRIBUTE", "create", "describe", "note", "noted", "read", "write", "zarr_package"]
 
 # Under this name is what Zarr cannot say of an array, and of a commit what Icechunk cannot.
 ATTRIBUTE = "dirtylog"
@@ -78,6 +79,17 @@ def create(store: Any, part: Part, shape: Sequence[int], compressors: Any = "aut
         attributes={ATTRIBUTE: {"dtype": part.kind}},
         overwrite=True,
     )
+
+
+def note(store: Any, what: Mapping[str, Any]) -> None:
+    """Set what the root group says, in place of what it said."""
+    zarr_package().open_group(store, mode="a").attrs[ATTRIBUTE] = dict(what)
+
+
+def noted(store: Any) -> Mapping[str, Any]:
+    """Return what the root group says; nothing where it does not."""
+    said = zarr_package().open_group(store, mode="r").attrs.asdict().get(ATTRIBUTE)
+    return said if isinstance(said, dict) else {}
 
 
 def fits(store: Any, part: Part) -> bool:
@@ -178,7 +190,7 @@ def read(
     zarr = zarr_package()
     group = zarr.open_group(store, mode="r")
     if names is None:
-        names = out if out is not None else sorted(name for name, each in group.members(None) if hasattr(each, "shape"))
+        names = out if out is not None else _all_names(group)
     stored = {name: _stored(group, name) for name in names}
     kinds = {name: _kind(array, name) for name, array in stored.items()}
     filled: dict[str, Any] = {}
@@ -206,11 +218,27 @@ def read(
     return filled if out is None else dict(out)
 
 
+def describe(store: Any, names: Iterable[str] | None = None) -> list[tuple[str, str, list[int], int]]:
+    """Return name, type, shape and bytes of arrays, as they are when they are read; of all if none is named."""
+    group = zarr_package().open_group(store, mode="r")
+    found = []
+    for name in _all_names(group) if names is None else names:
+        array = _stored(group, name)
+        kind = _kind(array, name)
+        shape = array.shape if kind is None else array.shape[:-1]
+        dtype = array.dtype if kind is None else kind
+        found.append((name, str(dtype), list(shape), math.prod(shape) * dtype.itemsize))
+    return found
+
+
+def _all_names(group: Any) -> list[str]:
+    return sorted(name for name, each in group.members(None) if hasattr(each, "shape"))
+
+
 def _stored(group: Any, name: str) -> Any:
     array = group.get(name)
     if array is None or not hasattr(array, "shape"):
-        there = sorted(each for each, what in group.members(None) if hasattr(what, "shape"))
-        raise KeyError(f"the store has no array {name!r}; it has {', '.join(there[:20]) or 'none'}")
+        raise KeyError(f"the store has no array {name!r}; it has {', '.join(_all_names(group)[:20]) or 'none'}")
     return array
 
 

@@ -83,6 +83,10 @@ def s3():
         asked = urllib.request.Request(f"{options['endpoint_url']}/{bucket}", method="PUT")
         with urllib.request.urlopen(asked, timeout=30):
             pass
+        make.address = (
+            f"s3://{bucket}/checkpoints?region=us-east-1&endpoint_url={options['endpoint_url']}"
+            "&allow_http=true&force_path_style=true"
+        )
         return repository(f"s3://{bucket}/arrays", config=config, **options)
 
     yield make, faulty
@@ -183,3 +187,23 @@ def test_a_strangers_commit_is_refused(s3, tracked):
     w[1] = 1
     with pytest.raises(BranchMoved, match="somebody else has committed"):
         sink.save()
+
+
+def test_a_checkpoint_is_one_call_with_an_address(s3, monkeypatch):
+    make, _ = s3
+    make()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    where = make.address
+    arrays, moments = {"w": dl.zeros((60, 512)), "b": dl.zeros(512)}, []
+    with dl.Checkpoint(where, arrays, keep=2) as checkpoint:
+        for step in range(6):
+            arrays["w"][step] = arrays["b"][step] = step + 1
+            checkpoint.save(step=step, state={"step": step})
+            moments.append(copies(arrays))
+    assert dl.Checkpoint.steps(where) == [4, 5]
+    for step in (4, 5):
+        found = dl.Checkpoint.load(where, step)
+        assert all(np.array_equal(found[name], array) for name, array in moments[step].items())
+        assert dl.Checkpoint.state_of(where, step) == {"step": step}
+    assert dl.Checkpoint.diff(where, 4, 5)["w"].rows.tolist() == [5]

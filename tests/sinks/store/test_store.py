@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sinks.store import BranchMoved, ChunkMap, InDoubt, StoreSink, default_chunks, history, repository, restore
+from dirtylog.sinks.store import (
+    BranchMoved,
+    ChunkMap,
+    InDoubt,
+    StoreSink,
+    default_chunks,
+    history,
+    repository,
+    restore,
+    state_of,
+)
 
 
 def copies(arrays):
@@ -322,3 +332,29 @@ def test_a_store_of_no_known_kind_is_refused(icechunk):
         repository("ftp://host/path")
     with pytest.raises(ValueError, match="a directory has no options"):
         repository("/nowhere", region="x")
+    with pytest.raises(ValueError, match=r"secret_access_key=\.\.\.; it may have region"):
+        repository("s3://bucket/prefix?secret_access_key=hush")
+    with pytest.raises(ValueError, match="allow_http=yes"):
+        repository("s3://bucket/prefix?allow_http=yes")
+
+
+def test_a_state_goes_with_its_snapshot_alone(repo, tracked):
+    w = dl.zeros(512)
+    sink = StoreSink(tracked({"w": w}), {"w": w}, repo)
+    states = [{"rng": b"\x00\xff", "loss": [0.5, None]}, None, "text"]
+    snapshots = []
+    for step, state in enumerate(states):
+        w[step] = 1
+        snapshots.append(sink.save(step=step, state=state, about={"run": 7}).snapshot)
+    assert [state_of(repo, snapshot) for snapshot in snapshots] == states
+    assert [state_of(repo, step=step) for step in range(3)] == states
+    assert state_of(repo, sink.history()[0].snapshot) is None  # Icechunk's own
+    assert sink.history()[-1].about["run"] == 7
+    # A snapshot is made for them even where nothing is dirty.
+    assert sink.save(state="more").snapshot != snapshots[-1]
+    w[9] = 9
+    with pytest.raises(ValueError, match="about has epoch, which dirtylog notes itself"):
+        sink.save(about={"epoch": 1})
+    with pytest.raises(TypeError, match="state has a set"):
+        sink.save(state={1})
+    assert sink.save().pages == 1

@@ -1,0 +1,149 @@
+"""Writes the checkpoints of named arrays as a chain of snapshots in a directory, and thins the chain out.
+
+Each checkpoint is one snapshot file (:mod:`dirtylog.sinks.snapshot`) of all arrays, named by a number that goes up:
+full the first time, a diff afterwards. It appears by one rename, so all arrays are of one moment or there is no
+checkpoint, and the epochs of all trackers are committed after it, or rolled back together.
+
+With `keep`, the oldest checkpoint that is kept takes in the diffs below it now and then, by one rename too, and those
+are removed. It then holds what its child expects of its parent, so the chain above it stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from dirtylog.log import DirtyLog, Observer
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.checkpoint import directory as directories
+from dirtylog.sinks.snapshot import Info, SnapshotError
+from dirtylog.sinks.snapshot.space import Space
+from dirtylog.sinks.snapshot.upkeep import thin
+from dirtylog.sources.memory import Tracker
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+__all__ = ["Chain"]
+
+# How long a save waits for writers in its directory, in seconds, before it leaves what is not kept to the next one.
+PATIENCE = 1.0
+
+
+class Chain:
+    """Saves in a directory.
+
+    Parameters
+    ----------
+    directory : str
+        Where; made if it is not there.
+    keep, full_every, digest, sync, moment
+        As for :class:`Checkpoint`.
+    note : callable
+        Called with an error that is no reason for a save to fail.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: int | None,
+        full_every: int,
+        digest: str | None,
+        sync: bool,
+        moment: str,
+        note: Callable[[BaseException], None],
+    ) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._full_every = full_every
+        self._digest = digest or _best_digest()
+        self._sync = sync
+        self._moment = moment
+        self._note = note
+        self._observers: dict[str, Observer] = {}
+        self._parent: str | None = None
+        # The names and sizes that the parent has: a diff is of the same.
+        self._layout: list[tuple[str, int, int]] = []
+        self._diffs = 0
+        # The number of the newest file and how many there are; None if the directory has to be looked at.
+        self._files: tuple[int, int] | None = None
+        # The first file of this run up to the newest of which the steps only rise, and the highest of them.
+        self._since, self._reached = 0, -1
+        os.makedirs(directory, exist_ok=True)
+
+    def ready(
+        self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]
+    ) -> dict[str, Observer]:
+        """Return what takes in the new ones of some arrays, for :meth:`go_on`; nothing has changed yet."""
+        observers = {}
+        for name in new:
+            log = DirtyLog()
+            log.attach(trackers[name])
+            # An array that is new is new in all its pages, until a checkpoint has them.
+            observers[name] = log.observer("checkpoint", everything=True)
+        return {**self._observers, **observers}
+
+    def go_on(self, ready: dict[str, Observer]) -> None:
+        """Save these arrays from now on."""
+        self._observers = ready
+
+    def save(
+        self, arrays: Mapping[str, Memory], step: int | None, state: object, until_taken: ExitStack | None = None
+    ) -> Info:
+        """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
+        last, count = self._files or directories.newest(self._directory)
+        # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
+        number, self._files = last + 1, None
+        path = os.path.join(self._directory, directories.name_of(number))
+        rises = self._since > 0 and (step is None or step > self._reached)
+        since = self._since if rises else number
+        reached = self._reached if step is None else step
+        # If this fails and has left a file, the next begins another run.
+        self._since = 0
+        about = {"step": step, "keep": self._keep, "since": since, "reached": reached, "user": state}
+        with ExitStack() as epochs:
+            pages = {name: epochs.enter_context(each.collect()).pages for name, each in self._observers.items()}
+            page_size = next(iter(pages.values())).page_size
+            layout = [(row[0], row[4], row[5]) for row in Space(arrays, page_size).rows()]
+            options: Any = {"state": about, "digest": self._digest, "sync": self._sync, "moment": self._moment}
+            if self._moment == "fork" and until_taken is not None:
+                options["progress"] = lambda *_: until_taken.close()
+            full = self._parent is None or layout != self._layout or self._diffs >= self._full_every
+            if full or self._parent is None:
+                info = snapshot.save(path, arrays, page_size=page_size, **options)
+            else:
+                info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
+            self._parent, self._layout = path, layout
+            self._diffs = 0 if full else self._diffs + 1
+            self._since, self._reached = since, reached
+            self._files = number, count + 1
+        self._thin(count + 1)
+        return info
+
+    def _thin(self, count: int) -> None:
+        """Remove what is not kept, when it is as much again as what is: so each save pays for a page or two of it."""
+        keep = self._keep
+        if keep is None or count < 2 * keep:
+            return
+        self._files = None
+        try:
+            thin(
+                self._directory, lambda entries: directories.to_keep(entries, keep), patience=PATIENCE, sync=self._sync
+            )
+        except (OSError, SnapshotError) as error:
+            # The checkpoint is written. What could not be removed is tried again after the next.
+            self._note(error)
+
+    def close(self) -> None:
+        """There is nothing to let go."""
+
+
+def _best_digest() -> str:
+    try:
+        import xxhash  # noqa: F401
+    except ImportError:
+        return "blake2b_128"
+    return "xxh3_128"

@@ -1,6 +1,8 @@
-"""Fixtures of every test that meets Zarr and Icechunk: the package, and the threads that such packages keep."""
+"""Fixtures of every test that meets Zarr and Icechunk: the package, its threads, and an S3 that can be made to fail."""
 
 import threading
+from itertools import count
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -20,3 +22,89 @@ def no_thread_is_left_behind():
     yield
     left = [each for each in threading.enumerate() if each not in before and each.name.startswith("dirtylog")]
     assert not left, f"still running: {left}"
+
+
+class Faulty:
+    """A WSGI application in front of another: one request, or some, of those to come are not served as asked."""
+
+    def __init__(self, app):
+        self.app, self.requests, self.fail, self.how = app, 0, range(0), "before"
+        self.lock = threading.Lock()
+
+    def arm(self, first, how, number=1):
+        self.requests, self.fail, self.how = 0, range(first, first + number), how
+
+    def __call__(self, environ, start_response):
+        with self.lock:
+            self.requests += 1
+            fails = self.requests in self.fail
+        if not fails:
+            return self.app(environ, start_response)
+        if self.how == "in":
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+        if self.how == "after" and self.requests == self.fail.start:
+            answer = self.app(environ, lambda *_: None)
+            for _ in answer:
+                pass
+        # The line is cut; no answer comes.
+        environ["werkzeug.socket"].shutdown(2)
+        start_response("500 cut", [])
+        return []
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Storage options of a server, and what makes its requests fail."""
+    icechunk = pytest.importorskip("icechunk")
+    server = pytest.importorskip("moto.server")
+    serving = pytest.importorskip("werkzeug.serving")
+    icechunk.set_logs_filter("error")
+    from dirtylog.sinks.store import repository
+
+    class Quiet(serving.WSGIRequestHandler):
+        def log_request(self, *_):
+            pass
+
+        def log_error(self, *_):
+            pass
+
+        def connection_dropped(self, error, environ=None):
+            pass
+
+    faulty = Faulty(server.DomainDispatcherApplication(server.create_backend_app))
+    http = serving.make_server("127.0.0.1", 0, faulty, threaded=True, request_handler=Quiet)
+    http.daemon_threads = True
+    thread = threading.Thread(target=http.serve_forever, name="moto", daemon=True)
+    thread.start()
+    options = {
+        "region": "us-east-1",
+        "endpoint_url": f"http://127.0.0.1:{http.server_port}",
+        "allow_http": True,
+        "force_path_style": True,
+        "network_stream_timeout_seconds": 2,
+        "access_key_id": "test",
+        "secret_access_key": "test",
+    }
+    # One try for each request: what fails is seen.
+    retries = icechunk.StorageRetriesSettings(max_tries=1, initial_backoff_ms=1, max_backoff_ms=1)
+    config = icechunk.RepositoryConfig.default()
+    config.storage = icechunk.StorageSettings(retries=retries)
+    buckets = (f"bucket-{number}" for number in count())
+
+    def make():
+        bucket = next(buckets)
+        asked = Request(f"{options['endpoint_url']}/{bucket}", method="PUT")
+        with urlopen(asked, timeout=30):
+            pass
+        make.bucket = bucket
+        make.address = (
+            f"s3://{bucket}/checkpoints?region=us-east-1&endpoint_url={options['endpoint_url']}"
+            "&allow_http=true&force_path_style=true"
+        )
+        return repository(f"s3://{bucket}/arrays", config=config, **options)
+
+    make.endpoint = options["endpoint_url"]
+    yield make, faulty
+    http.shutdown()
+    thread.join()
+    http.server_close()

@@ -345,6 +345,7 @@ PUBLIC = {
         "Threads",
     ],
     "dirtylog.fleet.dask": ["Dask"],
+    "dirtylog.fleet.traces": ["Machine", "Migrating", "Saves", "Saving", "Sweep", "sweep"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
     "dirtylog.sources.qemu": ["DirtyRate", "MeasuredRate", "NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],

@@ -1,4 +1,4 @@
-"""Read a trace, or watch a process: how fast memory got dirty, and whether a migration would converge."""
+"""Read a trace or a fleet's, or watch a process: how fast memory got dirty, and whether a migration would converge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from dirtylog.commands._fleet import add_fleet_arguments, check_no_fleet, sweep_fleet
 from dirtylog.commands._monitor import meter_guest
 from dirtylog.commands._numbers import more_than
 from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
@@ -45,10 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=int, default=1, help="with --qmp: how long, from 1 to 60 (1)")
     add_agent_argument(parser)
     add_watch_arguments(parser)
+    add_fleet_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Meter the trace, or record one of a process first."""
+    if args.fleet is not None:
+        if any(each is not None for each in (args.trace, args.pid, args.qmp, args.agent)):
+            raise Misunderstood("name a trace, a running process by --pid, or a fleet by --fleet: one of them")
+        return sweep_fleet(args)
+    check_no_fleet(args)
     if args.qmp is not None:
         if args.trace is not None or args.pid is not None:
             raise Misunderstood("name a trace, a running process by --pid, or a QEMU by --qmp: one of them")

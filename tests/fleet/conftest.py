@@ -4,9 +4,9 @@ from itertools import count
 
 import pytest
 
-from ..stores import icechunk, no_thread_is_left_behind
+from ..stores import icechunk, no_thread_is_left_behind, s3
 
-__all__ = ["icechunk", "no_thread_is_left_behind"]
+__all__ = ["icechunk", "no_thread_is_left_behind", "s3"]
 
 
 @pytest.fixture

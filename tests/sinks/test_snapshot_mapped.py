@@ -13,7 +13,7 @@ import dirtylog as dl
 from dirtylog import DirtyPages
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.snapshot import SnapshotError, index, mapped
-from dirtylog.sinks.snapshot._mapping import RunTable, diff_header
+from dirtylog.sinks.snapshot._footers import RunTable, diff_header
 from dirtylog.sinks.snapshot.chain import find, follow
 
 

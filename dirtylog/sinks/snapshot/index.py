@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.snapshot import footer as footers
-from dirtylog.sinks.snapshot._mapping import RunTable, follow_diffs
+from dirtylog.sinks.snapshot._footers import RunTable, follow_diffs
 from dirtylog.sinks.snapshot.chain import MAX_CHAIN, ChainMovedError, Info, Layer, Link, describe, find, still_there
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 

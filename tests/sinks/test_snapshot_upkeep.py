@@ -99,6 +99,25 @@ def test_the_newest_of_a_day_is_kept_though_the_clock_was_put_back(tree, monkeyp
     assert plain(prune(tree.directory, keep_daily=1, sync=False).kept) == tree.check() == ["s2"]
 
 
+def test_what_was_written_last_is_the_newest_though_the_clock_was_put_back(tree, monkeypatch):
+    tree.full("f")
+    tree.diff("e", "f")
+    earlier = time.time_ns() - 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: earlier)
+    tree.full("d")
+    tree.diff("c", "d")
+    tree.diff("b", "e")
+    tree.full("a")
+    assert plain(entry.path for entry in catalog(tree.directory)) == ["f", "e", "d", "c", "b", "a"]
+    assert plain(prune(tree.directory, keep_last=2, dry_run=True).kept) == ["b", "a"]
+    monkeypatch.undo()
+    with monkeypatch.context() as calm:
+        # With a clock that goes on, no file is opened.
+        calm.setattr(writer, "Layer", None)
+        tree.full("0")
+    assert plain(entry.path for entry in catalog(tree.directory))[-2:] == ["a", "0"]
+
+
 def test_prune_leaves_what_it_does_not_understand_and_what_others_need(tree, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     tree.line("a", "b", "c", "d")

@@ -76,7 +76,8 @@ class Info:
     durable : bool
         Whether it was synced, so that it survives a power cut; True of what was read back.
     time : float
-        When the memory was as it is, in seconds since 1970.
+        When the memory was as it is, in seconds since 1970; after the newest that lay in the directory, if the clock
+        was put back.
     """
 
     path: str

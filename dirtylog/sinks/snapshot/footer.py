@@ -69,6 +69,7 @@ MAX_PAGE_SIZE = 1 << 30
 MAX_PAGES = 1 << 36
 MAX_HEADER_BYTES = 4 << 20
 MAX_STATE_BYTES = 16 << 20
+MAX_TIME = (1 << 63) - 1
 MAX_REGIONS = 10_000
 # Of header and state each: an empty list is 3 bytes of JSON and 64 of memory, so the text's length bounds nothing.
 MAX_VALUES = 1 << 18
@@ -166,7 +167,8 @@ class Footer:
     holds : str or None
         After a rebase, flatten or merge: the :attr:`identity` of the snapshot whose memory this file now holds.
     time : int
-        When its memory was as it is, in nanoseconds since 1970; a merge keeps that of the newest.
+        When its memory was as it is, in nanoseconds since 1970; a merge keeps that of the newest. If the clock was put
+        back, just after the newest snapshot that lay in the directory.
     epoch : int or None
         The observer's epoch number.
     algorithm : str
@@ -375,7 +377,7 @@ def _validated(body: dict[str, Any]) -> Footer:
     # No two runs touch, so a set has at most as many runs as pages, and as clean pages and one more.
     _integer(body["rows"], 1 if count else 0, min(count, npages - count + 1), "rows")
     _integer(body["state"], 0, MAX_STATE_BYTES, "state")
-    _integer(body["time"], 0, (1 << 63) - 1, "time")
+    _integer(body["time"], 0, MAX_TIME, "time")
     if body["epoch"] is not None:
         _integer(body["epoch"], 0, (1 << 63) - 1, "epoch")
     _check(isinstance(body["exact"], bool), "exact is not true or false")

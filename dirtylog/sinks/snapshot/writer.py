@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -9,7 +10,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
     from dirtylog._typing import Memory
 
-__all__ = ["How", "Source", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
+__all__ = ["How", "Parent", "Source", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
 
 
 class Source(Protocol):
@@ -77,6 +78,40 @@ class How:
         """Say how far it is."""
         if self.progress is not None:
             self.progress(done, total)
+
+
+class Parent(NamedTuple):
+    """What a diff notes of its parent: name and identity; and the time that the parent noted, in nanoseconds."""
+
+    name: str
+    identity: str
+    time: int
+
+
+# From one snapshot to the next after the clock was put back, in nanoseconds: what a float of seconds tells apart.
+_TICK = 1000
+
+
+def _moment(directory: str, parent: Parent | None) -> int:
+    """Return the time to note: the clock's, or one just after the newest snapshot there if the clock was put back.
+
+    So the newest of a directory is the one that was written last. Nothing but names and time stamps is read as long as
+    the clock goes on: a file is never modified before the time that it notes, see :func:`seal`.
+    """
+    now = time.time_ns()
+    if parent is not None and parent.time <= now:
+        return now
+    latest = -1 if parent is None else parent.time
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not footers.plain_name(entry.name):
+                continue
+            # What is gone by now, or no snapshot, says nothing.
+            with contextlib.suppress(OSError, SnapshotError):
+                if entry.is_file() and entry.stat().st_mtime_ns > now:
+                    with Layer(entry.path) as layer:
+                        latest = max(latest, layer.footer.time)
+    return min(max(now, latest + _TICK if latest >= now else 0), footers.MAX_TIME)
 
 
 # Snapshots whose writer was interrupted after they had got their names: the call raised, the epoch was rolled back, and
@@ -131,6 +166,10 @@ def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes],
     offset = footers.footer_offset(footer.nbytes)
     trailer, digest = footers.trailer(offset, len(header), sections)
     staged.write(b"".join([*sections, trailer]), offset)
+    if footer.time > time.time_ns():
+        # Where it cannot be, snapshots written by a clock that was put back are ordered by their names.
+        with contextlib.suppress(OSError):
+            os.utime(staged.descriptor, ns=(footer.time, footer.time))
     allocated = os.fstat(staged.descriptor).st_blocks * 512
     staged.publish()
     return digest, allocated
@@ -154,7 +193,7 @@ def write(
     path: str,
     source: Source,
     pages: DirtyPages,
-    parent: tuple[str, str] | None,
+    parent: Parent | None,
     how: How,
     vouch: Callable[[], object] = lambda: None,
 ) -> Info:
@@ -165,9 +204,9 @@ def write(
     packed = PackedExtents(pages, source.nbytes)
     digest = hasher(how.digest)
     identity = secrets.token_hex(16)
-    # Before the pages are copied: the memory of a moment that is no later than that.
-    moment = time.time_ns()
     directory = os.path.dirname(path)
+    # Before the pages are copied: the memory of a moment that is no later than that.
+    moment = _moment(directory, parent)
     with own_change(directory):
         staged = Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode)
     with staged:
@@ -185,8 +224,8 @@ def write(
             count=pages.count,
             rows=len(packed.extents),
             exact=pages.exact,
-            parent=parent and parent[0],
-            parent_digest=parent and parent[1],
+            parent=parent and parent.name,
+            parent_digest=parent and parent.identity,
             holds=None,
             time=moment,
             epoch=how.epoch,
@@ -295,8 +334,8 @@ def save(
 
 def parent_link(
     name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath]
-) -> tuple[tuple[str, str], Callable[[], None]]:
-    """Check that a diff of `source` over `parent` could be restored; return how it names its parent, and a last check.
+) -> tuple[Parent, Callable[[], None]]:
+    """Check that a diff of `source` over `parent` could be restored; return what it notes of it, and a last check.
 
     Raises
     ------
@@ -361,7 +400,7 @@ def parent_link(
         if not same:
             raise SnapshotError(f"{parent_path}: the parent was replaced or removed while its diff was written")
 
-    return (os.path.basename(parent_path), tip.identity), vouch
+    return Parent(os.path.basename(parent_path), tip.identity, footer.time), vouch
 
 
 def save_diff(

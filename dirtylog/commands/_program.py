@@ -49,6 +49,9 @@ PROGRAM is one of
 """
 # Seconds to wait for the names of a program's arrays at once; what it says later is there at a later look.
 PATIENCE = 0.5
+# Bytes that a start writes: CPython's set-up 3 MiB, and 6 with a module of ours; where that is over already, compiling
+# a script and its first lines 0.3 MiB, and 2 with a few imports. A program that has written more has written it itself.
+SET_UP, FIRST_LINES = 12 << 20, 4 << 20
 PYTHON_ENDINGS = (".py", ".pyw", ".pyz", ".pyc")
 
 
@@ -63,8 +66,12 @@ class Sampling(Protocol):
         cut: Callable[[], tuple[float, DirtyPages | None] | None] | None = None,
         *,
         part: Literal["start", "program"] = "program",
+        at_most: int | None = None,
     ) -> DirtyPages:
-        """Take one; `cut` says where it is to be cut, if the program's own code has ended; `part` what it is of."""
+        """Take one; `cut` says where it is to be cut, if the program's own code has ended; `part` what it is of.
+
+        A start that has written more than `at_most` bytes is none.
+        """
 
 
 def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +182,8 @@ def _begins(words: list[str], naming: list[str]) -> list[str]:
         return [f"!{name}" for name in naming[:1]]
     if words[0] != "-m":
         absolute = os.path.abspath(words[0])
-        if os.path.isfile(absolute) and not zipfile.is_zipfile(absolute):
+        # Python looks at its script before it reads it; where a module of ours runs it, that module is Python's script.
+        if not naming and os.path.isfile(absolute) and not zipfile.is_zipfile(absolute):
             return [f"!{words[0]}", f"!{absolute}"]
         return [words[0], absolute, f"*{absolute}/"]
     *packages, leaf = words[1].split(".")
@@ -299,13 +307,27 @@ def _watch_running(
                 sampling.sample(looks.cut)
                 last = time.monotonic()
         except KeyboardInterrupt:
-            sampling.sample()
+            missed = _sampled_last(process, sampling, last)
         except DirtyLogError as error:
-            if process.alive:
-                raise
-            missed = f"{error}: the last {time.monotonic() - last:.2f} s are not in it"
+            missed = _ended(process, error, last)
         done(_missed(process, missed))
     return 0
+
+
+def _sampled_last(process: Process, sampling: Sampling, last: float) -> str | None:
+    """Take one sample more; return what is missed if there is none: who interrupts us may end the process as well."""
+    try:
+        sampling.sample()
+    except DirtyLogError as error:
+        return _ended(process, error, last)
+    return None
+
+
+def _ended(process: Process | None, error: DirtyLogError, last: float) -> str:
+    """Return what is missed of a process that has ended; raise the error if it has not."""
+    if process is None or process.alive:
+        raise error
+    return f"{error}: the last {time.monotonic() - last:.2f} s are not in it"
 
 
 def _counted(duration: float | None, started: float) -> Iterator[int]:
@@ -352,8 +374,8 @@ def _watch_started(
             sampling.append(begin(process, names[0]))
 
         begins = _begins(words, naming) if python else []
-        # Where nothing says that the program's own code begins; or a module of ours begins first.
-        apart = not begins or bool(naming)
+        # Unless nothing says where the program's own code begins, or a module of ours begins first.
+        at_most = FIRST_LINES if begins and not naming else SET_UP
         try:
             program = launch([*python, *naming, *words], begins=begins, before=before)
         except BackendUnavailable as error:
@@ -362,7 +384,7 @@ def _watch_started(
                     error.facility, error.probed, "only a Python program can be watched without ptrace: it hands over"
                 ) from error
             show_note(f"dirtylog: {error.probed}; so the program hands its memory over by itself")
-            apart = False
+            at_most = FIRST_LINES
             program = launch_helping(python, words, naming=naming[1:-1], before=before, why=error.probed)
         if theirs is not None:
             theirs.close()  # so that its end is seen by who asks
@@ -372,11 +394,11 @@ def _watch_started(
         started = last = time.monotonic()
         if looks is not None and args.arrays:
             looks.seen = names[0].look
-        if looks is not None and apart:
+        if looks is not None:
             while looks.starting() and not program.wait(0.02):
                 pass
             if program.poll() is None:
-                sampling[0].sample(part="start")
+                sampling[0].sample(part="start", at_most=at_most)
         for count in _counted(args.duration, started) if process is not None else ():
             left = sampling[0].next_sample(count)
             if args.duration is not None:
@@ -385,9 +407,7 @@ def _watch_started(
             try:
                 sampling[0].sample(looks.cut if looks is not None else None)
             except DirtyLogError as error:
-                if process is None or process.alive:
-                    raise
-                missed = f"{error}: the last {time.monotonic() - last:.2f} s are not in it"
+                missed = _ended(process, error, last)
                 break
             last = time.monotonic()
             if ended:
@@ -396,6 +416,8 @@ def _watch_started(
             missed = _missed(process, missed)
             program.let_end()
             done(missed)
+        else:
+            show_note("dirtylog: the program ended before its own code began, and nothing was watched")
         while not program.wait(LONGEST):
             pass
     status = program.poll()

@@ -1,9 +1,12 @@
 """The profiler: what it counts (over areas of the test's own), and that a program runs as it would without it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -330,6 +333,48 @@ def test_a_profile_counts_what_the_program_wrote_until_its_end(launch):
 def test_the_start_of_an_interpreter_is_not_in_the_figures(launch):
     profile = json.loads(launch("import os; os._exit(0)", options=["--json", "--interval", "1000"]).stderr)
     assert profile["dirtied_bytes"] < 600 << 10  # what compiling and running the one line takes
+
+
+SLEEPER = """
+import os, signal
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+
+
+def test_a_python_script_that_sleeps_writes_nothing(tmp_path, attaching, unprofiled):
+    script, report = tmp_path / "program.py", tmp_path / "report"
+    script.write_text(SLEEPER)
+    words = ["--json", "--output", report, "--interval", "0.05", "--duration", "0.2", script]
+    with warm.started(LAUNCHER.format(command="profile"), *words) as process:
+        sleeper = int(process.stdout.readline())
+        try:
+            while not (text := report.read_text()).endswith("}\n"):
+                time.sleep(0.01)
+        finally:
+            os.kill(sleeper, signal.SIGKILL)
+    profile = json.loads(text)
+    assert profile["peak_bytes_per_second"] < 100 << 10
+    assert profile["bytes_per_second"] < 100 << 10
+    assert 0 < profile["starting"]["dirtied_bytes"] < 4 << 20
+
+
+# Ended by a signal while it sleeps: it writes nothing at its end.
+WRITES_AT_ONCE = """
+import signal
+kept = b"1" * (20 << 20)
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--arrays",)], ids=["as it is", "with a module of ours"])
+def test_what_a_script_writes_at_once_is_its_own_and_not_its_start(launch, options):
+    result = launch(WRITES_AT_ONCE, options=["--json", "--interval", "0.05", *options])
+    assert result.returncode == -signal.SIGALRM
+    profile = json.loads(result.stderr)
+    assert profile["starting"] == {"seconds": 0.0, "dirtied_bytes": 0}
+    assert profile["peak_bytes_per_second"] >= (20 << 20) / profile["seconds"]
 
 
 def account_of(*samples):

@@ -126,6 +126,7 @@ class Sampler:
         cut: Callable[[], tuple[float, DirtyPages | None] | None] | None = None,
         *,
         part: Literal["start", "program"] = "program",
+        at_most: int | None = None,
     ) -> DirtyPages:
         """Harvest, and count what was written since the last sample.
 
@@ -139,6 +140,9 @@ class Sampler:
         part : {"start", "program"}
             ``"start"``: until now the program was loaded and its interpreter set up, which
             counts like the end.
+        at_most : int, optional
+            What a start writes, in bytes. Where more was written, the program itself has
+            written it, and the sample counts as ``"program"``.
 
         Returns
         -------
@@ -160,6 +164,8 @@ class Sampler:
         used = self._process.used_pages
         pages = DirtyPages.from_runs(pages.runs(), used, pages.page_size, exact=pages.exact)
         now = self._clock()
+        if at_most is not None and pages.nbytes > at_most:
+            part = "program"
         parts: list[tuple[float, DirtyPages, Part]] = [(now, pages, part)]
         if cut is not None and (seen := cut()) is not None:
             parts = [(now, pages, "end")]

@@ -29,7 +29,8 @@ __all__ = ["Looks", "Program", "launch", "launch_helping"]
 SPARE = 1 << 31
 
 
-# Seconds of CPU time in which a program is loaded, and most interpreters are set up: CPython takes half of it.
+# Seconds of CPU time in which a program is loaded, and most interpreters are set up: CPython takes half of it. Where
+# that is over when the watch begins, a script is compiled and its first lines run in as many.
 MOMENT = 0.05
 
 
@@ -42,6 +43,8 @@ class Looks:
         The program.
     clock : callable, optional
         Seconds, never going back.
+    spent : float, default 0.0
+        CPU seconds that the process had used when the watch began.
 
     Notes
     -----
@@ -49,9 +52,10 @@ class Looks:
     What was written by the last look before that is the program's own.
     """
 
-    def __init__(self, process: Process, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, process: Process, clock: Callable[[], float] = time.monotonic, *, spent: float = 0.0) -> None:
         self._process = process
         self._clock = clock
+        self._spent = spent
         self._interpreter = Interpreter()
         self._kept: tuple[float, DirtyPages] | None = None
         # Called with the regions at each look: what is to be known before the program ends.
@@ -82,11 +86,10 @@ class Looks:
         return max(0.02, 50 * (time.thread_time() - began))
 
     def starting(self) -> bool:
-        """Whether the program is still being loaded, and its interpreter set up: neither ever sleeps, or takes long."""
+        """Whether the program still starts: is loaded, set up, compiled. That neither sleeps nor takes long."""
         pid = self._process.pid
         try:
-            # Time that a busy machine gave to others does not count: this is the process's own clock, by its number.
-            used = time.clock_gettime(~pid << 3 | 2)
+            used = _spent(pid) - self._spent
             state = (
                 Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
             )
@@ -130,7 +133,12 @@ class Program:
     """
 
     def __init__(
-        self, pid: int, process: Process | None, status: int | None, telling: socket.socket | None = None
+        self,
+        pid: int,
+        process: Process | None,
+        status: int | None,
+        telling: socket.socket | None = None,
+        spent: float = 0.0,
     ) -> None:
         # Where a program that helps says that its code has ended, and then waits for us.
         self._telling = telling
@@ -138,7 +146,7 @@ class Program:
         self.process: Process | None = process
         self._status = status
         self._watching = os.pidfd_open(pid) if status is None else -1
-        self.looks: Looks | None = Looks(process) if process is not None else None
+        self.looks: Looks | None = Looks(process, spent=spent) if process is not None else None
 
     def __enter__(self) -> Program:
         """Return itself."""
@@ -281,6 +289,7 @@ def launch(
         try:
             if before is not None:
                 before(process)
+            spent = _spent(pid) if begins else 0.0
             _remote.go(pid)
         except BaseException:
             process.close()
@@ -290,7 +299,7 @@ def launch(
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         raise
-    return Program(pid, process, None)
+    return Program(pid, process, None, spent=spent)
 
 
 def launch_helping(
@@ -364,9 +373,15 @@ def launch_helping(
         if before is not None:
             before(process)
         ours.setblocking(True)
+        spent = _spent(pid)
         ours.sendall(inside.GO)
         stack.pop_all()
-    return Program(pid, process, None, ours)
+    return Program(pid, process, None, ours, spent)
+
+
+def _spent(pid: int) -> float:
+    """CPU seconds of a process, by its own clock: time that a busy machine gave to others does not count."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def _kill(pid: int) -> None:

@@ -110,7 +110,7 @@ def meter(args: argparse.Namespace) -> int:
             )
             if sample.start < ends:
                 last.append(sample)
-            while last[0].end <= sample.end - max(args.window):
+            while last and last[0].end <= sample.end - max(args.window):
                 last.popleft()
             seconds = sample.end
         sets = {window: working_set(last, window) * trace.page_size for window in args.window}

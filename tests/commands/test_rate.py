@@ -84,6 +84,15 @@ def test_start_and_end_of_the_program_are_in_the_total_and_in_no_rate(tmp_path, 
     assert "its end, 250 ms, in neither of them" in text
 
 
+def test_a_trace_of_a_program_that_ran_for_no_time_has_no_rate(tmp_path, capsys):
+    with Recorder(tmp_path / "ended", 16) as recorder:
+        recorder.write(1.0, dl.DirtyPages.from_indices([1], 16))
+        recorder.program = (0.0, 0.0)
+    assert run("rate", tmp_path / "ended", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["bytes_per_second"], answer["end_bytes"]) == (0.0, 4096)
+
+
 def test_report_writes_its_page_next_to_the_trace(trace, capsys):
     assert run("report", trace) == 0
     page = trace.with_suffix(".html")

@@ -1,5 +1,6 @@
 """Traces: what is recorded comes back, whatever is damaged is refused, and migrations are reckoned from it."""
 
+import errno
 import json
 import threading
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 import dirtylog as dl
 from dirtylog.sinks.rate import RateMeter
 from dirtylog.sinks.trace import Recorder, Trace, TraceError, layout, record, replay, what_if
+from dirtylog.sinks.trace.parquet_pages import unpacked_sizes
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra: trace) is not installed")
@@ -182,6 +184,43 @@ def test_a_closed_trace_refuses(path):
         list(trace.epochs())
 
 
+def test_of_more_regions_than_a_trace_has_room_for_the_largest_are_named(path, monkeypatch):
+    monkeypatch.setattr(layout, "MAX_METADATA_BYTES", 2000)
+    sizes = [1 + 7 * i % 97 for i in range(200)]
+    with Recorder(path, NPAGES) as recorder:
+        recorder.write(1.0, pages([1, 2, 3]))
+        recorder.regions.update({f"region {i}": (5, size) for i, size in enumerate(sizes)})
+        recorder.about["missed"] = "a child; " * 10_000
+        monkeypatch.setattr("dirtylog.sinks.trace.recorder.LONGEST", 100)
+    with Trace(path) as trace:
+        assert 20 < len(trace.regions) < 100
+        assert all(trace.regions[f"region {i}"] == (5, size) for i, size in enumerate(sizes) if size > 90)
+        assert trace.about["missed"] == ("a child; " * 100)[:100] + " ..."
+        assert trace.length == 1
+
+
+def test_a_recorder_on_a_full_disk_leaves_nothing(path):
+    class Full:
+        """A writer that cannot even end."""
+
+        def __init__(self, writer):
+            self.writer = writer
+
+        def write_table(self, *_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            self.writer.close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    recorder = Recorder(path, NPAGES)
+    recorder._writer = Full(recorder._writer)
+    recorder.write(1.0, pages([1]))
+    with pytest.raises(OSError, match="No space"):
+        recorder.close()
+    assert list(path.parent.iterdir()) == []
+
+
 # ---- files from elsewhere ----------------------------------------------------------------------
 
 GOOD_HEADER = {"version": 1, "npages": NPAGES, "page_size": 4096, "epochs": 2, "regions": {}}
@@ -226,6 +265,7 @@ def test_the_forged_trace_is_good_where_nothing_is_changed(path):
         ("header cannot be read", {"program": [1.0]}),
         ("program ran from 2", {"program": [2.0, 1.0]}),
         ("program ran from nan", {"program": [float("nan"), 1.0]}),
+        ("header cannot be read", {"program": [0, 10**400]}),
         ("header cannot be read", {"raw": b"{"}),
         ("header cannot be read", {"raw": b"[" * 100_000}),
         ("not marked as a trace", {"raw": b""}),
@@ -293,6 +333,12 @@ def test_a_page_that_unpacks_to_more_than_the_footer_says_is_refused_before_it_i
     assert pq.read_metadata(path).num_rows == 1000
     with pytest.raises(TraceError, match="unpack to more than"):
         Trace(path)
+
+
+def test_a_page_header_that_is_nested_without_end_is_refused(path):
+    path.write_bytes(b"\x19" * 60_000)  # a list of one list of one list ...
+    with path.open("rb") as file, pytest.raises(ValueError, match="nested deeper"):
+        list(unpacked_sizes(file.fileno(), 0, 60_000))
 
 
 def varint(value, length):

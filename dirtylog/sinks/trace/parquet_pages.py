@@ -43,6 +43,8 @@ class _Cursor:
         return (value >> 1) ^ -(value & 1)
 
     def skip(self, kind: int, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
         if kind in _BOOLEANS:
             return
         if kind == _BYTE:
@@ -69,8 +71,6 @@ class _Cursor:
 
     def struct(self, depth: int = 0) -> dict[int, int]:
         """Go through a structure; return its numbers by field id."""
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {_MAX_DEPTH}")
         numbers: dict[int, int] = {}
         field = 0
         while (head := self.byte()) != 0:

@@ -153,7 +153,7 @@ class Trace:
             # Traces of before have none.
             about = {str(key): str(value) for key, value in header.get("about", {}).items()}
             begins, ends = map(float, header.get("program", (0.0, math.inf)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise self._error(f"its header cannot be read ({type(error).__name__}: {error})") from error
         if version != layout.FORMAT_VERSION:
             raise self._error(f"it is of version {version!r}; this dirtylog reads version {layout.FORMAT_VERSION}")

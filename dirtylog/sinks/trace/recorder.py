@@ -25,6 +25,9 @@ from dirtylog.sinks.trace.layout import parquet_module
 
 __all__ = ["Recorder", "record"]
 
+# Characters of what a reader should know, each.
+LONGEST = 10_000
+
 
 def _sync(path: Path) -> None:
     """Put a file on the disk."""
@@ -51,10 +54,11 @@ class Recorder:
     Attributes
     ----------
     regions : dict of str to (first, count)
-        Names for ranges of pages, to fill in before the trace is complete.
+        Names for ranges of pages, to fill in before the trace is complete. A trace has
+        room for some ten thousand; of more, the largest are kept.
     about : dict of str to str
         What a reader should know: ``command``, ``started``, ``machine``. To fill in
-        before the trace is complete.
+        before the trace is complete; at most 10 000 characters each.
     program : (float, float)
         From when to when the program's own code ran, in seconds since the recording
         began: what is before that or after is its start and its end, and in no rate. To fill
@@ -177,16 +181,7 @@ class Recorder:
             raise ValueError("this recorder belongs to the parent process; its fork's child makes one of its own")
         try:
             self._flush()
-            header = {
-                "version": layout.FORMAT_VERSION,
-                "npages": self.npages,
-                "page_size": self.page_size,
-                "epochs": self.epochs,
-                "regions": self.regions,
-                "about": self.about,
-                **({"program": self.program} if self.program is not None else {}),
-            }
-            self._writer.add_key_value_metadata({layout.METADATA_KEY.decode(): json.dumps(header)})
+            self._writer.add_key_value_metadata({layout.METADATA_KEY.decode(): self._header()})
             self._writer.close()
             self._writer = None
             # Contents before the name, and the name before anybody is told: after a power cut there is the old trace
@@ -198,6 +193,31 @@ class Recorder:
             self.abort()
             raise
 
+    def _header(self) -> str:
+        """Return what the file says of itself: with the names of the largest regions, if all are more than is read."""
+        about = {key: value if len(value) <= LONGEST else f"{value[:LONGEST]} ..." for key, value in self.about.items()}
+        header = {
+            "version": layout.FORMAT_VERSION,
+            "npages": self.npages,
+            "page_size": self.page_size,
+            "epochs": self.epochs,
+            "regions": self.regions,
+            "about": about,
+            **({"program": self.program} if self.program is not None else {}),
+        }
+        text = json.dumps(header)
+        if len(text) <= layout.MAX_METADATA_BYTES:
+            return text
+        room = layout.MAX_METADATA_BYTES - len(json.dumps({**header, "regions": {}}))
+        named = set()
+        for name, place in sorted(self.regions.items(), key=lambda item: -item[1][1]):
+            room -= len(json.dumps({name: place}))
+            if room < 0:
+                break
+            named.add(name)
+        header["regions"] = {name: place for name, place in self.regions.items() if name in named}
+        return json.dumps(header)
+
     def abort(self) -> None:
         """Give up: remove what was written, and leave a file of that name as it was."""
         writer, self._writer = self._writer, None
@@ -206,9 +226,12 @@ class Recorder:
             if writer is not None:
                 writer.is_open = False
             return
-        if writer is not None:
-            writer.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            if writer is not None:
+                with suppress(Exception):  # of a full disk, say: nobody wants what it would write any more
+                    writer.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         """Return itself."""

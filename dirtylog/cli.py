@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import TextIO
 
 import dirtylog
 from dirtylog.commands._refusal import Misunderstood
@@ -53,6 +55,16 @@ def _complain(text: str) -> None:
     from dirtylog.commands._terminal import printable
 
     print(f"dirtylog: {printable(text, keep=chr(10))}", file=sys.stderr)
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Tell whether a stream is a pipe whose reader has gone."""
+    try:
+        waiting = select.poll()
+        waiting.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in waiting.poll(0))
+    except (OSError, ValueError):
+        return False
 
 
 def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
@@ -104,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAILED
         code: int = args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _nobody_reads(sys.stdout):
+            _complain(str(error))  # a line to somebody else
+            return FAILED
         # The reader (head, less) has seen enough. What is still buffered has
         # nowhere to go: without this, the interpreter would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -102,13 +102,16 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
     try:
         from rich.console import Console
+        from rich.text import Text
 
-        made = table(title, columns, rows, left)
+        made = table("", columns, rows, left)
     except ImportError:
         print(plain_table(title, columns, rows, left))
         return
     # A file or a pipe has no width: what fits a usual window is wide enough, and cells are not cut.
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 110)
+    # Not the table's own title, which is wrapped at the table's width: a path is to be copied.
+    console.print(Text(title, "bold"), soft_wrap=True)
     console.print(made)
 
 
@@ -121,7 +124,7 @@ def table(
     from rich.text import Text
 
     made = Table(
-        title=Text(title),
+        title=Text(title) if title else None,
         title_justify="left",
         title_style="bold",
         header_style="bold cyan",

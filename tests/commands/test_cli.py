@@ -261,6 +261,16 @@ def test_a_reader_that_leaves_early_is_no_traceback():
         assert process.wait() == cli.FAILED
 
 
+def test_a_line_to_somebody_else_that_breaks_is_said(capsys, monkeypatch):
+    def breaks(args):
+        raise BrokenPipeError(32, "Broken pipe", "/run/qmp")
+
+    monkeypatch.setattr(info, "run", breaks)
+    code, _, complaint = run(capsys, "info")
+    assert code == cli.FAILED
+    assert complaint == "dirtylog: [Errno 32] Broken pipe: '/run/qmp'\n"
+
+
 def test_a_closed_output_is_a_line_and_not_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["info"]) == cli.FAILED

@@ -1,8 +1,9 @@
 """A million writes of another process, each by its value: none is missed, and hardly a page too many is reported.
 
-Threads write while the process is harvested again and again, mappings come, grow, move and go, and children are forked.
-At the end of each round the threads wait: then a copy that was kept right by the harvests alone is compared with the
-memory, word by word.
+Threads write while the process is harvested again and again, mappings come, grow, move and go, and children are forked
+and execute something. At the end of each round the threads wait: then a copy that was kept right by the harvests alone
+is compared with the memory, word by word. Now and then the program executes itself in the middle of a round: who
+attached to it is told so, and who started it goes on.
 """
 
 import mmap
@@ -11,24 +12,72 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dirtylog as dl
+from dirtylog.sources.process.launch import launch
 
 from ..sources.test_process import PAGE, attach
 
 pytestmark = pytest.mark.stress
 HERE = Path(__file__).parent
 COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
-PAGES, THREADS, ROUNDS, EACH = 4096, 4, 100, 2500
+PAGES, THREADS, LIVES, ROUNDS, EACH = 4096, 4, 4, 25, 2500
+
+
+class Talk:
+    """A program that writes in rounds: what it is told, what it answers, which pages it says it wrote."""
+
+    def __init__(self, stack, words):
+        theirs, self.orders = os.pipe()
+        self.answers, theirs_out = os.pipe()
+        marks = os.memfd_create("marks")
+        os.truncate(marks, PAGES)
+        self.marks = stack.enter_context(mmap.mmap(marks, PAGES))
+        self.theirs = theirs, theirs_out, marks
+        for descriptor in self.theirs:
+            os.set_inheritable(descriptor, True)
+        # As descriptors 0, 1 and 3, whatever their numbers are here.
+        places = f"<&{theirs} >&{theirs_out} 3<>/proc/self/fd/{marks}"
+        self.command = ["sh", "-c", f'exec "$@" {places}', "sh", *map(str, words), str(EACH)]
+        stack.callback(os.close, self.answers)
+        stack.callback(self.end)
+
+    def begun(self):
+        for descriptor in self.theirs:
+            os.close(descriptor)
+        self.theirs = ()
+
+    def end(self):
+        self.begun()
+        if self.orders >= 0:
+            os.close(self.orders)
+            self.orders = -1
+
+    def tell(self, order):
+        os.write(self.orders, f"{order}\n".encode())
+
+    def answer(self, meanwhile=lambda: None):
+        """The next line, and what is done as long as there is none."""
+        os.set_blocking(self.answers, False)
+        said = b""
+        while not said.endswith(b"\n"):
+            try:
+                part = os.read(self.answers, 100)
+                assert part, "the program has ended"
+                said += part
+            except BlockingIOError:
+                meanwhile()
+        return said.decode().strip()
 
 
 @pytest.fixture(params=["c", "python"])
-def program(request, tmp_path):
-    """A program that writes in rounds, where its mapping is, and which pages of it were written."""
+def talk(request, tmp_path):
+    """A program that writes in rounds, not started yet."""
     if request.param == "c":
         if shutil.which(COMPILER) is None:
             pytest.skip(f"no C compiler: {COMPILER} is not on PATH")
@@ -36,63 +85,118 @@ def program(request, tmp_path):
         subprocess.run([COMPILER, "-O2", "-pthread", HERE / "writes.c", "-o", words[0]], check=True)
     else:
         words = [sys.executable, "-W", "ignore", HERE / "writes.py"]
-    descriptor = os.memfd_create("marks")
-    os.truncate(descriptor, PAGES)
-    with mmap.mmap(descriptor, PAGES) as marks:
-        # As descriptor 3, whatever its number is here.
-        command = ["sh", "-c", f'exec "$@" 3<>/proc/self/fd/{descriptor}', "sh", *map(str, words), str(EACH)]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[descriptor], bufsize=0
-        ) as process:
-            os.close(descriptor)
-            yield process, int(process.stdout.readline()), marks
-            process.stdin.close()
+    with ExitStack() as stack:
+        yield Talk(stack, words)
 
 
-def test_a_million_writes_are_seen_by_their_values(program, stress):
-    program, address, marks = program
-    over_reported = written = harvests = 0
-    with attach(program.pid, select=lambda area: area.kind == "anonymous", spare=1 << 14) as process:
+def anonymous(area):
+    return area.kind == "anonymous"
+
+
+def harvest_for_ever(process):
+    while True:
+        process.harvest()
+
+
+class Oracle:
+    """A copy of the anonymous memory, kept right by the harvests alone."""
+
+    def __init__(self, process, talk, address):
+        self.process, self.talk = process, talk
         first = next(
             region.first_page + (address - region.start) // PAGE
             for region in process.regions
-            if region.start <= address < region.end
+            if region.start <= address < region.end and region.kind == "anonymous"
         )
-        steady = dl.DirtyPages.from_runs([[first, PAGES]], process.npages)
-        copy = np.zeros((process.npages, PAGE), np.uint8)
+        self.first = first
+        self.steady = dl.DirtyPages.from_runs([[first, PAGES]], process.npages)
+        self.copy = np.zeros((process.npages, PAGE), np.uint8)
+        self.over_reported = self.written = self.harvests = 0
+        self.begin()
+        self.harvest()
+        self.take(self.everything())
 
-        def everything():
-            runs = sorted([region.first_page, region.npages] for region in process.regions)
-            return dl.DirtyPages.from_runs(runs, process.npages)
+    def everything(self):
+        runs = sorted([each.first_page, each.npages] for each in self.process.regions if each.kind == "anonymous")
+        return dl.DirtyPages.from_runs(runs, self.process.npages)
 
-        def take(pages):
-            copy[pages.indices()] = process.read(pages)
-            return pages
+    def take(self, pages):
+        self.copy[pages.indices()] = self.process.read(pages)
 
-        process.harvest()
-        take(everything())
-        for _ in range(ROUNDS):
-            marks[:] = bytes(PAGES)
-            program.stdin.write(b"go\n")
-            os.set_blocking(program.stdout.fileno(), False)
-            reported = dl.DirtyPages._empty(process.npages)
-            said = None
-            while not said:
-                said = program.stdout.read(100)
-                reported |= take(process.harvest())
-                harvests += 1
-            assert said == b"over\n"
-            os.set_blocking(program.stdout.fileno(), True)
-            reported |= take(process.harvest())
-            memory = process.read(everything())
-            stale = np.flatnonzero((copy[everything().indices()] != memory).any(axis=1))
-            assert not stale.size, f"{stale.size} pages were written and not reported, the first {stale[0]}"
-            wrote = np.flatnonzero(np.frombuffer(bytes(marks), np.uint8))
-            found = (reported & steady).indices() - first
-            assert np.isin(wrote, found).all()
-            over_reported += len(found) - len(wrote)
-            written += len(wrote)
-    assert over_reported <= written / 100
-    assert harvests > ROUNDS
-    stress.count("writes of another process", ROUNDS * THREADS * EACH)
-    stress.count("harvests meanwhile", harvests)
+    def begin(self):
+        self.talk.marks[:] = bytes(PAGES)
+        self.reported = dl.DirtyPages._empty(self.process.npages)
+
+    def harvest(self):
+        dirty = self.process.harvest()
+        self.reported |= dirty
+        self.harvests += 1
+        return dirty
+
+    def take_harvest(self):
+        self.take(self.harvest() & self.everything())
+
+    def marked(self):
+        """Pages that the program says it wrote, and those of the same mapping that were reported."""
+        wrote = np.flatnonzero(np.frombuffer(bytes(self.talk.marks), np.uint8))
+        found = (self.reported & self.steady).indices() - self.first
+        missed = np.setdiff1d(wrote, found)
+        assert not missed.size, f"{missed.size} pages were written and not reported, the first {missed[0]}"
+        return wrote, found
+
+    def round(self):
+        self.begin()
+        self.talk.tell("go")
+        assert self.talk.answer(self.take_harvest) == "over"
+        self.take_harvest()
+        everything = self.everything()
+        stale = np.flatnonzero((self.copy[everything.indices()] != self.process.read(everything)).any(axis=1))
+        assert not stale.size, f"{stale.size} pages are not what the harvests said, the first {stale[0]}"
+        wrote, found = self.marked()
+        self.over_reported += len(found) - len(wrote)
+        self.written += len(wrote)
+
+    def end(self, stress):
+        assert self.over_reported <= self.written / 100
+        assert self.harvests > ROUNDS
+        stress.count("writes of another process", ROUNDS * THREADS * EACH)
+        stress.count("harvests meanwhile", self.harvests)
+
+
+def test_a_million_writes_are_seen_by_their_values(talk, stress):
+    with subprocess.Popen(talk.command, pass_fds=talk.theirs) as program:
+        talk.begun()
+        for _ in range(LIVES):
+            address = int(talk.answer())
+            with attach(program.pid, select=anonymous, spare=1 << 14) as process:
+                oracle = Oracle(process, talk, address)
+                for _ in range(ROUNDS):
+                    oracle.round()
+                talk.tell("exec")
+                with pytest.raises(dl.DirtyLogError, match="has executed another program"):
+                    harvest_for_ever(process)
+            oracle.end(stress)
+        talk.end()
+
+
+def test_a_million_writes_of_a_program_that_was_started_are_seen_also_before_each_exec(talk, stress):
+    try:
+        program = launch(talk.command, select=anonymous)
+    except dl.BackendUnavailable as missing:
+        pytest.skip(str(missing))
+    with program:
+        talk.begun()
+        address = int(talk.answer(program.process.harvest))
+        for _ in range(LIVES):
+            oracle = Oracle(program.process, talk, address)
+            for _ in range(ROUNDS):
+                oracle.round()
+            oracle.begin()
+            talk.tell("exec")
+            # What it wrote last is taken with the memory that is gone.
+            address = int(talk.answer(oracle.harvest))
+            oracle.harvest()
+            oracle.marked()
+            oracle.end(stress)
+        talk.end()
+        assert program.wait(60)

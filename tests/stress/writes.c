@@ -1,7 +1,8 @@
 /* A program that writes known values: several threads into one mapping, and others that come, grow, move and go.
  *
  * A line on standard input is one round; one on standard output says that it is over, and that all threads wait. Which
- * pages of the mapping were written is marked in the file descriptor 3, one byte each.
+ * pages of the mapping were written is marked in the file descriptor 3, one byte each. After "exec", it becomes itself
+ * again in the middle of a round.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -109,8 +110,14 @@ int main(int argc, char **argv)
 
         pthread_barrier_wait(&begin);
         churn(&state);
+        if (line[0] == 'e') {
+            execv("/proc/self/exe", argv);
+            abort();
+        }
         if (round % 8 == 0 && (child = fork()) == 0) {
             memset(memory, 2, (size_t)PAGES * PAGE); /* its own copies */
+            if (round % 16 == 0)
+                execl("/bin/true", "true", NULL);
             _exit(0);
         }
         pthread_barrier_wait(&end);

@@ -32,7 +32,7 @@ for number in range(THREADS):
     threading.Thread(target=writer, args=(number,), daemon=True).start()
 print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), flush=True)
 held, chance = {}, random.Random(99)
-for round_, _ in enumerate(sys.stdin):
+for round_, line in enumerate(sys.stdin):
     begin.wait()
     for _ in range(4):
         k = chance.randrange(8)
@@ -45,11 +45,15 @@ for round_, _ in enumerate(sys.stdin):
             continue
         for at in range(chance.randrange(7) * PAGE, len(held[k]), 7 * PAGE):
             held[k][at + chance.randrange(PAGE)] = chance.randrange(256)
+    if line.startswith("exec"):
+        os.execv(sys.executable, [sys.executable, "-W", "ignore", *sys.argv])
     end.wait()
     if round_ % 8 == 0:
         child = os.fork()
         if not child:
             memory[:] = b"\2" * len(memory)
+            if round_ % 16 == 0:
+                os.execv("/bin/true", ["true"])
             os._exit(0)
         os.waitpid(child, 0)
     print("over", flush=True)

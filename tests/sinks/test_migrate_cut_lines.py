@@ -182,10 +182,11 @@ class Guest:
         """Wait until it has written all of its pages again."""
         counter = self.memory.view("<u4")[PAGE // 4 :]
         before = int(counter[0])
-        while not self.running.stopping and int(counter[0]) < before + 2:
+        while self.running.is_alive() and not self.running.stopping and int(counter[0]) < before + 2:
             pass
 
     def pause(self):
+        self.during()
         self.running.stop()
 
 

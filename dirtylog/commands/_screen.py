@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import select
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from dirtylog.sources._ready import ready
 
 __all__ = ["keys_until", "raw_keys"]
 
@@ -40,8 +41,7 @@ def keys_until(moment: float, listening: bool) -> Iterator[str]:
         if not listening:
             time.sleep(left)
             return
-        ready, _, _ = select.select([sys.stdin], [], [], left)
-        if ready:
+        if ready([sys.stdin.fileno()], left):
             key = sys.stdin.read(1)
             if not key:
                 return

@@ -1,5 +1,6 @@
 """Attaching to another process: what it writes is seen, and it never notices."""
 
+import array
 import errno
 import mmap
 import os
@@ -18,7 +19,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
-from dirtylog.sources.process import _remote, attaching
+from dirtylog.sources.process import _remote, attaching, handover, inside
 from dirtylog.sources.process.members import children
 from dirtylog.sources.process.regions import mappings
 
@@ -625,6 +626,40 @@ def test_a_child_of_a_script_run_by_the_agent_leaves_the_socket_to_its_parent(tm
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stdout == "True\n", done.stderr
     assert not socket.exists()
+
+
+def test_what_is_handed_over_is_never_inherited_by_a_program_that_another_thread_starts():
+    import socket
+
+    inherited = []
+
+    class Looked(socket.socket):
+        """Looks at what came before anybody can change it."""
+
+        def recvmsg(self, *arguments):
+            data, ancillary, *rest = super().recvmsg(*arguments)
+            inherited.extend(os.get_inheritable(number) for number in array.array("i", ancillary[0][2]))
+            return data, ancillary, *rest
+
+    ours, theirs = socket.socketpair()
+    with theirs, Looked(fileno=ours.detach()) as looked:
+        try:
+            inside.send_descriptors(theirs)
+        except OSError as refused:
+            pytest.skip(f"this process gets no userfaultfd: {refused}")
+        for descriptor in handover.receive(looked, os.getpid()):
+            os.close(descriptor)
+    assert inherited == [False, False]
+
+
+def test_a_process_that_cannot_be_looked_at_is_not_called_gone(monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(OSError, match="Too many open files") as caught:
+        dl.attach(os.getppid())
+    assert not isinstance(caught.value, ProcessLookupError)
 
 
 def test_whoever_is_no_agent_is_refused(tmp_path, puppet):

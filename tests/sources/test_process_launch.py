@@ -1,10 +1,12 @@
 """A program that is started to be watched, and the children of one that is: all of it, to the end."""
 
+import errno
 import mmap
 import os
 import signal
 import subprocess
 import sys
+import threading
 from ast import literal_eval
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
+from dirtylog.sources.process import attaching
 from dirtylog.sources.process import launch as launching
 from dirtylog.sources.process.regions import THREAD_STACK, mappings
 
@@ -120,6 +123,39 @@ def test_nothing_is_left_when_the_watch_ends(told):
     told.program.process.close()
     assert not os.path.exists(f"/proc/{keeper}")
     assert told.do("1 + 1") == 2
+
+
+def test_a_program_is_waited_for_whatever_the_number_of_its_descriptor(many_open):
+    pid = os.posix_spawnp("true", ["true"], os.environ)
+    with launching.Program(pid, None, None) as program:
+        assert program.wait(60)
+        assert program.poll() == 0
+
+
+SPAWNS = """
+import os, sys
+given = [(os.POSIX_SPAWN_OPEN, 0, sys.argv[1], os.O_RDONLY, 0)]
+os.waitpid(os.posix_spawnp("true", ["true"], os.environ, file_actions=given), 0)
+print("went on")
+"""
+
+
+def test_a_program_that_does_not_stop_in_time_to_be_adopted_is_let_go(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with subprocess.Popen([sys.executable, "-c", SPAWNS, fifo], stdout=subprocess.PIPE, text=True) as process:
+        # Its child shares its memory, and opens the file before it is another program: until then nothing stops it.
+        state = Path(f"/proc/{process.pid}/stat")
+        while state.read_text().rpartition(")")[2].split()[0] != "D":
+            os.sched_yield()
+        with pytest.raises(OSError, match=r"waiting for the thread to stop|SEIZE") as caught:
+            attaching.adopt(process.pid, 0.01)
+        if caught.value.errno == errno.EPERM:
+            process.kill()
+            pytest.skip(f"a child may not be traced here: {caught.value}")
+        os.close(os.open(fifo, os.O_WRONLY))
+        assert process.communicate(timeout=60) == ("went on\n", None)
+    assert not [thread for thread in threading.enumerate() if thread.name == "dirtylog keeper" and thread.is_alive()]
 
 
 def test_a_program_that_cannot_be_executed_is_an_error_of_that_name():

@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import os
+import socket
+import threading
 from dataclasses import replace
 
 import pytest
@@ -64,6 +66,17 @@ def helper(tmp_path_factory):
         puppet.do(f"held.update(a=__import__('dirtylog.agent').agent.listen({path!r}))")
         puppet.do(f"exec({ARRAYS!r}, globals())")
         yield puppet, path
+
+
+def test_a_program_with_more_than_a_thousand_open_files_answers(many_open, monkeypatch):
+    monkeypatch.setattr(inside, "find_arrays", lambda: [("w", 0, MIB)])
+    ours, theirs = socket.socketpair()
+    with ours:
+        assert theirs.fileno() > 1023
+        answering = threading.Thread(target=inside.answer, args=(None, [theirs]), daemon=True)
+        answering.start()
+        assert Connection(ours, os.getpid(), timeout=60).arrays() == [("w", 0, MIB)]
+    answering.join()
 
 
 def test_the_program_names_its_arrays_wherever_they_are_held(helper):

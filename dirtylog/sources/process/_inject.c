@@ -214,7 +214,7 @@ static int borrow(struct dl_injection *in, uint64_t gadget, int pidfd)
         return -errno;
     error = dl_until_interrupted(in, deadline);
     if (error)
-        return error; /* when the tracer ends, the kernel lets the thread go */
+        return error; /* when the tracer, helper or thread, ends, the kernel lets the thread go */
     in->step = DL_INJECT_REGISTERS;
     if (dl_tracer(in, PTRACE_GETREGS, 0, &saved) < 0 || dl_tracer(in, PTRACE_GETSIGMASK, KERNEL_SIGSET_BYTES, &mask) < 0) {
         error = -errno;

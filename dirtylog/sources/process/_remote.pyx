@@ -167,12 +167,14 @@ def adopt(int pid, *, int patience_ms=1000):
     Returns
     -------
     descriptor, keeper : int
-        Ours. The keeper is a child of ours that never runs: end and wait for it.
+        Ours. The keeper is a child of ours that never runs: end and wait for it. It is
+        ended by the kernel when the calling thread ends.
 
     Raises
     ------
     OSError
-        As for :func:`inject`.
+        As for :func:`inject`. After ETIMEDOUT end the calling thread, so that the
+        child is not held when it stops later.
     """
     cdef dl_injection injection
 

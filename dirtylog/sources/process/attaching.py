@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sources._ready import ready
+from dirtylog.sources.process import _remote
 from dirtylog.sources.process._remote import Watch, inject
 from dirtylog.sources.process.handover import receive
-from dirtylog.sources.process.members import Member
+from dirtylog.sources.process.members import Member, end_keeper
 from dirtylog.sources.process.process import Process
 from dirtylog.sources.process.regions import Area, choose
 
 if TYPE_CHECKING:
     import socket
 
-__all__ = ["attach", "enter", "watch_of"]
+__all__ = ["adopt", "attach", "enter", "watch_of"]
 
 
 def _status(pid: int) -> dict[str, str]:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessLookupError(errno.ESRCH, f"there is no process {pid}") from error
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
@@ -263,6 +266,65 @@ def enter(
         descriptor, pagemap = receive(handover, pid)
         stopped = 0.0
     return Member(pid, watch_of(pid, descriptor, pagemap), pick, sparse=select in ("large", "all")), stopped
+
+
+def adopt(pid: int, patience: float = 1.0) -> tuple[int, int]:
+    """Get a userfaultfd of a child of ours, and a process that keeps its memory.
+
+    Parameters
+    ----------
+    pid : int
+        Started by this process.
+    patience : float
+        Seconds that it may take to stop.
+
+    Returns
+    -------
+    descriptor, keeper : int
+        Ours. The keeper is a child of ours that never runs: end and wait for it.
+
+    Raises
+    ------
+    OSError
+        ``strerror`` names the step and its answer. The child goes on as before.
+
+    Notes
+    -----
+    By a thread of its own, which ends with the keeper that it traces, or when nothing came of it: the kernel then lets
+    go of a child that was told to stop, and has not yet.
+    """
+    answer: Future[tuple[int, int]] = Future()
+
+    def trace() -> None:
+        try:
+            found = _remote.adopt(pid, patience_ms=int(patience * 1000))
+            try:
+                alive = os.pidfd_open(found[1])
+            except BaseException:
+                _give_back(*found)
+                raise
+        except BaseException as error:  # handed to who waits for it
+            answer.set_exception(error)
+            return
+        answer.set_result(found)
+        ready([alive])
+        os.close(alive)
+
+    def drop(late: Future[tuple[int, int]]) -> None:
+        if late.exception() is None:
+            _give_back(*late.result())
+
+    threading.Thread(target=trace, name="dirtylog keeper", daemon=True).start()
+    try:
+        return answer.result()
+    except BaseException:
+        answer.add_done_callback(drop)  # a signal handler raised, and nobody is there to take it
+        raise
+
+
+def _give_back(descriptor: int, keeper: int) -> None:
+    os.close(descriptor)
+    end_keeper(keeper)
 
 
 def watch_of(pid: int, descriptor: int, pagemap: int = -1) -> Watch:

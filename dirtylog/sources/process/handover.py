@@ -47,7 +47,7 @@ def receive(where: str | os.PathLike[str] | socket.socket, pid: int, timeout: fl
 def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int]:
     connection.settimeout(timeout)
     room = socket.CMSG_SPACE(2 * array.array("i").itemsize)
-    data, ancillary, _, _ = connection.recvmsg(GREETING.size, room, socket.MSG_WAITALL)
+    data, ancillary, _, _ = connection.recvmsg(GREETING.size, room, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -67,8 +67,6 @@ def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int
         # Who bound the socket before a fork is the peer then; the process itself says who it is.
         if pid not in (peer, claimed):
             raise DirtyLogError(f"the agent that answers is of process {claimed}, not of {pid}; attach to that one")
-        for descriptor in descriptors:
-            os.set_inheritable(descriptor, False)
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)

@@ -88,13 +88,15 @@ def answer(listener: socket.socket | None, connections: list[socket.socket]) -> 
     """Hand over to whoever connects, to this user and to root, and answer what connections ask, until both are gone."""
     owner = os.getpid()
     while os.getpid() == owner and (listener is not None or connections):
-        try:
-            asking, _, _ = select.select([*([listener] if listener else []), *connections], [], [])
-        except (OSError, ValueError):
-            if listener is None or listener.fileno() < 0:
-                return  # closed by the program
-            continue
-        for one in asking:
+        waiting = {one.fileno(): one for one in [*([listener] if listener else []), *connections]}
+        if -1 in waiting:
+            return  # closed by the program
+        # Not by select(), which refuses numbers above 1023: a program may have more files open than that.
+        poll = select.poll()
+        for number in waiting:
+            poll.register(number, select.POLLIN)
+        for number, _ in poll.poll():
+            one = waiting[number]
             if one is listener:
                 try:
                     connection, _ = listener.accept()

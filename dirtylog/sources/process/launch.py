@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import select as selecting
 import signal
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,11 +13,12 @@ from pathlib import Path
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
+from dirtylog.sources._ready import ready
 from dirtylog.sources.process import _remote, inside
-from dirtylog.sources.process.attaching import enter, watch_of
+from dirtylog.sources.process.attaching import adopt, enter, watch_of
 from dirtylog.sources.process.handover import receive
 from dirtylog.sources.process.interpreter import Interpreter
-from dirtylog.sources.process.members import Member
+from dirtylog.sources.process.members import Member, end_keeper
 from dirtylog.sources.process.process import Process
 from dirtylog.sources.process.regions import Area, Region, choose
 
@@ -194,12 +193,8 @@ class Program:
                         raise
                     return True  # killed, or another program by now, with nobody to keep its memory
                 left = min(left, nap)
-            watched: list[int | socket.socket] = [
-                self._watching,
-                *([self._telling] if self._telling is not None else []),
-            ]
-            ready = selecting.select(watched, [], [], max(0.0, min(left, threading.TIMEOUT_MAX)))[0]
-            if self._telling in ready:
+            telling = [self._telling.fileno()] if self._telling is not None else []
+            if not ready([self._watching, *telling], left).isdisjoint(telling):
                 return True
         return True
 
@@ -257,7 +252,7 @@ def launch(
 
     def again(pid: int) -> Member:
         try:
-            descriptor, keeper = _remote.adopt(pid)
+            descriptor, keeper = adopt(pid)
         except OSError:
             return child(pid)
         return _member(pid, descriptor, keeper, chosen)
@@ -399,6 +394,5 @@ def _member(pid: int, descriptor: int, keeper: int, select: str | Callable[[Area
         return Member(pid, watch, choose(keeper, select), sparse=True, keeper=keeper)
     except BaseException:
         watch.close()
-        os.kill(keeper, signal.SIGKILL)
-        os.waitpid(keeper, 0)
+        end_keeper(keeper)
         raise

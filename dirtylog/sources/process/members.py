@@ -14,7 +14,7 @@ import numpy.typing as npt
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch, same_memory
 from dirtylog.sources.process.regions import Area, parsed
 
-__all__ = ["Member", "alone", "children"]
+__all__ = ["Member", "alone", "children", "end_keeper"]
 
 # Of a pagemap entry, in Linux Documentation/admin-guide/mm/pagemap.rst.
 _EXCLUSIVE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (56, 62, 63))
@@ -88,10 +88,15 @@ class Member:
         keeper = self.keeper
         self.keeper = 0
         if keeper:
-            with suppress(ProcessLookupError):
-                os.kill(keeper, signal.SIGKILL)
-            with suppress(ChildProcessError):
-                os.waitpid(keeper, 0)
+            end_keeper(keeper)
+
+
+def end_keeper(keeper: int) -> None:
+    """End a process that keeps memory, and wait for it; of one that is gone, nothing is to be done."""
+    with suppress(ProcessLookupError):
+        os.kill(keeper, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(keeper, 0)
 
 
 def _layout(pid: int) -> bytes:

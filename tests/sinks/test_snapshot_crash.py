@@ -277,6 +277,25 @@ def test_a_writer_that_lives_is_not_cleared_away(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_part_file_that_cannot_be_removed_keeps_no_descriptor(tmp_path, monkeypatch):
+    writer = staged.Staged(str(tmp_path / "s"), 4096, sync=False, replace=False, mode=None)
+    descriptor = writer.descriptor
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", refused)
+        for _ in range(2):
+            with pytest.raises(PermissionError):
+                writer.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+    # It is still its to remove.
+    writer.close()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_writer_that_lives_in_another_process_is_not_cleared_away(tmp_path):
     program = (
         "import sys\nfrom dirtylog.sinks.snapshot import staged\n"

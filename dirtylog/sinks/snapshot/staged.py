@@ -293,15 +293,16 @@ class Staged:
         """Remove what was not published; does nothing a second time."""
         if self.closed:
             return
+        # First, and once: a part file that cannot be removed, now or ever, keeps no descriptor and no room.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
         # A child by fork has a copy of this object, and leaves the file to its parent.
         # After an interrupt in the middle of a rename the part file is simply not there any more.
         if not self.published and self.owner == os.getpid():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.part)
         self.closed = True
-        descriptor, self.descriptor = self.descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
 
     def __del__(self) -> None:
         """Remove what an interrupt kept :meth:`close` from removing."""

@@ -165,15 +165,28 @@ class _SnapshotFile(_Staged):
 
         from dirtylog.sinks.snapshot.chain import checked_path
 
-        super().__init__(checked_path(path), f"arriving-{secrets.token_hex(8)}")
+        # In a hidden directory: whoever lists, merges or prunes snapshots takes every one with a plain name.
+        super().__init__(checked_path(path), f".{{0}}.{secrets.token_hex(8)}.part/{{0}}")
         if not os.access(self.directory, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "the directory cannot be written", self.directory)
 
     def arrived(self, memory: Any) -> None:
         """Write it, durably."""
-        from dirtylog.sinks import snapshot
+        self._write(memory, self.state)
 
-        snapshot.save(self.part, memory, state=self.state)
+    def _write(self, memory: Any, state: Any) -> None:
+        from dirtylog.sinks import snapshot
+        from dirtylog.sinks._bytes.pageio import sync_directory
+
+        os.mkdir(os.path.dirname(self.part), 0o700)
+        snapshot.save(self.part, memory, state=state)
+        sync_directory(self.directory)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Remove what is of no use, or say where the memory is."""
+        super().__exit__(kind, error, traceback)
+        with suppress(OSError):  # it was not made, or keeps what is complete
+            os.rmdir(os.path.dirname(self.part))
 
 
 class _NextCheckpoint(_SnapshotFile):
@@ -187,12 +200,10 @@ class _NextCheckpoint(_SnapshotFile):
 
     def arrived(self, memory: Any) -> None:
         """Write it, durably, as what a Checkpoint would have written."""
-        from dirtylog.sinks import snapshot
         from dirtylog.sinks.checkpoint.directory import noted_for
 
         assert self.path is not None
-        arrays = arrays_of(memory) or {"memory": memory}
-        snapshot.save(self.part, arrays, state=noted_for(self.path, self.state))
+        self._write(arrays_of(memory) or {"memory": memory}, noted_for(self.path, self.state))
 
 
 def arrival_of(args: argparse.Namespace) -> Arrival:

@@ -419,6 +419,38 @@ def test_what_is_complete_and_was_not_told_to_run_is_kept_and_the_rest_is_not(tm
     assert kept in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("where", ["snapshot", "checkpoint"])
+def test_what_arrives_is_in_no_list_of_snapshots_before_it_has_the_right_to_run(tmp_path, where):
+    from dirtylog.commands._arrivals import _NextCheckpoint, _SnapshotFile
+    from dirtylog.sinks import snapshot
+
+    def arriving():
+        return _SnapshotFile(str(tmp_path / "here")) if where == "snapshot" else _NextCheckpoint(str(tmp_path))
+
+    memory = {"w": np.arange(1000)}
+    with arriving() as arrival:
+        arrival.arrived(memory)
+        assert snapshot.catalog(tmp_path) == []
+    assert os.listdir(tmp_path) == []
+    with arriving() as arrival:
+        arrival.arrived(memory)
+        arrival.start(memory)
+    assert [entry.path for entry in snapshot.catalog(tmp_path)] == [arrival.path]
+    assert len(os.listdir(tmp_path)) == 1
+    assert (snapshot.restore(arrival.path)["w"] == memory["w"]).all()
+
+    def unanswered(arrival):
+        with arrival:
+            arrival.arrived(memory)
+            raise MigrationError("the line is cut", uncertain=True)
+
+    os.unlink(arrival.path)
+    with pytest.raises(MigrationError) as caught:
+        unanswered(arriving())
+    kept = caught.value.__notes__[0].removeprefix("the memory is in ")
+    assert (snapshot.restore(kept)["w"] == memory["w"]).all()
+
+
 def test_a_file_that_finds_no_room_is_refused_before_a_page_is_sent(tmp_path):
     from dirtylog.commands._arrivals import OutFile
 

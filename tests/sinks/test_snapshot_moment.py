@@ -211,3 +211,58 @@ def test_a_checkpoint_lets_writers_go_on_once_the_moment_is_held(tmp_path, monke
         assert (w == 3).all()
         checkpoint.save()
     assert (dl.Checkpoint.load(tmp_path)["w"] == 3).all()
+
+
+@pytest.mark.parametrize("call", ["save", "update", "close"])
+def test_whoever_waits_for_the_end_of_a_save_does_not_hold_the_lock_of_writers_meanwhile(tmp_path, monkeypatch, call):
+    w = dl.zeros(100_000)
+    checkpoint = dl.Checkpoint(tmp_path, {"w": w}, sync=False, moment="fork")
+    taken, waits, written = threading.Event(), threading.Event(), threading.Event()
+    real = snapshot.save
+
+    def slowly(*arguments, progress, **options):
+        progress(0, 1)  # the child has the moment: writers go on
+        taken.set()
+        assert written.wait(60)
+        return real(*arguments, progress=progress, **options)
+
+    class Watched:
+        """The checkpoint's own lock; says that somebody waits for it."""
+
+        def __init__(self, lock):
+            self.lock = lock
+
+        def acquire(self, blocking=True):
+            return self.lock.acquire(blocking=False) or (blocking and self.wait())
+
+        def wait(self):
+            waits.set()
+            return self.lock.acquire()
+
+        def __enter__(self):
+            return self.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+
+        def release(self):
+            self.lock.release()
+
+    monkeypatch.setattr(checkpoint, "_saving", Watched(checkpoint._saving))
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot, "save", slowly)
+        first = threading.Thread(target=checkpoint.save)
+        first.start()
+        assert taken.wait(60)
+    arguments = [{"w": w}] if call == "update" else []
+    second = threading.Thread(target=getattr(checkpoint, call), args=arguments)
+    second.start()
+    assert waits.wait(60)
+    # Only now, and until it ends: whoever waits holds nothing that this thread needs.
+    if free := checkpoint.lock.acquire(timeout=10):
+        checkpoint.lock.release()
+    written.set()
+    first.join()
+    second.join()
+    checkpoint.close()
+    assert free

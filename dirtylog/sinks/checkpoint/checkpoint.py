@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -259,7 +259,7 @@ class Checkpoint:
         """
         if not isinstance(arrays, Mapping):
             raise ValueError("arrays must be a mapping of names to arrays")
-        with self.lock, self._saving:
+        with ExitStack() as locked, self._alone(locked):
             if self.closed:
                 raise ValueError("the checkpoint is closed")
             check_moment(self._moment, Space({**self._arrays, **arrays}, PAGE_SIZE))
@@ -273,11 +273,9 @@ class Checkpoint:
     def _run(self, every: float) -> None:
         while not self._ended.wait(every):
             try:
-                with ExitStack() as until_taken:
-                    until_taken.enter_context(self.lock)
-                    with self._saving:
-                        if not self._ended.is_set():
-                            self._save(None, None, until_taken)
+                with ExitStack() as until_taken, self._alone(until_taken):
+                    if not self._ended.is_set():
+                        self._save(None, None, until_taken)
             except Exception as error:
                 self._note(error)
 
@@ -306,6 +304,25 @@ class Checkpoint:
                     stacklevel=3,
                 )
 
+    @contextmanager
+    def _alone(self, locked: ExitStack) -> Iterator[None]:
+        """Hold `lock`, to be left with `locked`, and `_saving`; while another save writes, hold neither.
+
+        Otherwise writers would wait for all of that save, and not only for the moment of this one. Whoever holds `lock`
+        and saves makes them wait.
+        """
+        while True:
+            locked.enter_context(self.lock)
+            if self._saving.acquire(blocking=False):
+                break
+            locked.close()
+            with self._saving:  # until it ends
+                pass
+        try:
+            yield
+        finally:
+            self._saving.release()
+
     def save(self, *, step: int | None = None, state: object = None) -> Any:
         """Write what changed since the last checkpoint.
 
@@ -331,17 +348,15 @@ class Checkpoint:
         Exception
             What the background thread met since the last call.
         """
-        with ExitStack() as until_taken:
-            until_taken.enter_context(self.lock)
-            with self._saving:
-                if self.closed:
-                    raise ValueError("the checkpoint is closed")
-                self._raise_earlier()
-                self._check_bindings()
-                number = self._step + 1 if step is None else step
-                if not isinstance(number, int) or number < 0:
-                    raise ValueError(f"step is {step!r}; it must be a number from 0")
-                return self._save(number, state, until_taken)
+        with ExitStack() as until_taken, self._alone(until_taken):
+            if self.closed:
+                raise ValueError("the checkpoint is closed")
+            self._raise_earlier()
+            self._check_bindings()
+            number = self._step + 1 if step is None else step
+            if not isinstance(number, int) or number < 0:
+                raise ValueError(f"step is {step!r}; it must be a number from 0")
+            return self._save(number, state, until_taken)
 
     def _save(self, step: int | None, state: object, until_taken: ExitStack | None = None) -> Any:
         """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
@@ -354,7 +369,7 @@ class Checkpoint:
         self._ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with self.lock, self._saving:
+        with ExitStack() as locked, self._alone(locked):
             self._back.close()
             for held in self._held.values():
                 held.tracker.close()

@@ -1,6 +1,8 @@
-"""Targets: what comes from a socket: a migration, the answers of an NBD server, of a QMP monitor."""
+"""Targets: what comes from a socket: a migration, an NBD server, a QMP monitor, the front end of a device."""
 
 import json
+import mmap
+import os
 import socket
 import struct
 import zlib
@@ -12,9 +14,10 @@ from dirtylog.sinks.migrate import MigrationError, receive, sessions
 from dirtylog.sinks.migrate.payloads import HELLO, PAGES, RAW, ROUND, ZSTD
 from dirtylog.sinks.migrate.wire import HEADER_BYTES, VERSION, Kind
 from dirtylog.sources.qemu import NbdClient, PeerError, Qmp, QmpError
+from dirtylog.sources.vhost import MAX_PAYLOAD, MAX_REGIONS, VhostBackend, VhostRequest
 from fuzz.target import Target, Wrong
 
-__all__ = ["Migration", "Monitor", "Nbd"]
+__all__ = ["Device", "Migration", "Monitor", "Nbd"]
 
 LIMIT = 1 << 20
 _HEADER = struct.Struct("<4sBBHIQ")
@@ -187,3 +190,114 @@ class Monitor(Spoken):
         """Talk to it."""
         with self.there, Qmp(self.here, timeout=10) as qmp:
             return qmp.execute("query-commands"), qmp.wait("JOB_STATUS_CHANGE")
+
+
+class Device(Target):
+    """`VhostBackend`: messages of a front end with descriptors of every kind, and a queue that a guest fills.
+
+    An input is a list of records, each after a mark: a kind, a number, and a body. The number says which descriptors a
+    message carries, two bits each: none, the memory, a log, an eventfd; above 127, so many of the memory. Its version
+    and length are made to fit; what is sent raw is sent as it is, and ends the conversation.
+    """
+
+    name = "vhost"
+    refusals = (PeerError, OSError)
+    memory_bytes = 1 << 16
+    most_messages = 100
+    MARK = b"\xfe\xdc"
+    MESSAGE, STORE, RAW = 0, 1, 2
+
+    def seeds(self) -> Iterator[bytes]:
+        """Yield a device that is set up, does a request, and one more while its writes are logged."""
+
+        def record(kind: int, number: int, body: bytes) -> bytes:
+            return self.MARK + bytes([kind, number]) + body
+
+        def message(request: int, body: bytes = b"", descriptors: int = 0, flags: int = 1) -> bytes:
+            return record(self.MESSAGE, descriptors, struct.pack("<III", request, flags, len(body)) + body)
+
+        def store(at: int, data: bytes) -> bytes:
+            return record(self.STORE, 0, struct.pack("<H", at) + data)
+
+        table = struct.pack("<II4Q", 1, 0, 0, self.memory_bytes, 1 << 40, 0)
+        place = struct.pack("<IIQQQQ", 0, 1, (1 << 40) + 0x1000, (1 << 40) + 0x3000, (1 << 40) + 0x2000, 0x3000)
+        up = message(1) + message(15) + message(16, struct.pack("<Q", 0x20B)) + message(3) + message(17)
+        up += message(2, struct.pack("<Q", 1 << 30 | 1 << 32)) + message(5, table, 1)
+        up += message(8, struct.pack("<II", 0, 8)) + message(10, bytes(8)) + message(9, place)
+        up += message(13, bytes(8), 3) + message(12, bytes(8), 3) + message(18, struct.pack("<II", 0, 1), 0, 9)
+        chain = struct.pack("<QIHHQIHH", 0x4000, 16, 1, 1, 0x8000, 0x2345, 2, 0)
+        ask = store(0x1000, chain) + store(0x2004, bytes(2))
+        first, second = store(0x2002, b"\1\0"), store(0x2002, b"\2\0")
+        logged = message(6, struct.pack("<QQ", 64, 8), 2) + message(2, struct.pack("<Q", 1 << 26 | 1 << 30 | 1 << 32))
+        end = message(24, struct.pack("<III", 0, 4, 0) + bytes(4)) + message(11, bytes(8))
+        yield up + ask + first + message(3) + logged + second + message(7, b"", 3) + message(3) + end
+        yield up + record(self.RAW, 0, message(4)[4:]) + end
+
+    def prepare(self, data: bytes) -> bytes:
+        """Make a guest's memory, and take the input apart."""
+        pieces = [each for each in data.split(self.MARK)[: self.most_messages] if len(each) >= 2]
+        self.records = [(each[0] % 3, each[1], each[2:]) for each in pieces]
+        memory, log = os.memfd_create("guest"), os.memfd_create("log")
+        os.ftruncate(memory, self.memory_bytes)
+        os.ftruncate(log, 4096)
+        self.descriptors = [memory, log, os.eventfd(0)]
+        return data
+
+    def read(self, data: bytes) -> object:
+        """Say it all to a device that answers every request."""
+        here, there = socket.socketpair()
+        descriptors, memory = self.descriptors, self.descriptors[0]
+        requests = 0
+        refused: Exception | None = None
+
+        def device(request: VhostRequest) -> None:
+            nonlocal requests
+            requests += 1
+            request.read()
+            request.write(b"x" * request.room)
+            marked = backend.log if backend.logging else None
+            for address, length in request.writable if marked is not None else ():
+                pages = range(address // 4096, -(-(address + length) // 4096)) if length else ()
+                if not all(marked.is_dirty(page) for page in pages):
+                    raise Wrong(f"{length} bytes at {address} were written, and not marked")
+
+        def step() -> None:
+            nonlocal refused
+            try:
+                backend.step(device, 0)
+            except self.refusals as error:
+                refused = error  # read to its end; what comes next is another message
+
+        try:
+            with here, VhostBackend(there, config=b"conf", queues=2, timeout=10) as backend:
+                here.settimeout(10)
+                with mmap.mmap(memory, self.memory_bytes) as guest:
+                    for kind, number, body in self.records:
+                        if kind == self.STORE:
+                            at, content = int.from_bytes(body[:2], "little"), body[2:]
+                            content = content[: self.memory_bytes - at]
+                            guest[at : at + len(content)] = content
+                            step()
+                            continue
+                        if kind == self.RAW:
+                            here.sendall(body)
+                            here.shutdown(socket.SHUT_WR)
+                            while backend.step(device, 0):
+                                pass
+                            break
+                        carried = [descriptors[(number >> shift & 3) - 1] for shift in (0, 2, 4) if number >> shift & 3]
+                        if number > 127:
+                            carried = [memory] * (number - 127)
+                        # Whole: it would wait for the rest of one that is not. Its answers find room.
+                        request, flags = struct.unpack("<II", body[:8].ljust(8, b"\0"))
+                        header = struct.pack("<III", request, flags & ~3 | 1, len(body[12:]))
+                        socket.send_fds(here, [header + body[12:]], carried)
+                        step()
+                        if len(carried) > MAX_REGIONS or len(body) > 12 + MAX_PAYLOAD:
+                            break  # refused before its body is read
+        finally:
+            for each in descriptors:
+                os.close(each)
+        if refused is not None:
+            raise refused
+        return requests

@@ -114,6 +114,29 @@ cdef class Owed:
         dl_exchange(&self.state, 0)
         take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
 
+    def forget_pages(self, DirtyPages cleared not None):
+        """Owe these pages no longer: the caller knows them. What else is owed stays so.
+
+        Parameters
+        ----------
+        cleared : DirtyPages
+            Pages of the source.
+
+        Raises
+        ------
+        ValueError
+            They are of another number or size of pages.
+        """
+        cdef DirtyPages rest
+        self.check(cleared)
+        if not dl_load_acquire(&self.state):
+            return
+        rest = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
+        try:
+            rest = rest - cleared
+        finally:
+            self.note(rest, 0)
+
     def take(self, source, *arguments, warn=None, failure=None):
         """Call `source`, and return its pages with all that is owed.
 

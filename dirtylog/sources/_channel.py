@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 
 from dirtylog.errors import DirtyLogError
 
-__all__ = ["Address", "Channel", "PeerError"]
+__all__ = ["Address", "Channel", "PeerError", "receive_with"]
 
 Address = str | os.PathLike[str] | tuple[str, int] | socket.socket
 
@@ -43,6 +44,29 @@ def _connected(address: Address, timeout: float) -> socket.socket:
     return connection
 
 
+def receive_with(
+    connection: socket.socket, most: int, descriptors: int, flags: int = 0
+) -> tuple[bytes, list[int], bool]:
+    """Receive bytes, and the descriptors that come with them, which no other program inherits.
+
+    Returns
+    -------
+    data : bytes
+        At most so many; none if the other end has hung up.
+    received : list of int
+        At most so many; the caller's.
+    all_of_them : bool
+        Whether no more came: those are lost.
+    """
+    numbers = array.array("i")
+    room = socket.CMSG_SPACE(descriptors * numbers.itemsize)
+    data, ancillary, told, _ = connection.recvmsg(most, room, flags | socket.MSG_CMSG_CLOEXEC)
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+    return data, list(numbers), not told & socket.MSG_CTRUNC
+
+
 class Channel:
     """Bytes to and from one peer.
 
@@ -69,6 +93,26 @@ class Channel:
         """Begin an exchange: what is sent and received in the block shares one deadline."""
         self._end = time.monotonic() + (self.timeout if timeout is None else timeout)
         yield
+
+    def first(self, most: int, descriptors: int) -> tuple[bytes, list[int]]:
+        """Wait, for as long as it takes, for what begins an exchange; no bytes if the other end has hung up.
+
+        Raises
+        ------
+        PeerError
+            More descriptors came than may come.
+        """
+        self._socket.settimeout(None)
+        data, received, all_of_them = receive_with(self._socket, most, descriptors)
+        if len(received) > descriptors or not all_of_them:
+            for each in received:
+                os.close(each)
+            raise PeerError(f"{self.peer} sent more descriptors than the {descriptors} that a message may carry")
+        return data, received
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, to wait for what begins an exchange."""
+        return self._socket.fileno()
 
     def _patience(self) -> float:
         left = self._end - time.monotonic()

@@ -109,6 +109,7 @@ struct dl_mmu {
     struct dl_arch_hooks hooks;
     int pml;
     int huge_split;
+    struct dl_memslot *leaving; /* on the move: in no table, and its marks are still to come; under mmu_lock */
 };
 
 /* ---- locks ---------------------------------------------------------------- */

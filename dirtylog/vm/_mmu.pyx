@@ -2,8 +2,8 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """The machine below the facade: locks, page tables, TLBs and the vCPUs' stores, without the GIL.
 
-Methods that name a memslot want ``slots_lock`` held by the calling thread and
-say so when it is not: that is what keeps a slot from being freed under them.
+Methods that name a memslot require ``slots_lock`` to be held by the calling thread,
+and say so when it is not: that is what keeps a slot from being freed under them.
 """
 
 import errno
@@ -210,6 +210,7 @@ cdef class Mmu:
         cdef dl_memslot *fresh
         cdef int error
         self.check_slots_lock()
+        array = np.asarray(memory)
         with nogil:
             fresh = dl_slot_new(&self.mmu, slot, base_gfn, npages, &memory[0])
             error = -ENOMEM if fresh == NULL else 0
@@ -220,7 +221,7 @@ cdef class Mmu:
                     dl_log_fill(fresh)
         if not error:
             # Before vCPUs see the slot, so that an interrupt leaves nothing dangling.
-            self.memories[slot] = np.asarray(memory)
+            self.memories[slot] = array
             with nogil:
                 error = dl_mmu_add(&self.mmu, fresh)
         if error:
@@ -247,8 +248,11 @@ cdef class Mmu:
         if error:
             raise failed(error, f"slot {slot}")
 
-    def start_log(self, uint32_t slot, bint all_set=False):
-        """Switch a slot's log on; under ``mmu_lock``. Unless all pages are set, protection and flush follow."""
+    def start_log(self, uint32_t slot, bint all_set=False, list started=None):
+        """Switch a slot's log on; under ``mmu_lock``. Unless all pages are set, protection and flush follow.
+
+        The first item of `started` becomes True, before any signal handler runs.
+        """
         cdef dl_memslot *found = self.slot(slot)
         if not self.mmu_lock.held:
             raise RuntimeError("mmu_lock is not held by this thread: use `with vm.mmu_lock:`")
@@ -257,6 +261,8 @@ cdef class Mmu:
         if all_set:
             dl_log_fill(found)
         found.logging = 1
+        if started is not None:
+            started[0] = True
 
     def stop_log(self, uint32_t slot):
         """Switch a slot's log off and free it; under ``mmu_lock``."""

@@ -64,7 +64,7 @@ static inline int dl_pml_log(struct dl_vcpu *vcpu, uint64_t *pte, uint64_t gfn)
 }
 
 /* Mark what one vCPU noted; its guest lock is held. `leaving` is a slot that is
- * no longer in the table and still wants its marks. */
+ * no longer in the table and must get its marks all the same. */
 static inline void dl_pml_drain(struct dl_mmu *mmu, struct dl_vcpu *vcpu, struct dl_memslot *leaving)
 {
     for (uint32_t i = 0; i < vcpu->pml_count; i++) {
@@ -78,14 +78,14 @@ static inline void dl_pml_drain(struct dl_mmu *mmu, struct dl_vcpu *vcpu, struct
 }
 
 /* A full buffer makes the vCPU leave guest mode and empty it. mmu_lock: the log
- * of a slot may be going away. */
+ * of a slot may be going away, or the slot on the move. */
 static inline int dl_pml_full(struct dl_mmu *mmu, struct dl_vcpu *vcpu)
 {
     int error = dl_lock_acquire(mmu->mmu_lock);
     if (error)
         return error;
     pthread_mutex_lock(&vcpu->guest);
-    dl_pml_drain(mmu, vcpu, NULL);
+    dl_pml_drain(mmu, vcpu, mmu->leaving);
     dl_guest_leave(vcpu);
     dl_lock_release(mmu->mmu_lock);
     return 0;

@@ -143,9 +143,21 @@ static inline int dl_mmu_remove(struct dl_mmu *mmu, struct dl_memslot *slot)
     return error;
 }
 
+/* Which slot is on the move, for a vCPU whose buffer fills up meanwhile. */
+static inline int dl_set_leaving(struct dl_mmu *mmu, struct dl_memslot *slot)
+{
+    int error = dl_lock_acquire(mmu->mmu_lock);
+    if (error)
+        return error;
+    mmu->leaving = slot;
+    dl_lock_release(mmu->mmu_lock);
+    return 0;
+}
+
 /* The slot leaves its place, what the hardware knows about it is collected, and
  * it comes back elsewhere with the same log. A vCPU that meets the gap waits
- * for slots_lock: see dl_backed_after_update(). */
+ * for slots_lock: see dl_backed_after_update(). What it noted of the slot before
+ * may be marked in the gap, by itself: see dl_pml_full(). */
 static inline int dl_mmu_move(struct dl_mmu *mmu, struct dl_memslot *slot, uint64_t base_gfn)
 {
     struct dl_memslot *moved = dl_slot_new(mmu, slot->id, base_gfn, slot->npages, slot->host);
@@ -157,13 +169,20 @@ static inline int dl_mmu_move(struct dl_mmu *mmu, struct dl_memslot *slot, uint6
     }
     error = mmu->dirtying == DL_BY_VM_LOG ? dl_vm_log_grow(mmu, base_gfn + slot->npages) : 0;
     if (!error)
+        error = dl_set_leaving(mmu, slot);
+    if (!error) {
         error = dl_table_change(mmu, slot, NULL);
+        if (error)
+            dl_set_leaving(mmu, NULL);
+    }
     if (error) {
         free(table);
         dl_slot_free(moved);
         return error;
     }
     dl_sync(mmu, slot, !slot->logging);
+    /* Every buffer has been emptied since the slot left the table, and nothing of it comes into one any more. */
+    dl_set_leaving(mmu, NULL);
     moved->log = slot->log;
     moved->words_mapped = slot->words_mapped;
     moved->summary_mapped = slot->summary_mapped;

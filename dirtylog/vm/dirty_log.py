@@ -82,7 +82,7 @@ def get_dirty_log(vm: VM, slot: int, out: object = None) -> DirtyPages:
         words = None if out is None else check_out(slot, out, npages)
         vm.arch.sync_dirty_log(vm, slot)
         if vm.manual_protect:
-            pages = vm.mmu.report(slot)
+            pages = vm.owed_by(slot, npages).peek(vm.mmu.report(slot))
             if words is not None:
                 words[:] = pages.words
             return pages
@@ -113,11 +113,14 @@ def peek(vm: VM, slot: int) -> DirtyPages:
         return vm.owed_by(slot, npages).peek(vm.mmu.peek(slot))
 
 
-def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: DirtyPages) -> None:
+def clear_dirty_log(
+    vm: VM, slot: int, first_page: int, num_pages: int, dirty: DirtyPages, *, keep_owed: bool = False
+) -> None:
     """Clear and protect what was reported: see :meth:`VM.clear_dirty_log`.
 
-    Under ``slots_lock``: under ``mmu_lock`` clear each word's reported bits and
-    write-protect their pages, then flush if anything was cleared.
+    Under ``slots_lock``: collect what the hardware recorded; under ``mmu_lock``
+    clear each word's reported bits and write-protect their pages; then flush if
+    anything was cleared. `keep_owed`: the caller has not handed the pages out.
     """
     with vm.slots_lock:
         npages = vm.check_log(slot)
@@ -138,9 +141,14 @@ def clear_dirty_log(vm: VM, slot: int, first_page: int, num_pages: int, dirty: D
         words = dirty.words[first_word:end_word]
         # Not all that the caller names was dirty: only what was cleared comes back (I5).
         cleared = np.zeros(words.size, np.uint64)
+        # What the hardware has noted and the log has not was written before the copy that follows.
+        vm.arch.sync_dirty_log(vm, slot)
         try:
             if vm.mmu.clear(slot, first_word, words, cleared, python_hook(vm, slot)):
                 vm.arch.flush_tlbs(vm, slot)
         except BaseException:
             vm.mmu.unclear(slot, first_word, cleared)
             raise
+        owed = vm.owed_by(slot, npages)
+        if owed and num_pages and not keep_owed:
+            owed.forget_pages(dirty & DirtyPages.from_runs([(first_page, num_pages)], npages, vm.page_size))

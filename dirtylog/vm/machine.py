@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from dirtylog._bits.owed import Owed
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.vm import dirty_log
 from dirtylog.vm._mmu import HUGE_PAGES, Lock, Mmu
 from dirtylog.vm.arch import Arch, find
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from _typeshed import WriteableBuffer
-
-    from dirtylog._bits.pages import DirtyPages
 
 __all__ = ["VM"]
 
@@ -142,7 +141,7 @@ class VM:
         self.owed: dict[int, Owed] = {}
         self.rings: Rings | None = Rings(self) if dirty_ring else None
         self.slots_lock: Lock = self.mmu.slots_lock
-        self.harvest_lock: threading.Lock = threading.Lock()
+        self.harvest_lock: threading.RLock = threading.RLock()
         self.mmu_lock: Lock = self.mmu.mmu_lock
         self.vcpus: tuple[Vcpu, ...] = tuple(Vcpu(self.mmu, index) for index in range(vcpus))
         # Once a harvest, not once a word, and only where the hook is Python.
@@ -202,6 +201,8 @@ class VM:
                 self._forget(slot)
             elif old is None:
                 array = guest_memory(memory, region.npages * self.page_size)
+                # Of a slot of this number that was deleted when an interrupt came, before it was forgotten.
+                self._forget(slot)
                 self.mmu.add(slot, region.base_gfn, region.npages, array, region.log_dirty, self.initially_set)
             else:
                 self._change(old, region, memory)
@@ -241,21 +242,20 @@ class VM:
         # be reported although it was written before this call returned.
         self._forget(slot)
         self.mmu.sync(slot, discard=True)
-        with self.mmu_lock:
-            self.mmu.start_log(slot, self.initially_set)
-            if self.initially_set:
-                return
-            try:
-                # In the same stay under mmu_lock: a fault comes before both, or marks (I1).
-                self.arch.protect_region(self, slot)
-            except BaseException:
-                self.mmu.stop_log(slot)
-                raise
+        started = [False]
         try:
-            self.arch.flush_tlbs(self, slot)
-        except BaseException:
             with self.mmu_lock:
-                self.mmu.stop_log(slot)
+                self.mmu.start_log(slot, self.initially_set, started)
+                if not self.initially_set:
+                    # In the same stay under mmu_lock: a fault comes before both, or marks (I1).
+                    self.arch.protect_region(self, slot)
+            if not self.initially_set:
+                self.arch.flush_tlbs(self, slot)
+        except BaseException:
+            # A hook that failed, or an interrupt anywhere: a log without protection and flush would miss writes.
+            if started[0]:
+                with self.mmu_lock:
+                    self.mmu.stop_log(slot)
             raise
 
     def regions(self) -> list[Region]:
@@ -266,7 +266,9 @@ class VM:
         """Return a slot id the architecture has, else EINVAL."""
         slot = operator.index(slot)
         if not 0 <= slot < self.arch.user_mem_slots:
-            raise invalid(f"slot {slot} is out of range: {self.arch.name} has {self.arch.user_mem_slots}, from 0")
+            raise invalid(
+                f"slot {slot} is out of range; {self.arch.name} has slots 0 to {self.arch.user_mem_slots - 1}"
+            )
         return slot
 
     def check_log(self, slot: int) -> int:
@@ -406,9 +408,13 @@ class VM:
         # Two calls to the machine make one harvest: two harvesters must not both report what is between them.
         with self.harvest_lock:
             pages = self.get_dirty_log(slot)
+            with self.slots_lock:
+                owed = self.owed_by(slot, pages.npages)
             if pages:
-                self.clear_dirty_log(slot, 0, pages.npages, pages)
-            return pages
+                # I5: from the clear on, until they are handed out, nobody else knows of them.
+                owed.owe(pages)
+                dirty_log.clear_dirty_log(self, slot, 0, pages.npages, pages, keep_owed=True)
+            return owed.hand_out(DirtyPages._empty(pages.npages, self.page_size))
 
     def peek(self, slot: int) -> DirtyPages:
         """Copy a slot's log; clears nothing."""

@@ -66,7 +66,7 @@ def aligned_words(masks: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64]
 
 
 class Rings:
-    """The rings of one machine. All methods want ``slots_lock`` held."""
+    """The rings of one machine. All methods require ``slots_lock`` to be held."""
 
     def __init__(self, vm: VM) -> None:
         self.vm = vm

@@ -9,7 +9,7 @@ import pytest
 from .. import warm
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("words", "pickle", "shared", "ring", "footer", "snapshot", "trace", "migration", "nbd", "qmp")
+TARGETS = ("words", "pickle", "shared", "ring", "footer", "snapshot", "trace", "migration", "nbd", "qmp", "vhost")
 NEEDS = {"footer": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
 
 

@@ -10,6 +10,8 @@ from dirtylog.sources import kvm
 from dirtylog.sources.kvm import _kvm
 from dirtylog.sources.kvm._guest import Guest
 
+from ..leaks import descriptors
+
 GFN = 1024
 pytestmark = pytest.mark.skipif(not kvm.probe().available, reason=kvm.probe().reason)
 
@@ -169,3 +171,51 @@ def test_what_is_cleared_is_owed_no_longer(vm):
     assert vm.get_dirty_log(0).indices().tolist() == [70]
     assert vm.slot(0).harvest().indices().tolist() == [70]
     assert not vm.slot(0).harvest()
+
+
+def test_a_machine_whose_making_is_interrupted_leaves_no_descriptor():
+    with kvm.Kvm() as system:
+        handle = system._handle
+        system.create_vm().close()
+        before = descriptors()
+        system._handle = Interrupting(handle, _kvm.CREATE_VM)
+        with pytest.raises(KeyboardInterrupt):
+            system.create_vm()
+        system._handle = handle
+        assert descriptors() == before
+
+
+class Left:
+    """A vCPU's handle on which a run is interrupted when the guest has left."""
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    def __getattr__(self, name):
+        return getattr(self.handle, name)
+
+    def run(self, *left):
+        self.handle.run(*left)
+        raise KeyboardInterrupt
+
+
+def test_why_a_guest_left_is_said_by_the_next_run_when_an_interrupt_came_first(vm):
+    vm.set_memory_region(0, 0, 16)
+    program = b"\xb0\x5a\xe6\x80\xe4\x60\xf4"  # mov al, 0x5a; out 0x80, al; in al, 0x60; hlt
+    vm.memory(0)[: len(program)] = list(program)
+    cpu = vm.create_vcpu()
+    cpu.enter_real_mode(0)
+    real = cpu._handle
+    exits = []
+    for _ in range(3):
+        cpu._handle = Left(real)
+        with pytest.raises(KeyboardInterrupt):
+            cpu.run()
+        cpu._handle = real
+        exits.append(cpu.run())
+        if exits[-1].reason == "IO" and not exits[-1].is_write:
+            cpu.answer(b"\x77")
+    assert [(each.reason, each.port, each.data) for each in exits] == [
+        ("IO", 0x80, b"\x5a"), ("IO", 0x60, b""), ("HLT", 0, b""),
+    ]  # fmt: skip
+    assert cpu.get_regs().rax & 0xFF == 0x77

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
+from dirtylog.sources import _queues
 from dirtylog.sources.qemu import PeerError, Qmp
 from dirtylog.sources.vhost import VhostBackend
 
@@ -21,6 +22,12 @@ MEMORY = 4 << 20
 UVA = 0x7F00_0000_0000
 N, DESCRIPTORS, AVAILABLE, USED, HEADER, STATUS = 16, 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 LOG_ALL, PROTOCOL, V1 = 1 << 26, 1 << 30, 1 << 32
+
+
+def readable(file, seconds):
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 class FrontEnd:
@@ -42,6 +49,9 @@ class FrontEnd:
     def ask(self, request, payload=b"", descriptors=(), flags=1):
         self.send(request, payload, descriptors, flags)
         return self.answer(request)
+
+    def answered(self):
+        return readable(self.connection, 0)
 
     def answer(self, request):
         got, flags, length = struct.unpack("<III", self.connection.recv(12, socket.MSG_WAITALL))
@@ -87,7 +97,7 @@ class FrontEnd:
     def done(self):
         """Wait for the device's notice; one may come before there is anything to tell."""
         while struct.unpack("<H", self.memory[USED + 2 : USED + 4])[0] != self.count & 0xFFFF:
-            assert select.select([self.call], [], [], 60)[0]  # libvhost-user makes it non-blocking, for both ends
+            assert readable(self.call, 60)  # libvhost-user makes it non-blocking, for both ends
             os.eventfd_read(self.call)
         assert self.memory[STATUS] == 0
 
@@ -167,14 +177,18 @@ def pair():
     front.close()
 
 
-@pytest.fixture
-def up(pair):
-    """A device that is set up."""
+def set_up(pair):
     front, backend = pair
     for message in front.describe():
         front.send(*message)
         assert backend.handle()
     return front, backend
+
+
+@pytest.fixture
+def up(pair):
+    """A device that is set up."""
+    return set_up(pair)
 
 
 def test_our_back_end_writes_and_marks_what_it_wrote_exactly(up):
@@ -256,16 +270,28 @@ def table(*regions):
         (5, table((0, MEMORY, UVA, 4096)), 1, "is not in its file"),
         (5, table((0, 0, UVA, 0)), 1, "a region of 0 bytes"),
         (5, table((0, 8192, UVA, 0), (4096, 8192, UVA, 0)), 2, "overlaps"),
-        (5, table((0, 8192, UVA, 0)), 0, "and 0 descriptors"),
+        (5, table((0, 8192, UVA, 0)), 0, "0 descriptors with message 5, which carries 1 to 8"),
+        (5, table((0, 8192, UVA, 0)), 2, "regions in 40 bytes, and 2 descriptors"),
+        (5, table(((1 << 64) - 4096, 8192, UVA, 0)), 1, "is not in its file"),
         (5, b"\xff\xff\xff\xff" * 2, 1, "regions in 8 bytes"),
         (6, struct.pack("<QQ", 8, 0), 1, "smaller than the guest"),
         (6, struct.pack("<QQ", 1 << 40, 0), 1, "is not in its file"),
-        (6, struct.pack("<QQ", 1 << 16, 0), 0, "without a descriptor"),
+        (6, struct.pack("<QQ", 1 << 16, 0), 0, "0 descriptors with message 6, which carries 1"),
+        (6, struct.pack("<QQ", 0, 0), 1, "both must be multiples of 8"),
+        (6, struct.pack("<QQ", 1 << 16, 4), 1, "both must be multiples of 8"),
+        (2, struct.pack("<Q", V1 | PROTOCOL | 1 << 34), 0, "were not offered"),
+        (16, struct.pack("<Q", 1 << 5), 0, "were not offered"),
+        (3, b"", 1, "1 descriptors with message 3, which carries 0"),
         (6, b"short", 1, "cannot be"),
         (8, struct.pack("<II", 0, 3), 0, "a power of two"),
         (8, struct.pack("<II", 0, 1 << 20), 0, "a power of two"),
         (8, struct.pack("<II", 9, 4), 0, "queue 9"),
         (9, struct.pack("<IIQQQQ", 0, 0, 5, UVA, UVA, 0), 0, "not in the guest's memory"),
+        (9, struct.pack("<IIQQQQ", 0, 0, UVA + 8, UVA, UVA, 0), 0, "is not a multiple of 16"),
+        (12, struct.pack("<Q", 0), 0, "0 descriptors with message 12, which carries 1"),
+        (12, struct.pack("<Q", 0), 1, "memfd:guest .deleted. to be notified by; an eventfd is needed"),
+        (13, struct.pack("<Q", 256), 1, "1 descriptors with message 13, which carries 0"),
+        (24, struct.pack("<III", 0, 1 << 32 - 1, 0), 0, "bytes of configuration"),
         (77, b"", 0, "of a feature that was not offered"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -307,6 +333,7 @@ def test_what_is_no_message_is_refused(pair, data, why):
         ([(MEMORY - 4, 16, 0, 0)], "not in the guest's memory"),
         ([(HEADER, 16, 4, 0)], "indirect"),
         ([(HEADER, 16, 3, 1), (HEADER, 16, 0, 0)], "to read behind one to write"),
+        ([(0, MEMORY, 1, 1), (0, MEMORY, 2, 0)], "more bytes than the guest has memory"),
     ],
 )
 def test_a_queue_that_cannot_be_is_refused(up, descriptors, why):
@@ -319,6 +346,150 @@ def test_a_queue_that_cannot_be_is_refused(up, descriptors, why):
     front.memory[AVAILABLE + 2 : AVAILABLE + 4] = struct.pack("<H", 500)
     with pytest.raises(PeerError, match="more than its 16 entries"):
         backend.step(block, timeout=0)
+
+
+def test_a_guest_that_never_pauses_keeps_no_message_waiting(up):
+    front, backend = up
+    front.put(0, [(0x10000, 512)])
+
+    def next_one(request):
+        block(request)
+        if front.count == 1:
+            front.send(11, struct.pack("<II", 0, 0))
+        if front.count < 10_000:  # as fast as it is done, there is another one
+            front.put(0, [(0x10000, 512)])
+
+    while not front.answered():
+        assert backend.step(next_one, timeout=60)
+    assert struct.unpack("<II", front.answer(11))[1] == front.count - 1 < 1000
+
+
+def test_more_descriptors_than_a_message_carries_are_refused_and_none_is_kept(up):
+    front, backend = up
+    before = len(os.listdir("/proc/self/fd"))
+    front.send(5, table((0, 8192, UVA, 0)), [front.descriptor] * 9)
+    with pytest.raises(PeerError, match="more descriptors than the 8 that a message may carry"):
+        backend.handle()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_notices_that_nobody_takes_make_nobody_wait(up):
+    front, backend = up
+    os.eventfd_write(front.call, (1 << 64) - 2)  # as many as it holds: one more would wait for a reader
+    front.put(0, [(0x10000, 512)])
+    backend.step(block)
+    assert front.memory[STATUS] == 0
+
+
+def test_a_queue_without_notices_is_looked_at_again_and_again(up):
+    front, backend = up
+    front.send(12, struct.pack("<Q", 256))
+    backend.step(block)
+    front.put(5, [(0x10000, 512)])
+    while front.memory[STATUS]:
+        assert backend.step(block, timeout=60)
+
+
+def test_a_front_end_that_stops_in_the_middle_of_a_message_is_not_waited_for_for_ever():
+    ours, theirs = socket.socketpair()
+    with ours, VhostBackend(theirs, timeout=0.01) as backend:
+        ours.sendall(struct.pack("<III", 5, 1, 40))
+        with pytest.raises(TimeoutError, match="the front end did not answer in time"):
+            backend.handle()
+
+
+def test_guest_memory_in_two_files_is_one_where_they_meet(pair):
+    front, backend = pair
+    half = MEMORY // 2
+    body = table((0, half, UVA, 0), (half, half, UVA + half, half))
+    for request, payload, descriptors in front.describe():
+        both = request == 5
+        front.send(request, body if both else payload, [front.descriptor] * 2 if both else descriptors)
+        backend.handle()
+    front.migrate()
+    backend.handle()
+    front.answer(6)
+    front.send(2, struct.pack("<Q", V1 | PROTOCOL | LOG_ALL))
+    backend.handle()
+    front.put(9, [(half - 512, 1024)])
+    backend.step(block)
+    front.done()
+    assert front.memory[half - 512 : half + 512] == struct.pack("<I", 9) * 256
+    assert set(front.log.harvest()) >= {(half >> 12) - 1, half >> 12}
+    with pytest.raises(PeerError, match="not in the guest's memory"):
+        backend.read(MEMORY - 10, 20)
+    # The queue stays where it was, and half of an index is no index.
+    split = AVAILABLE + 3
+    front.send(5, table((0, split, UVA, 0), (split, half, UVA + split, split)), [front.descriptor] * 2)
+    backend.handle()
+    front.put(0, [(0x10000, 512)])
+    with pytest.raises(PeerError, match="none that is whole"):
+        backend.step(block)
+
+
+def test_memory_that_the_log_does_not_cover_is_refused_while_it_is_written(up):
+    front, backend = up
+    front.migrate()
+    backend.handle()
+    front.answer(6)
+    larger = table((1 << 30, 8192, UVA, 0))
+    front.send(5, larger, [front.descriptor])
+    backend.handle()  # nobody marks
+    front.send(2, struct.pack("<Q", V1 | PROTOCOL | LOG_ALL))
+    with pytest.raises(PeerError, match="smaller than the guest"):
+        backend.handle()
+    assert not backend.logging
+    front.send(5, table((0, MEMORY, UVA, 0)), [front.descriptor])
+    backend.handle()
+    front.send(2, struct.pack("<Q", V1 | PROTOCOL | LOG_ALL))
+    backend.handle()
+    front.send(5, larger, [front.descriptor])
+    with pytest.raises(PeerError, match="smaller than the guest"):
+        backend.handle()
+    assert backend.logging
+
+
+def test_a_request_is_read_in_parts(up):
+    front, backend = up
+    seen = []
+
+    def device(request):
+        seen.extend(
+            [request.size, request.read(), request.read(4, 6), request.read(14), request.read(20), request.room]
+        )
+        with pytest.raises(IndexError, match="-1 bytes at 0"):
+            request.read(0, -1)
+        request.write(b"\0", request.room - 1)
+
+    front.put(77, [(0x10000, 512)])
+    for i, (at, length) in enumerate(((HEADER, 7), (HEADER + 7, 9))):
+        front.memory[DESCRIPTORS + 16 * i : DESCRIPTORS + 16 * i + 16] = struct.pack("<QIHH", at, length, 1, i + 1)
+    front.memory[DESCRIPTORS + 32 : DESCRIPTORS + 48] = struct.pack("<QIHH", STATUS, 1, 2, 0)
+    backend.step(device)
+    whole = struct.pack("<IIQ", 0, 0, 77)
+    assert seen == [16, whole, whole[4:10], whole[14:], b"", 1]
+
+
+def test_what_our_queues_are_not_is_not_offered(pair):
+    front, _ = pair
+    for bit in (28, 29, 33, 34, 38, 40, 64):
+        with pytest.raises(ValueError, match="kinds of queues that this back end does not do"):
+            VhostBackend(front.connection, features=1 << bit)
+
+
+def test_the_back_end_of_a_program_with_many_open_files(many_open, pair):
+    test_our_back_end_writes_and_marks_what_it_wrote_exactly(set_up(pair))
+
+
+def test_an_index_is_aligned_and_in_memory():
+    memory = bytearray(range(8))
+    assert _queues.index(memory, 2) == 0x0302
+    _queues.publish(memory, 6, 0xABCD)
+    _queues.fence()
+    assert memory[6:] == b"\xcd\xab"
+    for at in (-2, 1, 7, 8):
+        with pytest.raises(ValueError, match=f"an index at {at} is not aligned"):
+            _queues.index(memory, at)
 
 
 def test_a_device_that_writes_more_than_the_guest_gave_is_refused(up):

@@ -156,8 +156,8 @@ cdef class Handle:
 
     Parameters
     ----------
-    fd : int
-        Taken over.
+    fd : int or list
+        Taken over. The first item of a list is not: it is duplicated, before any signal handler runs.
     name : str
         For messages: ``"VM"``, ``"vCPU 0"``.
 
@@ -175,10 +175,11 @@ cdef class Handle:
     cdef int fd
     cdef readonly str name
 
-    def __cinit__(self, int fd, str name, *args):
+    def __cinit__(self, object fd, str name, *args):
         dl_gate_init(&self.gate)
         pthread_mutex_init(&self.layout, NULL)
-        self.fd = fd
+        self.fd = -1
+        self.fd = os.dup(fd[0]) if isinstance(fd, list) else fd
         self.name = name
 
     def __dealloc__(self):
@@ -364,8 +365,8 @@ cdef class VcpuHandle(Handle):
 
     Parameters
     ----------
-    fd : int
-        Taken over, even when mapping it fails.
+    fd : int or list
+        As for `Handle`; taken over even when mapping it fails.
     name : str
         For messages.
     run_size : int
@@ -376,7 +377,7 @@ cdef class VcpuHandle(Handle):
     cdef uint8_t *page
     cdef size_t run_size
 
-    def __cinit__(self, int fd, str name, size_t run_size):
+    def __cinit__(self, object fd, str name, size_t run_size):
         global kick_number
         cdef void *page
         dl_runner_init(&self.runner)
@@ -385,7 +386,7 @@ cdef class VcpuHandle(Handle):
             kick_number = dl_kick_signal()
             if kick_number == 0:
                 raise OSError(EBUSY, "no real-time signal is free: a vCPU needs one to be interrupted")
-        page = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        page = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
         if page == MAP_FAILED:
             fail(-errno, f"mapping the run page of {name}")
         self.page = <uint8_t *>page
@@ -402,8 +403,13 @@ cdef class VcpuHandle(Handle):
             munmap(self.page, self.run_size)
             self.page = NULL
 
-    def run(self) -> bool:
+    def run(self, list left=None) -> bool:
         """KVM_RUN without the GIL: True when the guest left, False when a signal or a kick ended it.
+
+        Parameters
+        ----------
+        left : list, optional
+            Its first item becomes True when the guest left, before any signal handler runs.
 
         Raises
         ------
@@ -437,6 +443,8 @@ cdef class VcpuHandle(Handle):
             raise RuntimeError(f"{self.name} is running in another thread; kick() it first")
         if result < 0:
             fail(result, f"KVM_RUN of {self.name}")
+        if left is not None:
+            left[0] = True
         return True
 
     @property

@@ -145,7 +145,7 @@ class VM(Resource):
         slot, base_gfn, npages = operator.index(slot), operator.index(base_gfn), operator.index(npages)
         self._check_slot(slot)
         if base_gfn < 0 or npages < 0 or (base_gfn + npages) * self.page_size >= 1 << 64:
-            refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are no 64-bit guest address")
+            refuse(errno.EINVAL, f"slot {slot}: {npages} pages from gfn {base_gfn} are not at a 64-bit guest address")
         with self._lock:
             old = self._regions.get(slot)
             if npages == 0:
@@ -253,7 +253,7 @@ class VM(Resource):
     def _check_slot(self, slot: int) -> None:
         slots = self.capabilities["KVM_CAP_NR_MEMSLOTS"]
         if not 0 <= slot < slots:
-            refuse(errno.EINVAL, f"slot {slot} is out of range: KVM has {slots}, from 0")
+            refuse(errno.EINVAL, f"slot {slot} is out of range; KVM has slots 0 to {slots - 1}")
 
     def memory(self, slot: int) -> npt.NDArray[np.uint8]:
         """Return a slot's bytes: the live guest memory; OSError ENOENT when there is no such slot.
@@ -348,7 +348,7 @@ class VM(Resource):
             self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
             if region.owed and num_pages:
                 runs = [(first_page, num_pages)]
-                region.forget(dirty & DirtyPages.from_runs(runs, region.npages, self.page_size))
+                region.owed.forget_pages(dirty & DirtyPages.from_runs(runs, region.npages, self.page_size))
 
     def enable_manual_protect(self, initially_set: bool = False) -> None:
         """Let `get_dirty_log` report without clearing, and `clear_dirty_log` clear.
@@ -397,7 +397,7 @@ class VM(Resource):
         BackendUnavailable
             The kernel does not offer it.
         OSError
-            EINVAL: no power of two, too small or too large, a vCPU exists already,
+            EINVAL: not a power of two, too small or too large, a vCPU exists already,
             enabled before, or manual protection is on.
 
         References
@@ -549,7 +549,7 @@ class VM(Resource):
             # KVM makes each number once: what fails or is interrupted below finds it here the next time.
             if self._unwrapped[0] < 0:
                 self._handle.ioctl(_kvm.CREATE_VCPU, index, f"KVM_CREATE_VCPU {index}", record=self._unwrapped)
-            handle = _kvm.VcpuHandle(os.dup(self._unwrapped[0]), f"vCPU {index}", self._run_size)
+            handle = _kvm.VcpuHandle(self._unwrapped, f"vCPU {index}", self._run_size)
             try:
                 ring = self._rings.add_vcpu(index, handle) if self._rings else None
             except BaseException:
@@ -557,8 +557,10 @@ class VM(Resource):
                 raise
             vcpu = Vcpu(handle, index, self._rings, ring)
             descriptor, self._unwrapped[0] = self._unwrapped[0], -1
-            self._vcpus.append(vcpu)
-            os.close(descriptor)
+            try:
+                self._vcpus.append(vcpu)
+            finally:
+                os.close(descriptor)
             return vcpu
 
     def _release(self) -> None:

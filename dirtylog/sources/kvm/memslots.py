@@ -60,15 +60,6 @@ class Region:
             handle.clear_dirty_log(self.slot, 0, self.npages, words)
         return self.owed.hand_out(DirtyPages._empty(self.npages, PAGE_SIZE))
 
-    def forget(self, cleared: DirtyPages) -> None:
-        """Owe these pages no longer: the caller, who knows them, has cleared them."""
-        if self.owed:
-            rest = held = self.owed.hand_out(DirtyPages._empty(self.npages, PAGE_SIZE))
-            try:
-                rest = held - cleared
-            finally:
-                self.owed.owe(rest)
-
 
 def lend(slot: int, npages: int, memory: Memory | None) -> tuple[Memory, _kvm.Pinned]:
     """Check the memory for a slot, or make some, and hold it where it is; ValueError when it does not do."""

@@ -131,8 +131,13 @@ class Kvm(Resource):
         """
         capabilities = self.capabilities
         run_size = self._handle.ioctl(_kvm.GET_VCPU_MMAP_SIZE, 0, "KVM_GET_VCPU_MMAP_SIZE")
-        descriptor = self._handle.ioctl(_kvm.CREATE_VM, 0, "KVM_CREATE_VM")
-        machine = VM(_kvm.Handle(descriptor, f"VM {self._names}"), self, capabilities, run_size)
+        made = [-1]
+        try:
+            self._handle.ioctl(_kvm.CREATE_VM, 0, "KVM_CREATE_VM", record=made)
+            machine = VM(_kvm.Handle(made, f"VM {self._names}"), self, capabilities, run_size)
+        finally:
+            if made[0] >= 0:
+                os.close(made[0])
         self._names += 1
         self._machines.add(machine)
         return machine

@@ -174,6 +174,9 @@ class Vcpu(Resource):
         self._handle = handle
         self._ring = ring
         self._answer_at: tuple[int, int] | None = None
+        # Whether the guest has left and nobody has been told why; and the harvests before that run.
+        self._left = [False]
+        self._harvests = 0
         self._closed = False
 
     def __repr__(self) -> str:
@@ -271,7 +274,8 @@ class Vcpu(Resource):
         -----
         Releases the GIL. A Python signal handler that raises ends the run with
         its exception; after one that does not, the exit is ``"INTR"``. Either
-        way nothing of the guest is lost: run it again.
+        way nothing of the guest is lost: run it again. If it had left by then, the
+        next run says so, and the guest does not go on before.
 
         A harvest of the rings makes the guest leave for a moment, and `run` goes
         on by itself. Handlers of signals that come at that very moment run then,
@@ -282,15 +286,19 @@ class Vcpu(Resource):
         ----------
         ``KVM_RUN`` and ``struct kvm_run`` in Linux ``Documentation/virt/kvm/api.rst``.
         """
-        self._answer_at = None
-        harvests = self._rings.harvests if self._rings else 0
-        if not self._handle.run():
-            return Exit("INTR")
+        if not self._left[0]:
+            self._answer_at = None
+            self._harvests = self._rings.harvests if self._rings else 0
+            if not self._handle.run(self._left):
+                return Exit("INTR")
         (number,) = _REASON.unpack(self._handle.load(0, _REASON.size))
         reason = EXIT_REASONS[number] if number < len(EXIT_REASONS) else f"EXIT_{number}"
         if reason == "DIRTY_RING_FULL" and self._rings and self._ring:
-            self._rings.note_full(self._ring, harvests)
-        return self._describe(reason)
+            self._rings.note_full(self._ring, self._harvests)
+        exit = self._describe(reason)
+        # No call from here on, after which a signal handler could raise.
+        self._left[0] = False
+        return exit
 
     def _describe(self, reason: str) -> Exit:
         load = self._handle.load

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import array
 import json
 import os
 import socket
 import struct
 
 from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sources._channel import receive_with
 from dirtylog.sources.process.inside import GREETING, LENGTH, MAGIC, NAMES, REFUSED, Found
 
 __all__ = ["Connection", "Found", "receive"]
@@ -46,12 +46,7 @@ def receive(where: str | os.PathLike[str] | socket.socket, pid: int, timeout: fl
 
 def _take(connection: socket.socket, pid: int, timeout: float) -> tuple[int, int]:
     connection.settimeout(timeout)
-    room = socket.CMSG_SPACE(2 * array.array("i").itemsize)
-    data, ancillary, _, _ = connection.recvmsg(GREETING.size, room, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
-    descriptors = array.array("i")
-    for level, kind, payload in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+    data, descriptors, _ = receive_with(connection, GREETING.size, 2, socket.MSG_WAITALL)
     try:
         if len(data) == GREETING.size and data[:8] == REFUSED:
             why = os.strerror(GREETING.unpack(data)[1])

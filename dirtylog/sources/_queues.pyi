@@ -1,0 +1,9 @@
+from typing import SupportsIndex
+
+from dirtylog._typing import Memory
+
+__all__ = ["fence", "index", "publish"]
+
+def index(memory: Memory, at: SupportsIndex) -> int: ...
+def publish(memory: Memory, at: SupportsIndex, value: SupportsIndex) -> None: ...
+def fence() -> None: ...

@@ -19,6 +19,12 @@ __all__ = ["Dask", "ShardedArray"]
 # How long a call is waited for, in seconds, before it is asked whether its worker lives. Dask itself goes on for half a
 # minute to try to reach one that has died, and waits for ever for one that is to make an actor and is gone.
 LOOK = 0.25
+# How long an answer that is there may take to be handed over.
+DONE = 60.0
+
+
+def _said(who: str) -> str:
+    return f"{who} is gone, with what it had; restore from the last snapshot"
 
 
 def _waited(what: Any, timeout: float | None, gone: Callable[[], str]) -> Any:
@@ -39,8 +45,8 @@ def _waited(what: Any, timeout: float | None, gone: Callable[[], str]) -> Any:
             return what.result(min(LOOK, max(0.0, end - time.monotonic())))
         except TimeoutError:
             if what.done():
-                # It came in between, or this is what the call itself raised.
-                return what.result(LOOK)
+                # It came in between, or this is what the call itself raised; Dask's loop may be slow to say which.
+                return what.result(max(DONE, end - time.monotonic()) if timeout is not None else None)
             if who := gone():
                 raise ConnectionError(
                     f"{who} is gone, and what it had with it; restore from the last snapshot"
@@ -60,6 +66,16 @@ class _Call:
         return _waited(self._answer, timeout, self._actor.gone)
 
 
+class _Gone:
+    """The answer of an actor that is gone."""
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def result(self, timeout: float | None = None) -> Any:
+        raise ConnectionError(self._why)
+
+
 class _Actor:
     """An actor; the future keeps it alive."""
 
@@ -72,7 +88,13 @@ class _Actor:
         return "" if self.future.status == "finished" else f"the actor in {self._place}"
 
     def call(self, method: str, *args: Any) -> Answer:
-        return _Call(getattr(self._actor, method)(*args), self)
+        # Where one of many is gone the others are waited for all the same, so this is heard with their answers.
+        if gone := self.gone():
+            return _Gone(_said(gone))
+        try:
+            return _Call(getattr(self._actor, method)(*args), self)
+        except RuntimeError as error:
+            return _Gone(f"{_said(f'the actor in {self._place}')} ({error})")
 
 
 class _Spawned:

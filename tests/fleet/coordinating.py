@@ -33,26 +33,28 @@ def states(steps):
         yield model
 
 
-def opened(client, repo, workers, timeout):
+def opened(client, workers_come_back, repo, timeout):
     """Open the array as the store has it, or make it; workers may die meanwhile."""
     from dirtylog.fleet.dask import ShardedArray
 
-    while True:
+    for _ in range(20):
+        workers_come_back()
         with suppress(OSError):
-            client.wait_for_workers(workers, timeout=timeout)
             try:
                 return ShardedArray.restore(client, repo, timeout=timeout)
             except KeyError:
                 # Where a worker dies after it is in the store and before it is in the workers, it is restored.
                 return ShardedArray(client, (ROWS, COLUMNS), repo=repo, chunks=(CHUNK, COLUMNS), timeout=timeout)
+    raise TimeoutError("the array cannot be opened")
 
 
-def recover(client, array, workers, timeout):
-    """Bring back what was lost, however often workers die in the middle of it; return the lost shards."""
-    while True:
+def recover(workers_come_back, array):
+    """Bring back what was lost, though workers may die in the middle of it; return the lost shards."""
+    for _ in range(20):
+        workers_come_back()
         with suppress(Exception):
-            client.wait_for_workers(workers, timeout=timeout)
             return array.recover()
+    return array.recover()
 
 
 def coordinate(address, directory, workers, first, last, tell):
@@ -64,7 +66,12 @@ def coordinate(address, directory, workers, first, last, tell):
 
     icechunk.set_logs_filter("error")
     repo, write, timeout = repository(directory), writer(), 60
-    with distributed.Client(address) as client, opened(client, repo, workers, timeout) as array:
+
+    def workers_come_back():
+        with suppress(TimeoutError):
+            client.wait_for_workers(workers, timeout=20)
+
+    with distributed.Client(address) as client, opened(client, workers_come_back, repo, timeout) as array:
         for step in range(first, last + 1):
             tell.send(("begins", step))
             try:
@@ -72,7 +79,7 @@ def coordinate(address, directory, workers, first, last, tell):
                 committed = array.checkpoint(step=step)
             except Exception as error:
                 tell.send(("failed", step, f"{type(error).__name__}: {error}"[:300]))
-                tell.send(("recovered", step, recover(client, array, workers, timeout)))
+                tell.send(("recovered", step, recover(workers_come_back, array)))
             else:
                 tell.send(("committed", step, committed.snapshot))
 

@@ -48,6 +48,10 @@ def functions():
     return write, die_in_the_next_epoch
 
 
+def first_item():
+    return lambda array, first_row: array[0, 0]
+
+
 def expected_after(steps, shards):
     write, _ = functions()
     model = np.zeros((ROWS, COLUMNS))
@@ -167,7 +171,12 @@ def killed_at_random(processes, cluster, directory, rng, epochs):
                     if victim == "coordinator":
                         process.kill()
                         break
-                    os.kill(rng.choice([nanny.pid for nanny in cluster.workers.values() if nanny.pid]), signal.SIGKILL)
+                    # One that is killed before it has reported is one that its nanny gives up.
+                    there = [
+                        nanny for nanny in cluster.workers.values() if nanny.worker_address in cluster.scheduler.workers
+                    ]
+                    if there:
+                        os.kill(rng.choice(there).pid, signal.SIGKILL)
                     continue
                 try:
                     word, step, *rest = heard.recv()
@@ -211,6 +220,25 @@ def test_epochs_outlive_workers_and_coordinators_that_are_killed_at_random(proce
     assert counts["coordinator killed"] > 0
     assert counts["worker killed"] > 0
     assert counts["shards"] > 0
+
+
+def test_a_shard_that_is_lost_is_heard_of_after_all_have_ended(client, repo):
+    from dirtylog.fleet.dask import ShardedArray
+
+    write, die = functions()
+    with ShardedArray(client, (ROWS, COLUMNS), repo=repo, chunks=(CHUNK, COLUMNS), timeout=30) as array:
+        first, second = array.rows
+        array.apply(write, 1)
+        array.checkpoint(step=1)
+        array.apply(die, first.start, "before")
+        with pytest.raises(Exception, match=r"."):
+            array.checkpoint(step=2)
+        # It is known to be dead by now, and the second shard is asked for all that.
+        with pytest.raises(ConnectionError, match="is gone, with what it had; restore from the last snapshot"):
+            array.apply(write, 3)
+        assert array._handles[f"{second.start}-{second.stop}"].call("apply", first_item(), ()).result(30) == 3
+        client.wait_for_workers(2, timeout=30)
+        array.recover()
 
 
 def test_a_shard_is_not_waited_for_in_a_place_that_is_gone(client):

@@ -25,14 +25,21 @@ def no_thread_is_left_behind():
 
 
 class Faulty:
-    """A WSGI application in front of another: one request, or some, of those to come are not served as asked."""
+    """A WSGI application in front of another: one request, or some, of those to come are not served as asked.
+
+    The line is cut, and the client tries again, ten times in half a minute; or the answer is a refusal, which it takes
+    as the last word.
+    """
 
     def __init__(self, app):
-        self.app, self.requests, self.fail, self.how = app, 0, range(0), "before"
+        self.app, self.requests, self.fail, self.how, self.refuses = app, 0, range(0), "before", False
         self.lock = threading.Lock()
 
-    def arm(self, first, how, number=1):
-        self.requests, self.fail, self.how = 0, range(first, first + number), how
+    def arm(self, first, how, number=1, *, refuses=False):
+        self.requests, self.fail, self.how, self.refuses = 0, range(first, first + number), how, refuses
+
+    def disarm(self):
+        self.arm(0, "before", 0)
 
     def __call__(self, environ, start_response):
         with self.lock:
@@ -46,7 +53,11 @@ class Faulty:
             answer = self.app(environ, lambda *_: None)
             for _ in answer:
                 pass
-        # The line is cut; no answer comes.
+        if self.refuses:
+            if self.how == "before":
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>made up</Message></Error>"]
         environ["werkzeug.socket"].shutdown(2)
         start_response("500 cut", [])
         return []
@@ -85,10 +96,6 @@ def s3():
         "access_key_id": "test",
         "secret_access_key": "test",
     }
-    # One try for each request: what fails is seen.
-    retries = icechunk.StorageRetriesSettings(max_tries=1, initial_backoff_ms=1, max_backoff_ms=1)
-    config = icechunk.RepositoryConfig.default()
-    config.storage = icechunk.StorageSettings(retries=retries)
     buckets = (f"bucket-{number}" for number in count())
 
     def make():
@@ -101,7 +108,7 @@ def s3():
             f"s3://{bucket}/checkpoints?region=us-east-1&endpoint_url={options['endpoint_url']}"
             "&allow_http=true&force_path_style=true"
         )
-        return repository(f"s3://{bucket}/arrays", config=config, **options)
+        return repository(f"s3://{bucket}/arrays", **options)
 
     make.endpoint = options["endpoint_url"]
     yield make, faulty

@@ -13,17 +13,68 @@ def copies(arrays):
     return {name: array.copy() for name, array in arrays.items()}
 
 
-def test_random_epochs_restore_exactly_at_every_snapshot(s3, tracked, at_random, equal):
+@pytest.mark.parametrize(
+    "epochs", [8, pytest.param(50, marks=pytest.mark.stress)], ids=["eight epochs", "fifty epochs"]
+)
+def test_random_epochs_restore_exactly_at_every_snapshot(s3, tracked, at_random, equal, epochs):
     make, _ = s3
     arrays, rng = {"w": dl.zeros((16, 512)), "b": dl.zeros(700, "f4")}, np.random.default_rng(3)
     sink = StoreSink(tracked(arrays), arrays, make(), chunks={"w": (4, 512), "b": (350,)})
     kept = {}
-    for step in range(8):
+    for step in range(epochs):
         at_random(rng, arrays)
         arrays["w"][step % 16, 0] += 1
         kept[sink.save(step=step).snapshot] = copies(arrays)
     for snapshot, then in kept.items():
         equal(sink.restore(snapshot), then)
+
+
+def kept_however_requests_fail(make, faulty, tracked, equal, ways):
+    """Let each request of a save fail in each way; return how many saves were refused, and how many adopted."""
+    w = dl.zeros((8, 512))
+    repo = make()
+    sink = StoreSink(tracked({"w": w}), {"w": w}, repo, chunks=(2, 512), compressors=None)
+    w[:] = 1
+    sink.save(step=0)
+    expected, refused, adopted, step = [copies({"w": w})], 0, 0, 0
+    for how, number_of, refuses in ways:
+        for number in count(1):
+            step += 1
+            w[step % 8] += 1
+            expected.append(copies({"w": w}))
+            faulty.arm(number, how, number_of, refuses=refuses)
+            try:
+                adopted += sink.save(step=step).adopted
+                reached = faulty.requests >= number
+                faulty.disarm()
+            except Exception:
+                refused += 1
+                reached = True
+                faulty.disarm()
+                sink.save(step=step)  # nothing is written where the other has landed
+            if not reached:
+                break
+        assert number > 6
+    told = [version for version in history(repo) if version.transaction]
+    assert [version.step for version in told] == list(range(step + 1))
+    assert [version.epoch for version in told] == sorted({version.epoch for version in told})
+    for version, then in zip(told, expected, strict=True):
+        equal(restore(repo, version.snapshot), then)
+    return refused, adopted
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [("after", 1)],
+        pytest.param([("before", 1), ("before", 1000), ("after", 1000)], marks=pytest.mark.stress),
+    ],
+    ids=["after one", "in any way"],
+)
+def test_any_request_may_be_refused_and_nothing_is_lost_or_there_twice(s3, tracked, equal, ways):
+    ways = [(*way, True) for way in ways]
+    refused, adopted = kept_however_requests_fail(*s3, tracked, equal, ways)
+    assert refused + adopted > 6 * len(ways)
 
 
 @pytest.mark.stress  # the client waits before it tries again, for minutes in all
@@ -32,58 +83,30 @@ def test_random_epochs_restore_exactly_at_every_snapshot(s3, tracked, at_random,
     [("before", 1000), ("in", 1), ("after", 1)],
     ids=["before, from then on", "in one", "after one"],
 )
-def test_any_request_may_fail_and_nothing_is_lost_or_there_twice(s3, tracked, equal, how, number_of):
-    make, faulty = s3
-    w = dl.zeros((8, 512))
-    repo = make()
-    sink = StoreSink(tracked({"w": w}), {"w": w}, repo, chunks=(2, 512), compressors=None)
-    w[:] = 1
-    sink.save(step=0)
-    expected = [copies({"w": w})]
-    refused = adopted = 0
-    for number in count(1):
-        w[number % 8] += 1
-        expected.append(copies({"w": w}))
-        faulty.arm(number, how, number_of)
-        try:
-            # The client itself tries again where one request fails: what was done is then done twice, or refused.
-            adopted += sink.save(step=number).adopted
-            reached = faulty.requests >= number
-            faulty.arm(0, how, 0)
-        except Exception:
-            refused += 1
-            reached = True
-            faulty.arm(0, how, 0)
-            sink.save(step=number)  # nothing is written where the other has landed
-        if not reached:
-            break
-    told = [version for version in history(repo) if version.transaction]
-    assert [version.step for version in told] == list(range(number + 1))
-    assert [version.epoch for version in told] == sorted({version.epoch for version in told})
-    for version, then in zip(told, expected, strict=True):
-        equal(restore(repo, version.snapshot), then)
-    assert number > 6
+def test_the_line_may_be_cut_at_any_request(s3, tracked, equal, how, number_of):
+    # The client itself tries again where one request fails: what was done is then done twice, or refused.
+    refused, _ = kept_however_requests_fail(*s3, tracked, equal, [(how, number_of, False)])
     assert (refused > 3) == (number_of > 1)
-    assert adopted <= number
 
 
-@pytest.mark.stress
-def test_a_commit_of_which_the_store_says_nothing_is_held(s3, tracked):
+@pytest.mark.parametrize("refuses", [True, pytest.param(False, marks=pytest.mark.stress)], ids=["refused", "cut"])
+def test_a_commit_of_which_the_store_says_nothing_is_held(s3, tracked, refuses):
     make, faulty = s3
     w = dl.zeros((8, 512))
     observer = tracked({"w": w})
     sink = StoreSink(observer, {"w": w}, make(), chunks=(2, 512))
     sink.save()
     w[1] = 1
-    faulty.arm(0, "after", 0)
+    faulty.disarm()
     sink.save()
     requests = faulty.requests
     w[2] = 2
-    faulty.arm(requests, "after", 100)  # the write of the branch arrives, and no answer to anything from then on
+    # The write of the branch arrives, and no answer to anything from then on.
+    faulty.arm(requests, "after", 100, refuses=refuses)
     with pytest.raises(InDoubt):
         sink.save()
     assert observer.epoch is not None
-    faulty.arm(0, "after", 0)
+    faulty.disarm()
     w[3] = 3
     assert sink.save().pages == 1
     assert [version.epoch for version in sink.history() if version.transaction] == [1, 2, 3, 4]

@@ -74,7 +74,8 @@ static inline void dl_merge_dense(const struct dl_kernels *k, const struct dl_bi
         dl_merge_word(bitmap, first_page + i * DL_WORD_PAGES, words[i]);
 }
 
-/* Clear bits; the summary stays set, which costs the next harvest a line and loses nothing (I4). */
+/* Clear bits; the summary stays set, which costs the next harvest a line and loses nothing (I4). I3: who clears is about
+ * to copy, so each function ends as a harvest does. */
 static inline void dl_clear_word(const struct dl_bitmap *bitmap, uint64_t word, uint64_t mask)
 {
     if (dl_load_relaxed(&bitmap->words[word]) & mask)
@@ -85,12 +86,14 @@ static inline void dl_clear_sparse(const struct dl_bitmap *bitmap, const uint64_
 {
     for (size_t i = 0; i < n; i++)
         dl_clear_word(bitmap, numbers[i], masks[i]);
+    dl_harvest_end();
 }
 
 static inline void dl_clear_dense(const struct dl_bitmap *bitmap, const uint64_t *words)
 {
     for (uint64_t i = 0; i < dl_words_for(bitmap->npages); i++)
         dl_clear_word(bitmap, i, words[i]);
+    dl_harvest_end();
 }
 
 /* `count` of at least 1. */
@@ -98,6 +101,7 @@ static inline void dl_clear_range(const struct dl_bitmap *bitmap, uint64_t first
 {
     for (struct dl_part part = dl_part_first(first, first + count); part.mask; dl_part_next(&part))
         dl_clear_word(bitmap, part.word, part.mask);
+    dl_harvest_end();
 }
 
 #endif /* DIRTYLOG_BATCH_H */

@@ -35,8 +35,9 @@ from dirtylog._bits.blocks cimport (
     export_words,
     kernels,
     no_words,
+    numpy_functions,
 )
-from dirtylog._bits.numbers cimport dl_hold_numbers, dl_numbers_of_items
+from dirtylog._bits.numbers cimport dl_hold_numbers, dl_numbers_of_items, dl_numpy_look
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
@@ -285,14 +286,21 @@ cdef class DirtyBitmap:
         One full barrier for the whole batch, then a test before each set (I3).
         """
         cdef int64_t few[FEW]
-        cdef Py_ssize_t n
+        cdef Py_ssize_t n = 0
+        cdef const int64_t *numbers
         if type(pages) is list or type(pages) is tuple:
             n = dl_numbers_of_items(pages, few, FEW)
             if n >= 0:
                 self.mark_numbers(few, n)
                 return
-        elif type(pages) is ndarray and self.mark_array(pages):
-            return
+        else:
+            # To hold few numbers by the buffer protocol takes longer than to mark them.
+            numbers = dl_numpy_look(&numpy_functions, pages, &n)
+            if numbers != NULL and n <= FEW:
+                self.mark_numbers(numbers, n)
+                return
+            if type(pages) is ndarray and self.mark_array(pages):
+                return
         self.mark_array(integer_array(pages, "pages").ravel())
 
     cdef bint mark_array(self, object array) except -1:

@@ -1,6 +1,7 @@
 # Words in memory and the kernels that scan them, for the other extension modules.
 from libc.stdint cimport int64_t, uint64_t
 
+from dirtylog._bits.numbers cimport dl_numpy
 from dirtylog._bits.simd cimport dl_kernels
 
 
@@ -10,6 +11,9 @@ cdef enum:
 
 # The kernels chosen when the package was imported; never changes after.
 cdef const dl_kernels *kernels
+
+# What arrays of page numbers are made of and read by; as the kernels.
+cdef dl_numpy numpy_functions
 
 cdef class Block:
     cdef uint64_t *words

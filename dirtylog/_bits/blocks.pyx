@@ -20,7 +20,7 @@ from cpython.buffer cimport (
 )
 from libc.stdint cimport int64_t, uint64_t
 
-from dirtylog._bits.numbers cimport dl_numpy, dl_numpy_new, dl_numpy_open
+from dirtylog._bits.numbers cimport dl_numpy_new, dl_numpy_open
 from dirtylog._bits.runs cimport dl_count_runs, dl_runs
 from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find, dl_kernels_known
 
@@ -34,12 +34,11 @@ cdef extern from "_bits/memory.h" nogil:
 
 __all__: list[str] = []
 
-cdef dl_numpy numpy_functions
-
 
 cdef int open_numpy() except -1:
     core = np._core if hasattr(np, "_core") else np.core
-    return dl_numpy_open(&numpy_functions, core._multiarray_umath._ARRAY_API, np.ndarray, np.dtype(np.int64).num)
+    table, dtype = core._multiarray_umath._ARRAY_API, np.dtype(np.int64)
+    return dl_numpy_open(&numpy_functions, table, np.ndarray, dtype.num, dtype, np.arange(3, dtype=dtype))
 
 
 open_numpy()

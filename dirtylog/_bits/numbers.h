@@ -14,16 +14,61 @@
 /* npy_intp is Py_ssize_t wherever Python runs. */
 struct dl_numpy {
     PyTypeObject *type;
+    PyObject *of_int64; /* the dtype that all arrays of plain int64 share */
     PyObject *(*make)(PyTypeObject *type, int ndim, const Py_ssize_t *shape, int number, const Py_ssize_t *strides,
                       void *data, int itemsize, int flags, PyObject *object);
     void *(*address)(PyObject *array, const Py_ssize_t *index);
     int int64; /* numpy's number of the type */
+    int knows_fields; /* arrays have the fields of dl_array */
 };
+
+/* How an array begins. numpy's own macros read these fields, in every extension module that was compiled with them. */
+struct dl_array {
+    PyObject_HEAD
+    int64_t *data;
+    int ndim;
+    Py_ssize_t *shape, *strides;
+    PyObject *base, *dtype;
+    int flags;
+};
+
+enum { DL_ARRAY_IN_ONE_PIECE = 0x001, DL_ARRAY_ALIGNED = 0x100 };
 
 enum { DL_NUMPY_TYPE = 2, DL_NUMPY_MAKE = 93, DL_NUMPY_ADDRESS = 160 };
 
-/* Finds the two in the table. Returns -1 with an exception if it is none. */
-static inline int dl_numpy_open(struct dl_numpy *numpy, PyObject *table, PyObject *type, int int64)
+/* The numbers of an array of plain int64 in one dimension, without gaps and aligned (I8), and how many; NULL if it is
+ * something else, or if that has to be found out in another way. They stay where they are until Python code runs. */
+static inline const int64_t *dl_numpy_look(const struct dl_numpy *numpy, PyObject *object, Py_ssize_t *n)
+{
+    const struct dl_array *array = (const struct dl_array *)object;
+    const int whole = DL_ARRAY_IN_ONE_PIECE | DL_ARRAY_ALIGNED;
+    if (!numpy->knows_fields || Py_TYPE(object) != numpy->type || array->dtype != numpy->of_int64 || array->ndim != 1 ||
+        (array->flags & whole) != whole)
+        return NULL;
+    *n = array->shape[0];
+    return array->data;
+}
+
+/* Whether the fields of an array say what its buffer does. */
+static inline int dl_numpy_check_fields(const struct dl_numpy *numpy, PyObject *object)
+{
+    const struct dl_array *array = (const struct dl_array *)object;
+    Py_buffer view;
+    if (PyObject_GetBuffer(object, &view, PyBUF_STRIDES) < 0) {
+        PyErr_Clear();
+        return 0;
+    }
+    int same = array->dtype == numpy->of_int64 && array->ndim == view.ndim && view.ndim == 1 && array->data == view.buf &&
+               array->shape && array->shape[0] == view.shape[0] && array->strides && array->strides[0] == view.strides[0] &&
+               array->flags & DL_ARRAY_IN_ONE_PIECE && array->flags & DL_ARRAY_ALIGNED;
+    PyBuffer_Release(&view);
+    return same;
+}
+
+/* Finds the two in the table, and learns from an example what an int64 array is. Returns -1 with an exception if the
+ * table is none. */
+static inline int dl_numpy_open(struct dl_numpy *numpy, PyObject *table, PyObject *type, int int64, PyObject *dtype,
+                                PyObject *example)
 {
     void **functions = (void **)PyCapsule_GetPointer(table, NULL);
     if (!functions)
@@ -36,6 +81,8 @@ static inline int dl_numpy_open(struct dl_numpy *numpy, PyObject *table, PyObjec
     *(void **)&numpy->make = functions[DL_NUMPY_MAKE];
     *(void **)&numpy->address = functions[DL_NUMPY_ADDRESS];
     numpy->int64 = int64;
+    numpy->of_int64 = Py_NewRef(dtype);
+    numpy->knows_fields = dl_numpy_check_fields(numpy, example);
     return 0;
 }
 

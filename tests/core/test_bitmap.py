@@ -308,6 +308,46 @@ def test_a_batch_may_hold_ints_of_every_kind():
     assert list(bitmap.harvest()) == list(range(1, 15))
 
 
+def _misaligned(numbers):
+    memory = np.zeros(8 * len(numbers) + 1, np.uint8)
+    array = memory[1:].view(np.int64)
+    array[:] = numbers
+    return array
+
+
+def _read_only(numbers):
+    array = np.array(numbers)
+    array.flags.writeable = False
+    return array
+
+
+class _Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        np.array,
+        _misaligned,
+        _read_only,
+        lambda numbers: np.array(numbers).view(_Subclass),
+        lambda numbers: np.repeat(numbers, 2)[::2],
+        lambda numbers: np.array(numbers[::-1])[::-1],
+        lambda numbers: np.array([numbers]),
+        lambda numbers: np.array(numbers, "q"),
+        lambda numbers: np.array(numbers).astype(">i8"),
+        lambda numbers: np.array(numbers, np.uint64),
+    ],
+)
+@pytest.mark.parametrize("count", [0, 1, 8, FEW, FEW + 1])
+def test_an_array_of_pages_may_lie_in_memory_in_any_way(lay, count):
+    bitmap = own(7000)
+    numbers = np.arange(0, 7 * count, 7)
+    bitmap.mark_pages(lay(numbers))
+    assert list(bitmap.harvest()) == numbers.tolist()
+
+
 @both_kinds
 @pytest.mark.parametrize("npages", [1, 64, 512, 2**15, 2**15 + 1, 2**18, 2**25])
 def test_harvests_that_find_nothing_hand_out_one_answer(make, npages):

@@ -25,6 +25,9 @@ __all__ = [
 
 Item = TypeVar("Item")
 
+# A table of more rows is plain: rich takes a millisecond or two for each, more than finding out what is in it.
+MANY = 500
+
 
 def bytes_text(size: float) -> str:
     """Write a number of bytes with the unit a person would choose.
@@ -100,6 +103,9 @@ def printable(text: str, keep: str = "") -> str:
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Print a table: the first `left` columns flush left, the numbers after them flush right."""
     title, rows = printable(title), [[printable(cell) for cell in row] for row in rows]
+    if len(rows) > MANY:
+        print(plain_table(title, columns, rows, left))
+        return
     try:
         from rich.console import Console
         from rich.text import Text

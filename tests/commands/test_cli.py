@@ -289,6 +289,14 @@ def test_tables_are_plain_where_rich_is_not_installed(capsys, monkeypatch):
     assert capsys.readouterr().out == "Pages\nstate  pages\n-----  -----\ndirty     12\n"
 
 
+def test_a_table_of_very_many_rows_is_plain_and_quick(capsys, monkeypatch):
+    monkeypatch.setattr(_terminal, "table", None)
+    _terminal.show_table("Pages", ["state", "pages"], [["dirty", str(i)] for i in range(_terminal.MANY + 1)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Pages", "state  pages"]
+    assert lines[-1] == "dirty    500"
+
+
 def test_progress_is_for_terminals_alone(capsys):
     assert list(_terminal.with_progress(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")

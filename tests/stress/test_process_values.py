@@ -42,7 +42,7 @@ class Talk:
         for descriptor in self.theirs:
             os.set_inheritable(descriptor, True)
         # As descriptors 0, 1 and 3, whatever their numbers are here.
-        places = f"<&{theirs} >&{theirs_out} 3<>/proc/self/fd/{marks}"
+        places = f"</proc/self/fd/{theirs} >/proc/self/fd/{theirs_out} 3<>/proc/self/fd/{marks}"
         self.command = ["sh", "-c", f'exec "$@" {places}', "sh", *map(str, words), str(EACH)]
         stack.callback(os.close, self.answers)
         stack.callback(self.end)

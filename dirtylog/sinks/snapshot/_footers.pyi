@@ -4,8 +4,9 @@ from typing import Self, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RunTable", "diff_header", "follow_diffs"]
+__all__ = ["RunTable", "check_runs", "diff_header", "follow_diffs"]
 
+def check_runs(block: bytes, npages: int, past: int) -> tuple[int, int] | None: ...
 def diff_header(
     text: bytes, nbytes: int, size: bytes, regions: bytes
 ) -> tuple[int, int, str, str, str | None, int] | None: ...

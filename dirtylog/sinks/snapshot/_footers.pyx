@@ -19,7 +19,7 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy
 from posix.types cimport off_t
 
-__all__ = ["RunTable", "diff_header", "follow_diffs"]
+__all__ = ["RunTable", "check_runs", "diff_header", "follow_diffs"]
 
 # What stands at the end of a file, and where its digest lies there.
 cdef enum:
@@ -267,11 +267,13 @@ cdef size_t merge(const Row *newer, size_t n, const Row *older, size_t m, Row *o
 
 
 cdef bint ascending(const int64_t *runs, Py_ssize_t rows, int64_t npages, int64_t *count, int64_t *past) noexcept nogil:
-    """Say whether runs are in bounds, ascending and apart; how many pages they have, and which is after the last."""
+    """Say whether runs are in bounds, ascending and apart; how many pages they have, and which is after the last.
+
+    `past` is the page after the run before, or -1.
+    """
     cdef int64_t first, length
     cdef Py_ssize_t i
     count[0] = 0
-    past[0] = -1
     for i in range(rows):
         first = runs[2 * i]
         length = runs[2 * i + 1]
@@ -280,6 +282,29 @@ cdef bint ascending(const int64_t *runs, Py_ssize_t rows, int64_t npages, int64_
         past[0] = first + length
         count[0] += length
     return True
+
+
+def check_runs(bytes block not None, int64_t npages, int64_t past):
+    """Check runs of pages, as pairs of int64 in a footer.
+
+    Parameters
+    ----------
+    block : bytes
+        Some of them.
+    npages : int
+        Pages of the memory.
+    past : int
+        The page after the run before; -1 where there is none.
+
+    Returns
+    -------
+    tuple of int, or None
+        How many pages, and the page after the last; None if they are not in bounds, ascending and apart.
+    """
+    cdef int64_t count = 0
+    if not ascending(<const int64_t *>PyBytes_AS_STRING(block), len(block) // 16, npages, &count, &past):
+        return None
+    return count, past
 
 
 @cython.final
@@ -352,7 +377,7 @@ cdef class RunTable:
         tuple of int, or None
             How many pages, and the page after the last; None if they are not in bounds, ascending and apart.
         """
-        cdef int64_t count, past
+        cdef int64_t count, past = -1
         if at < 0 or rows < 0 or at % 8 or rows > (len(text) - at) // 16:
             return None
         if not ascending(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, npages, &count, &past):
@@ -443,7 +468,7 @@ cdef Py_ssize_t judge(bytes text, bytes size, bytes regions, const Space *space,
     cdef int64_t length = len(text) - TRAILER_BYTES
     # Version, footer, header and length; on a machine that has the other byte order all footers need a closer look.
     cdef int64_t[4] numbers
-    cdef int64_t count, past, held
+    cdef int64_t count, past = -1, held
     memcpy(numbers, start + length + 8, sizeof(numbers))
     if memcmp(start + length, b"dirtylog", 8) or memcmp(start + length + 56, b"SNAPEND\n", 8):
         return 0

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.words import runs as runs_of_words
 from dirtylog.errors import BackendUnavailable, DirtyLogError
 from dirtylog.sinks._bytes.extents import WINDOW
+from dirtylog.sinks.snapshot._footers import check_runs
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -79,6 +81,8 @@ MAX_NAME = 200
 # A window's digest has 16 bytes, so this is enough for 16 TiB of pages that are held, and bounds the work of a check.
 MAX_FOOTER_BYTES = 1 << 30
 BLOCK = 1 << 17
+# Most footers are shorter than this, and read in one go.
+TAIL = 1 << 15
 # Words with every second page set become 64 times as many bytes of runs.
 WORDS_BLOCK = 1 << 14
 
@@ -235,10 +239,14 @@ def values(text: bytes) -> int:
     return count
 
 
+# json.dumps would make one for each text.
+_compact = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+
+
 def header_text(footer: Footer) -> bytes:
     """Return the header: JSON text, filled up with spaces to a multiple of 16 bytes so that what follows is aligned."""
     body = {"format": FORMAT, **{name: getattr(footer, name) for name in Footer.__dataclass_fields__}}
-    text = json.dumps(body, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
+    text = _compact(body).encode("ascii")
     return text + b" " * (-(len(text) + 1) % 16) + b"\n"
 
 
@@ -409,11 +417,6 @@ def _read(descriptor: int, offset: int, length: int, name: str) -> bytes:
     return b"".join(parts)
 
 
-def _blocks(descriptor: int, offset: int, length: int, name: str, size: int = BLOCK) -> Iterator[bytes]:
-    for at in range(0, length, size):
-        yield _read(descriptor, offset + at, min(size, length - at), name)
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the sections of a footer lie in the file, in bytes, and the digest of it all.
@@ -452,7 +455,9 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     size = os.fstat(descriptor).st_size
     if size < TRAILER.size + ALIGNMENT:
         raise SnapshotError(f"{name}: the footer cannot be used: {size} bytes are not a snapshot, or one was cut short")
-    raw = _read(descriptor, size - TRAILER.size, TRAILER.size, name)
+    start = max(size - TAIL, 0)
+    tail = _read(descriptor, start, size - start, name)
+    raw = tail[-TRAILER.size :]
     magic, version, offset, header, length, expected, end = TRAILER.unpack(raw)
     try:
         _check(magic == MAGIC and end == END, "the file does not end as a snapshot does: it is none, was cut or grew")
@@ -460,11 +465,20 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         _integer(length, 16, MAX_FOOTER_BYTES, "the footer's length")
         _integer(header, 16, min(MAX_HEADER_BYTES, length), "the header's length")
         _check(offset % ALIGNMENT == 0 and offset + length + TRAILER.size == size, "the footer does not fill the file")
+        if offset >= start:
+            # All of it is there; no offset is asked for but those of the footer.
+            descriptor, tail = -1, tail[offset - start :]
+
+        def part(at: int, length: int) -> bytes:
+            if descriptor < 0:
+                return tail[at - offset : at - offset + length]
+            return _read(descriptor, at, length, name)
+
         digest = hashlib.blake2b(raw[:40], digest_size=DIGEST_BYTES)
-        for block in _blocks(descriptor, offset, length, name):
-            digest.update(block)
+        for at in range(offset, offset + length, BLOCK):
+            digest.update(part(at, min(BLOCK, offset + length - at)))
         _check(digest.digest() == expected, "its digest does not match")
-        text = _read(descriptor, offset, header, name)
+        text = part(offset, header)
         _check(values(text) <= MAX_VALUES, f"its header has more than {MAX_VALUES} values")
         body = json.loads(text.decode("ascii"))
         _check(isinstance(body, dict), "it is not a JSON object")
@@ -474,8 +488,10 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         windows = (length - header - footer.set_bytes - footer.state) // DIGEST_BYTES
         pages = offset + header
         state = offset + length - footer.state
-        _check(state == pages + footer.set_bytes + windows * DIGEST_BYTES, "the sections do not add up")
-        held = _check_pages(descriptor, footer, pages, name)
+        _check(
+            windows >= 0 and state == pages + footer.set_bytes + windows * DIGEST_BYTES, "the sections do not add up"
+        )
+        held = _check_pages(footer, pages, part)
         _check(windows == -(-held // WINDOW), "the digests do not cover the pages")
     except SnapshotError:
         raise
@@ -484,14 +500,20 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     return footer, Place(pages, pages + footer.set_bytes, state, held, expected.hex())
 
 
-def _check_pages(descriptor: int, footer: Footer, offset: int, name: str) -> int:
+def _check_pages(footer: Footer, offset: int, part: Callable[[int, int], bytes]) -> int:
     """Check that the runs ascend, do not touch and are as many as announced; return the bytes they hold."""
     past, count, rows = -1, 0, 0
     if footer.packed:
         tail = footer.npages % 64
-        last = struct.unpack("<Q", _read(descriptor, offset + footer.set_bytes - 8, 8, name))[0]
+        last = struct.unpack("<Q", part(offset + footer.set_bytes - 8, 8))[0]
         _check(not tail or last >> tail == 0, "the page set has pages past the end")  # I7
-    for runs in page_blocks(descriptor, footer, offset, name):
+    for at, block in _set_blocks(footer, offset, part):
+        if not footer.packed and sys.byteorder == "little" and (found := check_runs(block, footer.npages, past)):
+            count, past, rows = count + found[0], found[1], rows + len(block) // 16
+            continue
+        runs = _runs(footer, at, block)
+        if not len(runs):
+            continue
         first, length = runs[:, 0], runs[:, 1]
         # A run may go on in the next block where the set is words, and only there.
         joined = int(footer.packed and first[0] == past)
@@ -510,15 +532,24 @@ def _check_pages(descriptor: int, footer: Footer, offset: int, name: str) -> int
     return count * footer.page_size - (footer.npages * footer.page_size - footer.nbytes if past == footer.npages else 0)
 
 
+def _set_blocks(footer: Footer, offset: int, part: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:
+    """Read a page set in blocks: where each begins in it, and its bytes."""
+    size = WORDS_BLOCK if footer.packed else BLOCK
+    for at in range(0, footer.set_bytes, size):
+        yield at, part(offset + at, min(size, footer.set_bytes - at))
+
+
+def _runs(footer: Footer, at: int, block: bytes) -> npt.NDArray[np.int64]:
+    if not footer.packed:
+        return np.frombuffer(block, "<i8").reshape(-1, 2).astype(np.int64, copy=False)
+    runs = runs_of_words(np.frombuffer(block, "<u8"))
+    runs[:, 0] += at * 8
+    return runs
+
+
 def page_blocks(descriptor: int, footer: Footer, offset: int, name: str) -> Iterator[npt.NDArray[np.int64]]:
     """Read the set of held pages from `offset` in blocks of runs, ascending, none of them empty."""
-    at = 0
-    for block in _blocks(descriptor, offset, footer.set_bytes, name, WORDS_BLOCK if footer.packed else BLOCK):
-        if footer.packed:
-            runs = runs_of_words(np.frombuffer(block, "<u8"))
-            runs[:, 0] += at * 8
-            at += len(block)
-        else:
-            runs = np.frombuffer(block, "<i8").reshape(-1, 2).astype(np.int64, copy=False)
+    for at, block in _set_blocks(footer, offset, lambda at, length: _read(descriptor, at, length, name)):
+        runs = _runs(footer, at, block)
         if len(runs):
             yield runs

@@ -48,24 +48,33 @@ def _spare_mappings() -> int:
 
 
 def _plan(
-    extents: npt.NDArray[np.int64], end: int, filled: int, chosen: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Divide extents of a file into whole pages of the system that are mapped, where `chosen`, and what is copied.
+    files: list[npt.NDArray[np.int64]], end: int, filled: int, least: int
+) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Divide extents of each file into whole pages of the system that are mapped, from `least` bytes on, and the rest.
 
-    The last page is filled with zeros up to `filled` in the file, so it may be mapped whole.
+    The last page is filled with zeros up to `filled` in the file, so it may be mapped whole. All files at once: most
+    have a few extents.
     """
+    extents = np.concatenate([_EMPTY, *files])
+    owner = np.repeat(np.arange(len(files)), [len(each) for each in files])
     begin, stop = extents[:, 0], extents.sum(axis=1)
     size = mmap.PAGESIZE
     low = -(-begin // size) * size
     high = np.where((stop == end) & (filled % size == 0), filled, stop) // size * size
-    inside = chosen & (low < high)
+    inside = (extents[:, 1] >= least) & (low < high)
     whole = np.stack([low, high - low], axis=1)[inside]
     parts = np.concatenate([
         extents[~inside],
         np.stack([begin, low - begin], axis=1)[inside],
         np.stack([high, stop - high], axis=1)[inside],
     ])  # fmt: skip
-    return whole, parts[parts[:, 1] > 0]
+    copied_by = np.concatenate([owner[~inside], owner[inside], owner[inside]])
+    order = np.argsort(copied_by, kind="stable")
+    order = order[parts[order, 1] > 0]
+    mapped = np.searchsorted(owner[inside], np.arange(len(files) + 1)).tolist()
+    copied = np.searchsorted(copied_by[order], np.arange(len(files) + 1)).tolist()
+    parts = parts[order]
+    return [(whole[mapped[i] : mapped[i + 1]], parts[copied[i] : copied[i + 1]]) for i in range(len(files))]
 
 
 class _Layout:
@@ -91,8 +100,8 @@ class _Layout:
             least = int(np.partition(lengths, -budget - 1)[-budget - 1]) + 1
         # Of the base too, where the system's pages are larger than a file's blocks.
         copied = [self.copied]
-        for number, extents in layers:
-            whole, parts = _plan(extents, nbytes, offset, extents[:, 1] >= least)
+        plans = _plan([extents for _, extents in layers], nbytes, offset, least)
+        for (number, _), (whole, parts) in zip(layers, plans, strict=True):
             path, digest = found.files[number]
             if not self.memory.lay(path, bytes.fromhex(digest), offset, whole, parts):
                 raise ChainMovedError(path)
@@ -103,7 +112,7 @@ class _Layout:
     def _base(self, found: Index, offset: int) -> None:
         path, digest = found.files[0]
         nbytes = found.footer.nbytes
-        whole, parts = _plan(np.array([[0, nbytes]]), nbytes, offset, np.ones(1, np.bool_))
+        ((whole, parts),) = _plan([np.array([[0, nbytes]])], nbytes, offset, 0)
         if not self.memory.lay(path, bytes.fromhex(digest), offset, whole, parts):
             raise ChainMovedError(path)
         self.copied = parts

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sources import _queues
 from dirtylog.sources.qemu import PeerError, Qmp
 from dirtylog.sources.vhost import VhostBackend
 
-from ..qemu import ENVIRONMENT, listening, program
+from ..qemu import ENVIRONMENT, emulated, listening, program
 
 MEMORY = 4 << 20
 UVA = 0x7F00_0000_0000
@@ -481,17 +480,6 @@ def test_the_back_end_of_a_program_with_many_open_files(many_open, pair):
     test_our_back_end_writes_and_marks_what_it_wrote_exactly(set_up(pair))
 
 
-def test_an_index_is_aligned_and_in_memory():
-    memory = bytearray(range(8))
-    assert _queues.index(memory, 2) == 0x0302
-    _queues.publish(memory, 6, 0xABCD)
-    _queues.fence()
-    assert memory[6:] == b"\xcd\xab"
-    for at in (-2, 1, 7, 8):
-        with pytest.raises(ValueError, match=f"an index at {at} is not aligned"):
-            _queues.index(memory, at)
-
-
 def test_a_device_that_writes_more_than_the_guest_gave_is_refused(up):
     front, backend = up
 
@@ -621,60 +609,50 @@ def migrated(qmp, server, disk):
 
 
 def test_a_guest_of_qemu_migrates_with_what_our_device_wrote_and_without_marks_it_does_not(tmp_path):
-    emulator = program("qemu-system-x86_64")
     config = struct.pack("<QIIHBBI", SECTORS, 0, 1, 0, 0, 0, 512).ljust(60, b"\0")
-    disk = Disk()
+    disk, failures = Disk(), []
+    options = [
+        "-machine", "pc,memory-backend=m", "-object", "memory-backend-memfd,id=m,size=16M,share=on",
+        "-chardev", f"socket,id=c,path={tmp_path / 'disk'}",
+        "-device", "vhost-user-blk-pci,chardev=c,num-queues=1,queue-size=16,bootindex=0",
+    ]  # fmt: skip
+
+    def serve():
+        try:
+            backend.serve(disk)
+        except Exception as error:
+            failures.append(error)
+
     with (
         listening(tmp_path / "disk") as device,
-        listening(tmp_path / "qmp") as monitor,
         listening(tmp_path / "stream") as stream,
+        emulated(tmp_path / "qmp", *options) as process,
     ):
-        command = [
-            emulator, "-accel", "tcg", "-m", "16M", "-machine", "pc,memory-backend=m", "-nodefaults", "-no-user-config",
-            "-object", "memory-backend-memfd,id=m,size=16M,share=on", "-display", "none", "-vga", "none",
-            "-chardev", f"socket,id=c,path={tmp_path / 'disk'}",
-            "-device", "vhost-user-blk-pci,chardev=c,num-queues=1,queue-size=16,bootindex=0",
-            "-chardev", f"socket,id=q,fd={monitor.fileno()},server=on,wait=off", "-mon", "chardev=q,mode=control",
-        ]  # fmt: skip
-        process = subprocess.Popen(command, pass_fds=[monitor.fileno()], env=ENVIRONMENT)
         device.settimeout(60)
-        connection, _ = device.accept()
-        connection.settimeout(None)
-        backend = VhostBackend(connection, config=config)
-        failures = []
-
-        def serve():
+        with VhostBackend(device.accept()[0], config=config) as backend:
+            thread = threading.Thread(target=serve)
+            thread.start()
             try:
-                backend.serve(disk)
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        try:
-            with Qmp(tmp_path / "qmp") as qmp:
-                assert disk.wait(LOADED), failures
-                qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
-                stale = []
-                for marked in (False, True):
-                    if not marked:
-                        backend._mark = lambda *_: None
-                    else:
-                        del backend._mark
-                    sent = migrated(qmp, stream, disk)
-                    live = backend.read(0, RAM)
-                    (content,) = [each for each in sent.values() if len(each) == RAM]
-                    pages = [i for i in range(0, RAM, 4096) if live[i : i + 4096] != content[i : i + 4096]]
-                    stale.append(len(pages))
-                    if not marked:
-                        qmp.execute("cont")
-                        assert disk.wait(disk.reads + 1), failures
-                assert stale[0] > 0
-                assert stale[1] == 0
-                qmp.execute("quit")
-        finally:
-            process.kill()
-            process.wait()
-            thread.join(60)
-            backend.close()
-        assert not failures
+                with Qmp(tmp_path / "qmp") as qmp:  # which answers when the device has
+                    assert disk.wait(LOADED), failures
+                    qmp.execute("migrate-set-capabilities", {"capabilities": [{"capability": "events", "state": True}]})
+                    stale = []
+                    for marked in (False, True):
+                        if not marked:
+                            backend._mark = lambda *_: None
+                        else:
+                            del backend._mark
+                        sent = migrated(qmp, stream, disk)
+                        live = backend.read(0, RAM)
+                        (content,) = [each for each in sent.values() if len(each) == RAM]
+                        pages = [i for i in range(0, RAM, 4096) if live[i : i + 4096] != content[i : i + 4096]]
+                        stale.append(len(pages))
+                        if not marked:
+                            qmp.execute("cont")
+                            assert disk.wait(disk.reads + 1), failures
+                    assert stale[0] > 0
+                    assert stale[1] == 0
+            finally:
+                process.kill()  # which the device takes for the end
+                thread.join(60)
+    assert not failures

@@ -18,6 +18,7 @@ import pytest
 import dirtylog as dl
 
 from ..leaks import descriptors
+from ..qemu import FIRMWARE, WRITTEN
 from ..sources.test_process import PAGE, Puppet, attach, until_in_call
 
 pytestmark = pytest.mark.stress
@@ -105,14 +106,6 @@ def harvested(pid, work, **how):
             counts.append(copy.take(process.harvest()))
         assert copy.compare() > 1000
     return counts
-
-
-# Firmware of our own: a round is a number in every second page of 64 from 0x20000 on, and the next number follows. Real
-# mode, so that a KVM that runs guests by emulation (of instructions, or of page tables) takes no minutes to boot one.
-ROUNDS = bytes.fromhex("43b800208ec031ff26891d81c7002075f70500103d006072ebebe5")
-# A CPU begins sixteen bytes before the end of its firmware: a jump to f000:0000.
-FIRMWARE = (ROUNDS.ljust(0xFFF0, b"\0") + bytes.fromhex("ea000000f0")).ljust(0x10000, b"\0")
-WRITTEN = range(0x20, 0x60, 2)
 
 
 @pytest.mark.parametrize("accelerator", ["tcg", "kvm"])

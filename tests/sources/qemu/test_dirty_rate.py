@@ -1,7 +1,6 @@
 """QEMU's own dirty rate: what it answers, and what it may not be asked."""
 
 import json
-import subprocess
 
 import pytest
 
@@ -10,7 +9,7 @@ from dirtylog.errors import BackendUnavailable, DirtyLogError
 from dirtylog.sources.qemu import DirtyRate, Qmp
 from dirtylog.sources.qemu import dirty_rate as module
 
-from ...qemu import ENVIRONMENT, listening, program
+from ...qemu import emulated
 
 
 class Answers:
@@ -44,30 +43,20 @@ def instant(monkeypatch):
 
 
 def test_a_guest_under_tcg_is_sampled_and_never_asked_for_its_bitmap(tmp_path, capsys):
-    with listening(tmp_path / "q") as monitor:
-        command = [
-            program("qemu-system-x86_64"), "-accel", "tcg", "-m", "16M", "-S", "-nodefaults", "-display", "none",
-            "-vga", "none", "-chardev", f"socket,id=q,fd={monitor.fileno()},server=on,wait=off",
-            "-mon", "chardev=q,mode=control",
-        ]  # fmt: skip
-        process = subprocess.Popen(command, pass_fds=[monitor.fileno()], env=ENVIRONMENT)
-        try:
-            with Qmp(tmp_path / "q") as qmp:
-                for mode in ("dirty-bitmap", "dirty-ring"):
-                    with pytest.raises(BackendUnavailable, match="does not run under KVM; use page-sampling"):
-                        DirtyRate(qmp, mode)
-                rate = DirtyRate(qmp).measure(1)
-                assert (rate.mode, rate.seconds, rate.bytes_per_second, rate.vcpus) == ("page-sampling", 1, 0, {})
-                assert "a lower bound" in rate.meaning
-            assert cli.main(["rate", "--qmp", str(tmp_path / "q"), "--json"]) == 0
-            answer = json.loads(capsys.readouterr().out)
-            assert (answer["bytes_per_second"], answer["migrations"][0]["verdict"]) == (0, "converges")
-            assert cli.main(["rate", "--qmp", str(tmp_path / "q"), "--seconds", "61"]) == 1
-            assert "QEMU measures 1 to 60" in capsys.readouterr().err
-            assert cli.main(["rate", "--qmp", "x", "--pid", "1"]) == 2
-        finally:
-            process.kill()
-            process.wait()
+    with emulated(tmp_path / "q", "-S"):
+        with Qmp(tmp_path / "q") as qmp:
+            for mode in ("dirty-bitmap", "dirty-ring"):
+                with pytest.raises(BackendUnavailable, match="does not run under KVM; use page-sampling"):
+                    DirtyRate(qmp, mode)
+            rate = DirtyRate(qmp).measure(1)
+            assert (rate.mode, rate.seconds, rate.bytes_per_second, rate.vcpus) == ("page-sampling", 1, 0, {})
+            assert "a lower bound" in rate.meaning
+        assert cli.main(["rate", "--qmp", str(tmp_path / "q"), "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert (answer["bytes_per_second"], answer["migrations"][0]["verdict"]) == (0, "converges")
+        assert cli.main(["rate", "--qmp", str(tmp_path / "q"), "--seconds", "61"]) == 1
+        assert "QEMU measures 1 to 60" in capsys.readouterr().err
+        assert cli.main(["rate", "--qmp", "x", "--pid", "1"]) == 2
 
 
 def test_the_rates_of_vcpus_are_told_apart_and_summed(instant):

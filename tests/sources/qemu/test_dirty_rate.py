@@ -48,9 +48,6 @@ def test_a_guest_under_tcg_is_sampled_and_never_asked_for_its_bitmap(tmp_path, c
             for mode in ("dirty-bitmap", "dirty-ring"):
                 with pytest.raises(BackendUnavailable, match="does not run under KVM; use page-sampling"):
                     DirtyRate(qmp, mode)
-            rate = DirtyRate(qmp).measure(1)
-            assert (rate.mode, rate.seconds, rate.bytes_per_second, rate.vcpus) == ("page-sampling", 1, 0, {})
-            assert "a lower bound" in rate.meaning
         assert cli.main(["rate", "--qmp", str(tmp_path / "q"), "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert (answer["bytes_per_second"], answer["migrations"][0]["verdict"]) == (0, "converges")

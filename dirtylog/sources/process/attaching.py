@@ -16,7 +16,7 @@ from dirtylog.sources._ready import ready
 from dirtylog.sources.process import _remote
 from dirtylog.sources.process._remote import Watch, inject
 from dirtylog.sources.process.handover import receive
-from dirtylog.sources.process.members import Member, end_keeper
+from dirtylog.sources.process.members import Member, end_keeper, tracers
 from dirtylog.sources.process.process import Process
 from dirtylog.sources.process.regions import Area, choose
 
@@ -306,6 +306,7 @@ def adopt(pid: int, patience: float = 1.0) -> tuple[int, int]:
         except BaseException as error:  # handed to who waits for it
             answer.set_exception(error)
             return
+        tracers[found[1]] = threading.current_thread()
         answer.set_result(found)
         ready([alive])
         os.close(alive)
@@ -314,11 +315,14 @@ def adopt(pid: int, patience: float = 1.0) -> tuple[int, int]:
         if late.exception() is None:
             _give_back(*late.result())
 
-    threading.Thread(target=trace, name="dirtylog keeper", daemon=True).start()
+    tracer = threading.Thread(target=trace, name="dirtylog keeper", daemon=True)
+    tracer.start()
     try:
         return answer.result()
     except BaseException:
-        answer.add_done_callback(drop)  # a signal handler raised, and nobody is there to take it
+        if answer.done():
+            tracer.join()
+        answer.add_done_callback(drop)  # where a signal handler raised, and nobody is there to take it
         raise
 
 

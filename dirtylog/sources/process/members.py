@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch, same_memory
 from dirtylog.sources.process.regions import Area, parsed
 
-__all__ = ["Member", "alone", "children", "end_keeper"]
+__all__ = ["Member", "alone", "children", "end_keeper", "tracers"]
 
 # Of a pagemap entry, in Linux Documentation/admin-guide/mm/pagemap.rst.
 _EXCLUSIVE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (56, 62, 63))
@@ -91,12 +92,19 @@ class Member:
             end_keeper(keeper)
 
 
+# The threads that trace keepers, and end with them.
+tracers: dict[int, threading.Thread] = {}
+
+
 def end_keeper(keeper: int) -> None:
-    """End a process that keeps memory, and wait for it; of one that is gone, nothing is to be done."""
+    """End a process that keeps memory, and what traces it, and wait for both; what is gone needs nothing."""
     with suppress(ProcessLookupError):
         os.kill(keeper, signal.SIGKILL)
     with suppress(ChildProcessError):
         os.waitpid(keeper, 0)
+    tracer = tracers.pop(keeper, None)
+    if tracer is not None and tracer is not threading.current_thread():
+        tracer.join()
 
 
 def _layout(pid: int) -> bytes:

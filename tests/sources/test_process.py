@@ -244,6 +244,28 @@ def test_an_end_and_an_exec_are_errors_not_silence():
                     process.read(dl.DirtyPages.from_runs([[0, process.npages]], process.npages))
 
 
+class Gone:
+    """A watch whose scan is the first to meet the end of the memory."""
+
+    def __init__(self, watch):
+        self._watch = watch
+
+    def __getattr__(self, name):
+        return getattr(self._watch, name)
+
+    def scan(self, *_):
+        raise ProcessLookupError(3, "ioctl(PAGEMAP_SCAN)")
+
+
+def test_an_end_that_comes_during_the_scan_is_said_as_any_other(puppet):
+    with attach(puppet.pid) as process:
+        member = process._first
+        watch, member.watch = member.watch, Gone(member.watch)
+        with pytest.raises(dl.DirtyLogError, match="has ended, or has executed another program"):
+            process.harvest()
+        member.watch = watch
+
+
 def test_shared_memory_is_reported_whole_and_says_so_unless_it_is_trusted(puppet):
     address = puppet.do("new(512, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)")
     with attach(puppet.pid) as process:

@@ -325,9 +325,10 @@ class Process(Resource):
             try:
                 report += self._stretches.follow(member)
                 report += self._stretches.scan(member, take)
-            except ProcessLookupError:
+            except ProcessLookupError as error:
                 if self._must_live(member):
-                    raise
+                    # It ended, or executed another program, since it was looked at.
+                    raise self._gone() from error
                 # A child that has ended meanwhile, and its memory with it.
         untold = self._stretches.untold
         report += [np.array([[piece.first_page, piece.npages]], np.int64) for piece in untold]

@@ -157,6 +157,12 @@ def coordinator(processes, *arguments):
         heard.close()
 
 
+def running(cluster):
+    """The processes of workers that have reported. One that is killed before is one that its nanny gives up."""
+    known = {worker.pid for worker in cluster.scheduler.workers.values()}
+    return [nanny.pid for nanny in cluster.workers.values() if nanny.status.name == "running" and nanny.pid in known]
+
+
 def killed_at_random(processes, cluster, directory, rng, epochs):
     """Take a fleet through epochs while workers and the coordinator are killed; return what was told, and how often."""
     committed, counts, step, typical = {}, Counter(), 0, 0.1
@@ -171,12 +177,8 @@ def killed_at_random(processes, cluster, directory, rng, epochs):
                     if victim == "coordinator":
                         process.kill()
                         break
-                    # One that is killed before it has reported is one that its nanny gives up.
-                    there = [
-                        nanny for nanny in cluster.workers.values() if nanny.worker_address in cluster.scheduler.workers
-                    ]
-                    if there:
-                        os.kill(rng.choice(there).pid, signal.SIGKILL)
+                    if pids := running(cluster):
+                        os.kill(rng.choice(pids), signal.SIGKILL)
                     continue
                 try:
                     word, step, *rest = heard.recv()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -36,7 +36,7 @@ Chunking = Sequence[SupportsIndex] | Mapping[str, Sequence[SupportsIndex]] | Non
 
 # Bytes of a chunk: large enough that a request is not most of its cost, small enough that one page does not cost much.
 LARGE = 1 << 20
-# From this share of an array's bytes on it is written whole: one call, in place of one for each chunk.
+# From this share of an array's bytes on all of it is written.
 WHOLE = 0.75
 
 
@@ -159,7 +159,14 @@ class Task:
     def __init__(self, part: Part, numbers: npt.NDArray[np.int64] | None) -> None:
         self.part: Part = part
         self.numbers: npt.NDArray[np.int64] = np.arange(part.chunks.count) if numbers is None else numbers
-        self.whole, self.count, self.nbytes = written(part.chunks, self.numbers)
+        whole, count, nbytes = written(part.chunks, self.numbers)
+        self.whole: bool = whole
+        self.count: int = count
+        self.nbytes: int = nbytes
+
+    def all_numbers(self) -> Iterable[int]:
+        """Go through the chunks that are written."""
+        return range(self.part.chunks.count) if self.whole else map(int, self.numbers)
 
 
 def written(chunks: ChunkMap, numbers: npt.NDArray[np.int64]) -> tuple[bool, int, int]:

@@ -113,7 +113,7 @@ def _plain(kind: Any) -> Any:
 
 
 def write(store: Any, work: Sequence[Task]) -> None:
-    """Write what is dirty, or whole arrays; all chunks gathered, `AT_ONCE` at a time.
+    """Write what is dirty, or whole arrays, `AT_ONCE` chunks at a time.
 
     Parameters
     ----------
@@ -131,29 +131,60 @@ async def _write(store: Any, work: Sequence[Task]) -> None:
     from zarr.api import asynchronous
     from zarr.core.array import AsyncArray
 
-    room = asyncio.Semaphore(AT_ONCE)
-
-    async def put(stored: Any, selection: tuple[slice, ...], value: npt.NDArray[Any]) -> None:
-        async with room:
-            await stored.setitem(selection, value)
-
-    puts: list[Coroutine[Any, Any, None]] = []
+    arrays = []
     for task in work:
-        part = task.part
-        stored: Any = await asynchronous.open_array(store=store, path=part.name, mode="r+")
+        stored: Any = await asynchronous.open_array(store=store, path=task.part.name, mode="r+")
         # Every byte as it is: a chunk of -0.0 or of the fill value is a chunk.
         config: Any = {"write_empty_chunks": True, "order": "C"}
-        stored = AsyncArray(metadata=stored.metadata, store_path=stored.store_path, config=config)
-        places: Iterable[tuple[slice, ...]]
-        if task.whole:
-            places = [tuple(slice(0, size) for size in part.array.shape)]
-        else:
-            places = [part.chunks.slices(number) for number in task.numbers.tolist()]
-        puts += [put(stored, part.selection(place), part.array[place]) for place in places]
-    for outcome in await asyncio.gather(*puts, return_exceptions=True):
-        # All have ended before one is raised: none goes on to write after a roll-back.
-        if isinstance(outcome, BaseException):
-            raise outcome
+        arrays.append(_Chunks(AsyncArray(metadata=stored.metadata, store_path=stored.store_path, config=config)))
+    puts = (
+        (chunks, task.part.selection(place), task.part.array[place])
+        for chunks, task in zip(arrays, work, strict=True)
+        for place in map(task.part.chunks.slices, task.all_numbers())
+    )
+    failed: list[BaseException] = []
+
+    async def put_some() -> None:
+        for chunks, selection, value in puts:
+            try:
+                await chunks.put(selection, value)
+            except BaseException as error:
+                failed.append(error)
+            if failed:
+                return
+
+    # All have ended before one is raised: none goes on to write after a roll-back.
+    await asyncio.gather(*(put_some() for _ in range(AT_ONCE)))
+    if failed:
+        raise failed[0]
+
+
+class _Chunks:
+    """Writes chunks of an array: encoded by its codecs and sent, without what an assignment makes of a selection.
+
+    That was half of the time of a save.
+    """
+
+    def __init__(self, stored: Any) -> None:
+        from zarr.core.buffer import default_buffer_prototype
+
+        self._stored = stored
+        self._prototype: Any = default_buffer_prototype()
+        self._prefix = f"{stored.store_path.path}/" if stored.store_path.path else ""
+        self._spec = stored.metadata.get_chunk_spec((0,) * len(stored.shape), stored.config, self._prototype)
+
+    async def put(self, place: tuple[slice, ...], value: npt.NDArray[Any]) -> None:
+        """Write one chunk of the grid: what lies in the array there."""
+        stored = self._stored
+        if stored.shards is not None or value.shape != stored.chunks:
+            # A shard has chunks in it; a chunk that is cut short at the end of an axis is filled up.
+            await stored.setitem(place, value)
+            return
+        at = tuple(each.start // size for each, size in zip(place, stored.chunks, strict=True))
+        chunk = self._prototype.nd_buffer.from_numpy_array(np.ascontiguousarray(value))
+        (encoded,) = await stored.codec_pipeline.encode([(chunk, self._spec)])
+        key = self._prefix + stored.metadata.encode_chunk_key(at)
+        await stored.store_path.store.set(key, encoded)
 
 
 def read(

@@ -64,6 +64,8 @@ def expected_after(steps, shards):
 @pytest.fixture(scope="module")
 def processes():
     """Processes that have imported what a worker and a coordinator need: a hundred are started."""
+    pytest.importorskip("distributed")
+    pytest.importorskip("icechunk")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dirtylog.fleet.dask", "distributed", "icechunk", "zarr"])
     before = os.environ.get("OPENBLAS_NUM_THREADS")
@@ -78,9 +80,8 @@ def processes():
 
 @pytest.fixture(scope="module")
 def cluster(processes):
-    distributed = pytest.importorskip("distributed")
-    pytest.importorskip("icechunk")
     import dask
+    import distributed
 
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
@@ -93,7 +94,8 @@ def cluster(processes):
 
 @pytest.fixture(scope="module")
 def client(cluster):
-    distributed = pytest.importorskip("distributed")
+    import distributed
+
     with distributed.Client(cluster) as client:
         yield client
 

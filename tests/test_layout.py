@@ -353,6 +353,7 @@ PUBLIC = {
     "dirtylog.sources.vhost": ["VhostBackend", "VhostRequest"],
     "dirtylog.sinks.migrate": [
         "Control",
+        "DirtyLimit",
         "Keys",
         "Listener",
         "MigrationError",

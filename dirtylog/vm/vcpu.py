@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dirtylog._bits.dirty_limit import DirtyLimit
 from dirtylog.vm.rings import DirtyRingFull
 
 if TYPE_CHECKING:
@@ -45,11 +46,30 @@ class Vcpu:
     def __init__(self, mmu: Mmu, index: int) -> None:
         self._mmu = mmu
         self.index = index
+        self._limit = DirtyLimit()
 
     @property
     def faults(self) -> int:
         """Stores that left guest mode to be marked."""
         return self._mmu.faults(self.index)
+
+    @property
+    def dirtied(self) -> int:
+        """Pages that it has dirtied: stores to write-protected pages."""
+        return self.faults
+
+    @property
+    def dirty_limit(self) -> float | None:
+        """Pages per second that it may dirty; None: as many as it likes. Stores of one call go through together.
+
+        A vCPU that has dirtied more stands still before its next store. For any thread, at any time. ValueError for
+        what is not a positive number. Architectures that log without write faults know of no pages to count.
+        """
+        return self._limit.rate
+
+    @dirty_limit.setter
+    def dirty_limit(self, rate: float | None) -> None:
+        self._limit.rate = rate
 
     def write(self, gpa: int, data: ReadableBuffer) -> None:
         """Store bytes at a guest-physical address; they may cross pages and slots.
@@ -65,6 +85,7 @@ class Vcpu:
             The machine has dirty rings, and this one's soft limit is reached.
         """
         view = memoryview(data).cast("B")
+        self._limit.wait(self.faults)
         self._check_done(self._mmu.write(self.index, check_gpa(gpa, view.nbytes), view), view.nbytes)
 
     def read(self, gpa: int, size: int) -> bytes:
@@ -104,11 +125,13 @@ class Vcpu:
             The machine has dirty rings, and this one's soft limit is reached.
         """
         frames = guest_frames(gfns)
+        self._limit.wait(self.faults)
         return self._check_done(self._mmu.store(self.index, frames), frames.size)
 
     def store(self, gfns: npt.ArrayLike, value: int) -> int:
         """Store one 64-bit `value`, little-endian, at the start of each page; else as `touch`."""
         frames = guest_frames(gfns)
+        self._limit.wait(self.faults)
         return self._check_done(self._mmu.store(self.index, frames, operator.index(value)), frames.size)
 
     def _check_done(self, done: int, wanted: int) -> int:

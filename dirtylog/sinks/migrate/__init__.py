@@ -11,6 +11,7 @@ from __future__ import annotations
 from dirtylog._public import publish
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.door import Keys, Listener, connect
+from dirtylog.sinks.migrate.limit import DirtyLimit
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.receiver import receive
 from dirtylog.sinks.migrate.sender import send
@@ -19,6 +20,7 @@ from dirtylog.sinks.migrate.settling import settle
 
 __all__ = [
     "Control",
+    "DirtyLimit",
     "Keys",
     "Listener",
     "MigrationError",

@@ -376,6 +376,8 @@ cdef class VcpuHandle(Handle):
     cdef dl_runner runner
     cdef uint8_t *page
     cdef size_t run_size
+    # Whether `run` ends, rather than goes on, when a harvest has made the guest leave.
+    cdef public bint paced
 
     def __cinit__(self, object fd, str name, size_t run_size):
         global kick_number
@@ -403,8 +405,10 @@ cdef class VcpuHandle(Handle):
             munmap(self.page, self.run_size)
             self.page = NULL
 
-    def run(self, list left=None) -> bool:
+    def run(self, list left=None) -> bool | None:
         """KVM_RUN without the GIL: True when the guest left, False when a signal or a kick ended it.
+
+        None, where it is `paced`: a harvest made it leave, and it is to be run on.
 
         Parameters
         ----------
@@ -431,6 +435,8 @@ cdef class VcpuHandle(Handle):
             # A harvest made it leave. A signal may have come with it: its handler runs here, and if it raises, the
             # run ends as it would have.
             PyErr_CheckSignals()
+            if self.paced:
+                return None
             if self.inherited:
                 self.enter()
             elif not dl_gate_enter(&self.gate):
@@ -531,6 +537,8 @@ cdef class Ring:
     cdef dl_ring ring
     cdef Pinned pinned
     cdef void *mapped
+    # Entries that were read, from the beginning.
+    cdef readonly uint64_t taken
 
     def __cinit__(self, object memory, uint32_t entries):
         cdef size_t size = <size_t>entries * 16
@@ -709,6 +717,7 @@ cdef class RingLog:
                 with nogil:
                     result = dl_ring_drain(&ring.ring, self.slots, self.nslots)
                 self.outstanding += result.drained
+                ring.taken += result.drained
                 if result.overflow:
                     self.overflowed = <int>i
                 if result.foreign:

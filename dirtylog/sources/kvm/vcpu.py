@@ -6,6 +6,7 @@ import struct
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dirtylog._bits.dirty_limit import DirtyLimit
 from dirtylog.sources._resource import Resource
 from dirtylog.sources.kvm import _kvm
 
@@ -32,7 +33,8 @@ _REGS = struct.Struct("=18Q")
 _SEGMENT = struct.Struct("=QIH9Bx")
 _DTABLE = struct.Struct("=QH6x")
 _CONTROL = struct.Struct("=7Q4Q")
-# struct kvm_run: exit_reason, and the union that says more.
+# struct kvm_run: whether it is to return at once, exit_reason, and the union that says more.
+_IMMEDIATE_EXIT = 1
 _REASON = struct.Struct("=8xI")
 _UNION = 32
 _IO = struct.Struct("=BBHIQ")
@@ -177,11 +179,43 @@ class Vcpu(Resource):
         # Whether the guest has left and nobody has been told why; and the harvests before that run.
         self._left = [False]
         self._harvests = 0
+        self._limit = DirtyLimit()
         self._closed = False
 
     def __repr__(self) -> str:
         """Show the number and whether it is open."""
         return f"<{self._handle.name}, {'closed' if self.closed else 'open'}>"
+
+    @property
+    def dirtied(self) -> int:
+        """Pages that it has dirtied, as far as its dirty ring was harvested; 0 without rings."""
+        return 0 if self._ring is None else self._ring.taken
+
+    @property
+    def dirty_limit(self) -> float | None:
+        """Pages per second that it may dirty; None: as many as it likes.
+
+        A vCPU that has dirtied more stands still, in `run`, when it has left the guest: because its ring was full, or
+        for a harvest. What it dirtied is known after that, so harvest several times a second. A kick ends the pause.
+        For any thread, at any time.
+
+        Raises
+        ------
+        ValueError
+            It is not a positive number, or the machine has no dirty rings: nothing says which vCPU dirtied a page.
+        """
+        return self._limit.rate
+
+    @dirty_limit.setter
+    def dirty_limit(self, rate: float | None) -> None:
+        if rate is not None and self._ring is None:
+            raise ValueError(f"vCPU {self.index} has no dirty ring to count its pages by: enable_dirty_ring() first")
+        self._limit.rate = rate
+        self._handle.paced = rate is not None
+
+    def _kicked(self) -> bool:
+        """Whether the next run is to return at once."""
+        return self._handle.load(_IMMEDIATE_EXIT, 1) != b"\0"
 
     def get_regs(self) -> Regs:
         """Return the general registers (KVM_GET_REGS)."""
@@ -289,7 +323,10 @@ class Vcpu(Resource):
         if not self._left[0]:
             self._answer_at = None
             self._harvests = self._rings.harvests if self._rings else 0
-            if not self._handle.run(self._left):
+            self._limit.wait(self.dirtied, self._kicked)
+            while (ran := self._handle.run(self._left)) is None:
+                self._limit.wait(self.dirtied, self._kicked)
+            if not ran:
                 return Exit("INTR")
         (number,) = _REASON.unpack(self._handle.load(0, _REASON.size))
         reason = EXIT_REASONS[number] if number < len(EXIT_REASONS) else f"EXIT_{number}"

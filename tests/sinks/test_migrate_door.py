@@ -86,8 +86,13 @@ def test_a_unix_socket_is_its_users_alone_and_goes_away(tmp_path):
             assert os.stat(path).st_mode & 0o777 == 0o600
             assert listener.address == path
             close(*talk(listener, Keys(token=TOKEN)))
-            with pytest.raises(OSError, match="in use"):
+            with pytest.raises(OSError, match=f"in use: 'unix:{path}'"):
                 Listener(path)
+            # The system's own words name no address.
+            with pytest.raises(OSError, match=f"No such file or directory: 'unix:{tmp_path}/none/x'"):
+                Listener(str(tmp_path / "none" / "x"))
+            with pytest.raises(OSError, match=r"in use: '127\.0\.0\.1:"), Listener(("127.0.0.1", 0)) as other:
+                Listener(other.address)
             assert os.path.exists(path)
     finally:
         os.umask(before)

@@ -415,7 +415,11 @@ class Listener:
                 os.fchmod(self._server.fileno(), 0o600)
             else:
                 self._server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._server.bind(where)
+            try:
+                self._server.bind(where)
+            except OSError as error:
+                # What the system answers names no address.
+                raise OSError(error.errno, error.strerror, _text(address)) from None
             self._path = where if isinstance(where, str) else None
             self._server.listen(128)
             self._server.setblocking(False)

@@ -1,8 +1,9 @@
 """How much of a line a migration uses, for random pages and for pages that changed a little, beside bare sockets.
 
-Run: python -m benchmarks.migrate_wire [--mib 256] [--turns 5]. Two processes on loopback TCP, in turns: bare `sendall`
-and `recv_into` of a MiB at once; a first round of random pages; and rounds in which 64 bytes of each page changed.
-A ratio is page bytes per second over what the bare sockets took just before.
+Run: python -m benchmarks.migrate_wire [--mib 256] [--turns 5] [--channels 1 2]. Two processes on loopback TCP, in
+turns: bare `sendall` and `recv_into` of a MiB at once; a first round of random pages, into memory that is there and
+into new memory; and rounds in which 64 bytes of each page changed; all of that over each number of channels. A ratio is
+page bytes per second over what the bare sockets took just before.
 """
 
 import argparse
@@ -35,18 +36,35 @@ def raw_sender(sock, memory):
     return time.perf_counter() - begin
 
 
-def pair(there):
-    """Connect to a child that does something with its end; return this end and the child."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        child = os.fork()
-        if not child:
-            sock = socket.create_connection(server.getsockname())
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            there(sock)
+class Ends:
+    """A child that does something with its end of a connection; a context manager that yields this end."""
+
+    def __init__(self, there):
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.child = os.fork()
+        if not self.child:
+            with self.connect() as sock:
+                there(sock, self.connect)
             os._exit(0)
-        sock, _ = server.accept()
+
+    def connect(self):
+        sock = socket.create_connection(self.server.getsockname())
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock, child
+        return sock
+
+    def accept(self):
+        sock, _ = self.server.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    def __enter__(self):
+        self.sock = self.accept()
+        return self.sock
+
+    def __exit__(self, *_):
+        self.sock.close()
+        self.server.close()
+        os.waitpid(self.child, 0)
 
 
 class Scribbling:
@@ -66,44 +84,72 @@ class Scribbling:
         return self.observer.collect()
 
 
+def receiver(nbytes):
+    """Return what receives, into so many bytes that are there already; 0: into new memory."""
+    # Filled after the fork: of what is shared each page would be copied when it is written.
+    return lambda sock, another: receive(sock, out=np.ones(nbytes, np.uint8) if nbytes else None, another=another)
+
+
+def observers(npages):
+    bitmap = DirtyBitmap(npages)
+    log = DirtyLog()
+    log.attach(bitmap)
+    return bitmap, log.observer("migration")
+
+
+def first_round(memory, there, channels):
+    """Return the bytes per second of the first round."""
+    ends = Ends(receiver(there))
+    how = {"delta_cache": 0, "policy": Policy(downtime=1e9), "channels": channels, "another": ends.accept}
+    with ends as sock:
+        return send(sock, memory, observers(len(memory) // 4096)[1], **how).rounds[0].bandwidth
+
+
+def later_rounds(memory, there, channels):
+    """Return the bytes per second of rounds in which each page changed a little."""
+    bitmap, observer = observers(len(memory) // 4096)
+    scribbling = Scribbling(observer, memory, 4)
+    scribbling.bitmap = bitmap
+    ends = Ends(receiver(there))
+    policy = Policy(downtime=0.0, max_rounds=4, force=True)
+    with ends as sock:
+        result = send(
+            sock, memory, scribbling, delta_cache=len(memory), policy=policy, channels=channels, another=ends.accept
+        )
+    again = result.rounds[1:4]
+    assert all(each.delta_pages == each.pages for each in again)
+    return statistics.median(each.bandwidth for each in again)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--channels", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
     nbytes = options.mib << 20
     memory = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
-    found = {"bare sockets": [], "random pages": [], "64 bytes of each page": []}
-    ratios = {name: [] for name in found}
+    found = {}
+
+    def note(name, value, raw):
+        found.setdefault(name, []).append((value, value / raw))
+
     for _ in range(options.turns):
-        sock, child = pair(lambda sock: raw_receiver(sock, nbytes))
-        with sock:
-            raw = nbytes / raw_sender(sock, memory)
-        os.waitpid(child, 0)
-        sock, child = pair(receive)
-        bitmap = DirtyBitmap(nbytes // 4096)
-        log = DirtyLog()
-        log.attach(bitmap)
-        observer = Scribbling(log.observer("migration"), memory, 4)
-        observer.bitmap = bitmap
-        policy = Policy(downtime=0.0, max_rounds=4, force=True)
-        with sock:
-            first = send(sock, memory, log.observer("other"), delta_cache=0, policy=Policy(downtime=1e9))
-        os.waitpid(child, 0)
-        sock, child = pair(receive)
-        with sock:
-            result = send(sock, memory, observer, delta_cache=nbytes, policy=policy)
-        os.waitpid(child, 0)
-        again = [each.bandwidth for each in result.rounds[1:4]]
-        assert all(each.delta_pages == each.pages for each in result.rounds[1:4])
-        for name, value in zip(found, (raw, first.rounds[0].bandwidth, statistics.median(again)), strict=True):
-            found[name].append(value)
-            ratios[name].append(value / raw)
+        for channels in options.channels:
+            for name, measure, there in (
+                ("random pages", first_round, nbytes),
+                ("random pages, new memory", first_round, 0),
+                ("64 bytes of each page", later_rounds, nbytes),
+            ):
+                with Ends(lambda sock, _: raw_receiver(sock, nbytes)) as sock:
+                    raw = nbytes / raw_sender(sock, memory)
+                note("bare sockets", raw, raw)
+                note(f"{name}, {channels} channels", measure(memory, there, channels), raw)
     print(f"{options.mib} MiB, {options.turns} turns: median MiB of pages per second, and the median and best ratio")
     for name, values in found.items():
-        ratio = ratios[name]
+        rates, ratios = zip(*values, strict=True)
         print(
-            f"{name:24} {statistics.median(values) / (1 << 20):9.0f} {statistics.median(ratio):7.2f} {max(ratio):7.2f}"
+            f"{name:38} {statistics.median(rates) / (1 << 20):9.0f} {statistics.median(ratios):7.2f} {max(ratios):7.2f}"
         )
 
 

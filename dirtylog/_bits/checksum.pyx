@@ -2,8 +2,6 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """CRC-32 at the speed of the memory bus, where the CPU can: the checksum of every byte that a migration sends."""
 
-import zlib
-
 from libc.stdint cimport uint32_t
 
 from dirtylog._bits.copying cimport HeldBuffer, hold
@@ -12,12 +10,11 @@ __all__ = ["crc32"]
 
 
 cdef extern from "_bits/crc32.h" nogil:
-    size_t DL_CRC32_LEAST
-    uint32_t dl_crc32_blocks(const unsigned char *data, size_t nbytes, uint32_t state) noexcept
-    int dl_crc32_can_fold() noexcept
+    uint32_t dl_crc32(const unsigned char *data, size_t nbytes, uint32_t value) noexcept
+    void dl_crc32_prepare() noexcept
 
 
-cdef bint folds = dl_crc32_can_fold()
+dl_crc32_prepare()
 
 
 def crc32(data, value=0) -> int:
@@ -32,15 +29,12 @@ def crc32(data, value=0) -> int:
 
     Notes
     -----
-    Without the GIL. Where the CPU has no carry-less multiplication, zlib's own.
+    Without the GIL. Where the CPU has no carry-less multiplication, by tables.
     """
     cdef HeldBuffer read = hold(data, False, "data")
-    cdef size_t nbytes = <size_t>read.raw.len
-    if not folds or nbytes < DL_CRC32_LEAST:
-        return zlib.crc32(data, value)
-    cdef size_t blocks = nbytes - nbytes % 16
     cdef const unsigned char *start = <const unsigned char *>read.start()
-    cdef uint32_t state = ~<uint32_t>(value & 0xFFFFFFFF)
+    cdef size_t nbytes = <size_t>read.raw.len
+    cdef uint32_t found = <uint32_t>(value & 0xFFFFFFFF)
     with nogil:
-        state = dl_crc32_blocks(start, blocks, state)
-    return zlib.crc32((<const char *>start)[blocks:nbytes], ~state)
+        found = dl_crc32(start, nbytes, found)
+    return found

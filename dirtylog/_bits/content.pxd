@@ -8,4 +8,3 @@ cdef extern from "_bits/content.h" nogil:
     void dl_compare_pages(const unsigned char *a, const unsigned char *b, size_t nbytes, size_t page_size,
                           uint64_t *out)
     void dl_zero_pages(const unsigned char *a, size_t nbytes, size_t page_size, uint64_t *out)
-    int dl_is_zero(const unsigned char *data, size_t nbytes)

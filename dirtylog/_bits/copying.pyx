@@ -9,16 +9,9 @@ holds them one after the other.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 
-from dirtylog._bits.content cimport dl_is_zero
-
-__all__ = ["copy_extents", "gather", "scatter", "zero_extents"]
-
-
-# What `zero_extents` looks at before it writes: no memory is committed for a whole page of so many bytes.
-cdef enum:
-    LOOKED_AT = 4096
+__all__ = ["copy_extents", "gather", "scatter"]
 
 
 cdef extern from "_bits/stream.h" nogil:
@@ -192,29 +185,3 @@ def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
     cdef const char *origin = read.start()
     with nogil:
         move(to, origin, rows, n, False, True)
-
-
-cdef void clear(char *start, size_t nbytes) noexcept nogil:
-    cdef size_t done = 0
-    cdef size_t part
-    while done < nbytes:
-        part = min(nbytes - done, <size_t>LOOKED_AT)
-        if not dl_is_zero(<const unsigned char *>start + done, part):
-            memset(start + done, 0, part)
-        done += part
-
-
-def zero_extents(target, const int64_t[:, ::1] extents) -> None:
-    """Set extents of a plain buffer to zero; memory that is zero already is read, not written.
-
-    Zero pages that nobody has touched then stay what they are: no memory is committed for them.
-    """
-    cdef HeldBuffer written = hold(target, True, "target")
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0]
-    check_plain(rows, n, written.raw.len, "target")
-    cdef char *start = written.start()
-    cdef Py_ssize_t i
-    with nogil:
-        for i in range(n):
-            clear(start + rows[2 * i], <size_t>rows[2 * i + 1])

@@ -1,4 +1,4 @@
-/* CRC-32 as zlib has it, sixteen bytes at a time where the CPU multiplies without carries. */
+/* CRC-32 as zlib has it, 32 bytes at a time where the CPU multiplies without carries. */
 #ifndef DIRTYLOG_CRC32_H
 #define DIRTYLOG_CRC32_H
 
@@ -73,7 +73,47 @@ static inline int dl_crc32_can_fold(void)
     static const struct dl_feature pclmul = {"pclmulqdq", 1, 2, 1}, sse41 = {"sse4_1", 1, 2, 19};
     return dl_has_feature(&pclmul) && dl_has_feature(&sse41);
 }
+
+/* Eight lanes of 256 bits, where the CPU has them. */
+#define DL_CRC32_LANES 8
+#define DL_CRC32_WIDE ((size_t)256)
+#define DL_CRC32_BY_2048 0x01322d1430LL, 0x011542778aLL
+#define DL_FOLDING_WIDE __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
+
+static inline DL_FOLDING_WIDE __m256i dl_load_pair(const unsigned char *data)
+{
+    return _mm256_loadu_si256((const __m256i *)(const void *)data);
+}
+
+/* The state after `nbytes`, which are a multiple of DL_CRC32_WIDE, and not 0. */
+static DL_FOLDING_WIDE uint32_t dl_crc32_wide(const unsigned char *data, size_t nbytes, uint32_t state)
+{
+    const __m256i by = _mm256_broadcastsi128_si256(_mm_set_epi64x(DL_CRC32_BY_2048));
+    unsigned char left[DL_CRC32_WIDE];
+    __m256i lane[DL_CRC32_LANES];
+    for (int i = 0; i < DL_CRC32_LANES; i++)
+        lane[i] = dl_load_pair(data + 32 * i);
+    lane[0] = _mm256_xor_si256(lane[0], _mm256_zextsi128_si256(_mm_cvtsi32_si128((int)state)));
+    for (size_t at = DL_CRC32_WIDE; at < nbytes; at += DL_CRC32_WIDE)
+        for (int i = 0; i < DL_CRC32_LANES; i++) {
+            __m256i low = _mm256_clmulepi64_epi128(lane[i], by, 0x00);
+            __m256i high = _mm256_clmulepi64_epi128(lane[i], by, 0x11);
+            lane[i] = _mm256_xor_si256(_mm256_xor_si256(low, high), dl_load_pair(data + at + 32 * i));
+        }
+    for (int i = 0; i < DL_CRC32_LANES; i++)
+        _mm256_storeu_si256((__m256i *)(void *)(left + 32 * i), lane[i]);
+    /* What is left in the lanes has the CRC of everything before it. */
+    return dl_crc32_blocks(left, sizeof left, 0);
+}
+
+static inline int dl_crc32_can_fold_wide(void)
+{
+    static const struct dl_feature avx2 = {"avx2", 7, 1, 5}, vpclmul = {"vpclmulqdq", 7, 2, 10};
+    /* The 256-bit registers: SSE's state and AVX's. */
+    return dl_crc32_can_fold() && dl_has_feature(&avx2) && dl_has_feature(&vpclmul) && dl_system_keeps(6);
+}
 #else
+#define DL_CRC32_WIDE ((size_t)256)
 static inline uint32_t dl_crc32_blocks(const unsigned char *data, size_t nbytes, uint32_t state)
 {
     (void)data;
@@ -81,10 +121,75 @@ static inline uint32_t dl_crc32_blocks(const unsigned char *data, size_t nbytes,
     return state;
 }
 
+static inline uint32_t dl_crc32_wide(const unsigned char *data, size_t nbytes, uint32_t state)
+{
+    return dl_crc32_blocks(data, nbytes, state);
+}
+
 static inline int dl_crc32_can_fold(void)
 {
     return 0;
 }
+
+static inline int dl_crc32_can_fold_wide(void)
+{
+    return 0;
+}
 #endif
+
+/* What a byte does to the state, and what it does with so many zeros behind it. */
+#define DL_CRC32_SLICES 8
+static uint32_t dl_crc32_table[DL_CRC32_SLICES][256];
+
+/* What the CPU can, asked once: where it is virtual, asking takes longer than what is to be computed. */
+static int dl_crc32_folds, dl_crc32_folds_wide;
+
+/* Once, before anything else of this file is called. */
+static inline void dl_crc32_prepare(void)
+{
+    dl_crc32_folds = dl_crc32_can_fold();
+    dl_crc32_folds_wide = dl_crc32_can_fold_wide();
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t state = byte;
+        for (int bit = 0; bit < 8; bit++)
+            state = state >> 1 ^ (state & 1 ? 0xEDB88320U : 0);
+        dl_crc32_table[0][byte] = state;
+    }
+    for (int slice = 1; slice < DL_CRC32_SLICES; slice++)
+        for (int byte = 0; byte < 256; byte++) {
+            uint32_t before = dl_crc32_table[slice - 1][byte];
+            dl_crc32_table[slice][byte] = before >> 8 ^ dl_crc32_table[0][before & 255];
+        }
+}
+
+static inline uint32_t dl_crc32_bytes(const unsigned char *data, size_t nbytes, uint32_t state)
+{
+    for (; nbytes >= DL_CRC32_SLICES; data += DL_CRC32_SLICES, nbytes -= DL_CRC32_SLICES) {
+        state ^= (uint32_t)data[0] | (uint32_t)data[1] << 8 | (uint32_t)data[2] << 16 | (uint32_t)data[3] << 24;
+        state = dl_crc32_table[7][state & 255] ^ dl_crc32_table[6][state >> 8 & 255] ^
+                dl_crc32_table[5][state >> 16 & 255] ^ dl_crc32_table[4][state >> 24] ^ dl_crc32_table[3][data[4]] ^
+                dl_crc32_table[2][data[5]] ^ dl_crc32_table[1][data[6]] ^ dl_crc32_table[0][data[7]];
+    }
+    while (nbytes--)
+        state = state >> 8 ^ dl_crc32_table[0][(state ^ *data++) & 255];
+    return state;
+}
+
+/* The CRC of bytes that come after those whose CRC is `value`. */
+static inline uint32_t dl_crc32(const unsigned char *data, size_t nbytes, uint32_t value)
+{
+    uint32_t state = ~value;
+    size_t done = 0;
+    if (nbytes >= 2 * DL_CRC32_WIDE && dl_crc32_folds_wide) {
+        done = nbytes - nbytes % DL_CRC32_WIDE;
+        state = dl_crc32_wide(data, done, state);
+    }
+    if (nbytes - done >= DL_CRC32_LEAST && dl_crc32_folds) {
+        size_t blocks = (nbytes - done) & ~(size_t)15;
+        state = dl_crc32_blocks(data + done, blocks, state);
+        done += blocks;
+    }
+    return ~dl_crc32_bytes(data + done, nbytes - done, state);
+}
 
 #endif /* DIRTYLOG_CRC32_H */

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "_bits/content.h"
+#include "_bits/stream.h"
 
 /* A delta of one page is pairs of numbers, each 7 bits at a time, low ones first, a set top bit saying that more come:
  * how many bytes are as they were, how many are new; after each pair the new bytes. The pairs add up to the page. */
@@ -137,46 +138,46 @@ static inline void dl_lay_delta(const unsigned char *data, size_t length, size_t
 /* The last copies that were sent, of as many pages as there are places: page g at place g % places. */
 struct dl_copies {
     unsigned char *data;
-    int64_t *pages;        /* which page each place holds, or -1 */
-    const int64_t *frames; /* in which frame it went last */
+    int64_t *pages;  /* which page each place holds, or -1 */
+    int64_t *frames; /* in which frame it went last */
     int64_t places;
     size_t page_size;
+    size_t most;   /* bytes that a delta may take */
+    int64_t older; /* a place that holds what went before this frame may be taken; none with -1 */
 };
 
-/* Say of each page of a packed window whether it is zero, goes as a delta, which is written to `out`, or whole. Pages
- * that go whole take their places where these are empty or hold what went before the frame `older`, none with -1.
- * `numbers` ascend. Returns how many bytes `out` has: at most those of the pages, since a delta takes `most` of a page's
- * bytes at most. */
-static inline size_t dl_sort_pages(const unsigned char *window, size_t nbytes, const int64_t *numbers,
-                                   struct dl_copies *copies, int64_t older, size_t most, unsigned char *kinds,
-                                   unsigned char *out)
+/* Say of a page whether it is zero, goes as a delta, which is written to `delta`, or whole: then it is copied to
+ * `whole`. A page that goes whole takes its place where that is empty or may be taken. `now` may be written meanwhile:
+ * what is sent is read once, and what the other end learns is what is kept. `used` is how long the delta is. */
+static inline int dl_sort_page(const unsigned char *now, size_t length, int64_t number, struct dl_copies *copies,
+                               unsigned char *delta, size_t *used, unsigned char *whole)
 {
-    size_t used = 0;
-    for (size_t i = 0; i * copies->page_size < nbytes; i++) {
-        size_t length = dl_page_bytes(nbytes, copies->page_size, i);
-        const unsigned char *now = window + i * copies->page_size;
-        int64_t place = copies->places ? numbers[i] % copies->places : -1;
-        unsigned char *before = place < 0 ? NULL : copies->data + (size_t)place * copies->page_size;
-        int held = before && copies->pages[place] == numbers[i];
-        if (dl_is_zero(now, length)) {
-            kinds[i] = DL_PAGE_ZERO;
-            if (held)
-                copies->pages[place] = -1;
-            continue;
-        }
-        size_t delta = held && length == copies->page_size ? dl_make_delta(now, before, length, out + used, most) : 0;
-        if (delta) {
-            kinds[i] = DL_PAGE_DELTA;
-            used += delta;
-            continue;
-        }
-        kinds[i] = DL_PAGE_WHOLE;
-        if (held || (before && (copies->pages[place] < 0 ? older >= 0 : copies->frames[place] < older))) {
-            memcpy(before, now, length);
-            copies->pages[place] = numbers[i];
-        }
+    int64_t place = copies->places ? number % copies->places : -1;
+    unsigned char *before = place < 0 ? NULL : copies->data + (size_t)place * copies->page_size;
+    int held = before && copies->pages[place] == number;
+    if (dl_is_zero(now, length)) {
+        if (held)
+            copies->pages[place] = -1;
+        return DL_PAGE_ZERO;
     }
-    return used;
+    if (held && length == copies->page_size) {
+        *used = dl_make_delta(now, before, length, delta, copies->most);
+        if (*used)
+            return DL_PAGE_DELTA;
+    }
+    memcpy(whole, now, length);
+    if (held || (before && (copies->pages[place] < 0 ? copies->older >= 0 : copies->frames[place] < copies->older))) {
+        dl_stream_copy((char *)before, (const char *)whole, length, NULL, 0);
+        copies->pages[place] = number;
+    }
+    return DL_PAGE_WHOLE;
+}
+
+/* Note in which frame a page goes. */
+static inline void dl_page_goes(struct dl_copies *copies, int64_t number, int64_t frame)
+{
+    if (copies->places && copies->pages[number % copies->places] == number)
+        copies->frames[number % copies->places] = frame;
 }
 
 #endif /* DIRTYLOG_DELTAS_H */

@@ -543,24 +543,13 @@ static const struct dl_feature for_avx512[] = {
     {"avx512_vbmi2", 7, 2, 6}, {"avx512_vpopcntdq", 7, 2, 14}, {NULL, 0, 0, 0},
 };
 
-/* Whether the operating system saves these registers when it switches threads. */
-static int system_keeps(unsigned xcr0)
-{
-    static const struct dl_feature osxsave = {"osxsave", 1, 2, 27};
-    unsigned low, high;
-    if (!dl_has_feature(&osxsave))
-        return 0;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & xcr0) == xcr0;
-}
-
 /* The first of these that is not there; NULL if all are. */
 static const char *first_missing(const struct dl_feature *feature, unsigned xcr0, const char *registers)
 {
     for (; feature->name; feature++)
         if (!dl_has_feature(feature))
             return feature->name;
-    return system_keeps(xcr0) ? NULL : registers;
+    return dl_system_keeps(xcr0) ? NULL : registers;
 }
 
 static const char *missing_avx2(void) { return first_missing(for_avx2, DL_XCR0_AVX, "AVX registers of the system"); }

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     send.add_argument("--force", action="store_true", help="then pause and send the rest, however long it takes")
     send.add_argument("--compress", action="store_true", help="with zstd")
+    send.add_argument("--channels", type=at_least(1, int), default=1, metavar="N", help="connections side by side (1)")
     send.add_argument(
         "--bandwidth", type=more_than(0, float), metavar="MIB", help="no more than so many MiB per second (no limit)"
     )
@@ -206,6 +207,8 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
                 pause=origin.pause,
                 resume=origin.resume,
                 compress=args.compress,
+                channels=args.channels,
+                another=lambda: _connect(args),
                 deadline=args.deadline,
                 control=Control(args.bandwidth and args.bandwidth * (1 << 20)),
                 reconnect=_reconnect(args),
@@ -255,6 +258,7 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
             deadline=args.deadline,
             reconnect=(lambda breaks: listener.accept(args.reconnect)) if args.reconnect else None,
             journal=args.journal,
+            another=lambda: listener.accept(args.timeout),
             progress=lambda *at: seen.__setitem__(slice(None), at),
         )
         answer = {"digest": digest_of(memory), "memory_bytes": nbytes_of(memory), "arrays": list(arrays_of(memory))}

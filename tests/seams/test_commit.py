@@ -407,11 +407,11 @@ def answering(*frames):
 @pytest.mark.parametrize(
     "frames",
     [
-        [(Kind.READY, READY.pack(PART, 0, 0))],
+        [(Kind.READY, READY.pack(PART, 0, 0, bytes(16)))],
         [(Kind.READY, b"")],
         [(Kind.REFUSED, b"another session is being received here")],
-        [(Kind.READY, READY.pack(RUNS, 0, 0)), (Kind.DONE, bytes(16))],
-        [(Kind.READY, READY.pack(COMPLETE, 0, 0))],
+        [(Kind.READY, READY.pack(RUNS, 0, 0, bytes(16))), (Kind.DONE, bytes(16))],
+        [(Kind.READY, READY.pack(COMPLETE, 0, 0, bytes(16)))],
     ],
 )
 def test_what_another_receiver_says_settles_nothing(frames, tmp_path):
@@ -424,7 +424,8 @@ def test_what_another_receiver_says_settles_nothing(frames, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "frames", [[(Kind.REFUSED, b"another session")], [(Kind.READY, READY.pack(PART, 0, 0))], [(Kind.HAVE, bytes(32))]]
+    "frames",
+    [[(Kind.REFUSED, b"another session")], [(Kind.READY, READY.pack(PART, 0, 0, bytes(16)))], [(Kind.HAVE, bytes(32))]],
 )
 def test_a_source_that_gave_its_right_away_takes_it_back_on_nobody_elses_word(frames):
     forth, _ = length()
@@ -445,7 +446,7 @@ def test_another_session_does_not_take_the_place_of_a_lost_one():
         if breaks == 1:
             sock = reconnect()
             channel = Channel(sock)
-            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0))
+            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0))
             with pytest.raises(DirtyLogError, match="another session is being received here"):
                 channel.receive(Kind.READY, counted=False)
             intruder.append(sock.close())
@@ -468,7 +469,7 @@ def test_a_copy_that_is_complete_is_not_forgotten_for_a_sender_of_its_session(tm
         sessions._known.clear()  # another process
     here, there = socket.socketpair()
     with here, there:
-        Channel(there).send(Kind.HELLO, HELLO.pack(bytes.fromhex(session), NPAGES * 4096, 4096, 0, 0))
+        Channel(there).send(Kind.HELLO, HELLO.pack(bytes.fromhex(session), NPAGES * 4096, 4096, 0, 0, 0))
         there.shutdown(socket.SHUT_WR)
         with pytest.raises(MigrationError, match=f"session {session} was received here before: the copy"):
             receive(here, journal=journal)
@@ -486,7 +487,7 @@ def test_a_copy_that_claims_to_run_without_the_right_is_not_believed():
         with there:
             channel = Channel(there)
             channel.receive(Kind.HELLO)
-            channel.send(Kind.READY, READY.pack(RUNS, 0, 0), counted=False)
+            channel.send(Kind.READY, READY.pack(RUNS, 0, 0, bytes(16)), counted=False)
 
     thread = threading.Thread(target=run)
     thread.start()

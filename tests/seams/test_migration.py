@@ -46,7 +46,7 @@ class Migration:
             channel = Channel(self.there)
             with contextlib.suppress(WireError, OSError):
                 channel.receive(Kind.HELLO)
-                channel.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
+                channel.send(Kind.READY, READY.pack(PART, 0, 0, bytes(16)), counted=False)
                 channel.receive(Kind.ROUND)
 
     def send(self, **options):
@@ -68,7 +68,8 @@ class Migration:
 def test_an_interrupt_anywhere_loses_no_page_and_leaves_nobody_in_the_dark(hang_up, interrupt_class):
     for at in itertools.count(1):
         migration = Migration(hang_up)
-        interrupt = interrupt_class(at, "migrate/sender.py", "migrate/rounds.py", "migrate/wire.py", "/epochs.py")
+        files = [f"migrate/{name}.py" for name in ("sender", "rounds", "lane", "wire")]
+        interrupt = interrupt_class(at, *files, "/epochs.py")
         failed = told = False
         try:
             with interrupt.active():
@@ -223,7 +224,7 @@ def end_of(frames, **options):
     with here:
         here.settimeout(30)
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0))
         try:
             channel.receive(Kind.READY, counted=False)
             for kind, payload in frames:

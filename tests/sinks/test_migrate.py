@@ -323,7 +323,7 @@ def test_an_answer_that_does_not_match_is_no_arrival():
     with here, there:
         answering = Channel(there)
 
-        answering.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
+        answering.send(Kind.READY, READY.pack(PART, 0, 0, bytes(16)), counted=False)
         with pytest.raises(MigrationError, match="the receiver's digest differs") as caught:
             send(here, source.memory, source.observer, pause=lambda: answering.send(Kind.HAVE, bytes(32)))
     assert not caught.value.uncertain
@@ -338,7 +338,7 @@ def end_of_a_migration(source, last_word):
         with there:
             channel = Channel(there)
             channel.receive(Kind.HELLO)
-            channel.send(Kind.READY, READY.pack(PART, 0, 0), counted=False)
+            channel.send(Kind.READY, READY.pack(PART, 0, 0, bytes(16)), counted=False)
             kind = None
             while kind != Kind.END:
                 digest = channel.digest()

@@ -138,6 +138,33 @@ def test_it_is_not_cancelled_once_the_right_to_run_is_given():
     assert len(answer) == NPAGES * 4096
 
 
+@pytest.mark.parametrize("when", ["pages", "arrived", "state", "start"])
+def test_the_other_end_cancels_it_and_the_source_goes_on(when):
+    control = Control()
+    calls, answers = [], []
+
+    def cancel(*_):
+        answers.append(control.cancel())
+
+    during = {"control": control, {"pages": "progress"}.get(when, when): cancel}
+    outcome, answer, dirty = migrated(Control(), calls=calls, during=during)
+    assert control.session == outcome.session
+    if when == "start":
+        assert answers == [False]
+        assert outcome.rounds
+        assert len(answer) == NPAGES * 4096
+        return
+    assert set(answers) == {True}
+    assert str(answer).startswith("the migration was cancelled in round")
+    assert not answer.uncertain
+    assert not outcome.uncertain
+    assert dirty == NPAGES
+    assert status(outcome.session, end="source").stage == "live"
+    assert status(outcome.session, end="copy").stage == "gone"
+    assert calls in ([], ["pause", "resume"])
+    assert control.nbytes > 0
+
+
 def test_a_control_is_for_one_migration():
     control = Control()
     migrated(control)

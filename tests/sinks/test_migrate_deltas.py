@@ -11,8 +11,8 @@ import pytest
 import zstandard
 
 from dirtylog.sinks.migrate import MigrationError, Policy, receive, send
-from dirtylog.sinks.migrate import receiver as receiving
-from dirtylog.sinks.migrate import rounds as sending
+from dirtylog.sinks.migrate import filling as receiving
+from dirtylog.sinks.migrate import lane as sending
 from dirtylog.sinks.migrate.payloads import HELLO, PAGES, ROUND
 from dirtylog.sinks.migrate.wire import Channel, Kind
 
@@ -80,7 +80,7 @@ def test_what_changed_by_more_than_three_quarters_goes_whole():
 @pytest.mark.parametrize("cache", [20 * PAGE, 1 << 26])
 def test_lines_that_are_cut_anywhere_never_leave_a_copy_that_is_not_the_others(cache, monkeypatch):
     # Several frames of each window.
-    monkeypatch.setattr(sending, "SENT_AT_ONCE", 4 * PAGE)
+    monkeypatch.setattr(sending, "IN_A_FRAME", 4 * PAGE)
     rng = random.Random(4)
     for _ in range(12):
         source = Scribbler(rng.random().as_integer_ratio()[0] % 1000, 60)
@@ -112,9 +112,9 @@ def test_lines_that_are_cut_anywhere_never_leave_a_copy_that_is_not_the_others(c
 
 
 def test_zeros_for_memory_that_is_new_touch_nothing_of_it(monkeypatch):
-    touched = []
-    zero = receiving.zero_extents
-    monkeypatch.setattr(receiving, "zero_extents", lambda *a: touched.append(a[1].tolist()) or zero(*a))
+    takers = []
+    make = receiving.Taker
+    monkeypatch.setattr(receiving, "Taker", lambda *a: takers.append(make(*a)) or takers[-1])
     source = Source(5)
     source.workload = lambda number: source.bitmap.mark_range(100, 100)
 
@@ -127,11 +127,10 @@ def test_zeros_for_memory_that_is_new_touch_nothing_of_it(monkeypatch):
     _, memory = migrated(source, clock=ticks(), policy=Policy(downtime=0.0, max_rounds=1, force=True))
     assert (memory == source.memory).all()
     # What had come with something in it, and became zero; 150 pages were zero all the time.
-    assert touched == [[[120 * PAGE, 10 * PAGE], [140 * PAGE, PAGE]]]
-    touched.clear()
+    assert takers.pop().cleared == 11
     _, memory = migrated(source, {"out": np.full(source.memory.nbytes, 9, np.uint8)})
     assert (memory == source.memory).all()
-    assert sum(extent[1] for extents in touched for extent in extents) == 161 * PAGE
+    assert takers.pop().cleared == 161
 
 
 # ---- senders that lie ------------------------------------------------------------------------------------------------
@@ -175,7 +174,7 @@ def test_what_is_no_delta_is_refused_and_writes_nothing(frame, message, arrays):
     layout = b'[["a","|u1",[4096],"C",0,4096],["b","|u1",[12288],"C",4096,12288]]' if arrays else b""
     with here, there:
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 4 * PAGE, PAGE, 1, len(layout)))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 4 * PAGE, PAGE, 1, 0, len(layout)))
         if layout:
             channel.send(Kind.LAYOUT, layout)
         channel.send(Kind.ROUND, ROUND.pack(1))
@@ -197,7 +196,7 @@ def test_a_delta_behind_the_end_of_an_array_goes_nowhere():
     layout = b'[["a","|u1",[10],"C",0,10],["b","|u1",[4096],"C",4096,4096]]'
     with here, there:
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 2 * PAGE, PAGE, 0, len(layout)))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 2 * PAGE, PAGE, 0, 0, len(layout)))
         channel.send(Kind.LAYOUT, layout)
         channel.send(Kind.ROUND, ROUND.pack(1))
         channel.send(Kind.PAGES, PAGES.pack(1, 0), struct.pack("<2q", 0, 2 * PAGE), bytes([8]) * 2 * PAGE)

@@ -104,7 +104,7 @@ def test_a_peer_that_does_not_read_is_not_waited_for_and_the_timeout_stays_the_c
 
 
 def hello(nbytes=NBYTES, page_size=4096, codec=0):
-    return frame(Kind.HELLO, HELLO.pack(bytes(16), nbytes, page_size, codec, 0))
+    return frame(Kind.HELLO, HELLO.pack(bytes(16), nbytes, page_size, codec, 0, 0))
 
 
 def pages(extents, data, codec=0, count=None, sequence=2):
@@ -188,7 +188,7 @@ def test_the_liar_can_tell_the_truth(pair):
     # The test above would be worth nothing if its frames were refused for another reason.
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 1, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 1, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     table = struct.pack("<4q", 0, 4096, 8192, 4096)
     sender.send(Kind.PAGES, PAGES.pack(2, 1), table, zstandard.ZstdCompressor().compress(DATA * 2))
@@ -205,7 +205,7 @@ def test_the_liar_can_tell_the_truth(pair):
 def test_an_end_before_every_page_has_come_is_refused(pair):
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     sender.send(Kind.ZEROS, struct.pack("<2q", 4096, NBYTES - 4096))
     sender.send(Kind.END, sender.digest())
@@ -216,7 +216,7 @@ def test_an_end_before_every_page_has_come_is_refused(pair):
 def test_a_wrong_digest_at_the_end_is_refused(pair):
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     sender.send(Kind.ZEROS, struct.pack("<2q", 0, NBYTES))
     sender.send(Kind.END, bytes(32))

@@ -18,7 +18,7 @@ class Cancelled(Exception):
 
 
 class Control:
-    """See, slow down or end a migration from another thread.
+    """See, slow down or end a migration from another thread: its `send`, or its `receive`.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ class Control:
     round : int
         The round under way, from 1; 0 before.
     nbytes, wire_bytes : int
-        Bytes of pages sent so far; bytes on the line.
+        Bytes of pages sent or received so far; bytes on the line (at the receiver: of the first channel).
     breaks : int
         How many times the line broke.
     session : str
@@ -81,12 +81,13 @@ class Control:
         return self._cancelled
 
     def cancel(self) -> bool:
-        """End the migration; the source keeps its right to run, and `send` raises a MigrationError.
+        """End the migration; the source keeps its right to run, and `send` or `receive` raises a MigrationError.
 
         Returns
         -------
         bool
-            False where that is too late: the right to run has been given away, and the migration goes on to its end.
+            False where that is too late: the right to run has been given away, or the copy is complete, and the
+            migration goes on to its end.
 
         Notes
         -----
@@ -139,10 +140,23 @@ class Control:
         """Wait until so many bytes may go."""
         while not self._late:
             self._check()
-            limit, now = self._bandwidth, self._clock()
-            if limit is None or now >= self._due:
-                # What was not used before is not saved up.
-                self._due = now + nbytes / limit if limit else now
-                break
-            self._sleep(min(self._due - now, _NAP))
-        self.wire_bytes += nbytes
+            with self._lock:
+                limit, now = self._bandwidth, self._clock()
+                left = self._due - now
+                if limit is None or left <= 0:
+                    # What was not used before is not saved up.
+                    self._due = now + nbytes / limit if limit else now
+                    break
+            self._sleep(min(left, _NAP))
+        with self._lock:
+            self.wire_bytes += nbytes
+
+    def _came(self, number: int, nbytes: int, wire_bytes: int) -> None:
+        """Note how far the copy is; it ends here if it was cancelled."""
+        self.round, self.nbytes, self.wire_bytes = number, nbytes, wire_bytes
+        self._check()
+
+    def _sent(self, nbytes: int) -> None:
+        """Note bytes of pages that went, over any channel."""
+        with self._lock:
+            self.nbytes += nbytes

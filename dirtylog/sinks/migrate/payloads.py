@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COMPLETE",
     "HELLO",
+    "JOIN",
     "MIN_PAGE_SIZE",
     "PAGES",
     "PART",
@@ -31,10 +32,12 @@ __all__ = [
 
 # Below this a window's table of extents would not fit its frame.
 MIN_PAGE_SIZE = 512
-# Session, memory and page size in bytes, codec, bytes of the layout; how far the copy is, rounds begun, frames of pages
-# applied; number of the round; number of extents, codec.
-HELLO = struct.Struct("<16sQQB3xI")
-READY = struct.Struct("<B7xQQ")
+# Session, memory and page size in bytes, codec, channels, bytes of the layout; how far the copy is, rounds begun and
+# frames of pages applied on this channel, what the other channels have to say; session, that, which channel; number of
+# the round; number of extents, codec.
+HELLO = struct.Struct("<16sQQBB2xI")
+READY = struct.Struct("<B7xQQ16s")
+JOIN = struct.Struct("<16s16sI")
 ROUND = struct.Struct("<Q")
 PAGES = struct.Struct("<IB3x")
 RAW, ZSTD = 0, 1

@@ -6,40 +6,36 @@ The copy may run when the source has given it the right to, and never before: se
 from __future__ import annotations
 
 import os
+import secrets
 import socket
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from dirtylog._bits.copying import zero_extents
-from dirtylog._bits.deltas import lay_deltas
-from dirtylog._bits.pages import DirtyPages, check_geometry
-from dirtylog._core import DirtyBitmap
+from dirtylog._bits.pages import check_geometry
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks._bytes.extents import WINDOW
+from dirtylog.sinks.migrate.control import Cancelled, Control
+from dirtylog.sinks.migrate.filling import Filling, Part
 from dirtylog.sinks.migrate.origins import room
 from dirtylog.sinks.migrate.payloads import (
     COMPLETE,
     HELLO,
+    JOIN,
     MIN_PAGE_SIZE,
-    PAGES,
     PART,
     RAW,
     READY,
-    ROUND,
     RUNS,
     ZSTD,
     compressor,
-    granule_offsets,
 )
 from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.sessions import Record, check_no_copy
-from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_LAYOUT, Channel, Kind, Refusal, WireError
-from dirtylog.sinks.snapshot.footer import MAX_PAGE_SIZE, MAX_STATE_BYTES, SnapshotError, decode_state
+from dirtylog.sinks.migrate.share import MAX_CHANNELS
+from dirtylog.sinks.migrate.wire import MAX_LAYOUT, Broken, Channel, Kind, Refusal, WireError
+from dirtylog.sinks.snapshot.footer import MAX_PAGE_SIZE, SnapshotError, decode_state
 from dirtylog.sinks.snapshot.space import Space
 
 if TYPE_CHECKING:
@@ -47,157 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = ["receive"]
 
-
-def _table(raw: memoryview, nbytes: int, granule: int) -> npt.NDArray[np.int64]:
-    """Check a table of extents: ascending, apart, whole granules, inside the memory."""
-    if raw.nbytes == 0 or raw.nbytes % 16 or raw.nbytes > 16 * MAX_EXTENTS:
-        raise WireError(f"a table of {raw.nbytes} bytes is not a table of extents")
-    extents = np.frombuffer(raw, "<i8").astype(np.int64).reshape(-1, 2)
-    offsets, lengths = extents[:, 0], extents[:, 1]
-    # In this order: once both are within the memory, their sum cannot overflow.
-    if (offsets < 0).any() or (offsets >= nbytes).any() or (lengths < 1).any() or (lengths > WINDOW).any():
-        raise WireError(f"an extent is outside of the memory of {nbytes} bytes")
-    ends = offsets + lengths
-    if ends[-1] > nbytes or (ends[:-1] > offsets[1:]).any():
-        raise WireError("extents overlap or reach past the memory's end")
-    if (offsets % granule).any() or (ends[:-1] % granule).any() or (ends[-1] % granule and ends[-1] != nbytes):
-        raise WireError(f"an extent is not of whole pages of {granule} bytes")
-    if int(lengths.sum()) > WINDOW:
-        raise WireError(f"a frame speaks of {int(lengths.sum())} bytes; at most {WINDOW}")
-    return extents
-
-
-class _Filling:
-    """One migration under way, seen from the destination."""
-
-    def __init__(self, target: Space, page_size: int, codec: int, fresh: bool) -> None:
-        self.target = target
-        self.granule = min(page_size, WINDOW)
-        self.codec = codec
-        self.seen = DirtyBitmap(-(-target.nbytes // self.granule))
-        # Of memory that is zero from the start: what is not. The rest is neither read nor written for zeros.
-        self.filled = DirtyBitmap(self.seen.npages) if fresh else None
-        self.number = self.done = self.applied = 0
-        # A sender sends each page once a round: what is left of the round that is under way.
-        self.left = 0
-        self.state = bytearray()
-
-    def resumed(self) -> None:
-        """Go on on another line: the round that was cut counts, and pages come in a new one alone."""
-        self.left = 0
-        self.state.clear()
-
-    def round(self, payload: memoryview, max_rounds: int) -> None:
-        if self.number and self.left == self.target.nbytes:
-            raise WireError(f"round {self.number} was empty, and is not the last; the sender makes no progress")
-        if self.number == max_rounds:
-            raise WireError(f"the sender begins round {max_rounds + 1}, max_rounds is {max_rounds}; raise it")
-        self.number += 1
-        if bytes(payload) != ROUND.pack(self.number):
-            raise WireError(f"round {self.number} was due")
-        self.left = self.target.nbytes
-
-    def took(self, size: int) -> None:
-        if not self.number:
-            raise WireError("pages come before the first round")
-        if self.state:
-            raise WireError("pages come after the state")
-        self.left -= size
-        if self.left < 0:
-            raise WireError(f"round {self.number} has more bytes than the memory, {self.target.nbytes}")
-        self.done += size
-
-    def table(self, payload: memoryview) -> tuple[npt.NDArray[np.int64], int, memoryview]:
-        """Check the table before pages, or what changed in them: extents, their bytes, and what comes behind."""
-        if payload.nbytes < PAGES.size:
-            raise WireError(f"a frame of pages has {payload.nbytes} bytes")
-        count, codec = PAGES.unpack_from(payload)
-        end = PAGES.size + 16 * count
-        if bytes(payload[5:8]) != b"\0\0\0" or codec not in (RAW, self.codec) or end > payload.nbytes:
-            raise WireError(f"a frame of pages has {count} extents, codec {codec}, in {payload.nbytes} bytes")
-        extents = _table(payload[PAGES.size : end], self.target.nbytes, self.granule)
-        size = int(extents[:, 1].sum())
-        self.took(size)
-        data = payload[end:]
-        # Of what changed in pages there is no more than of the pages.
-        return extents, size, memoryview(self.unpacked(data, size)) if codec == ZSTD else data
-
-    def pages(self, payload: memoryview) -> None:
-        extents, size, data = self.table(payload)
-        if data.nbytes != size:
-            raise WireError(f"a PAGES frame holds {data.nbytes} bytes for extents of {size}")
-        self.target.scatter(data, extents)
-        numbers = self.mark(extents)
-        if self.filled is not None:
-            self.filled.mark_pages(numbers)
-        self.applied += 1
-
-    def deltas(self, payload: memoryview) -> None:
-        extents, size, data = self.table(payload)
-        numbers = self.numbers(extents)
-        if _among(self.seen, numbers).count != len(numbers):
-            raise WireError("a DELTAS frame is about pages that never came")
-        regions = self.target.regions
-        try:
-            if len(regions) == 1:
-                lay_deltas(data, extents, self.granule, regions[0].view)
-            else:
-                # Behind an array may be nothing: what a delta says of that goes nowhere.
-                part = memoryview(bytearray(size))
-                self.target.gather(extents, part)
-                lay_deltas(data, np.array([[0, size]]), self.granule, part)
-                self.target.scatter(part, extents)
-        except ValueError as error:
-            raise WireError(f"a DELTAS frame cannot be used: {error}") from None
-        if self.filled is not None:
-            self.filled.mark_pages(numbers)
-        self.applied += 1
-
-    def unpacked(self, data: memoryview, size: int) -> bytes:
-        import zstandard
-
-        try:
-            # Bounded by the announced size, whatever the stream says of itself.
-            reader = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data)
-            unpacked = bytes(reader.read(size))
-            if reader.read(1):
-                raise WireError(f"compressed pages are more than the {size} bytes of their extents")
-        except zstandard.ZstdError as error:
-            raise WireError(f"compressed pages cannot be unpacked: {error}") from None
-        return unpacked
-
-    def zeros(self, payload: memoryview) -> None:
-        extents = _table(payload, self.target.nbytes, self.granule)
-        self.took(int(extents[:, 1].sum()))
-        numbers = self.mark(extents)
-        if self.filled is not None:
-            held = _among(self.filled, numbers)
-            extents = held.runs() * self.granule
-            extents[:, 1] = np.minimum(extents[:, 1], self.target.nbytes - extents[:, 0])
-        for region, own, _, _ in self.target.parts(extents) if len(extents) else ():
-            zero_extents(region.view, own)
-        self.applied += 1
-
-    def beside(self, payload: memoryview) -> None:
-        if not self.number or not payload.nbytes:
-            raise WireError("a part of the state is empty, or comes before the first round")
-        if len(self.state) + payload.nbytes > MAX_STATE_BYTES:
-            raise WireError(f"the sender's state has more than {MAX_STATE_BYTES} bytes")
-        self.state += payload
-
-    def numbers(self, extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return granule_offsets(extents, self.granule) // self.granule
-
-    def mark(self, extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        numbers = self.numbers(extents)
-        self.seen.mark_pages(numbers)
-        return numbers
-
-
-def _among(pages: DirtyBitmap, numbers: npt.NDArray[np.int64]) -> DirtyPages:
-    """Return which of some ascending pages are marked."""
-    first = int(numbers[0])
-    return pages.peek(first, int(numbers[-1]) + 1 - first) & DirtyPages.from_indices(numbers, pages.npages)
+# Bytes of pages between two looks at what is due.
+TAKEN_AT_ONCE = 1 << 22
+_OF_PAGES = (Kind.PAGES, Kind.DELTAS, Kind.ZEROS)
 
 
 class _Stage(IntEnum):
@@ -211,6 +59,44 @@ class _Stage(IntEnum):
     """It has the right to run, and the source has not."""
     GONE = 3
     """Given up before it was told to run: it never may."""
+
+
+class _Beside:
+    """A channel beside the first one, and the thread that fills its part."""
+
+    def __init__(self, copy: _Copy, sock: socket.socket) -> None:
+        self.copy, self.sock = copy, sock
+        self.channel = copy.channel.beside(sock)
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        # Whether its error ended the others, and not theirs it.
+        self.first = False
+        self.closing = False
+
+    def start(self, part: Part) -> None:
+        thread = threading.Thread(target=self.run, args=(part,), daemon=True)
+        thread.start()
+        self.thread = thread
+
+    def run(self, part: Part) -> None:
+        try:
+            self.copy.frames(self.channel, part, int)
+        except Exception as error:
+            self.error, self.first = error, not self.closing
+            if self.first:
+                # The first channel's thread finds an end, and looks here.
+                self.copy.channel.cut(socket.SHUT_RD)
+
+    def wait(self) -> None:
+        """Wait until everything has come."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def close(self) -> None:
+        self.closing = True
+        self.channel.cut()
+        self.wait()
+        self.sock.close()
 
 
 @dataclass(slots=True)
@@ -227,13 +113,16 @@ class _Copy:
     progress: Callable[[int, int], object] | None
     reconnect: Callable[[int], socket.socket] | None
     journal: str | os.PathLike[str] | None
+    another: Callable[[], socket.socket] | None
+    control: Control
     stage: _Stage = _Stage.PART
-    filling: _Filling | None = None
+    filling: Filling | None = None
     record: Record | None = None
     agreed: bytes = b""
     result: Any = None
     breaks: int = 0
     own: socket.socket | None = None
+    beside: list[_Beside] = field(default_factory=list)
     problem: BaseException | None = None
 
     @property
@@ -248,6 +137,7 @@ class _Copy:
 
     def run(self) -> None:
         """Receive until the copy has the right to run and the sender knows it."""
+        self.control._on(self.channel.sock)
         while True:
             try:
                 self.agree()
@@ -257,26 +147,106 @@ class _Copy:
                     self.hear()
                 self.channel.send(Kind.DONE, self.agreed[:16], counted=False)
             except (OSError, WireError) as error:
-                self.again(error)
+                self.again(self.hang_up() or error)
             else:
                 return
 
     def again(self, error: Exception) -> None:
         """Take another line in place of a broken one. Raises `error` where there is none."""
+        if self.control.cancelled:
+            raise Cancelled("it was cancelled") from error
         if self.reconnect is None or not self.channel.broken:
             raise error
         self.breaks += 1
+        self.control.breaks = self.breaks
         # What this raises ends the migration.
         sock = self.reconnect(self.breaks)
         self.close()
         self.own = sock
         self.channel = self.channel.again(sock)
+        self.control._on(sock)
 
     def close(self) -> None:
-        """Close the socket that `reconnect` gave, if any."""
+        """Close the sockets that `reconnect` and `another` gave, if any."""
+        self.hang_up()
         own, self.own = self.own, None
         if own is not None:
             own.close()
+
+    # ---- the other channels ------------------------------------------------------------------------------------------
+
+    def join(self, nonce: bytes) -> None:
+        """Take in the other channels, and let each fill its part in a thread of its own."""
+        filling = self.filling
+        assert filling is not None
+        waiting = dict(enumerate(filling.parts))
+        del waiting[0]
+        for _ in range(2 * MAX_CHANNELS):
+            if not waiting:
+                return
+            assert self.another is not None
+            one = _Beside(self, self.another())
+            # Whatever happens, it is closed with the others.
+            self.beside.append(one)
+            try:
+                _, payload = one.channel.receive(Kind.JOIN)
+                session, said, index = JOIN.unpack(payload) if payload.nbytes == JOIN.size else (b"", b"", 0)
+                if session != self.agreed[:16] or said != nonce or index not in waiting:
+                    raise WireError("it is not a channel of this line of this session")
+                part = waiting[index]
+                answer = READY.pack(self.stage, part.number, part.taker.applied, bytes(16))
+                one.channel.send(Kind.READY, answer, counted=False)
+            except (OSError, WireError) as error:
+                # Left over from a line that broke, say; the right one may come yet.
+                one.channel.refuse(str(error))
+                self.beside.pop().close()
+                continue
+            del waiting[index]
+            one.start(part)
+        raise Broken(f"{len(waiting)} channels never came")
+
+    def hang_up(self) -> Exception | None:
+        """End the other channels; return what was wrong with one of them, if that came first."""
+        beside, self.beside = self.beside, []
+        problem: Exception | None = None
+        for one in beside:
+            one.close()
+            if problem is None and one.error is not None and one.first:
+                problem = one.error
+        if isinstance(problem, (OSError, Broken)):
+            # A line is all of its channels.
+            self.channel.broken = True
+        elif problem is not None:
+            self.channel.broken = False
+        return problem
+
+    def frames(self, channel: Channel, part: Part, progress: Callable[[], object]) -> bytes:
+        """Apply what comes over a channel, up to its end; return the digest over it."""
+        filling = self.filling
+        assert filling is not None
+        # What goes beside the pages comes over the first channel.
+        state = (Kind.STATE,) if part is filling.parts[0] else ()
+        while True:
+            if part.takes() and channel.plain:
+                came = part.taker.done
+                more = channel.take_pages(part.taker, TAKEN_AT_ONCE)
+                if part.taker.done > came:
+                    progress()
+                if more:
+                    continue
+            before = channel.digest()
+            kind, payload = channel.receive(Kind.ROUND, *_OF_PAGES, *state, Kind.END)
+            if kind == Kind.ROUND:
+                part.round(payload, self.max_rounds)
+            elif kind == Kind.STATE:
+                filling.beside(payload)
+            elif kind == Kind.END:
+                if bytes(payload) != before:
+                    raise WireError("the sender's digest differs: not everything it sent has arrived")
+                return before
+            else:
+                part.pages(kind, payload)
+                progress()
 
     def agree(self) -> None:
         """Hear what is coming, make room for it, and say how far this session has come."""
@@ -290,8 +260,11 @@ class _Copy:
         if self.filling is None:
             session = said[:16].hex()
             check_no_copy(session, self.journal)
+            if said[33] and self.another is None:
+                raise WireError(f"the sender comes with {said[33]} channels; this side takes one: pass another=")
             self.result, self.filling = _room(said, self.out, self.limit)
             self.agreed = said
+            self.control._begin(session)
             self.record = Record(session, "copy", self.journal)
             self.move(_Stage.PART)
         elif said not in (self.agreed, self.agreed[:16] + bytes(HELLO.size - 16)):
@@ -300,38 +273,40 @@ class _Copy:
             raise WireError("a sender of another session, or of other memory, came in place of the one that was lost")
         else:
             self.filling.resumed()
-        answer = READY.pack(self.stage, self.filling.number, self.filling.applied)
-        self.channel.send(Kind.READY, answer, counted=False)
+        first, nonce = self.filling.parts[0], secrets.token_bytes(16)
+        self.channel.send(Kind.READY, READY.pack(self.stage, first.number, first.taker.applied, nonce), counted=False)
+        if self.stage == _Stage.PART:
+            try:
+                self.join(nonce)
+            except (OSError, WireError):
+                self.channel.broken = True
+                raise
 
     def pages(self) -> None:
         """Receive pages until all are there, verified and kept; then say so."""
-        channel, filling = self.channel, self.filling
+        filling = self.filling
         assert filling is not None
-        take = {Kind.PAGES: filling.pages, Kind.DELTAS: filling.deltas, Kind.ZEROS: filling.zeros}
-        while True:
-            before = channel.digest()
-            kind, payload = channel.receive(Kind.ROUND, *take, Kind.STATE, Kind.END)
-            if kind == Kind.ROUND:
-                filling.round(payload, self.max_rounds)
-            elif kind == Kind.STATE:
-                filling.beside(payload)
-            elif kind == Kind.END:
-                if bytes(payload) != before:
-                    raise WireError("the sender's digest differs: not everything it sent has arrived")
-                missing = filling.seen.npages - filling.seen.count()
-                if missing:
-                    raise WireError(f"the sender says that was all, and {missing} pages never came")
-                if self.state is not None:
-                    self.state(_state(filling.state))
-                if self.arrived is not None:
-                    self.arrived(self.result)
-                self.move(_Stage.HAVE)
-                channel.send(Kind.HAVE, before, counted=False)
-                return
-            else:
-                take[kind](payload)
-                if self.progress is not None:
-                    self.progress(filling.number, filling.done)
+
+        def progress() -> None:
+            self.control._came(filling.number, filling.done, self.channel.bytes_received)
+            if self.progress is not None:
+                self.progress(filling.number, filling.done)
+
+        digest = self.frames(self.channel, filling.parts[0], progress)
+        for one in self.beside:
+            one.wait()
+        if problem := self.hang_up():
+            raise problem
+        if missing := filling.missing():
+            raise WireError(f"the sender says that was all, and {missing} pages never came")
+        if self.state is not None:
+            self.state(_state(filling.state))
+        if self.arrived is not None:
+            self.arrived(self.result)
+        # From here on the source may give its right away at any moment.
+        self.control._commit()
+        self.move(_Stage.HAVE)
+        self.channel.send(Kind.HAVE, digest, counted=False)
 
     def hear(self) -> None:
         """Wait for the right to run, and take it."""
@@ -367,9 +342,11 @@ class _Copy:
             self.move(_Stage.GONE)
         finally:
             if not isinstance(error, Refusal):
-                self.channel.refuse(
-                    str(error) if expected or isinstance(error, BackendUnavailable) else _summary(error)
-                )
+                plainly = expected or isinstance(error, (BackendUnavailable, Cancelled))
+                self.channel.refuse(str(error) if plainly else _summary(error))
+        if isinstance(error, Cancelled):
+            number = self.filling.number if self.filling else 0
+            raise MigrationError(f"the migration was cancelled in round {number}", session=self.session) from error
         if not expected:
             if self.session:
                 error.add_note(f"the copy was given up before it was told to run, and must not; session {self.session}")
@@ -391,6 +368,8 @@ def receive(
     reconnect: Callable[[int], socket.socket] | None = None,
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
+    another: Callable[[], socket.socket] | None = None,
+    control: Control | None = None,
 ) -> Any:
     """Receive the memory that :func:`send` sends from the other end.
 
@@ -424,7 +403,13 @@ def receive(
     journal : path, optional
         A directory in which :func:`status` finds who may run even if this process is killed.
     progress : callable, optional
-        Called with the round's number and the bytes of pages received so far, once a frame.
+        Called with the round's number and the bytes of pages received so far, every few MiB.
+    another : callable, optional
+        Lets a sender come with several channels: returns one more socket of its, which is closed for you:
+        ``lambda: listener.accept(60)``. Each is filled by a thread of its own.
+    control : Control, optional
+        Says how far it is, and cancels it as long as the copy is not complete, from any thread. Its bandwidth is the
+        sender's matter.
 
     Returns
     -------
@@ -454,13 +439,15 @@ def receive(
     if out is not None and not callable(out):
         # Refused before anything is said.
         Space(out, 4096, writable=True)
-    copy = _Copy(channel, out, limit, max_rounds, state, arrived, start, progress, reconnect, journal)
+    control = control or Control()
+    copy = _Copy(channel, out, limit, max_rounds, state, arrived, start, progress, reconnect, journal, another, control)
     try:
         copy.run()
     except BaseException as error:
         copy.fail(error)
     finally:
         copy.close()
+        control._off()
     if copy.problem is not None:
         copy.problem.add_note(f"the copy has the right to run, and the source has not; session {copy.session}")
         raise copy.problem
@@ -476,17 +463,19 @@ def _layout_bytes(hello: bytes) -> int:
     """Return how long the text of the layout is that a HELLO announces."""
     if len(hello) != HELLO.size:
         raise WireError(f"a HELLO frame of {len(hello)} bytes")
-    length: int = HELLO.unpack(hello)[4]
-    if hello[33:36] != bytes(3) or length > MAX_LAYOUT:
+    _, _, _, _, channels, length = HELLO.unpack(hello)
+    if hello[34:36] != bytes(2) or length > MAX_LAYOUT:
         raise WireError(f"the sender announces a layout of {length} bytes; at most {MAX_LAYOUT}")
-    return length
+    if channels == 1 or channels > MAX_CHANNELS:
+        raise WireError(f"the sender announces {channels} channels; it must be 0, for one, or 2 to {MAX_CHANNELS}")
+    return int(length)
 
 
 def _room(
     said: bytes, out: Memory | Mapping[str, Memory] | Callable[[int], Memory] | None, limit: int
-) -> tuple[Any, _Filling]:
+) -> tuple[Any, Filling]:
     """Check what is coming, and make room for it."""
-    _, nbytes, page_size, codec, _ = HELLO.unpack_from(said)
+    _, nbytes, page_size, codec, channels, _ = HELLO.unpack_from(said)
     try:
         check_geometry(-(-nbytes // max(page_size, 1)), page_size)
     except ValueError as error:
@@ -496,7 +485,7 @@ def _room(
     if codec == ZSTD:
         compressor()
     result, space = room(nbytes, page_size, said[HELLO.size :], out, limit)
-    return result, _Filling(space, page_size, codec, fresh=out is None)
+    return result, Filling(space, page_size, codec, channels or 1, fresh=out is None)
 
 
 def _state(text: bytearray) -> Any:

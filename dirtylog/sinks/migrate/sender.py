@@ -16,14 +16,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate.control import Cancelled, Control
-from dirtylog.sinks.migrate.copies import Copies
 from dirtylog.sinks.migrate.origins import layout_of, source_of
-from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS, compressor
+from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.rounds import Rounds
 from dirtylog.sinks.migrate.sessions import Record, check_unused, new_session
+from dirtylog.sinks.migrate.share import MAX_CHANNELS
 from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError
 from dirtylog.sinks.snapshot.footer import encode_state
 
@@ -92,6 +91,7 @@ class _Attempt:
             self.breaks += 1
             self.control.breaks = self.breaks
             # What this raises ends the migration.
+            self.sender.hang_up()
             sock = self.reconnect(self.breaks)
             self.close()
             self.own = sock
@@ -108,7 +108,8 @@ class _Attempt:
                 error = another
 
     def close(self) -> None:
-        """Close the socket that `reconnect` gave, if any."""
+        """Close the sockets that `reconnect` and `another` gave, if any."""
+        self.sender.hang_up()
         own, self.own = self.own, None
         if own is not None:
             own.close()
@@ -161,11 +162,9 @@ class _Attempt:
                     self.round(self.sender.lacking(), final=True)
 
     def complete(self) -> None:
-        channel = self.sender.channel
         self.sender.beside()
-        digest = channel.digest()
-        channel.send(Kind.END, digest)
-        _, answer = channel.receive(Kind.HAVE, counted=False)
+        digest = self.sender.end()
+        _, answer = self.sender.channel.receive(Kind.HAVE, counted=False)
         if answer != digest:
             raise WireError("the receiver's digest differs: it has not seen what was sent")
 
@@ -273,6 +272,8 @@ def send(
     throttle: Callable[[float], object] | None = None,
     progress: Callable[[Round], object] | None = None,
     compress: bool = False,
+    channels: int = 1,
+    another: Callable[[], socket.socket] | None = None,
     delta_cache: int = 1 << 26,
     deadline: float | None = None,
     control: Control | None = None,
@@ -315,6 +316,12 @@ def send(
         by then, and it goes to ``Result.problems``.
     compress : bool
         zstd (needs zstandard) where it makes a window smaller.
+    channels : int
+        Connections that pages go over side by side, each in a thread of its own; 1 to 64. For lines that are faster
+        than one core: with TLS, say.
+    another : callable, optional
+        Returns one more socket that is connected to the same receiver, which is closed for you:
+        ``lambda: connect(address, keys)``. Needed for more than one channel, and again after a broken line.
     delta_cache : int
         Bytes for copies of pages that were sent (64 MiB; 0: none): of a page that is sent again while its copy is
         kept, only what changed goes, where that is less than three quarters of it. Memory that fits is kept from the
@@ -368,21 +375,21 @@ def send(
     if observer.npages != npages:
         raise ValueError(f"the observer has {observer.npages} pages of {page_size} bytes; the memory has {npages}")
     session = new_session() if session is None else check_unused(session, journal)
-    pack = compressor() if compress else None
+    if not 1 <= channels <= MAX_CHANNELS or (channels > 1 and another is None):
+        raise ValueError(f"channels is {channels}; it must be 1 to {MAX_CHANNELS}, and more than one need another=")
     if state is None:
         state = getattr(source, "state", None)
     if delta_cache < 0:
         raise ValueError(f"delta_cache is {delta_cache}; it must be bytes, 0 or more")
-    copies = Copies(source.nbytes, min(page_size, WINDOW), delta_cache)
-    sender = Rounds(Channel(sock, deadline), source, layout_of(source), copies, pack, clock, bytes.fromhex(session))
+    first, raw = Channel(sock, deadline), bytes.fromhex(session)
+    sender = Rounds(first, source, layout_of(source), delta_cache, compress, clock, raw, channels, another)
     sender.state = b"" if callable(state) else encode_state(state)
     if reconnect is not None:
         sender.remember()
     record = Record(session, "source", journal)
     control = control or Control()
     control._begin(session)
-    sender.channel.pace = control._pace
-    sender.control = control
+    sender.watch(control)
     nothing = DirtyPages._empty(npages, page_size)
     attempt = _Attempt(sender, observer, nothing, resume, throttle, reconnect, record, control)
     begin = clock()
@@ -439,7 +446,7 @@ def send(
         problems = attempt.epilogue(progress)
         rounds = tuple(sender.rounds)
         total = sum(r.nbytes for r in rounds)
-        sent = sender.channel.bytes_sent
+        sent = sender.bytes_sent
         control._off()
         attempt.close()
         result = Result(rounds, finished - begin, finished - paused, total, sent, problems, session, attempt.breaks)

@@ -68,7 +68,7 @@ def settle(
 def _as_source(channel: Channel, session: str, record: Record) -> None:
     raw = bytes.fromhex(session)
     # No memory: this comes for the right alone.
-    channel.send(Kind.HELLO, HELLO.pack(raw, 0, 0, 0, 0))
+    channel.send(Kind.HELLO, HELLO.pack(raw, 0, 0, 0, 0, 0))
     _, answer = channel.receive(Kind.READY, counted=False)
     stage = READY.unpack(answer)[0] if answer.nbytes == READY.size else None
     if stage not in (COMPLETE, RUNS):
@@ -87,7 +87,7 @@ def _as_copy(channel: Channel, session: str, record: Record) -> None:
     if payload.nbytes != HELLO.size or bytes(payload[:16]) != raw:
         channel.refuse("another session is being settled here")
         raise WireError("a sender of another session came")
-    channel.send(Kind.READY, READY.pack(COMPLETE, 0, 0), counted=False)
+    channel.send(Kind.READY, READY.pack(COMPLETE, 0, 0, bytes(16)), counted=False)
     _, payload = channel.receive(Kind.RUN, counted=False)
     if bytes(payload) != raw:
         raise WireError("the right to run is for another session")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
 import struct
 import time
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 from dirtylog._bits.checksum import crc32
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.extents import WINDOW
+from dirtylog.sinks.migrate import _frames
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -82,6 +84,8 @@ class Kind(IntEnum):
     """Sender, before END: a part of what belongs to the memory beside it."""
     DELTAS = 13
     """Sender: extents and what changed in their pages since they were last sent."""
+    JOIN = 14
+    """Sender, first on each further channel: the session, what READY said, and which channel it is."""
 
 
 _MAX = {
@@ -98,6 +102,7 @@ _MAX = {
     Kind.LAYOUT: MAX_LAYOUT,
     Kind.STATE: MAX_PART,
     Kind.DELTAS: MAX_PAYLOAD,
+    Kind.JOIN: 36,
 }
 
 
@@ -151,6 +156,8 @@ class Channel:
         self._received = 0
         self._digest = hashlib.blake2b(digest_size=32)
         self._payload = bytearray()
+        # Read from the line along with something else, and not used yet.
+        self._kept = memoryview(b"")
         self.pace: Callable[[int], object] | None = None
         """Called with the bytes that are about to go; may wait, or raise."""
         self.broken: bool = False
@@ -166,6 +173,23 @@ class Channel:
         if self._deadline is not None and self._clock() >= self._deadline:
             raise TimeoutError("timed out between two lines: the deadline is over")
         return channel
+
+    @property
+    def sock(self) -> socket.socket:
+        """The socket under it."""
+        return self._sock
+
+    def beside(self, sock: socket.socket) -> Channel:
+        """Return another channel of the same migration, which counts its own bytes."""
+        channel = self.again(sock)
+        channel.bytes_sent = channel.bytes_received = 0
+        return channel
+
+    def cut(self, how: int = socket.SHUT_RDWR) -> None:
+        """End what another thread waits for on this line."""
+        # It may be gone already. Not SSLSocket's own method, which would go on without TLS.
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, how)
 
     def digest(self) -> bytes:
         """Return the digest over the sender's frames so far."""
@@ -200,6 +224,104 @@ class Channel:
                     left("sending a frame")
                     self._sock.sendall(data[start : start + _PIECE])
         self.bytes_sent += HEADER_BYTES + length
+
+    # ---- many frames of pages at once, without the GIL --------------------------------------------------------------
+
+    @property
+    def plain(self) -> bool:
+        """Whether frames may go by system calls on the descriptor: no TLS, nothing of somebody's own in between."""
+        return type(self._sock) is socket.socket and self._clock is time.monotonic
+
+    def _limits(self, doing: str) -> tuple[float, float]:
+        """Return the seconds that a frame may take, and that are left for all of it; 0: no limit."""
+        left = 0.0
+        if self._deadline is not None:
+            left = self._deadline - self._clock()
+            if left <= 0:
+                self._end(_frames.OVER, doing)
+        return self._sock.gettimeout() or 0.0, left
+
+    def _end(self, why: int, doing: str) -> None:
+        """Raise what a call without the GIL ended with."""
+        self.broken = True
+        if why == _frames.OVER:
+            raise TimeoutError(f"timed out {doing}: the deadline is over")
+        if why == _frames.LATE:
+            raise TimeoutError(f"timed out {doing}: {self._sock.gettimeout():g} s is over")
+        if why == _frames.ENDED:
+            raise Broken("the connection ended in the middle")
+        raise OSError(-why, os.strerror(-why))
+
+    def send_pages(self, packer: _frames.Packer, enough: int) -> tuple[int, int, int]:
+        """Send frames of pages that `packer` makes, over a plain socket.
+
+        Parameters
+        ----------
+        packer : Packer
+            Its pages go, in windows.
+        enough : int
+            Bytes of pages after which to return.
+
+        Returns
+        -------
+        nbytes, zeros, deltas : int
+            Bytes of the pages that went, 0 when there are none left; how many granules of them were zero, and of how
+            many only what changed went.
+
+        Raises
+        ------
+        OSError
+            The connection is gone, or a timeout.
+        """
+        doing = "sending a frame"
+        patience, left = self._limits(doing)
+        try:
+            why, nbytes, zeros, deltas = packer.send(self._sock.fileno(), self._sent, enough, patience, left)
+        finally:
+            frames, size, headers = packer.gone
+            self._sent += frames
+            self.bytes_sent += size
+            self._digest.update(headers)
+        if why:
+            self._end(why, doing)
+        if self.pace is not None:
+            self.pace(size)
+        return nbytes, zeros, deltas
+
+    def take_pages(self, taker: _frames.Taker, enough: int) -> bool:
+        """Receive frames of pages over a plain socket, and apply them.
+
+        Parameters
+        ----------
+        taker : Taker
+            What they are applied to.
+        enough : int
+            Bytes of pages after which to return.
+
+        Returns
+        -------
+        bool
+            True: `enough` came, or a tenth of a second is over. False: the next frame is for :meth:`receive`, because
+            it is not of pages, or not as it should be.
+
+        Raises
+        ------
+        WireError, OSError
+            As :meth:`receive`.
+        """
+        if len(self._kept) > HEADER_BYTES:
+            return False
+        doing = "waiting for a frame"
+        patience, left = self._limits(doing)
+        answer = taker.receive(self._sock.fileno(), bytes(self._kept), self._received, enough, patience, left)
+        why, kept, frames, size, headers = answer
+        self._kept = memoryview(kept)
+        self._received += frames
+        self.bytes_received += size
+        self._digest.update(headers)
+        if why not in (_frames.PAUSE, _frames.FOREIGN, _frames.ODD):
+            self._end(why, doing)
+        return why == _frames.PAUSE
 
     def receive(self, *expected: Kind, counted: bool = True) -> tuple[Kind, memoryview]:
         """Receive the next frame, which must be of one of the expected kinds.
@@ -287,7 +409,9 @@ class Channel:
                 self._sock.settimeout(patience)
 
     def _fill(self, buffer: memoryview, left: Callable[[str], None]) -> None:
-        done = 0
+        done = min(len(self._kept), buffer.nbytes)
+        buffer[:done] = self._kept[:done]
+        self._kept = self._kept[done:]
         while done < buffer.nbytes:
             left("waiting for a frame")
             count = self._sock.recv_into(buffer[done:])

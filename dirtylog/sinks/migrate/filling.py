@@ -1,0 +1,167 @@
+"""Memory that fills, seen from the destination of a migration: what may come over each channel, and what has."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dirtylog._core import DirtyBitmap
+from dirtylog.sinks._bytes.extents import WINDOW
+from dirtylog.sinks.migrate._frames import Taker
+from dirtylog.sinks.migrate.payloads import PAGES, RAW, ROUND, ZSTD
+from dirtylog.sinks.migrate.share import Share
+from dirtylog.sinks.migrate.wire import Kind, WireError
+from dirtylog.sinks.snapshot.footer import MAX_STATE_BYTES
+from dirtylog.sinks.snapshot.space import Space
+
+__all__ = ["Filling", "Part"]
+
+
+class Part:
+    """What comes over one channel: rounds of pages of its share.
+
+    Parameters
+    ----------
+    taker : Taker
+        What applies its frames.
+    codec : int
+        Of the session.
+    most : int
+        Bytes of pages that a round may have.
+    alone : bool
+        Whether there is no other channel: then no round but the last may be empty.
+    """
+
+    def __init__(self, taker: Taker, codec: int, most: int, alone: bool) -> None:
+        self.taker: Taker = taker
+        self.codec: int = codec
+        self.most: int = most
+        self.alone: bool = alone
+        self.number: int = 0
+        # Whether what is beside the pages has begun to come.
+        self.over: bool = False
+
+    def takes(self) -> bool:
+        """Whether frames of pages may come now, none of them compressed."""
+        return self.codec == RAW and self.number > 0 and not self.over
+
+    def resumed(self) -> None:
+        """Go on on another line: the round that was cut counts, and pages come in a new one alone."""
+        self.taker.left = 0
+        self.over = False
+
+    def round(self, payload: memoryview, max_rounds: int) -> None:
+        """Begin a round."""
+        if self.number and self.alone and self.taker.left == self.most:
+            raise WireError(f"round {self.number} was empty, and is not the last; the sender makes no progress")
+        if self.number == max_rounds:
+            raise WireError(f"the sender begins round {max_rounds + 1}, max_rounds is {max_rounds}; raise it")
+        self.number += 1
+        if bytes(payload) != ROUND.pack(self.number):
+            raise WireError(f"round {self.number} was due")
+        # A sender sends each page once a round.
+        self.taker.round, self.taker.left = self.number, self.most
+
+    def pages(self, kind: Kind, payload: memoryview) -> None:
+        """Apply a frame of pages, of what changed in them, or of zeros."""
+        if not self.number:
+            raise WireError("pages come before the first round")
+        if self.over:
+            raise WireError("pages come after the state")
+        table, data = payload, memoryview(b"")
+        if kind != Kind.ZEROS:
+            table, data = self._split(payload)
+        try:
+            self.taker.apply(kind, table, data)
+        except ValueError as error:
+            raise WireError(str(error)) from None
+
+    def _split(self, payload: memoryview) -> tuple[memoryview, memoryview]:
+        """Return the table of a frame, and its bytes, not compressed."""
+        if payload.nbytes < PAGES.size:
+            raise WireError(f"a frame of pages has {payload.nbytes} bytes")
+        count, codec = PAGES.unpack_from(payload)
+        end = PAGES.size + 16 * count
+        if bytes(payload[5:8]) != b"\0\0\0" or codec not in (RAW, self.codec) or end > payload.nbytes:
+            raise WireError(f"a frame of pages has {count} extents, codec {codec}, in {payload.nbytes} bytes")
+        table, data = payload[PAGES.size : end], payload[end:]
+        if codec == ZSTD:
+            # Of what changed there is no more than of the pages.
+            size = int(np.frombuffer(table, "<i8")[1::2].clip(0, WINDOW).sum())
+            data = memoryview(_unpacked(data, min(size, WINDOW)))
+        return table, data
+
+
+def _unpacked(data: memoryview, size: int) -> bytes:
+    import zstandard
+
+    try:
+        # Bounded by the announced size, whatever the stream says of itself.
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 23).stream_reader(data)
+        unpacked = bytes(reader.read(size))
+        if reader.read(1):
+            raise WireError(f"compressed pages are more than the {size} bytes of their extents")
+    except zstandard.ZstdError as error:
+        raise WireError(f"compressed pages cannot be unpacked: {error}") from None
+    return unpacked
+
+
+class Filling:
+    """One migration under way, seen from the destination.
+
+    Parameters
+    ----------
+    target : Space
+        The memory.
+    page_size, codec, channels : int
+        As the sender announces them.
+    fresh : bool
+        Whether the memory is zero.
+    """
+
+    def __init__(self, target: Space, page_size: int, codec: int, channels: int, fresh: bool) -> None:
+        granule = min(page_size, WINDOW)
+        npages = -(-target.nbytes // granule)
+        words = np.zeros(-(-npages // 64), np.uint64)
+        self.seen: DirtyBitmap = DirtyBitmap.from_buffer(words, npages)
+        regions = [(region.start, region.view) for region in target.regions]
+        # Of memory that is zero from the start: what is not. The rest is neither read nor written for zeros.
+        filled = np.zeros(len(words), np.uint64) if fresh else None
+        self.parts: list[Part] = [
+            Part(
+                Taker(regions, target.nbytes, granule, words, filled, share.numbers),
+                codec,
+                min(share.count(npages) * granule, target.nbytes),
+                channels == 1,
+            )
+            for share in Share.all(channels, granule)
+        ]
+        self.state: bytearray = bytearray()
+
+    @property
+    def number(self) -> int:
+        """The round under way."""
+        return self.parts[0].number
+
+    @property
+    def done(self) -> int:
+        """Bytes of pages that have come."""
+        return sum(part.taker.done for part in self.parts)
+
+    def resumed(self) -> None:
+        """Go on on another line."""
+        for part in self.parts:
+            part.resumed()
+        self.state.clear()
+
+    def beside(self, payload: memoryview) -> None:
+        """Keep a part of what is beside the memory."""
+        if not self.number or not payload.nbytes:
+            raise WireError("a part of the state is empty, or comes before the first round")
+        if len(self.state) + payload.nbytes > MAX_STATE_BYTES:
+            raise WireError(f"the sender's state has more than {MAX_STATE_BYTES} bytes")
+        self.parts[0].over = True
+        self.state += payload
+
+    def missing(self) -> int:
+        """Return how many pages never came, in parts of a MiB where they are larger."""
+        return self.seen.npages - self.seen.count()

@@ -5,6 +5,7 @@ Environment switches, each off by default:
 DIRTYLOG_SANITIZE  comma-separated list for -fsanitize=, for example "address,undefined" or "thread"
 DIRTYLOG_DEBUG     1: no optimisation, C assertions on
 DIRTYLOG_TRACE     1: Cython line tracing, for coverage of the .pyx files (slow)
+DIRTYLOG_PORTABLE  1: as on a system that is not Linux: what needs it is not compiled, and says so when it is imported
 
 What is compiled stays in build/, one directory for each set of switches, compiler and Python, and is taken from there
 as long as the bytes that it was made of are the same. pip compiles in temporary directories and unpacks a Cython of its
@@ -12,7 +13,6 @@ own each time, so neither places nor time stamps say what is up to date. Where a
 tools/build_backend.py does not ask for it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +29,10 @@ try:
     import Cython
 except ImportError:
     Cython = None
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 HERE = Path(__file__).parent
 PACKAGE = Path("dirtylog")
@@ -43,9 +47,18 @@ C_SOURCES = {
         f"dirtylog/sources/process/_{name}.c" for name in ("family", "stops", "inject", "launch")
     ],
 }
+# What cannot be compiled elsewhere than on Linux. Of other modules the C has a part that refuses.
+NEEDS_LINUX = ("dirtylog.sinks.", "dirtylog.sources.kvm.", "dirtylog.sources.process.")
+STAND_IN = '''"""Stands for an extension module that this dirtylog was built without."""
+
+from __future__ import annotations
+
+from dirtylog.errors import BackendUnavailable
+
+raise BackendUnavailable(__name__, "it needs Linux, and this dirtylog was built for another system")
+'''
 # Modules that wait for the kernel, whose time is not spent in their own code. -O3 takes gcc three times as long.
 COLD = {
-    "dirtylog.capi",
     "dirtylog.sources.kvm._kvm",
     "dirtylog.sources.memory._tracking",
     "dirtylog.sources.process._remote",
@@ -57,6 +70,9 @@ DIRECTIVES = {"language_level": "3", "freethreading_compatible": True}
 
 def switch(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
+
+
+LINUX = sys.platform == "linux" and not switch("DIRTYLOG_PORTABLE")
 
 
 def extension(name: str, sources: list[str]) -> Extension:
@@ -77,6 +93,8 @@ def extension(name: str, sources: list[str]) -> Extension:
     if sanitizers:
         compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
         link_args += [f"-fsanitize={sanitizers}"]
+    if switch("DIRTYLOG_PORTABLE"):
+        compile_args += ["-U__linux__", "-U__linux", "-Ulinux", "-U__gnu_linux__"]
     if switch("DIRTYLOG_TRACE"):
         macros += [("CYTHON_TRACE_NOGIL", "1")]
     return Extension(
@@ -111,7 +129,7 @@ class BuildExtensions(build_ext):
             sys.version,
             self.compiler.compiler_so,
             self.debug,
-            [os.environ.get(f"DIRTYLOG_{name}") for name in ("SANITIZE", "DEBUG", "TRACE")],
+            [os.environ.get(f"DIRTYLOG_{name}") for name in ("SANITIZE", "DEBUG", "TRACE", "PORTABLE")],
         ]
         digest = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:12]
         self.store = Path("build", f"{sys.implementation.cache_tag}-{digest}")
@@ -122,7 +140,8 @@ class BuildExtensions(build_ext):
         self.build_temp = str(self.store / "objects")
         # Whoever builds the same at the same time waits, and finds it done.
         with open(self.store / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
             stale = [each for each in self.extensions if self.force or not self.is_built(each)]
             if stale and Cython is None:
                 raise SystemExit(f"{len(stale)} modules are to be compiled, and Cython is not there: install cython")
@@ -134,6 +153,11 @@ class BuildExtensions(build_ext):
             # Of the files that a build of the same name has left behind, none is trusted.
             self.force = True
             super().build_extensions()
+        for name in left_out:
+            target = Path(self.get_ext_fullpath(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            target.with_name(f"{name.rpartition('.')[2]}.py").write_text(STAND_IN)
 
     def build_extension(self, ext: Extension) -> None:
         kept, target = self.kept(ext.name), Path(self.get_ext_fullpath(ext.name))
@@ -222,6 +246,8 @@ class BuildExtensions(build_ext):
 
 os.chdir(HERE)
 names = {".".join(pyx.with_suffix("").parts): str(pyx) for pyx in sorted(PACKAGE.rglob("*.pyx"))}
+left_out = [] if LINUX else [name for name in names if name.startswith(NEEDS_LINUX)]
+names = {name: pyx for name, pyx in names.items() if name not in left_out}
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=[

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dirtylog import BackendUnavailable
+
 ROOT = Path(__file__).resolve().parent.parent
 # Writes what was asked for into a log, and an empty file where the result was wanted.
 COMPILER = """#!/bin/sh
@@ -59,7 +61,7 @@ def build(directory):
         command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={library}"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        built = {path.name.partition(".")[0] for path in (tmp_path / library / "dirtylog").iterdir()}
+        built = {path.name.partition(".")[0] for path in (tmp_path / library / "dirtylog").iterdir() if path.is_file()}
         assert built == {"_cython", "alpha", "beta"}
         lines = compiled.read_text().splitlines() if compiled.exists() else []
         return sorted(Path(line).stem for line in lines if line.endswith(".o"))
@@ -120,3 +122,16 @@ def test_a_build_with_another_switch_takes_nothing_from_the_last_and_neither_doe
     assert "-fsanitize=undefined" in flags("plain")
     assert build("plain") == []
     assert "-fsanitize" not in flags("plain")
+
+
+def test_a_portable_build_puts_a_refusal_in_the_place_of_what_needs_linux(build, directory):
+    needs_linux = directory / "dirtylog" / "sources" / "kvm" / "_kvm.pyx"
+    needs_linux.parent.mkdir(parents=True)
+    needs_linux.write_text(MODULE)
+    assert build("portable", DIRTYLOG_PORTABLE="1") == ["_cython", "alpha", "beta"]
+    needs_linux.unlink()
+    (module,) = (directory / "portable" / "dirtylog").glob("alpha.*")
+    assert "-U__linux__" in module.read_text()
+    stand_in = directory / "portable" / "dirtylog" / "sources" / "kvm" / "_kvm.py"
+    with pytest.raises(BackendUnavailable, match=r"dirtylog\.sources\.kvm\._kvm is not available here: it needs Linux"):
+        exec(stand_in.read_text(), {"__name__": "dirtylog.sources.kvm._kvm"})

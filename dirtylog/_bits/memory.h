@@ -5,13 +5,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "dirtylog/atomic.h"
 
-/* From here on a block is mapped: it costs nothing until it is written, and
- * goes back to the kernel when it is freed. */
-#define DL_MAP_BYTES ((size_t)1 << 21)
 #define DL_LINE_BYTES ((size_t)64)
 
 /* Rounded up to a line, so that a kernel may read whole lines; never empty. 0: too large. */
@@ -22,6 +18,13 @@ static inline size_t dl_words_bytes(size_t nwords)
     size_t lines = nwords / 8 + (nwords % 8 != 0);
     return (lines ? lines : 1) * DL_LINE_BYTES;
 }
+
+#ifdef __linux__
+#include <sys/mman.h>
+
+/* From here on a block is mapped: it costs nothing until it is written, and
+ * goes back to the kernel when it is freed. */
+#define DL_MAP_BYTES ((size_t)1 << 21)
 
 /* The block of words freed last, kept for the next result of that size: mapping one anew
  * costs a fault and a cleared page for each page of it. Its first word holds its size
@@ -101,5 +104,41 @@ static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
     else
         free(words);
 }
+
+#else /* any other system: C alone, which has no aligned_alloc() everywhere */
+
+static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_bytes)
+{
+    size_t bytes = dl_words_bytes(nwords);
+    *mapped_bytes = 0;
+    if (bytes == 0)
+        return NULL;
+    /* Where it really begins is kept before the first line. */
+    char *memory = zero ? calloc(1, bytes + DL_LINE_BYTES) : malloc(bytes + DL_LINE_BYTES);
+    if (!memory)
+        return NULL;
+    char *line = memory + DL_LINE_BYTES - (uintptr_t)memory % DL_LINE_BYTES;
+    memcpy(line - sizeof memory, &memory, sizeof memory);
+    return (uint64_t *)(void *)line;
+}
+
+static inline uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
+{
+    return dl_words_alloc(nwords, 1, mapped_bytes);
+}
+
+static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)
+{
+    void *memory;
+    (void)mapped_bytes;
+    if (!words)
+        return;
+    memcpy(&memory, (char *)words - sizeof memory, sizeof memory);
+    free(memory);
+}
+
+static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes) { dl_words_free(words, mapped_bytes); }
+
+#endif /* __linux__ */
 
 #endif /* DIRTYLOG_MEMORY_H */

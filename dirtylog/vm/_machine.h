@@ -128,17 +128,20 @@ static inline int dl_lock_init(struct dl_lock *lock)
 
 static inline void dl_lock_destroy(struct dl_lock *lock) { pthread_mutex_destroy(&lock->mutex); }
 
+/* As a number, which a thread's name is a pointer to on some systems. */
+static inline uint64_t dl_this_thread(void) { return (uint64_t)(uintptr_t)pthread_self(); }
+
 static inline int dl_lock_acquire(struct dl_lock *lock)
 {
     int error = pthread_mutex_lock(&lock->mutex);
     if (!error)
-        dl_store_relaxed(&lock->owner, (uint64_t)pthread_self());
+        dl_store_relaxed(&lock->owner, dl_this_thread());
     return -error;
 }
 
 static inline int dl_lock_held(const struct dl_lock *lock)
 {
-    return dl_load_relaxed(&lock->owner) == (uint64_t)pthread_self();
+    return dl_load_relaxed(&lock->owner) == dl_this_thread();
 }
 
 static inline int dl_lock_release(struct dl_lock *lock)

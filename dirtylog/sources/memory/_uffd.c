@@ -18,7 +18,6 @@
  */
 #define _GNU_SOURCE
 #include "_registry.h"
-#include "sources/_pagemap.h"
 
 #include <errno.h>
 
@@ -33,6 +32,8 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "sources/_pagemap.h"
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards everything below */
 static pthread_once_t once = PTHREAD_ONCE_INIT;

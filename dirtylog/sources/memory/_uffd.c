@@ -176,7 +176,8 @@ static int walk(struct dl_span *span, uint64_t *words, int take)
         if (found < 0)
             return found;
         for (int i = 0; i < found; i++) {
-            uint64_t first = vector[i].start / page_bytes, stop = vector[i].end / page_bytes;
+            /* Whole pages, unless a test has us take several of the system's for one. */
+            uint64_t first = vector[i].start / page_bytes, stop = (vector[i].end + page_bytes - 1) / page_bytes;
 
             if (words)
                 dl_words_set(words, first - span->first, stop - span->first);

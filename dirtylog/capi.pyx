@@ -8,8 +8,9 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from dirtylog._bits.atomic cimport dl_load_relaxed
 from dirtylog._bits.batch cimport dl_check_batch, dl_mark_batch
-from dirtylog._bits.bitmap cimport dl_bitmap, dl_harvest, dl_mark, dl_mark_range
+from dirtylog._bits.bitmap cimport dl_bitmap, dl_mark, dl_mark_range
 from dirtylog._bits.bits cimport dl_bit
+from dirtylog._bits.taking cimport take_words
 from dirtylog._core cimport DirtyBitmap
 
 
@@ -76,7 +77,7 @@ cdef int is_dirty(const dirtylog_bitmap *log, uint64_t page) noexcept nogil:
 
 
 cdef uint64_t harvest(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil:
-    return dl_harvest(<const dl_bitmap *>log, out)
+    return take_words(<const dl_bitmap *>log, out)
 
 
 cdef const dirtylog_bitmap *bitmap_for_c(void *object_) except NULL:

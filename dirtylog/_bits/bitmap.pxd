@@ -19,6 +19,5 @@ cdef extern from "dirtylog/bitmap.h" nogil:
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)
-    uint64_t dl_harvest(const dl_bitmap *bitmap, uint64_t *out)
     void dl_harvest_end()
     void dl_summary_untake(const dl_bitmap *bitmap, const dl_taken *taken, size_t n)

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "_bits/simd.h"
 #include "dirtylog/bitmap.h"
@@ -122,6 +123,58 @@ static inline void dl_put_back(const struct dl_basket *basket, const struct dl_b
 {
     for (size_t i = 0; basket->clear && i < basket->entries; i++)
         dl_mark_mask(b, basket->numbers[i], basket->masks[i]);
+}
+
+/* ---- everything, into words of somebody else's ---- */
+
+/* Pages of the lines noted, which have just been written and are in the caches still. */
+static inline uint64_t dl_count_taken(const struct dl_kernels *k, const struct dl_taken *taken, size_t n, const uint64_t *out,
+                                      uint64_t nwords)
+{
+    uint64_t pages = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t start = taken[i].group * DL_GROUP_WORDS;
+        if (taken[i].lines == DL_ALL_PAGES && nwords - start >= DL_GROUP_WORDS) {
+            pages += k->popcount(out + start, DL_GROUP_WORDS);
+            continue;
+        }
+        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
+            uint64_t at = start + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
+            pages += k->popcount(out + at, nwords - at < DL_LINE_WORDS ? nwords - at : DL_LINE_WORDS);
+        }
+    }
+    return pages;
+}
+
+enum { DL_GROUPS_AT_ONCE = 16 };
+
+/* dl_harvest() by vector code: writes all of dl_words_for(npages) words; returns the pages. */
+static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t *out)
+{
+    uint64_t nwords = dl_words_for(b->npages), pages = 0, group = 0;
+    struct dl_taken taken[DL_GROUPS_AT_ONCE];
+    memset(out, 0, nwords * sizeof *out);
+    if (!b->summary) {
+        /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
+        uint64_t whole = b->npages / DL_WORD_PAGES;
+        k->take_dense(b->words, whole, out, 1);
+        if (whole < nwords)
+            out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
+        dl_harvest_end();
+        return k->popcount(out, nwords);
+    }
+    while (group < dl_groups_for(b->npages)) {
+        uint64_t nlines = 0;
+        size_t n = k->take_summary(b, 0, dl_lines_for(b->npages), &group, taken, DL_GROUPS_AT_ONCE, 1, &nlines);
+        if (n == 0)
+            continue;
+        dl_fence_seq_cst(); /* I4, as in dl_take_range() */
+        /* Of a last line that is shorter no word past the end is dirty (I7), so none is written. */
+        k->take_lines_dense(b->words, taken, n, out, 1);
+        pages += dl_count_taken(k, taken, n, out, nwords);
+    }
+    dl_harvest_end();
+    return pages;
 }
 
 #endif /* DIRTYLOG_HARVEST_H */

@@ -43,6 +43,7 @@ cdef extern from "_bits/harvest.h" nogil:
                        size_t ntaken)
     uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
     void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
+    uint64_t dl_harvest_by(const dl_kernels *k, const dl_bitmap *b, uint64_t *out)
 
 __all__: list[str] = []
 
@@ -124,6 +125,11 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
             free(taken)
     pages_fill(pages, dense, numbers, masks, basket.entries)
     return pages
+
+
+cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out) noexcept nogil:
+    """Get and clear everything into words of somebody else's, all of which are written; return the pages."""
+    return dl_harvest_by(kernels, bits, out)
 
 
 cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear,

@@ -83,16 +83,22 @@ def test_every_function_of_the_table_answers_as_the_header_says(downstream):
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_an_extension_harvests_what_python_marked(downstream, foreign):
-    npages = 70_001
+@pytest.mark.parametrize("npages", [1, 63, 513, 70_001, 32 * 512 * 64, 33 * 512 * 64 + 5 * 64 + 7])
+@pytest.mark.parametrize("density", [0, 0.001, 0.1, 1])
+def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, density):
     words = np.zeros((npages + 63) // 64, np.uint64)
     bitmap = dl.DirtyBitmap.from_buffer(words, npages) if foreign else dl.DirtyBitmap(npages)
-    pages = np.unique(np.random.default_rng(5).integers(0, npages, 5000))
+    pages = np.unique(np.random.default_rng(5).integers(0, npages, int(npages * density)))
+    pages = np.arange(npages) if density == 1 else pages
     bitmap.mark_pages(pages)
-    out = np.full(words.size, 7, np.uint64)
-    assert downstream["downstream_cython"].harvest(bitmap, out) == pages.size
-    assert np.array_equal(dl.indices(out), pages)
+    if foreign and npages % 64:
+        words[-1] |= np.uint64(1 << 63)  # not ours: it stays (I7)
+    out = np.full(words.size + 8, 7, np.uint64)  # what lies behind it is not touched
+    assert downstream["downstream_cython"].harvest(bitmap, out[:-8]) == pages.size
+    assert np.array_equal(dl.indices(out[:-8]), pages)
+    assert (out[-8:] == 7).all()
     assert not bitmap.peek()
+    assert not foreign or dl.popcount(words) == (npages % 64 != 0)
 
 
 def test_extensions_mark_from_two_threads_while_python_harvests_and_none_is_lost(downstream):

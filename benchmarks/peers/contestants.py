@@ -148,7 +148,7 @@ class NumpyViews(Numpy):
     """The strongest form of numpy that we know: bits as a view of bools, which it scans by vectors."""
 
     name = "numpy, bool views"
-    works = ("numbers",)
+    works = ("numbers", "runs")
 
     def numbers_of(self, words: npt.NDArray[np.uint64]) -> Pages:
         if not self.few:
@@ -157,6 +157,16 @@ class NumpyViews(Numpy):
         found = np.flatnonzero(np.unpackbits(words[rows].view(np.uint8), bitorder="little").view(bool))
         found += ((rows - np.arange(rows.size)) * 64)[found >> 6]
         return found
+
+    def runs_of(self, words: npt.NDArray[np.uint64]) -> object:
+        """Find where a page differs from the one before: of those, starts and ends take turns."""
+        changes = words << np.uint64(1)
+        changes[1:] |= words[:-1] >> np.uint64(63)
+        changes ^= words
+        edges = self.numbers_of(changes)
+        if edges.size % 2:
+            edges = np.append(edges, 64 * words.size)
+        return edges[::2], edges[1::2] - edges[::2]
 
 
 class Bitarray:

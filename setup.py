@@ -153,11 +153,20 @@ class BuildExtensions(build_ext):
             # Of the files that a build of the same name has left behind, none is trusted.
             self.force = True
             super().build_extensions()
+        self.write_stand_ins(Path(self.build_lib))
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self.write_stand_ins(Path())
+
+    def write_stand_ins(self, directory: Path) -> None:
+        """Put a refusal in the place of each module that is left out."""
         for name in left_out:
-            target = Path(self.get_ext_fullpath(name))
+            target = directory.joinpath(*name.split("."))
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
-            target.with_name(f"{name.rpartition('.')[2]}.py").write_text(STAND_IN)
+            for module in target.parent.glob(f"{target.name}.*.so"):
+                module.unlink()
+            target.with_suffix(".py").write_text(STAND_IN)
 
     def build_extension(self, ext: Extension) -> None:
         kept, target = self.kept(ext.name), Path(self.get_ext_fullpath(ext.name))

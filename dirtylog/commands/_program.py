@@ -395,11 +395,14 @@ def _watch_started(
         if looks is not None and args.arrays:
             looks.seen = names[0].look
         if looks is not None:
-            while looks.starting() and not program.wait(0.02):
-                pass
-            if program.poll() is None:
-                sampling[0].sample(part="start", at_most=at_most)
-        for count in _counted(args.duration, started) if process is not None else ():
+            try:
+                while looks.starting() and not program.wait(0.02):
+                    pass
+                if program.poll() is None:
+                    sampling[0].sample(part="start", at_most=at_most)
+            except DirtyLogError as error:
+                missed = _ended(process, error, last)
+        for count in _counted(args.duration, started) if process is not None and missed is None else ():
             left = sampling[0].next_sample(count)
             if args.duration is not None:
                 left = min(left, max(0.0, started + args.duration - time.monotonic()))

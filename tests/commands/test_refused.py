@@ -64,6 +64,38 @@ def test_a_python_program_is_watched_without_ptrace_and_others_are_refused(tmp_p
     assert "has ended" in lost["missed"]
 
 
+ENDS_WITH_THE_FIRST_LOOK = """
+import os, sys
+from dirtylog import BackendUnavailable, cli
+from dirtylog.sinks.profile import Sampler
+from dirtylog.sources.process import launch
+def refuse(*_, **__):
+    raise BackendUnavailable("watching a program", "not here")
+launch.launch = refuse
+sample = Sampler.sample
+def late(sampler, *args, part="program", **options):
+    if part == "start":
+        os.write(go, b"!")
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+    return sample(sampler, *args, part=part, **options)
+Sampler.sample = late
+ready, go = os.pipe()
+os.set_inheritable(ready, True)
+program = f"import os; os.read({ready}, 1); os._exit(3)"
+sys.exit(cli.main(["profile", "--json", "--output", sys.argv[1], "-c", program]))
+"""
+
+
+def test_a_program_that_ends_just_before_the_first_look_keeps_its_exit_code(tmp_path):
+    command = [sys.executable, "-c", ENDS_WITH_THE_FIRST_LOOK, str(tmp_path / "profile")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "userfaultfd" in done.stderr:
+        pytest.skip(f"a program cannot hand its memory over here: {done.stderr}")
+    assert done.returncode == 3, done.stderr
+    assert "has ended" in json.loads((tmp_path / "profile").read_text())["missed"]
+
+
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the filter names a system call of x86-64 by its number")
 def test_a_program_does_not_begin_before_it_is_traced_even_if_that_ends_the_watcher(tmp_path):
     began = tmp_path / "began"

@@ -32,7 +32,7 @@ def refused(code, call, *arguments, **options):
 def test_a_slot_id_out_of_range_is_einval(vm):
     for slot in (-1, 125, 1 << 40):
         for call in (vm.get_dirty_log, vm.peek, vm.slot, vm.memory, vm.region):
-            assert "125" in refused(errno.EINVAL, call, slot)
+            assert "slots 0 to 124" in refused(errno.EINVAL, call, slot)
         refused(errno.EINVAL, vm.set_memory_region, slot, 0, 1)
 
 

@@ -256,11 +256,16 @@
     update();
     busy = false;
   }
+  let shape = null;
   async function draw() {
     look();
+    // Plotly keeps a colour bar that stood the other way, and its room: after a phone was turned, the map begins anew.
+    if (shape !== null && shape !== narrow()) { Plotly.purge("map"); heard = heard.filter(id => id !== "map"); }
+    shape = narrow();
     await Promise.all([drawMap(), drawRate(), drawRegions()]);
     small("often", D.often.map((_, i) => i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : "1"), D.often.map(v => D.distinct ? 100 * v / D.distinct : 0), D.often.map((v, i) => size(v * P) + " in " + (i ? 2 ** i + " to " + (2 ** (i + 1) - 1) : 1) + " harvests"), "harvests that found it written", "share", { type: "bar" });
     update();
+    listen();
     document.documentElement.dataset.drawn = (narrow() ? "narrow " : "wide ") + (dark ? "dark" : "light");
   }
   if (D.program) [from, to] = D.program;
@@ -280,13 +285,16 @@
   }
   $("rate-note").textContent = W > 0 ? "The steps are windows of " + time(width) + "; the peak above is over windows of " + time(Math.max(1, D.interval)) + "." : "";
   $("all").addEventListener("click", () => choose(0, last));
-  draw().then(() => {
-    for (const id of TIMED) $(id).on("plotly_relayout", event => {
+  let heard = [];
+  function listen() {
+    for (const id of TIMED.filter(id => !heard.includes(id))) $(id).on("plotly_relayout", event => {
       if (event["xaxis.autorange"]) choose(0, last);
       else if (event["xaxis.range"]) choose(...event["xaxis.range"]);
       else if ("xaxis.range[0]" in event) choose(event["xaxis.range[0]"], event["xaxis.range[1]"]);
     });
-  });
+    heard = [...TIMED];
+  }
+  draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   // A phone that is turned.
   matchMedia("(max-width: 639.5px)").addEventListener("change", draw);

@@ -179,11 +179,12 @@ class Guest:
         self.state = lambda: asdict(self.vcpu.get_regs())
 
     def during(self):
-        """Wait until it has written all of its pages again."""
-        counter = self.memory.view("<u4")[PAGE // 4 :]
-        before = int(counter[0])
-        while self.running.is_alive() and not self.running.stopping and int(counter[0]) < before + 2:
-            pass
+        """Wait until it has come to its first page twice: in between it has written all of them."""
+        first = self.memory.view("<u4")[PAGE // 4 :]
+        for _ in range(2):
+            before = int(first[0])
+            while self.running.is_alive() and not self.running.stopping and int(first[0]) == before:
+                pass
 
     def pause(self):
         self.during()

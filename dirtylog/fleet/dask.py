@@ -141,7 +141,9 @@ class Dask:
 
     def places(self) -> Sequence[str]:
         """List the addresses of the workers."""
-        return sorted(self._client.scheduler_info(n_workers=-1)["workers"])
+        # What client.scheduler_info() answers may be without workers: the client asks for that itself, now and then.
+        client: Any = self._client
+        return sorted(client.sync(client.scheduler.identity, n_workers=-1)["workers"])
 
     def spawn(self, place: Hashable, factory: Callable[..., Any], *args: Any) -> Answer:
         """Begin to make an actor in a worker."""

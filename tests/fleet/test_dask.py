@@ -226,6 +226,16 @@ def test_epochs_outlive_workers_and_coordinators_that_are_killed_at_random(proce
     assert counts["shards"] > 0
 
 
+def test_workers_are_found_while_the_client_asks_for_none(client, monkeypatch):
+    from dirtylog.fleet.dask import Dask
+
+    async def asks_for_none(**_):
+        client._scheduler_identity = {"workers": {}}
+
+    monkeypatch.setattr(client, "_update_scheduler_info", asks_for_none)
+    assert len(Dask(client).places()) == 2
+
+
 def test_a_shard_that_is_lost_is_heard_of_after_all_have_ended(client, repo):
     from dirtylog.fleet.dask import ShardedArray
 

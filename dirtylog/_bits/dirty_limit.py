@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -20,15 +21,16 @@ class DirtyLimit:
 
     Notes
     -----
-    `wait` belongs to the vCPU's thread, `rate` to any. A vCPU may overshoot within one stay in guest mode; it stands
-    still for that afterwards, so that the mean holds.
+    `wait` belongs to the vCPU's thread, the others to any. A vCPU may overshoot
+    within one stay in guest mode; it stands still for that afterwards, so that
+    the mean holds.
 
     References
     ----------
     ``dirtylimit_calc_throttle`` and ``vcpu_dirty_limit`` in QEMU's ``system/dirtylimit.c``.
     """
 
-    __slots__ = ("_clock", "_dirtied", "_left", "_rate", "_sleep", "_when")
+    __slots__ = ("_clock", "_dirtied", "_free", "_left", "_rate", "_sleep", "_when")
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], object] = time.sleep
@@ -36,6 +38,8 @@ class DirtyLimit:
         self._clock, self._sleep = clock, sleep
         self._rate: float | None = None
         self._dirtied = 0
+        # What had been dirtied when there was no limit yet: nobody stands still for that.
+        self._free = 0
         self._left = 0.0
         self._when = clock()
 
@@ -44,10 +48,25 @@ class DirtyLimit:
         """Pages per second; None: as many as it likes."""
         return self._rate
 
-    @rate.setter
-    def rate(self, rate: float | None) -> None:
-        if rate is not None and not rate > 0:
+    def hold(self, rate: float | None, dirtied: int) -> None:
+        """Set the limit.
+
+        Parameters
+        ----------
+        rate : float or None
+            Pages per second.
+        dirtied : int
+            Pages that the vCPU has dirtied up to now.
+
+        Raises
+        ------
+        ValueError
+            `rate` is not a positive number.
+        """
+        if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"dirty_limit is {rate}; it must be a positive number of pages per second, or None")
+        if self._rate is None:
+            self._free = dirtied
         self._rate = rate
 
     def wait(self, dirtied: int, kicked: Callable[[], bool] = bool) -> None:
@@ -60,14 +79,17 @@ class DirtyLimit:
         kicked : callable
             Whether it is to leave at once.
         """
-        new, self._dirtied = dirtied - self._dirtied, dirtied
         rate, now = self._rate, self._clock()
         if rate is None:
-            self._left, self._when = 0.0, now
+            self._dirtied, self._left, self._when = dirtied, 0.0, now
             return
+        if self._free > self._dirtied:
+            self._dirtied, self._left, self._when = self._free, 0.0, now
+        new, self._dirtied = dirtied - self._dirtied, dirtied
         self._left = min(self._left + (now - self._when) * rate, rate * _SAVED) - new
         self._when = now
-        while self._left < 0 and self._rate == rate and not kicked():
+        # Another limit changes how long it takes; what was dirtied above the last one is stood still for all the same.
+        while self._left < 0 and (rate := self._rate) is not None and not kicked():
             self._sleep(min(max(-self._left / rate, _LEAST), _NAP))
             now = self._clock()
             self._left += (now - self._when) * rate

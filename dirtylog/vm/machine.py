@@ -409,7 +409,8 @@ class VM:
         with self.harvest_lock:
             pages = self.get_dirty_log(slot)
             with self.slots_lock:
-                owed = self.owed_by(slot, pages.npages)
+                # Of the slot as it is now: it may have been made anew since, with another size.
+                owed = self.owed_by(slot, self.check_log(slot))
             if pages:
                 # I5: from the clear on, until they are handed out, nobody else knows of them.
                 owed.owe(pages)

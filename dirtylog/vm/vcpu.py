@@ -69,7 +69,7 @@ class Vcpu:
 
     @dirty_limit.setter
     def dirty_limit(self, rate: float | None) -> None:
-        self._limit.rate = rate
+        self._limit.hold(rate, self.dirtied)
 
     def write(self, gpa: int, data: ReadableBuffer) -> None:
         """Store bytes at a guest-physical address; they may cross pages and slots.

@@ -62,7 +62,7 @@ def test_a_vcpu_dirties_no_more_pages_in_a_second_than_it_may(clock, rings):
 
 def test_a_rest_is_saved_up_for_a_moment_only(clock):
     limit = OneLimit(clock, clock.sleep)
-    limit.rate = 1000
+    limit.hold(1000, 0)
     clock.now = 100
     limit.wait(0)
     limit.wait(100)
@@ -71,18 +71,33 @@ def test_a_rest_is_saved_up_for_a_moment_only(clock):
     assert clock.now == pytest.approx(100.1)
 
 
+def test_what_was_dirtied_before_there_was_a_limit_costs_nothing(clock):
+    vcpu = machine(clock).vcpus[0]
+    vcpu.touch(range(4096))
+    vcpu.dirty_limit = 100
+    vcpu.touch([0])
+    assert clock.now == 0
+
+
+def test_another_limit_ends_no_pause(clock):
+    limit = OneLimit(clock, lambda seconds: (clock.sleep(seconds), limit.hold(1000, 1000)))
+    limit.hold(1, 0)
+    limit.wait(1000)
+    assert 0.9 <= clock.now <= 1.1
+
+
 def test_a_pause_ends_when_the_limit_is_lifted_or_somebody_kicks(clock):
-    limit = OneLimit(clock, lambda seconds: (clock.sleep(seconds), setattr(limit, "rate", None)))
-    limit.rate = 1
+    limit = OneLimit(clock, lambda seconds: (clock.sleep(seconds), limit.hold(None, 1000)))
+    limit.hold(1, 0)
     limit.wait(1000)
     assert clock.now < 1
     limit = OneLimit(clock, clock.sleep)
-    limit.rate = 1
+    limit.hold(1, 0)
     limit.wait(1000, kicked=lambda: True)
     assert clock.now < 1
     for wrong in (0, -1, float("nan")):
         with pytest.raises(ValueError, match="must be a positive number of pages per second"):
-            limit.rate = wrong
+            limit.hold(wrong, 0)
 
 
 class Counted:

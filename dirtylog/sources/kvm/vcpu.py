@@ -210,7 +210,7 @@ class Vcpu(Resource):
     def dirty_limit(self, rate: float | None) -> None:
         if rate is not None and self._ring is None:
             raise ValueError(f"vCPU {self.index} has no dirty ring to count its pages by: enable_dirty_ring() first")
-        self._limit.rate = rate
+        self._limit.hold(rate, self.dirtied)
         self._handle.paced = rate is not None
 
     def _kicked(self) -> bool:
@@ -323,10 +323,7 @@ class Vcpu(Resource):
         if not self._left[0]:
             self._answer_at = None
             self._harvests = self._rings.harvests if self._rings else 0
-            self._limit.wait(self.dirtied, self._kicked)
-            while (ran := self._handle.run(self._left)) is None:
-                self._limit.wait(self.dirtied, self._kicked)
-            if not ran:
+            if not self._run():
                 return Exit("INTR")
         (number,) = _REASON.unpack(self._handle.load(0, _REASON.size))
         reason = EXIT_REASONS[number] if number < len(EXIT_REASONS) else f"EXIT_{number}"
@@ -336,6 +333,20 @@ class Vcpu(Resource):
         # No call from here on, after which a signal handler could raise.
         self._left[0] = False
         return exit
+
+    def _run(self) -> bool:
+        """Run until the guest leaves for good, and stand still where it has dirtied too much; False for a kick."""
+        self._handle.fileno()  # an error if it is closed
+        try:
+            self._limit.wait(self.dirtied, self._kicked)
+            while (ran := self._handle.run(self._left)) is None:
+                self._limit.wait(self.dirtied, self._kicked)
+        except ValueError:
+            # Closed while it stood still: that ends a run as a kick does.
+            if not self._handle.closed:
+                raise
+            return False
+        return ran
 
     def _describe(self, reason: str) -> Exit:
         load = self._handle.load

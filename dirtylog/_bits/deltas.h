@@ -85,7 +85,8 @@ static inline size_t dl_make_delta(const unsigned char *now, unsigned char *befo
     size_t used = 0, from = 0;
     while (from < nbytes) {
         size_t at = dl_next_change(now, before, from, nbytes);
-        size_t end = at < nbytes ? dl_end_of_change(now, before, at, nbytes) : at;
+        /* What differed at `at` may be as it was by now: it goes all the same, so that every pair moves on. */
+        size_t end = at < nbytes ? dl_end_of_change(now, before, at + 1, nbytes) : at;
         if (used + 2 * DL_NUMBER_BYTES + (end - at) > most)
             return 0;
         used += dl_put_number(out + used, at - from);

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dirtylog import DirtyBitmap, DirtyLog
 from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, send
+from dirtylog.sinks.migrate.lane import Lane
 from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PAGES, READY, ROUND
 from dirtylog.sinks.migrate.share import Share
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
@@ -162,6 +163,26 @@ def test_a_channel_that_is_cut_and_not_replaced_leaves_the_source_as_it_was(chan
     assert all(sock.fileno() < 0 for sock in hub.made)
     if outcome.rounds or at > 1000:
         assert source.pending().count == NPAGES
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+def test_what_one_channel_raises_ends_it_and_is_no_broken_line(channel, monkeypatch):
+    whole = Lane.round
+
+    def no_room(lane, *args):
+        if lane.share.index == channel:
+            raise MemoryError("no room for a window")
+        return whole(lane, *args)
+
+    monkeypatch.setattr(Lane, "round", no_room)
+    source, hub = Source(7, npages=NPAGES), Hub()
+    again = []
+    outcome, answer = migrated(source, 3, hub, reconnect=lambda breaks: again.append(breaks) or hub.connect())
+    assert not again
+    causes = [outcome, outcome.__cause__, outcome.__context__]
+    assert "no room for a window" in [str(cause) for cause in causes]
+    assert isinstance(answer, MigrationError)
+    assert not source.paused
 
 
 def test_it_is_limited_and_cancelled_over_all_channels():

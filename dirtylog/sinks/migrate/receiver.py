@@ -81,8 +81,10 @@ class _Beside:
     def run(self, part: Part) -> None:
         try:
             self.copy.frames(self.channel, part, int)
-        except Exception as error:
-            self.error, self.first = error, not self.closing
+        except BaseException as error:
+            # Whatever it was, its part is not complete.
+            self.error = error if isinstance(error, Exception) else Broken(f"a channel's thread ended: {error!r}")
+            self.first = not self.closing
             if self.first:
                 # The first channel's thread finds an end, and looks here.
                 self.copy.channel.cut(socket.SHUT_RD)
@@ -147,7 +149,11 @@ class _Copy:
                     self.hear()
                 self.channel.send(Kind.DONE, self.agreed[:16], counted=False)
             except (OSError, WireError) as error:
-                self.again(self.hang_up() or error)
+                problem = self.hang_up()
+                if isinstance(error, Refusal):
+                    # The sender has given up, and ended its other channels after it had said so.
+                    problem, self.channel.broken = None, False
+                self.again(problem or error)
             else:
                 return
 

@@ -151,18 +151,25 @@ class Rounds:
         if len(self.lanes) == 1:
             return [work(self.lanes[0], int)]
         found: dict[int, _T] = {}
-        failed: list[BaseException] = []
+        # What ended a channel, and whether its line was broken; what came first made the others end.
+        failed: list[tuple[BaseException, bool]] = []
 
         def check() -> None:
             if failed:
                 raise Broken("another channel of this migration has ended")
 
+        def fail(lane: Lane, error: BaseException) -> None:
+            failed.append((error, lane.line.broken))
+            self.cut()
+            if lane.line.broken:
+                # The first one may wait for room that nobody makes any more; what the copy says can still be read.
+                self.channel.cut(socket.SHUT_WR)
+
         def run(lane: Lane) -> None:
             try:
                 found[lane.share.index] = work(lane, check)
             except BaseException as error:
-                failed.append(error)
-                self.cut()
+                fail(lane, error)
 
         threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in self.lanes[1:]]
         try:
@@ -172,16 +179,16 @@ class Rounds:
             for thread in threads:
                 thread.join()
         except BaseException as error:
-            failed.append(error)
-            self.cut()
-            raise
+            fail(self.lanes[0], error)
+            if not isinstance(error, Exception):
+                raise
         finally:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-            self.note_broken()
+            self.channel.broken = bool(failed) and failed[0][1]
         if failed:
-            raise failed[0]
+            raise failed[0][0]
         return [found[index] for index in range(len(self.lanes))]
 
     def lacking(self) -> DirtyPages:

@@ -1,4 +1,4 @@
-"""What needs no Python, in C: the geometry of a harvest, and the vector paths."""
+"""What needs no Python, in C: the geometry of a harvest, the vector paths, and deltas of live memory."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def run(program, tmp_path, *sources):
         pytest.skip("no source tree")
     files = [Path(__file__).with_name(f"{program}.c"), *(ROOT / "dirtylog" / "_bits" / name for name in sources)]
     include = [f"-I{ROOT / 'dirtylog' / 'include'}", f"-I{ROOT / 'dirtylog'}"]
-    flags = ["-std=gnu11", "-O1", "-Wall", "-Werror", "-Wno-unused-function"]
+    flags = ["-std=gnu11", "-O1", "-pthread", "-Wall", "-Werror", "-Wno-unused-function"]
     subprocess.run([compiler, *flags, *include, *files, "-o", tmp_path / program], check=True)
     answer = subprocess.run([tmp_path / program], capture_output=True, text=True)
     return answer.returncode, answer.stdout
@@ -29,3 +29,7 @@ def test_a_range_is_made_of_lines_and_of_the_pages_left_and_right_of_them(tmp_pa
 
 def test_every_vector_path_does_what_the_scalar_one_does(tmp_path):
     assert run("kernels", tmp_path, "simd.c") == (0, "")
+
+
+def test_a_delta_of_memory_that_is_written_meanwhile_is_one_that_the_other_end_takes(tmp_path):
+    assert run("live_delta", tmp_path) == (0, "")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, send
+from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, receiver, send
 from dirtylog.sinks.migrate.lane import Lane
 from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PAGES, READY, ROUND
 from dirtylog.sinks.migrate.share import Share
@@ -183,6 +183,24 @@ def test_what_one_channel_raises_ends_it_and_is_no_broken_line(channel, monkeypa
     assert "no room for a window" in [str(cause) for cause in causes]
     assert isinstance(answer, MigrationError)
     assert not source.paused
+
+
+def test_a_sender_that_gives_up_is_no_broken_line_whichever_channel_ends_first(monkeypatch):
+    whole = receiver._Copy.hang_up
+
+    def hang_up(copy):
+        # The others have seen their ends before it is asked what was wrong with them.
+        for one in copy.beside:
+            one.wait()
+        return whole(copy)
+
+    monkeypatch.setattr(receiver._Copy, "hang_up", hang_up)
+    source, again = Source(7, npages=NPAGES), []
+    source.pause = lambda: 1 / 0
+    outcome, answer = migrated(source, 3, receiver={"reconnect": again.append})
+    assert isinstance(outcome, ZeroDivisionError)
+    assert isinstance(answer, MigrationError)
+    assert not again
 
 
 def test_it_is_limited_and_cancelled_over_all_channels():

@@ -180,3 +180,13 @@ def test_a_guest_of_kvm_is_held_by_its_ring_and_kicked_out_of_its_pause():
             vcpu.kick()
             thread.join()
             assert reasons == ["INTR"]
+            # Nor one that is closed meanwhile.
+            asleep.clear()
+            thread = threading.Thread(target=lambda: reasons.append(vcpu.run().reason))
+            thread.start()
+            assert asleep.wait(30)
+            vcpu.close()
+            thread.join()
+            assert reasons == ["INTR", "INTR"]
+            with pytest.raises(ValueError, match="closed"):
+                vcpu.run()

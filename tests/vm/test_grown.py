@@ -531,3 +531,23 @@ def test_copying_by_the_rings_while_two_vcpus_store_ends_in_equal_memory(kit):
 def test_what_a_machine_cannot_do_is_refused_with_the_reason(arch, options, reason):
     with pytest.raises(ValueError, match=reason):
         dl.VM(arch, **options)
+
+
+def test_a_slot_that_is_made_anew_during_a_harvest_is_harvested_afterwards(monkeypatch):
+    vm = dl.VM(manual_protect=True)
+    vm.set_memory_region(0, 0, 128)
+    get = type(vm).get_dirty_log
+
+    def made_anew(machine, slot):
+        pages = get(machine, slot)
+        monkeypatch.undo()
+        machine.set_memory_region(0, 0, 0)
+        machine.set_memory_region(0, 0, 64)
+        return pages
+
+    monkeypatch.setattr(type(vm), "get_dirty_log", made_anew)
+    # What the one before had is of another size: it is refused, and not kept for this one.
+    with pytest.raises(ValueError, match="128"):
+        vm.harvest(0)
+    vm.vcpus[0].touch([5])
+    assert vm.harvest(0).indices().tolist() == [5]

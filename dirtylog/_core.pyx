@@ -12,9 +12,7 @@ from libc.string cimport memcpy, memset
 from dirtylog._bits.atomic cimport dl_load_relaxed
 from dirtylog._bits.batch cimport (
     dl_check_batch,
-    dl_clear_dense,
     dl_clear_range,
-    dl_clear_sparse,
     dl_mark_batch,
     dl_merge_dense,
     dl_merge_sparse,
@@ -41,7 +39,7 @@ from dirtylog._bits.numbers cimport dl_hold_numbers, dl_numbers_of_items, dl_num
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
-from dirtylog._bits.taking cimport take_pages
+from dirtylog._bits.taking cimport clear_pages, take_pages
 from dirtylog._bits.words cimport check_apart
 
 from dirtylog._bits.blocks import simd_missing, simd_path, simd_paths
@@ -515,11 +513,7 @@ cdef class DirtyBitmap:
         cdef DirtyPages other = self.pages_argument(pages)
         if other.npages != self.bits.npages:
             raise ValueError(f"pages describe {other.npages} pages, the bitmap {self.bits.npages}")
-        with nogil:
-            if other.numbers is not None:
-                dl_clear_sparse(&self.bits, other.numbers.words, other.masks.words, other.entries)
-            else:
-                dl_clear_dense(&self.bits, other.dense.words)
+        clear_pages(&self.bits, other)
 
     def clear_range(self, first, count) -> None:
         """Clear the bits of `count` pages from `first` on.

@@ -14,7 +14,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import scratch
@@ -113,9 +112,7 @@ def interpreter(target: Path, tree: Path) -> Path:
 def main() -> int:
     """Build, run, and hand on pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
-    )
+    scratch.add_argument(parser)
     parser.add_argument("--drivers", action="store_true", help="run the C programs alone")
     options, pytest_arguments = parser.parse_known_args()
     for tool in (COMPILER, EMULATOR):
@@ -125,9 +122,7 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-    target = (options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-emulate-"))).absolute()
-    try:
-        target.mkdir(parents=True, exist_ok=True)
+    with scratch.directory(options.scratch, "emulate") as target:
         failed = drivers(target)
         if options.drivers or failed:
             return failed != 0
@@ -139,9 +134,6 @@ def main() -> int:
         program = [command, "-c", PYTEST.format(str(command)), "-p", "no:cacheprovider", *arguments]
         environment = {"DIRTYLOG_HYPOTHESIS": "few", **os.environ}
         return subprocess.run(program, cwd=copy, env=environment, check=False).returncode
-    finally:
-        if options.scratch is None:
-            shutil.rmtree(target, ignore_errors=True)
 
 
 if __name__ == "__main__":

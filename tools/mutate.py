@@ -9,10 +9,8 @@ import argparse
 import fnmatch
 import os
 import resource
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +141,7 @@ def stale(directory: Path, mutations: list[Mutation]) -> list[str]:
 def main() -> int:
     """Run the mutations asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="directory to build in, kept for the next run")
+    scratch.add_argument(parser)
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="names of mutations, as shell patterns"
     )
@@ -164,9 +162,7 @@ def main() -> int:
         for mutation in chosen:
             print(f"{mutation.name:<42} {mutation.file:<40} {mutation.old.strip()}  ->  {mutation.new.strip()}")
         return 0
-    directory = options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-mutate-"))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    with scratch.directory(options.scratch, "mutate") as directory:
         scratch.copy(directory)
         if changed := stale(directory, chosen):
             print(f"no longer in the source exactly once: {', '.join(changed)}", file=sys.stderr)
@@ -185,9 +181,6 @@ def main() -> int:
             print(f"{mutation.name:<42} {verdict:<9} {time.perf_counter() - begin:>5.0f} s  {by}", flush=True)
         print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught; survived: {', '.join(survivors) or 'none'}")
         return 1 if survivors else 0
-    finally:
-        if options.scratch is None:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
 import scratch
@@ -108,13 +107,10 @@ def compile_what_is_built(hidden: Path) -> int:
 def main() -> int:
     """Build, use, test; 0 if all of it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
-    )
+    scratch.add_argument(parser)
     parser.add_argument("--compile", action="store_true", help="check what is built here, and nothing else")
     options, pytest_arguments = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(prefix="dirtylog-portable-") as temporary:
-        target = (options.scratch or Path(temporary)).absolute()
+    with scratch.directory(options.scratch, "portable") as target:
         hidden = hide(target)
         if options.compile:
             return compile_what_is_built(hidden) != 0

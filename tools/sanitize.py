@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import scratch
@@ -132,13 +131,9 @@ def watched(log: Path) -> dict[str, str] | None:
 def main() -> int:
     """Build, run, and hand on pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
-    )
+    scratch.add_argument(parser)
     options, pytest_arguments = parser.parse_known_args()
-    target = options.scratch or Path(tempfile.mkdtemp(prefix="dirtylog-sanitize-"))
-    try:
-        target.mkdir(parents=True, exist_ok=True)
+    with scratch.directory(options.scratch, "sanitize") as target:
         log = target / "sanitizer-reports"
         shutil.rmtree(log, ignore_errors=True)
         log.mkdir()
@@ -158,9 +153,6 @@ def main() -> int:
         found = reports(log)
         print("\n".join(found) or "the sanitizers reported nothing")
         return status or bool(found)
-    finally:
-        if options.scratch is None:
-            shutil.rmtree(target, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,34 @@
 """A copy of the checkout to build in, so that special builds never touch the one that people work in."""
 
+import argparse
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare where to build."""
+    parser.add_argument(
+        "--scratch", type=Path, help="directory to build in, kept for the next run (default: temporary)"
+    )
+
+
+@contextmanager
+def directory(asked: Path | None, name: str) -> Iterator[Path]:
+    """Make the directory that was asked for, or one that is removed at the end."""
+    target = (asked or Path(tempfile.mkdtemp(prefix=f"dirtylog-{name}-"))).absolute()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        yield target
+    finally:
+        if asked is None:
+            shutil.rmtree(target, ignore_errors=True)
 
 
 def tracked() -> list[Path]:

@@ -37,9 +37,14 @@ enum { DL_ARRAY_IN_ONE_PIECE = 0x001, DL_ARRAY_ALIGNED = 0x100 };
 enum { DL_NUMPY_TYPE = 2, DL_NUMPY_MAKE = 93, DL_NUMPY_ADDRESS = 160 };
 
 /* The numbers of an array of plain int64 in one dimension, without gaps and aligned (I8), and how many; NULL if it is
- * something else, or if that has to be found out in another way. They stay where they are until Python code runs. */
+ * something else, or if that has to be found out in another way. They stay where they are until Python code runs;
+ * where threads run side by side that is no promise, and a buffer has to hold them. */
 static inline const int64_t *dl_numpy_look(const struct dl_numpy *numpy, PyObject *object, Py_ssize_t *n)
 {
+#ifdef Py_GIL_DISABLED
+    (void)numpy, (void)object, (void)n;
+    return NULL;
+#else
     const struct dl_array *array = (const struct dl_array *)object;
     const int whole = DL_ARRAY_IN_ONE_PIECE | DL_ARRAY_ALIGNED;
     if (!numpy->knows_fields || Py_TYPE(object) != numpy->type || array->dtype != numpy->of_int64 || array->ndim != 1 ||
@@ -47,6 +52,7 @@ static inline const int64_t *dl_numpy_look(const struct dl_numpy *numpy, PyObjec
         return NULL;
     *n = array->shape[0];
     return array->data;
+#endif
 }
 
 /* Whether the fields of an array say what its buffer does. */

@@ -14,7 +14,7 @@ from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
-from dirtylog._bits.taking cimport take_pages
+from dirtylog._bits.taking cimport clear_pages, take_pages
 
 from dirtylog._bits.pages import check_geometry
 
@@ -127,15 +127,9 @@ cdef class Owed:
         ValueError
             They are of another number or size of pages.
         """
-        cdef DirtyPages rest
         self.check(cleared)
-        if not dl_load_acquire(&self.state):
-            return
-        rest = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
-        try:
-            rest = rest - cleared
-        finally:
-            self.note(rest, 0)
+        if dl_load_acquire(&self.state):
+            clear_pages(&self.bits, cleared)
 
     def take(self, source, *arguments, warn=None, failure=None):
         """Call `source`, and return its pages with all that is owed.

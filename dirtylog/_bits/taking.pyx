@@ -6,6 +6,7 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from dirtylog._bits.batch cimport dl_clear_dense, dl_clear_sparse
 from dirtylog._bits.bitmap cimport (
     DL_GROUP_WORDS,
     DL_LINE_WORDS,
@@ -212,3 +213,11 @@ cdef Block trimmed(Block block, size_t n):
         return block  # I5: what has been taken is handed out all the same
     memcpy(smaller.words, block.words, n * 8)
     return smaller
+
+
+cdef void clear_pages(const dl_bitmap *bits, DirtyPages pages) noexcept:
+    with nogil:
+        if pages.numbers is not None:
+            dl_clear_sparse(bits, pages.numbers.words, pages.masks.words, pages.entries)
+        else:
+            dl_clear_dense(bits, pages.dense.words)

@@ -63,15 +63,10 @@ def sweep_fleet(args: argparse.Namespace) -> int:
     from dirtylog.commands import _terminal
     from dirtylog.fleet.traces import sweep
 
+    asked = {"intervals": args.every, "chunk_sizes": args.chunk}
+    asked = {name: given for name, given in asked.items() if given is not None}
     with refusing(), _cluster(args.scheduler) as pool:
-        found = sweep(
-            args.fleet,
-            bandwidths=args.bandwidth,
-            downtimes=[args.downtime],
-            intervals=args.every or [10.0, 60.0, 600.0],
-            chunk_sizes=args.chunk or [1 << 16, 1 << 18, 1 << 20],
-            pool=pool,
-        )
+        found = sweep(args.fleet, bandwidths=args.bandwidth, downtimes=[args.downtime], pool=pool, **asked)
     if args.json:
         _terminal.show_json(
             {

@@ -46,9 +46,10 @@ def _plain(value: Any) -> Any:
 
 def _list(args: argparse.Namespace) -> None:
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.checkpoint import Checkpoint
+    from dirtylog.sinks.checkpoint import Checkpoint, directory
+    from dirtylog.sinks.checkpoint.checkpoint import keeper
 
-    if "://" in args.directory:
+    if keeper(args.directory) is not directory:
         _list_of_store(args)
         return
     os.listdir(args.directory)  # an error if there is none
@@ -120,12 +121,13 @@ def _show(args: argparse.Namespace) -> None:
     from dirtylog.sinks.checkpoint import directory
     from dirtylog.sinks.checkpoint.checkpoint import keeper
 
-    step, arrays, state = keeper(args.directory).described(args.directory, args.step)
+    kept = keeper(args.directory)
+    step, arrays, state = kept.described(args.directory, args.step)
     state = _plain(state)
     if args.json:
         names = ("name", "dtype", "shape", "nbytes")
         rows = [dict(zip(names, each, strict=True)) for each in arrays]
-        where = args.directory if "://" in args.directory else directory.find(args.directory, args.step)
+        where = directory.find(args.directory, args.step) if kept is directory else args.directory
         _terminal.show_json({"action": "show", "path": where, "step": step, "arrays": rows, "state": state})
         return
     _terminal.show_table(

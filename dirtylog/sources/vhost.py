@@ -324,7 +324,7 @@ class VhostBackend(Resource):
             self._mark(address, len(data))
 
     def _mark(self, address: int, length: int) -> None:
-        # I3: after the store. The mark is an atomic OR with a full barrier.
+        # I3: after the store, with a full barrier behind the marks.
         if length and self.log is not None:
             first = address // LOG_PAGE
             try:

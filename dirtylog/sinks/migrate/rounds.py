@@ -136,12 +136,9 @@ class Rounds:
             for lane in reversed(self.lanes):
                 digest = lane.end()
         finally:
-            self.note_broken()
+            # A line is all of its channels.
+            self.channel.broken = any(lane.line.broken for lane in self.lanes)
         return digest
-
-    def note_broken(self) -> None:
-        """Count the first channel as broken when another one is: a line is all of its channels."""
-        self.channel.broken = any(lane.line.broken for lane in self.lanes)
 
     def side_by_side(self, work: Callable[[Lane, Callable[[], object]], _T]) -> list[_T]:
         """Let all channels do something at once; what one of them raises ends it for all.

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,19 @@ def test_a_wrong_order_is_refuted_and_the_trail_tells_how_the_write_is_lost(form
     story = " | ".join(result.trail)
     assert story.index("marks the summary") < story.index("harvest takes the summary: 1")
     assert story.endswith(("stale pages: 1", "stale pages: 2"))
+
+
+def test_a_clock_that_is_put_back_leaves_the_story_whole(formal, monkeypatch):
+    """Spin warns of a model that is newer than its trail before it tells anything."""
+
+    def copy_from_the_future(source, directory):
+        later = time.time() + 3600
+        os.utime(shutil.copyfile(source, directory / source.name), (later, later))
+
+    monkeypatch.setattr(formal.spin.shutil, "copy", copy_from_the_future)
+    result = formal.spin.run(check(formal, "summary/summary-before-leaf/loss"))
+    assert result.trail[0] == "marker 1 stores into page 0"
+    assert result.trail[-1].startswith("the last harvest is copied")
 
 
 def test_a_test_without_a_fence_is_refuted_only_by_store_buffers(formal):

@@ -157,6 +157,20 @@ def test_a_full_backup_that_fails_leaves_no_bitmap_that_nobody_knows(machine, tm
     assert restored(newest(tmp_path / "b").path) == machine.content()
 
 
+def test_a_full_backup_that_fails_after_qemu_was_killed_is_made_again(machine, tmp_path, monkeypatch):
+    save(machine, tmp_path / "b")
+    machine.write(5)  # known to a bitmap that was never stored, and is lost without a trace
+    machine.restart(kill=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(disks, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save(machine, tmp_path / "b")
+    done = save(machine, tmp_path / "b")
+    assert "not there any more" in done.why_full
+    assert restored(done.info.path) == machine.content()
+    assert not save(machine, tmp_path / "b").why_full
+
+
 def test_why_a_backup_is_full_is_said_and_what_nobody_goes_on_with_is_removed(machine, tmp_path):
     assert save(machine, tmp_path / "b").why_full == "there is no backup yet"
     assert save(machine, tmp_path / "b").why_full == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -216,7 +217,9 @@ class QemuDisk(Resource):
         self._transaction([("block-dirty-bitmap-remove", {"name": name}) for name in stale])
         kept = [name for name in names if name not in stale]
         if not kept:
-            self._number += 1
+            # A number that no bitmap had: whoever noted one that is lost would take a later one of its name for it, and
+            # what was written before that one would be in no answer.
+            self._number = secrets.randbelow(10**17) if self._lost else self._number + 1
             self._transaction([self._adding(self.bitmap)])
         self._unread = kept[:-1]
         return bool(kept)

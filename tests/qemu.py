@@ -6,11 +6,13 @@ import shutil
 import socket
 import subprocess
 
+import numpy as np
 import pytest
 
 from dirtylog.sources.qemu import NbdClient, Qmp
 
 SIZE = 16 << 20
+MACHINE_SIZE = 4 << 20
 # A sanitizer that is loaded before this process is not for theirs.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
 
@@ -143,3 +145,55 @@ class Writer:
 def content(nbd, export="w"):
     with NbdClient(nbd, export) as client:
         return bytes(client.read(0, client.size))
+
+
+def bitmaps(qmp, name="dirtylog"):
+    """Names of the disk's bitmaps that begin with a name."""
+    (disk,) = [each for each in qmp.execute("query-named-block-nodes", {"flat": True}) if each["node-name"] == "disk"]
+    return sorted(each["name"] for each in disk.get("dirty-bitmaps", []) if each["name"].startswith(name))
+
+
+class Machine:
+    """A daemon whose disk is written at random through qemu-io, and can be killed."""
+
+    def __init__(self, directory, seed, size=MACHINE_SIZE):
+        self.daemon = Daemon(directory, size)
+        self.chance = np.random.default_rng(seed)
+        self.size = size
+        self.start()
+
+    def start(self):
+        self.daemon.start()
+        self.qmp = self.daemon.qmp()
+        self.qmp.execute(
+            "block-export-add", {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
+        )
+        self.writer = Writer(self.daemon.nbd, "w")
+
+    def write(self, times):
+        for _ in range(times):
+            length = int(self.chance.integers(1, 60_000))
+            at = int(self.chance.integers(0, self.size - length))
+            if self.chance.random() < 0.1:
+                self.writer(f"write -q -z {at} {length}")
+            else:
+                self.writer.write(at, length, int(self.chance.integers(256)))
+
+    def end(self, kill):
+        self.writer.close()
+        self.qmp.close()
+        (self.daemon.kill if kill else self.daemon.quit)()
+
+    def restart(self, kill):
+        self.end(kill)
+        self.start()
+
+    def content(self):
+        return content(self.daemon.nbd)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    made = Machine(tmp_path, 1)
+    yield made
+    made.end(kill=True)

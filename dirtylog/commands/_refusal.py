@@ -1,7 +1,8 @@
-"""What a command refuses in a sentence: words that do not go together, and arguments to which the library says no."""
+"""What a command refuses in a sentence: words that do not go together, and what the library or a store says no to."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,10 +17,20 @@ class Misunderstood(DirtyLogError):
 
 @contextmanager
 def refusing(way_out: str = "") -> Iterator[None]:
-    """Let the library's errors about arguments be errors of the command: the arguments are what the user typed."""
+    """Let the library's errors about arguments be errors of the command: the arguments are what the user typed.
+
+    So are those of a store, which are of its package, and drawings of many lines.
+    """
     try:
         yield
     except (KeyError, ValueError) as error:
         # The text of a KeyError is the repr of what was missing.
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
         raise DirtyLogError(f"{said}{way_out}") from error
+    except Exception as error:
+        icechunk = sys.modules.get("icechunk")
+        if icechunk is None or not isinstance(error, icechunk.IcechunkError):
+            raise
+        lines = [line.strip(" \t|x`->") for line in str(error).splitlines()]
+        said = next(filter(None, lines), type(error).__name__)
+        raise DirtyLogError(f"the store refused: {said}{way_out}") from error

@@ -2,6 +2,8 @@
 
 The VM is not paused, and nothing is installed in it. QEMU, or qemu-storage-daemon, needs a
 monitor (-qmp unix:PATH,server=on,wait=off); bitmaps outlive it if the disk is qcow2.
+
+Backups are files in a directory, or, with --store URL, commits of an Icechunk store.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ import argparse
 import os
 from dataclasses import asdict
 from typing import Any
+
+from dirtylog.commands import _stored
+from dirtylog.commands._stored import add_store_arguments, check_place
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-        command.add_argument("directory", help="where the backups of this disk are")
+        command.add_argument("directory", nargs="?", help="where the backups of this disk are")
+        add_store_arguments(command)
         command.add_argument("--json", action="store_true", help="print the answer for a program")
         return command
 
@@ -36,11 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-moment", action="store_true", help="copy pages as they are when they are reached, without a scratch file"
     )
     save.add_argument("--no-sync", action="store_true", help="do not wait for the disk")
+    save.add_argument(
+        "--chunk", type=int, metavar="BYTES", help="with --store: bytes of a chunk, of which all is written (65536)"
+    )
+    save.add_argument("--scratch", metavar="DIR", help="with --store: where QEMU makes its scratch file ($TMPDIR)")
     action("list", "say which backups there are, oldest first")
     action("verify", "check every byte of all backups")
     restore = action("restore", "write the disk of a backup to an image")
     restore.add_argument("image", help="file to write; it must not exist")
-    restore.add_argument("--backup", metavar="FILE", help="which one, by its file name (the newest)")
+    restore.add_argument("--backup", metavar="NAME", help="which one, as list names it (the newest)")
     restore.add_argument("--format", default="raw", help="raw (default), or what qemu-img makes: qcow2, ...")
     prune = action("prune", "remove all backups but those to keep, and merge what these need")
     prune.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N")
@@ -145,10 +155,14 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog import DirtyLogError
     from dirtylog.commands import _terminal
 
+    check_place(args)
     if args.action in ("list", "verify"):
-        return _entries(args)
+        return _entries(args) if args.store is None else _stored.entries(args)
+    actions = {"save": _save, "restore": _restore, "prune": _prune}
+    if args.store is not None:
+        actions = {"save": _stored.save, "restore": _stored.restore, "prune": _stored.prune}
     try:
-        answer, rows = {"save": _save, "restore": _restore, "prune": _prune}[args.action](args)
+        answer, rows = actions[args.action](args)
     except ValueError as error:
         hint = " (--keep-last N, --keep-daily N)" if args.action == "prune" else ""
         raise DirtyLogError(f"{error}{hint}") from error

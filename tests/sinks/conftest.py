@@ -10,6 +10,10 @@ import pytest
 from dirtylog import DirtyPages
 from dirtylog.sinks.snapshot import catalog, restore, save, save_diff, verify
 
+from ..qemu import machine
+
+__all__ = ["machine"]
+
 
 def names(directory):
     return sorted(name for name in os.listdir(directory) if not name.startswith("."))

@@ -15,55 +15,10 @@ from dirtylog.sinks.snapshot import disks
 from dirtylog.sinks.snapshot.disks import back_up, newest, restore_disk
 from dirtylog.sources.qemu import QemuDisk
 
-from ..qemu import Daemon, Writer, content, program
+from ..qemu import MACHINE_SIZE as SIZE
+from ..qemu import bitmaps, program
 
 pytest.importorskip("xxhash", reason="xxhash is not installed")
-SIZE = 4 << 20
-EXPORT = {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
-
-
-class Machine:
-    """A daemon whose disk is written at random through qemu-io, and can be killed."""
-
-    def __init__(self, directory, seed, size=SIZE):
-        self.daemon = Daemon(directory, size)
-        self.chance = np.random.default_rng(seed)
-        self.size = size
-        self.start()
-
-    def start(self):
-        self.daemon.start()
-        self.qmp = self.daemon.qmp()
-        self.qmp.execute("block-export-add", EXPORT)
-        self.writer = Writer(self.daemon.nbd, "w")
-
-    def write(self, times):
-        for _ in range(times):
-            length = int(self.chance.integers(1, 60_000))
-            at = int(self.chance.integers(0, self.size - length))
-            if self.chance.random() < 0.1:
-                self.writer(f"write -q -z {at} {length}")
-            else:
-                self.writer.write(at, length, int(self.chance.integers(256)))
-
-    def end(self, kill):
-        self.writer.close()
-        self.qmp.close()
-        (self.daemon.kill if kill else self.daemon.quit)()
-
-    def restart(self, kill):
-        self.end(kill)
-        self.start()
-
-    def content(self):
-        return content(self.daemon.nbd)
-
-
-@pytest.fixture
-def machine(tmp_path):
-    made = Machine(tmp_path, 1)
-    yield made
-    made.end(kill=True)
 
 
 def save(machine, directory, **how):
@@ -136,11 +91,6 @@ def test_a_backup_that_fails_loses_nothing_wherever_it_fails(machine, tmp_path, 
     assert restored(done.info.path) == machine.content()
 
 
-def names(machine):
-    (node,) = [each for each in machine.qmp.execute("query-named-block-nodes") if each["node-name"] == "disk"]
-    return [each["name"] for each in node.get("dirty-bitmaps", [])]
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_a_full_backup_that_fails_leaves_no_bitmap_that_nobody_knows(machine, tmp_path, monkeypatch, first):
     if not first:
@@ -150,10 +100,10 @@ def test_a_full_backup_that_fails_leaves_no_bitmap_that_nobody_knows(machine, tm
             patched.setattr(disks, "write", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 save(machine, tmp_path / "b", full=True)
-        assert len(names(machine)) <= 2
+        assert len(bitmaps(machine.qmp)) <= 2
     machine.write(5)
     assert bool(save(machine, tmp_path / "b").why_full) == first
-    assert names(machine) == [newest(tmp_path / "b").bitmap]
+    assert bitmaps(machine.qmp) == [newest(tmp_path / "b").bitmap]
     assert restored(newest(tmp_path / "b").path) == machine.content()
 
 
@@ -179,8 +129,8 @@ def test_why_a_backup_is_full_is_said_and_what_nobody_goes_on_with_is_removed(ma
     name = newest(tmp_path / "b").bitmap
     machine.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
     assert "not there any more" in save(machine, tmp_path / "b").why_full
-    assert names(machine) == [newest(tmp_path / "b").bitmap]
-    with disks._alone_in(str(tmp_path / "b")), pytest.raises(DirtyLogError, match="another backup"):
+    assert bitmaps(machine.qmp) == [newest(tmp_path / "b").bitmap]
+    with disks.alone_in(str(tmp_path / "b")), pytest.raises(DirtyLogError, match="another backup"):
         save(machine, tmp_path / "b")
 
 

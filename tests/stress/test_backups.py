@@ -2,7 +2,8 @@
 
 import pytest
 
-from ..sinks.test_backup import Machine, soak
+from ..qemu import Machine
+from ..sinks.test_backup import soak
 
 pytestmark = pytest.mark.stress
 

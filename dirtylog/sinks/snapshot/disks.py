@@ -14,9 +14,9 @@ import secrets
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +34,23 @@ from dirtylog.sinks.snapshot.writer import How, parent_link, write
 from dirtylog.sources._channel import Address
 from dirtylog.sources.qemu import QemuDisk, Qmp
 
-__all__ = ["Backup", "back_up", "newest", "restore_disk"]
+__all__ = [
+    "Backup",
+    "Chain",
+    "alone_in",
+    "as_image",
+    "back_up",
+    "disk_of",
+    "forget",
+    "gone_on_with",
+    "newest",
+    "restore_disk",
+]
 
 GRANULARITY = 65536
 _SUFFIX = ".backup"
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +93,53 @@ class _Space:
 
 
 @dataclass(frozen=True, slots=True)
-class _Noted:
-    """What a backup notes of the disk."""
+class Chain:
+    """What a backup notes of the disk, for the next one.
 
-    path: str
-    info: Info
+    Parameters
+    ----------
+    node : str
+        The disk's.
+    name, bitmap : str
+        What the names of its bitmaps begin with, and the one that records since the backup's moment.
+    page_size, nbytes : int
+        Of the bitmap, and of the disk.
+    """
+
     node: str
     name: str
     bitmap: str
+    page_size: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, note: object, page_size: int, nbytes: int) -> Chain | None:
+        """Read what was noted; None if it is something else."""
+        parts = [note.get(key) for key in ("node", "name", "bitmap")] if isinstance(note, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
+            return None
+        node, name, bitmap = map(str, parts)
+        return cls(node, name, bitmap, page_size, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Noted:
+    """A backup, and what it notes of the disk."""
+
+    path: str
+    info: Info
+    chain: Chain
+
+    @property
+    def bitmap(self) -> str:
+        return self.chain.bitmap
 
 
 def _noted(path: str) -> _Noted | None:
     about = info(path)
     note = about.state.get("qemu") if isinstance(about.state, dict) else None
-    if not isinstance(note, dict):
-        return None
-    parts = [note.get(key) for key in ("node", "name", "bitmap")]
-    if not all(isinstance(part, str) for part in parts):
-        return None
-    return _Noted(path, about, *map(str, parts))
+    chain = Chain.of(note, about.page_size, about.nbytes)
+    return None if chain is None else _Noted(path, about, chain)
 
 
 def newest(directory: StrPath) -> _Noted | None:
@@ -110,17 +151,53 @@ def newest(directory: StrPath) -> _Noted | None:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: str) -> Iterator[None]:
-    """Keep other backups out of the directory, until the block ends or this process does."""
+def alone_in(directory: str) -> Iterator[int]:
+    """Keep other backups out of the directory, until the block ends or this process does; yield its descriptor."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DirtyLogError(f"another backup into {directory} is under way; wait for its end") from None
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def gone_on_with(
+    last: Chain | None, node: str, full: bool, granularity: SupportsIndex | None, prefix: str
+) -> tuple[str, Chain]:
+    """Say whether the next backup can be of what was written since the last one, by what is known before QEMU is asked.
+
+    Parameters
+    ----------
+    last : Chain, optional
+        What the last backup has noted.
+    node, full, granularity
+        As for :func:`back_up`.
+    prefix : str
+        By which bitmaps of a backup to this place that was killed, and that none has noted, are known, and removed.
+
+    Returns
+    -------
+    why_full : str
+        Empty if it can.
+    chain : Chain
+        The bitmaps to use, and the one that the last backup has noted; of 0 bytes if that does not matter.
+    """
+    why, page_size = "", GRANULARITY if granularity is None else int(granularity.__index__())
+    if last is None:
+        why = "there is no backup yet"
+    elif full:
+        why = "it was asked for"
+    elif last.node != node:
+        why = f"the newest backup is of the node {last.node!r}"
+    elif granularity is not None and page_size != last.page_size:
+        why = f"the chain has pages of {last.page_size} bytes"
+    if last is not None and last.node == node and (granularity is None or page_size == last.page_size):
+        # Also where all is copied: if that fails, the chain goes on where it was.
+        return why, last
+    return why, Chain(node, f"{prefix}-{page_size}", "", page_size, 0)
 
 
 def _next_path(directory: str) -> str:
@@ -188,37 +265,21 @@ def back_up(
     """
     where = os.path.abspath(os.fspath(directory))
     os.makedirs(where, mode=0o700, exist_ok=True)
-    with _alone_in(where):
+    with alone_in(where):
         last = newest(where)
-        why, page_size = "", GRANULARITY if granularity is None else int(granularity.__index__())
-        if last is None:
-            why = "there is no backup yet"
-        elif full:
-            why = "it was asked for"
-        elif last.node != node:
-            why = f"the newest backup is of the node {last.node!r}"
-        elif granularity is not None and page_size != last.info.page_size:
-            why = f"the chain has pages of {last.info.page_size} bytes"
-        if last is not None and last.node == node and granularity in (None, last.info.page_size):
-            # Also where all is copied: if that fails, the chain goes on where it was.
-            name, since, page_size = last.name, last.bitmap, last.info.page_size
-        else:
-            # A name by which what a backup into this directory has left, that was killed, is known, and removed: no
-            # backup has noted it.
-            place = os.stat(where)
-            name, since = f"dirtylog-{place.st_dev:x}.{place.st_ino:x}-{page_size}", ""
-        scratch = os.path.join(where, f".{name}.scratch")
-        with QemuDisk(
-            qmp, node, page_size, name=name, since=since, nbd=nbd, scratch=scratch if moment else None
-        ) as disk:
+        place = os.stat(where)
+        prefix = f"dirtylog-{place.st_dev:x}.{place.st_ino:x}"
+        why, chain = gone_on_with(None if last is None else last.chain, node, full, granularity, prefix)
+        scratch = os.path.join(where, f".{chain.name}.scratch")
+        with disk_of(chain, qmp, nbd, scratch if moment else None) as disk:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)  # of a backup that was killed
             if not why and last is not None and disk.size != last.info.nbytes:
                 why = f"the disk had {last.info.nbytes} bytes, and has {disk.size}"
             why = why or disk.lost
             done = _copy(_next_path(where), disk, last, why, sync, progress)
-        if last is not None and (last.name, last.node) != (name, node):
-            _forget(qmp, last)
+        if last is not None:
+            forget(qmp, last.chain, chain)
         return done
 
 
@@ -241,8 +302,15 @@ def _copy(path: str, disk: QemuDisk, last: _Noted | None, why: str, sync: bool, 
             return Backup(write(path, space, pages, link, how, vouch), "")
 
 
-def _forget(qmp: Qmp, last: _Noted) -> None:
-    """Remove the bitmaps of a chain that nobody goes on with; one that is gone, or on another disk, is no matter."""
+def disk_of(chain: Chain, qmp: Qmp, nbd: Address | None, scratch: str | None) -> QemuDisk:
+    """Open the disk of a chain."""
+    return QemuDisk(qmp, chain.node, chain.page_size, name=chain.name, since=chain.bitmap, nbd=nbd, scratch=scratch)
+
+
+def forget(qmp: Qmp, last: Chain, chain: Chain) -> None:
+    """Remove the bitmaps of a chain if another is gone on with; one that is gone, or on another disk, is no matter."""
+    if (last.name, last.node) == (chain.name, chain.node):
+        return
     for node in qmp.execute("query-named-block-nodes", {"flat": True}):
         if node.get("node-name") == last.node:
             for bitmap in node.get("dirty-bitmaps", []):
@@ -285,18 +353,23 @@ def restore_disk(backup: StrPath, image: StrPath, *, format: str = "raw", progre
         if last is None:
             raise SnapshotError(f"{path}: there is no backup in it that can be restored")
         path = last.path
-    if format == "raw":
-        return restore_image(path, image, progress=progress)
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise BackendUnavailable(f"an image of format {format}", "qemu-img is not on PATH", "restore a raw image")
+    return as_image(image, format, lambda raw: restore_image(path, raw, progress=progress))
+
+
+def as_image(image: StrPath, format: str, write_raw: Callable[[str], _Answer]) -> _Answer:
+    """Make an image of a format by a function that makes a raw one; as :func:`restore_disk`."""
     target = os.path.abspath(os.fspath(image))
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "an image is not overwritten; remove it, or give another name", target)
+    if format == "raw":
+        return write_raw(target)
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise BackendUnavailable(f"an image of format {format}", "qemu-img is not on PATH", "restore a raw image")
     stem = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}")
     raw, made = f"{stem}.raw", f"{stem}.image"
     try:
-        about = restore_image(path, raw, progress=progress)
+        answer = write_raw(raw)
         command = [program, "convert", "-f", "raw", "-O", format, raw, made]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if done.returncode:
@@ -304,7 +377,7 @@ def restore_disk(backup: StrPath, image: StrPath, *, format: str = "raw", progre
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         rename_new(made, target)
-        return about
+        return answer
     finally:
         for left in (raw, made):
             with contextlib.suppress(FileNotFoundError):

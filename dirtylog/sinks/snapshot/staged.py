@@ -226,7 +226,7 @@ class Staged:
                 raise OSError(error.errno or errno.EIO, os.strerror(error.errno or errno.EIO), path) from None
             raise
 
-    def write(self, data: bytes, offset: int) -> None:
+    def write(self, data: bytes | memoryview, offset: int) -> None:
         """Write bytes at an offset."""
         left = memoryview(data)
         while left:

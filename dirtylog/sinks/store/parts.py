@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -87,26 +87,41 @@ class Part:
     name : str
         Of the array in the store.
     array : ndarray
-        A view of the memory: of numbers that every program reads, else of bytes, with an axis more.
+        A view of the memory: of numbers that every program reads, else of bytes, with an axis more. Or what is read
+        when it is indexed by slices, and has a shape and a dtype.
     kind : object
         The type that the array has here, as NumPy describes it.
     chunks : ChunkMap
         Its grid, at its place in the pages.
     first_row : int
         Where it begins in the stored array along the first axis: a multiple of the chunks' extent.
+    sparse : bool
+        Whether a chunk of zeros is stored as nothing. Zeros of numbers have signs, so of bytes alone.
     """
 
-    __slots__ = ("array", "chunks", "first_row", "kind", "name")
+    __slots__ = ("array", "chunks", "first_row", "kind", "name", "sparse")
 
     def __init__(
-        self,
+        self, name: str, array: Any, kind: Any, chunks: ChunkMap, first_row: int = 0, sparse: bool = False
+    ) -> None:
+        self.name: str = name
+        self.kind: Any = kind
+        self.array: Any = array
+        self.chunks: ChunkMap = chunks
+        self.first_row: int = first_row
+        self.sparse: bool = sparse
+
+    @classmethod
+    def of_memory(
+        cls,
         name: str,
         memory: Memory,
         row: tuple[Any, ...],
         place: int,
         chunks: Sequence[SupportsIndex] | None,
         first_row: int,
-    ) -> None:
+    ) -> Self:
+        """Make it of an array, as a snapshot would describe it, at its place in the pages."""
         _, kind, shape, order, _, _ = row
         what = f"array {name!r}"
         axes = {"C": tuple(range(len(shape))), "F": tuple(reversed(range(len(shape))))}.get(order, order)
@@ -121,16 +136,13 @@ class Part:
             flat = flat_array(memory, what=what)
             array = np.ndarray((*shape, array.itemsize), np.uint8, flat, 0, (*array.strides, 1))
             extents, axes = (*extents, array.shape[-1]), (*axes, len(shape))
-        self.name: str = name
-        self.kind: Any = kind
-        self.array: npt.NDArray[Any] = array
-        self.chunks: ChunkMap = ChunkMap(array.shape, extents, array.itemsize, offset=place, order=axes)
-        self.first_row: int = first_row
         if first_row and (not shape or first_row % extents[0]):
             raise ValueError(
                 f"{what} begins at row {first_row} of the stored array, which is not a multiple of its chunks' "
                 f"{extents[:1]} rows: two parts would write one chunk"
             )
+        grid = ChunkMap(array.shape, extents, array.itemsize, offset=place, order=axes)
+        return cls(name, array, kind, grid, first_row)
 
     def selection(self, slices: tuple[slice, ...]) -> tuple[slice, ...]:
         """Return where a place in the array lies in the stored one."""
@@ -273,7 +285,7 @@ def parts_of(
     parts = []
     for name in arrays:
         chosen = chunks.get(name) if isinstance(chunks, Mapping) else chunks
-        parts.append(Part(name, arrays[name], rows[name], found[name], chosen, first_row))
+        parts.append(Part.of_memory(name, arrays[name], rows[name], found[name], chosen, first_row))
         end = found[name] + parts[-1].chunks.nbytes
         if end > npages * page_size:
             raise ValueError(

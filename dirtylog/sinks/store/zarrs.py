@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from dirtylog._bits.flat import array_of
 from dirtylog.errors import BackendUnavailable, DirtyLogError
+from dirtylog.sinks.snapshot.chain import Progress
 from dirtylog.sinks.snapshot.space import dtype_of
 from dirtylog.sinks.store.parts import Part, Task
 
@@ -112,7 +113,7 @@ def _plain(kind: Any) -> Any:
     return [_plain(each) for each in kind] if isinstance(kind, list | tuple) else kind
 
 
-def write(store: Any, work: Sequence[Task]) -> None:
+def write(store: Any, work: Sequence[Task], progress: Progress | None = None) -> None:
     """Write what is dirty, or whole arrays, `AT_ONCE` chunks at a time.
 
     Parameters
@@ -121,13 +122,15 @@ def write(store: Any, work: Sequence[Task]) -> None:
         Where the arrays are.
     work : sequence of Task
         What of them.
+    progress : callable, optional
+        Called with the bytes written and the bytes to write, from zarr's thread.
     """
     if work:
         zarr_package()
-        run(_write(store, work))
+        run(_write(store, work, progress))
 
 
-async def _write(store: Any, work: Sequence[Task]) -> None:
+async def _write(store: Any, work: Sequence[Task], progress: Progress | None) -> None:
     from zarr.api import asynchronous
     from zarr.core.array import AsyncArray
 
@@ -136,22 +139,29 @@ async def _write(store: Any, work: Sequence[Task]) -> None:
         stored: Any = await asynchronous.open_array(store=store, path=task.part.name, mode="r+")
         # Every byte as it is: a chunk of -0.0 or of the fill value is a chunk.
         config: Any = {"write_empty_chunks": True, "order": "C"}
-        arrays.append(_Chunks(AsyncArray(metadata=stored.metadata, store_path=stored.store_path, config=config)))
+        array = AsyncArray(metadata=stored.metadata, store_path=stored.store_path, config=config)
+        arrays.append(_Chunks(array, task.part.sparse))
     puts = (
-        (chunks, task.part.selection(place), task.part.array[place])
+        (chunks, task.part, place)
         for chunks, task in zip(arrays, work, strict=True)
         for place in map(task.part.chunks.slices, task.all_numbers())
     )
     failed: list[BaseException] = []
+    done, total = 0, sum(task.nbytes for task in work)
 
     async def put_some() -> None:
-        for chunks, selection, value in puts:
-            try:
-                await chunks.put(selection, value)
-            except BaseException as error:
-                failed.append(error)
+        nonlocal done
+        for chunks, part, place in puts:
             if failed:
                 return
+            try:
+                value = part.array[place]  # it may have to be read, and fail
+                await chunks.put(part.selection(place), value)
+                done += value.nbytes
+                if progress is not None:
+                    progress(done, total)
+            except BaseException as error:
+                failed.append(error)
 
     # All have ended before one is raised: none goes on to write after a roll-back.
     await asyncio.gather(*(put_some() for _ in range(AT_ONCE)))
@@ -165,10 +175,11 @@ class _Chunks:
     That was half of the time of a save.
     """
 
-    def __init__(self, stored: Any) -> None:
+    def __init__(self, stored: Any, sparse: bool) -> None:
         from zarr.core.buffer import default_buffer_prototype
 
         self._stored = stored
+        self._sparse = sparse
         self._prototype: Any = default_buffer_prototype()
         self._prefix = f"{stored.store_path.path}/" if stored.store_path.path else ""
         self._spec = stored.metadata.get_chunk_spec((0,) * len(stored.shape), stored.config, self._prototype)
@@ -176,14 +187,17 @@ class _Chunks:
     async def put(self, place: tuple[slice, ...], value: npt.NDArray[Any]) -> None:
         """Write one chunk of the grid: what lies in the array there."""
         stored = self._stored
+        at = tuple(each.start // size for each, size in zip(place, stored.chunks, strict=True))
+        key = self._prefix + stored.metadata.encode_chunk_key(at)
+        if self._sparse and not value.any():
+            await stored.store_path.store.delete(key)
+            return
         if stored.shards is not None or value.shape != stored.chunks:
             # A shard has chunks in it; a chunk that is cut short at the end of an axis is filled up.
             await stored.setitem(place, value)
             return
-        at = tuple(each.start // size for each, size in zip(place, stored.chunks, strict=True))
         chunk = self._prototype.nd_buffer.from_numpy_array(np.ascontiguousarray(value))
         (encoded,) = await stored.codec_pipeline.encode([(chunk, self._spec)])
-        key = self._prefix + stored.metadata.encode_chunk_key(at)
         await stored.store_path.store.set(key, encoded)
 
 

@@ -9,20 +9,13 @@ import dirtylog as dl
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources.qemu import QemuDisk, QmpError
 
-from ...qemu import SIZE, Daemon, content
+from ...qemu import SIZE, Daemon, bitmaps, content
 
 PAGE = 65536
 
 
 def numbers(pages):
     return pages.indices().tolist()
-
-
-def bitmaps(qmp, name="dirtylog"):
-    for node in qmp.execute("query-named-block-nodes", {"flat": True}):
-        if node["node-name"] == "disk":
-            return sorted(each["name"] for each in node.get("dirty-bitmaps", []) if each["name"].startswith(name))
-    return None
 
 
 @pytest.fixture

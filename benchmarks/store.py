@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def whole(repo: Any, branch: str, array: np.ndarray[Any, Any]) -> None:
     session.commit("whole")
 
 
+def tidy(repo: Any) -> None:
+    """Remove all snapshots but the newest of each branch: moto keeps what it has in memory."""
+    now = datetime.now(UTC)
+    repo.expire_snapshots(now)
+    repo.garbage_collect(now)
+
+
 def measure(where: str, repo: Any, size: Callable[[], int], chunk_rows: int, mebibytes: int) -> None:
     """Print a table of one kind of store and one size of chunks."""
     array = dl.empty((mebibytes * 64, 4096), "f4")  # rows of 16 KiB
@@ -132,6 +140,7 @@ def measure(where: str, repo: Any, size: Callable[[], int], chunk_rows: int, meb
                 f"{sizes['whole'] / max(1, sizes['epoch']):5.1f} x",
                 flush=True,
             )
+            tidy(repo)
 
 
 def main() -> None:

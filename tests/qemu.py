@@ -13,6 +13,7 @@ from dirtylog.sources.qemu import NbdClient, Qmp
 
 SIZE = 16 << 20
 MACHINE_SIZE = 4 << 20
+WRITABLE = {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
 # A sanitizer that is loaded before this process is not for theirs.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
 
@@ -156,19 +157,22 @@ def bitmaps(qmp, name="dirtylog"):
 class Machine:
     """A daemon whose disk is written at random through qemu-io, and can be killed."""
 
-    def __init__(self, directory, seed, size=MACHINE_SIZE):
+    def __init__(self, directory, seed=1, size=MACHINE_SIZE):
         self.daemon = Daemon(directory, size)
+        self.seed = seed
         self.chance = np.random.default_rng(seed)
         self.size = size
         self.start()
 
+    @property
+    def nbd(self):
+        return self.daemon.nbd
+
     def start(self):
         self.daemon.start()
         self.qmp = self.daemon.qmp()
-        self.qmp.execute(
-            "block-export-add", {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
-        )
-        self.writer = Writer(self.daemon.nbd, "w")
+        self.qmp.execute("block-export-add", WRITABLE)
+        self.writer = Writer(self.nbd, "w")
 
     def write(self, times):
         for _ in range(times):
@@ -189,11 +193,60 @@ class Machine:
         self.start()
 
     def content(self):
-        return content(self.daemon.nbd)
+        return content(self.nbd)
+
+    def clear(self):
+        """Make it as it was at first: what a test has left in the daemon is removed, and the disk is empty."""
+        if self.qmp.closed:
+            self.qmp = self.daemon.qmp()
+        qmp = self.qmp
+        for export in qmp.execute("query-block-exports"):
+            if export["id"] != WRITABLE["id"]:
+                qmp.execute("block-export-del", {"id": export["id"], "mode": "hard"})
+                qmp.wait("BLOCK_EXPORT_DELETED", lambda data, gone=export["id"]: data["id"] == gone)
+        assert qmp.execute("query-jobs") == []
+        nodes = [each["node-name"] for each in qmp.execute("query-named-block-nodes", {"flat": True})]
+        for node in nodes:
+            if node not in ("disk", "file"):
+                qmp.execute("blockdev-del", {"node-name": node})
+        for name in bitmaps(qmp, ""):
+            qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": name})
+        self.writer(f"write -q -z -u 0 {self.size}")
+        self.chance = np.random.default_rng(self.seed)
+
+
+class Machines:
+    """A machine for one test after the other; a test that leaves more in it than can be cleared costs another one."""
+
+    def __init__(self, make):
+        self.make = make
+        self.there = None
+
+    def lend(self):
+        if self.there is None:
+            self.there = self.make()
+        return self.there
+
+    def take_back(self):
+        try:
+            self.there.clear()
+        except Exception:
+            self.end()
+
+    def end(self):
+        there, self.there = self.there, None
+        if there is not None:
+            there.end(kill=True)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    lent = Machines(lambda: Machine(tmp_path_factory.mktemp("machine")))
+    yield lent
+    lent.end()
 
 
 @pytest.fixture
-def machine(tmp_path):
-    made = Machine(tmp_path, 1)
-    yield made
-    made.end(kill=True)
+def machine(machines):
+    yield machines.lend()
+    machines.take_back()

@@ -10,9 +10,9 @@ import pytest
 from dirtylog import DirtyPages
 from dirtylog.sinks.snapshot import catalog, restore, save, save_diff, verify
 
-from ..qemu import machine
+from ..qemu import machine, machines
 
-__all__ = ["machine"]
+__all__ = ["machine", "machines"]
 
 
 def names(directory):

@@ -179,7 +179,6 @@ def test_restored_to_raw_and_qcow2_by_the_command(machine, tmp_path, capsys):
         file.seek(0)
         file.write(os.urandom(SIZE))
     assert command("verify", where)[0] == 1
-    machine.qmp = machine.daemon.qmp()
 
 
 def test_what_cannot_be_restored_is_said(tmp_path, monkeypatch):

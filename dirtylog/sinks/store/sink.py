@@ -123,7 +123,7 @@ def commit_once(repo: Any, branch: str, session: Any, message: str, about: Mappi
         except Exception as silent:
             raise InDoubt(
                 f"transaction {about['transaction']} was sent to {branch!r}, the answer is {_said(error)}, and the "
-                f"store does not say whether it is there ({_said(silent)}); the epoch is held, and the next save asks "
+                f"store does not say whether it is there ({_said(silent)}); its pages are kept, and the next save asks "
                 "again"
             ) from error
         for version in later:

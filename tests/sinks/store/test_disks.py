@@ -357,7 +357,6 @@ def test_a_store_by_the_command(machine, tmp_path, icechunk, capsys):
         code, said = command(*words)
         assert (code, why in said.err) == (2, True), said
     assert command("list", *store, "--branch", "nobody")[1].err.startswith("dirtylog: the store refused: ")
-    machine.qmp = machine.daemon.qmp()
 
 
 def soak(machine, make, faulty, rounds, kills):

@@ -1,25 +1,19 @@
-"""A storage daemon with a disk, and a qemu-io that writes to it."""
-
-from types import SimpleNamespace
+"""A storage daemon with a disk, and a qemu-io that writes to it: one for all tests of a module."""
 
 import pytest
 
-from ...qemu import Daemon, Writer
+from ...qemu import SIZE, Machine, Machines
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    lent = Machines(lambda: Machine(tmp_path_factory.mktemp("machine"), size=SIZE))
+    yield lent
+    lent.end()
 
 
 @pytest.fixture
-def daemon(tmp_path):
-    made = Daemon(tmp_path)
-    made.start()
-    yield made
-    made.kill()
-
-
-@pytest.fixture
-def exported(daemon):
+def exported(machines):
     """The disk, with a monitor, exported to be written as "w", and a qemu-io that writes it."""
-    with daemon.qmp() as qmp:
-        qmp.execute("block-export-add", {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True})
-        writer = Writer(daemon.nbd, "w")
-        yield SimpleNamespace(daemon=daemon, qmp=qmp, writer=writer, write=writer.write, nbd=daemon.nbd)
-        writer.close()
+    yield machines.lend()
+    machines.take_back()

@@ -27,11 +27,11 @@ def disk(exported):
 def test_what_is_written_is_reported_once_and_discards_are_writes(exported, disk):
     assert (disk.npages, disk.page_size, disk.resumed) == (SIZE // PAGE, PAGE, False)
     assert not disk.harvest()
-    exported.write(0, 512, 1)
-    exported.write(10 * PAGE - 1, 2, 2)
+    exported.writer.write(0, 512, 1)
+    exported.writer.write(10 * PAGE - 1, 2, 2)
     exported.writer(f"discard {20 * PAGE} {PAGE}")
     exported.writer(f"write -q -z {30 * PAGE} 512")
-    exported.write(SIZE - 512, 512, 3)
+    exported.writer.write(SIZE - 512, 512, 3)
     assert numbers(disk.peek()) == [0, 9, 10, 20, 30, SIZE // PAGE - 1]
     harvested = disk.harvest()
     assert numbers(harvested) == [0, 9, 10, 20, 30, SIZE // PAGE - 1]
@@ -48,7 +48,7 @@ def test_a_bitmap_is_kept_until_its_epoch_commits_and_no_longer(exported, disk):
     log = dl.DirtyLog()
     log.attach(disk)
     with log.observer("backup") as backup, log.observer("other") as other:
-        exported.write(0, 512, 1)
+        exported.writer.write(0, 512, 1)
         with backup.collect() as epoch:
             assert numbers(epoch.pages) == [0]
             assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-1"]
@@ -72,15 +72,15 @@ def test_an_epoch_that_failed_is_reported_again_also_to_the_next_process(exporte
         log = dl.DirtyLog()
         log.attach(disk)
         backup = log.observer("backup")
-        exported.write(0, 512, 1)
+        exported.writer.write(0, 512, 1)
         with pytest.raises(RuntimeError), backup.collect():
             raise RuntimeError
-        exported.write(5 * PAGE, 512, 1)
+        exported.writer.write(5 * PAGE, 512, 1)
         epoch = backup.collect().__enter__()
         assert numbers(epoch.pages) == [0, 5]
         epoch.rollback()
         backup.close()
-    exported.write(7 * PAGE, 512, 1)
+    exported.writer.write(7 * PAGE, 512, 1)
     with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd) as disk:
         assert disk.resumed
         assert numbers(disk.peek()) == [0, 5, 7]
@@ -121,31 +121,31 @@ def test_a_bitmap_that_somebody_removed_makes_every_page_reported(exported, disk
     exported.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": disk.bitmap})
     with pytest.warns(IncompleteLogWarning, match="not there any more"):
         assert not disk.harvest().exact
-    exported.write(0, 512, 1)
+    exported.writer.write(0, 512, 1)
     assert numbers(disk.harvest()) == [0]
 
 
 def test_a_harvest_that_fails_after_the_turn_owes_its_pages(exported, disk, monkeypatch):
-    exported.write(0, 512, 1)
+    exported.writer.write(0, 512, 1)
     monkeypatch.setattr(disk, "_read_bitmap", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         disk.harvest()
     monkeypatch.undo()
-    exported.write(PAGE, 512, 1)
+    exported.writer.write(PAGE, 512, 1)
     assert numbers(disk.peek()) == [0, 1]
     assert numbers(disk.harvest()) == [0, 1]
 
 
 def test_with_a_scratch_file_read_gives_the_moment_of_the_harvest(exported, tmp_path):
     scratch = tmp_path / "scratch"
-    exported.write(0, SIZE, 1)
+    exported.writer.write(0, SIZE, 1)
     name = "a" * 100  # longer than the name of a node may be
     with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=scratch, name=name) as disk:
         for value in (2, 3, 4):
             before = content(exported.nbd)
             disk.harvest()
-            exported.write(PAGE - 100, 200, value)
-            exported.write(SIZE - 512, 512, value)
+            exported.writer.write(PAGE - 100, 200, value)
+            exported.writer.write(SIZE - 512, 512, value)
             assert disk.read(0, disk.npages).tobytes() == before
             assert content(exported.nbd) != before
         assert numbers(disk.harvest()) == [0, 1, SIZE // PAGE - 1]
@@ -157,7 +157,7 @@ def test_with_a_scratch_file_read_gives_the_moment_of_the_harvest(exported, tmp_
 
 def test_what_a_process_that_died_has_left_is_tidied_up(exported, tmp_path):
     died = QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=tmp_path / "scratch")
-    exported.write(0, 512, 1)
+    exported.writer.write(0, 512, 1)
     died.harvest()
     died.read(0)
     died._reader.close()
@@ -223,7 +223,7 @@ def test_a_copy_of_dirty_pages_alone_equals_the_disk(exported, granularity):
             for _ in range(4):
                 for _ in range(10):
                     length = int(chance.integers(1, 50_000))
-                    exported.write(int(chance.integers(0, SIZE - length)), length, int(chance.integers(256)))
+                    exported.writer.write(int(chance.integers(0, SIZE - length)), length, int(chance.integers(256)))
                 with observer.collect() as epoch:
                     for first, count in epoch.pages.runs().tolist():
                         part = disk.read(first, count)

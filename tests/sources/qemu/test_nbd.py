@@ -22,8 +22,8 @@ CONTEXT = "base:allocation"
 
 
 def test_what_qemu_io_wrote_is_read(exported):
-    exported.write(0, 512, 0xA1)
-    exported.write(5 << 20, 300_000, 0xB2)
+    exported.writer.write(0, 512, 0xA1)
+    exported.writer.write(5 << 20, 300_000, 0xB2)
     with NbdClient(exported.nbd, "w") as client:
         assert client.size == exported.daemon.size
         assert not client.read_only
@@ -42,7 +42,7 @@ def test_extents_are_those_that_nbdinfo_finds(exported):
     chance = random.Random(1)
     for _ in range(40):
         length = chance.randrange(1, 200_000)
-        exported.write(chance.randrange(exported.daemon.size - length), length, chance.randrange(256))
+        exported.writer.write(chance.randrange(exported.daemon.size - length), length, chance.randrange(256))
     exported.qmp.execute("block-dirty-bitmap-disable", {"node": "disk", "name": "b"})
     exported.qmp.execute(
         "block-export-add", {"type": "nbd", "id": "b", "node-name": "disk", "name": "b", "bitmaps": ["b"]}
@@ -99,7 +99,7 @@ def test_exports_and_contexts_that_are_not_there_are_named(exported):
 
 
 def test_an_error_of_the_disk_is_an_oserror_and_the_connection_goes_on(exported):
-    exported.write(0, 16384, 5)  # what is not there is not read
+    exported.writer.write(0, 16384, 5)  # what is not there is not read
     exported.qmp.execute(
         "blockdev-add",
         {"driver": "blkdebug", "node-name": "bad", "image": "disk",

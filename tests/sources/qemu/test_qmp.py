@@ -29,8 +29,9 @@ def connected(said, timeout=5):
     return qmp
 
 
-def test_a_daemon_answers_and_refuses_in_its_own_words(daemon):
-    with daemon.qmp() as qmp:
+def test_a_daemon_answers_and_refuses_in_its_own_words(exported):
+    exported.qmp.close()  # a monitor serves one client
+    with exported.daemon.qmp() as qmp:
         assert qmp.version[0].isdigit()
         assert {"name": "quit"} in qmp.execute("query-commands")
         with pytest.raises(QmpError, match="nor node-name='nobody'") as refusal:

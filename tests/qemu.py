@@ -26,8 +26,13 @@ def program(name):
 
 
 def listening(path):
-    """A Unix socket that listens before its server runs: whoever connects waits for it, without asking again."""
+    """A Unix socket that listens before its server runs: whoever connects waits for it, without asking again.
+
+    It does not block, as one that QEMU opens itself does not: of two threads of QEMU that see one connection, that which
+    is late would wait in accept() for the next, and the whole monitor with it.
+    """
     server = socket.socket(socket.AF_UNIX)
+    server.setblocking(False)
     server.bind(str(path))
     server.listen(16)
     return server

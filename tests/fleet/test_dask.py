@@ -93,11 +93,19 @@ def cluster(processes):
 
 
 @pytest.fixture(scope="module")
-def client(cluster):
+def connected(cluster):
     import distributed
 
     with distributed.Client(cluster) as client:
         yield client
+
+
+@pytest.fixture
+def client(connected):
+    """A client both of whose workers answer: the test before may have killed one."""
+    while len(connected.run(os.getpid, on_error="ignore")) < 2:
+        connected.wait_for_workers(2, timeout=60)
+    return connected
 
 
 def killed_and_recovered(client, repo, rng, epochs):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import signal
 import socket
 
 import numpy as np
@@ -12,6 +11,8 @@ from hypothesis import strategies as st
 
 from dirtylog.sinks.migrate._frames import ENDED, FOREIGN, LATE, ODD, OVER, PAUSE, Packer, Taker
 from dirtylog.sinks.migrate.wire import Kind
+
+from ..signals import signalled
 
 PAGE = 512
 ZERO, WHOLE, DELTA = Kind.ZEROS, Kind.PAGES, Kind.DELTAS
@@ -326,21 +327,22 @@ def test_a_line_that_ends_or_rests_says_so(line):
 def test_a_signal_is_heard_while_a_line_rests(line):
     ends = Ends(np.random.default_rng(3))
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    due = []
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
-        with pytest.raises(KeyboardInterrupt):
+    def interrupt(*_):
+        if due:
+            due.pop()
+            raise KeyboardInterrupt
+
+    with signalled(interrupt, every=0.01):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            due.append(None)
             ends.taker.receive(line[1].fileno(), b"", 0, 1, 0, 0)
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            due.append(None)
             while True:
                 ends.packer.begin(ends.whole(), -1)
                 ends.packer.send(line[0].fileno(), 0, 1 << 30, 0, 0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def test_zeros_of_memory_that_is_new_are_neither_read_nor_written():

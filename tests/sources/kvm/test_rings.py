@@ -1,7 +1,6 @@
 """Dirty rings of a real machine: harvested slot by slot, and distrusted where they have lost an entry."""
 
 import errno
-import signal
 import warnings
 
 import numpy as np
@@ -12,6 +11,7 @@ from dirtylog.sources import kvm
 from dirtylog.sources.kvm import _kvm
 from dirtylog.sources.kvm._guest import Guest
 
+from ...signals import signalled
 from .guests import GFN, PADDING, Failing, machine, needs_kvm, pages, refused
 
 
@@ -56,13 +56,8 @@ def test_signals_during_a_harvest_of_the_rings_lose_nothing(vm):
     order = np.random.default_rng(3).permutation(12000)
     guest.write(GFN + order)
     calls = []
-    before = signal.signal(signal.SIGALRM, lambda *_: calls.append(None))
-    signal.setitimer(signal.ITIMER_REAL, 20e-6, 20e-6)
-    try:
+    with signalled(lambda *_: calls.append(None)):
         harvested = vm.harvest_rings()[0]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert (harvested.count, harvested.exact) == (12000, True)
     assert calls
     guest.write(GFN + order[:100])

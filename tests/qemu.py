@@ -28,8 +28,8 @@ def program(name):
 def listening(path):
     """A Unix socket that listens before its server runs: whoever connects waits for it, without asking again.
 
-    It does not block, as one that QEMU opens itself does not: of two threads of QEMU that see one connection, that which
-    is late would wait in accept() for the next, and the whole monitor with it.
+    It does not block, as one that QEMU opens itself does not: of two threads of QEMU that see one connection, the late
+    one would wait in accept() for the next, and the whole monitor with it.
     """
     server = socket.socket(socket.AF_UNIX)
     server.setblocking(False)

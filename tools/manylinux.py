@@ -1,9 +1,9 @@
 """Build the wheel that people get: stripped, for older systems than this one, and tested where no compiler is.
 
-``python tools/manylinux.py [--out DIR] [--glibc 2.28] [pytest arguments]``: compiles with the C compiler of the `ziglang`
-package, which brings the headers of any glibc; asks `auditwheel` for which systems that is, and gives the wheel their
-name; installs it in a new environment, with a PATH on which no compiler is, and runs tests away from the checkout.
-What it needs it installs in an environment of its own, from the package index.
+``python tools/manylinux.py [--out DIR] [--glibc 2.28] [pytest arguments]``: compiles with the C compiler of the
+`ziglang` package, which brings the headers of any glibc; asks `auditwheel` for which systems that is, and gives the
+wheel their name; installs it in a new environment, with a PATH on which no compiler is, and runs tests away from the
+checkout. What it needs it installs in an environment of its own, from the package index.
 """
 
 import argparse

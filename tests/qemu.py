@@ -11,8 +11,7 @@ import pytest
 
 from dirtylog.sources.qemu import NbdClient, Qmp
 
-SIZE = 16 << 20
-MACHINE_SIZE = 4 << 20
+SIZE = 4 << 20
 WRITABLE = {"type": "nbd", "id": "w", "node-name": "disk", "name": "w", "writable": True}
 # A sanitizer that is loaded before this process is not for theirs.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
@@ -162,7 +161,7 @@ def bitmaps(qmp, name="dirtylog"):
 class Machine:
     """A daemon whose disk is written at random through qemu-io, and can be killed."""
 
-    def __init__(self, directory, seed=1, size=MACHINE_SIZE):
+    def __init__(self, directory, seed=1, size=SIZE):
         self.daemon = Daemon(directory, size)
         self.seed = seed
         self.chance = np.random.default_rng(seed)

@@ -15,8 +15,7 @@ from dirtylog.sinks.snapshot import disks
 from dirtylog.sinks.snapshot.disks import back_up, newest, restore_disk
 from dirtylog.sources.qemu import QemuDisk
 
-from ..qemu import MACHINE_SIZE as SIZE
-from ..qemu import bitmaps, program
+from ..qemu import SIZE, bitmaps, program
 
 pytest.importorskip("xxhash", reason="xxhash is not installed")
 
@@ -47,7 +46,7 @@ def soak(machine, directory, rounds, granularity, kills, **how):
 
 @pytest.mark.parametrize("granularity", [4096, 65536, 1 << 20])
 def test_the_disk_equals_each_backup_whoever_was_killed(machine, tmp_path, granularity):
-    soak(machine, tmp_path / "backups", 5, granularity, kills={1, 4})
+    soak(machine, tmp_path / "backups", 4, granularity, kills={1})
 
 
 def test_a_backup_is_of_one_moment_however_much_is_written_meanwhile(machine, tmp_path):

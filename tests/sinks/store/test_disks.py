@@ -15,7 +15,7 @@ from dirtylog.sinks.store import BranchMoved, InDoubt, disks, repository, restor
 from dirtylog.sinks.store.disks import back_up, backups, prune, restore_disk, verify
 from dirtylog.sources.qemu import QemuDisk
 
-from ...qemu import ENVIRONMENT, Machine, bitmaps, program
+from ...qemu import ENVIRONMENT, bitmaps, program
 
 pytest.importorskip("icechunk")
 CHUNK = 65536
@@ -357,42 +357,3 @@ def test_a_store_by_the_command(machine, tmp_path, icechunk, capsys):
         code, said = command(*words)
         assert (code, why in said.err) == (2, True), said
     assert command("list", *store, "--branch", "nobody")[1].err.startswith("dirtylog: the store refused: ")
-
-
-def soak(machine, make, faulty, rounds, kills):
-    """Back up to S3 again and again while requests are refused, and the daemon is killed; check every backup."""
-    repo, chance, then, kept = make(), machine.chance, {}, 0
-    for number in range(rounds):
-        if number in kills:
-            machine.restart(kill=True)
-        machine.write(6)
-        faulty.arm(
-            int(chance.integers(1, 12)), chance.choice(["before", "after"]), int(chance.integers(1, 4)), refuses=True
-        )
-        try:
-            done = save(machine, repo)
-        except Exception:
-            kept += 1
-            faulty.disarm()
-            done = save(machine, repo)
-        faulty.disarm()
-        assert number in (0, *kills) or not done.why_full, done
-        then[done.saved.snapshot] = machine.content()
-    told = [version.snapshot for version in backups(repo)]
-    assert [snapshot for snapshot in told if snapshot in then] == list(then)
-    for snapshot, content in then.items():
-        assert restored(repo, snapshot) == content
-    return kept
-
-
-def test_backups_to_s3_of_which_some_are_refused(machine, s3):
-    assert soak(machine, *s3, 3, ())
-
-
-@pytest.mark.stress
-def test_fifty_backups_to_s3_with_the_daemon_killed_twice(tmp_path, s3):
-    machine = Machine(tmp_path, 50, 32 << 20)
-    try:
-        assert soak(machine, *s3, 50, {17, 34}) > 10
-    finally:
-        machine.end(kill=True)

@@ -7,6 +7,9 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks.store import BranchMoved, InDoubt, StoreSink, history, restore
+from dirtylog.sinks.store.disks import back_up, backups
+
+from ...qemu import Machine
 
 
 def copies(arrays):
@@ -144,3 +147,45 @@ def test_a_checkpoint_is_one_call_with_an_address(s3, monkeypatch):
         assert all(np.array_equal(found[name], array) for name, array in moments[step].items())
         assert dl.Checkpoint.state_of(where, step) == {"step": step}
     assert dl.Checkpoint.diff(where, 3, 4)["w"].rows.tolist() == [4]
+
+
+def back_up_again_and_again(machine, make, faulty, directory, rounds, kills=()):
+    """Back up a disk while requests are refused and the daemon is killed; return how many backups were refused."""
+    repo, chance, then, refused = make(), machine.chance, {}, 0
+
+    def save():
+        return back_up(repo, machine.qmp, "disk", nbd=machine.nbd, scratch=directory)
+
+    for number in range(rounds):
+        if number in kills:
+            machine.restart(kill=True)
+        machine.write(6)
+        faulty.arm(int(chance.integers(1, 12)), ("before", "after")[number % 2], number % 3 + 1, refuses=True)
+        try:
+            done = save()
+        except Exception:
+            refused += 1
+            faulty.disarm()
+            done = save()
+        faulty.disarm()
+        assert number in (0, *kills) or not done.why_full, done
+        then[done.saved.snapshot] = machine.content()
+    told = [version.snapshot for version in backups(repo)]
+    # One that landed without an answer is there too.
+    assert [snapshot for snapshot in told if snapshot in then] == list(then)
+    for snapshot, content in then.items():
+        assert restore(repo, snapshot)["disk"].tobytes() == content
+    return refused
+
+
+def test_backups_of_a_disk_that_are_refused_lose_nothing(machine, s3, tmp_path):
+    assert back_up_again_and_again(machine, *s3, tmp_path, 3)
+
+
+@pytest.mark.stress
+def test_fifty_backups_of_a_disk_with_the_daemon_killed_twice(s3, tmp_path):
+    machine = Machine(tmp_path, 50, 32 << 20)
+    try:
+        assert back_up_again_and_again(machine, *s3, tmp_path, 50, kills=(17, 34)) > 10
+    finally:
+        machine.end(kill=True)

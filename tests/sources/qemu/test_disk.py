@@ -19,19 +19,19 @@ def numbers(pages):
 
 
 @pytest.fixture
-def disk(exported):
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd) as opened:
+def disk(machine):
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as opened:
         yield opened
 
 
-def test_what_is_written_is_reported_once_and_discards_are_writes(exported, disk):
+def test_what_is_written_is_reported_once_and_discards_are_writes(machine, disk):
     assert (disk.npages, disk.page_size, disk.resumed) == (SIZE // PAGE, PAGE, False)
     assert not disk.harvest()
-    exported.writer.write(0, 512, 1)
-    exported.writer.write(10 * PAGE - 1, 2, 2)
-    exported.writer(f"discard {20 * PAGE} {PAGE}")
-    exported.writer(f"write -q -z {30 * PAGE} 512")
-    exported.writer.write(SIZE - 512, 512, 3)
+    machine.writer.write(0, 512, 1)
+    machine.writer.write(10 * PAGE - 1, 2, 2)
+    machine.writer(f"discard {20 * PAGE} {PAGE}")
+    machine.writer(f"write -q -z {30 * PAGE} 512")
+    machine.writer.write(SIZE - 512, 512, 3)
     assert numbers(disk.peek()) == [0, 9, 10, 20, 30, SIZE // PAGE - 1]
     harvested = disk.harvest()
     assert numbers(harvested) == [0, 9, 10, 20, 30, SIZE // PAGE - 1]
@@ -44,44 +44,44 @@ def test_what_is_written_is_reported_once_and_discards_are_writes(exported, disk
             disk.read(first, count)
 
 
-def test_a_bitmap_is_kept_until_its_epoch_commits_and_no_longer(exported, disk):
+def test_a_bitmap_is_kept_until_its_epoch_commits_and_no_longer(machine, disk):
     log = dl.DirtyLog()
     log.attach(disk)
     with log.observer("backup") as backup, log.observer("other") as other:
-        exported.writer.write(0, 512, 1)
+        machine.writer.write(0, 512, 1)
         with backup.collect() as epoch:
             assert numbers(epoch.pages) == [0]
-            assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-1"]
-        assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-1"]  # the other one has not had it
+            assert bitmaps(machine.qmp) == ["dirtylog-0", "dirtylog-1"]
+        assert bitmaps(machine.qmp) == ["dirtylog-0", "dirtylog-1"]  # the other one has not had it
         with other.collect() as epoch:
             assert numbers(epoch.pages) == [0]
-            assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-2"]  # joined
-        assert bitmaps(exported.qmp) == ["dirtylog-0", "dirtylog-2"]
+            assert bitmaps(machine.qmp) == ["dirtylog-0", "dirtylog-2"]  # joined
+        assert bitmaps(machine.qmp) == ["dirtylog-0", "dirtylog-2"]
         with backup.collect():
             pass
         with other.collect():
             pass
         with backup.collect():
             pass
-        assert len(bitmaps(exported.qmp)) == 2
+        assert len(bitmaps(machine.qmp)) == 2
     assert disk.lease == 5
 
 
-def test_an_epoch_that_failed_is_reported_again_also_to_the_next_process(exported):
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd) as disk:
+def test_an_epoch_that_failed_is_reported_again_also_to_the_next_process(machine):
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
         log = dl.DirtyLog()
         log.attach(disk)
         backup = log.observer("backup")
-        exported.writer.write(0, 512, 1)
+        machine.writer.write(0, 512, 1)
         with pytest.raises(RuntimeError), backup.collect():
             raise RuntimeError
-        exported.writer.write(5 * PAGE, 512, 1)
+        machine.writer.write(5 * PAGE, 512, 1)
         epoch = backup.collect().__enter__()
         assert numbers(epoch.pages) == [0, 5]
         epoch.rollback()
         backup.close()
-    exported.writer.write(7 * PAGE, 512, 1)
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd) as disk:
+    machine.writer.write(7 * PAGE, 512, 1)
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
         assert disk.resumed
         assert numbers(disk.peek()) == [0, 5, 7]
         log = dl.DirtyLog()
@@ -89,9 +89,9 @@ def test_an_epoch_that_failed_is_reported_again_also_to_the_next_process(exporte
         with log.observer("backup") as backup, backup.collect() as epoch:
             assert numbers(epoch.pages) == [0, 5, 7]
             assert epoch.pages.exact
-        assert bitmaps(exported.qmp) == [disk.bitmap]
+        assert bitmaps(machine.qmp) == [disk.bitmap]
         disk.forget()
-        assert bitmaps(exported.qmp) == []
+        assert bitmaps(machine.qmp) == []
     assert disk.closed
 
 
@@ -110,59 +110,59 @@ def test_bitmaps_outlive_a_daemon_that_ends_as_it_should_and_no_other(tmp_path):
     daemon.start()
     with daemon.qmp() as qmp, QemuDisk(qmp, "disk", PAGE, nbd=daemon.nbd, since=second) as disk:
         assert not disk.resumed
-        with pytest.warns(IncompleteLogWarning, match="all 256 pages"):
+        with pytest.warns(IncompleteLogWarning, match="all 64 pages"):
             pages = disk.harvest()
-        assert (pages.count, pages.exact) == (256, False)
+        assert (pages.count, pages.exact) == (64, False)
         assert not disk.harvest()
     daemon.kill()
 
 
-def test_a_bitmap_that_somebody_removed_makes_every_page_reported(exported, disk):
-    exported.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": disk.bitmap})
+def test_a_bitmap_that_somebody_removed_makes_every_page_reported(machine, disk):
+    machine.qmp.execute("block-dirty-bitmap-remove", {"node": "disk", "name": disk.bitmap})
     with pytest.warns(IncompleteLogWarning, match="not there any more"):
         assert not disk.harvest().exact
-    exported.writer.write(0, 512, 1)
+    machine.writer.write(0, 512, 1)
     assert numbers(disk.harvest()) == [0]
 
 
-def test_a_harvest_that_fails_after_the_turn_owes_its_pages(exported, disk, monkeypatch):
-    exported.writer.write(0, 512, 1)
+def test_a_harvest_that_fails_after_the_turn_owes_its_pages(machine, disk, monkeypatch):
+    machine.writer.write(0, 512, 1)
     monkeypatch.setattr(disk, "_read_bitmap", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         disk.harvest()
     monkeypatch.undo()
-    exported.writer.write(PAGE, 512, 1)
+    machine.writer.write(PAGE, 512, 1)
     assert numbers(disk.peek()) == [0, 1]
     assert numbers(disk.harvest()) == [0, 1]
 
 
-def test_with_a_scratch_file_read_gives_the_moment_of_the_harvest(exported, tmp_path):
+def test_with_a_scratch_file_read_gives_the_moment_of_the_harvest(machine, tmp_path):
     scratch = tmp_path / "scratch"
-    exported.writer.write(0, SIZE, 1)
+    machine.writer.write(0, SIZE, 1)
     name = "a" * 100  # longer than the name of a node may be
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=scratch, name=name) as disk:
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd, scratch=scratch, name=name) as disk:
         for value in (2, 3, 4):
-            before = content(exported.nbd)
+            before = content(machine.nbd)
             disk.harvest()
-            exported.writer.write(PAGE - 100, 200, value)
-            exported.writer.write(SIZE - 512, 512, value)
+            machine.writer.write(PAGE - 100, 200, value)
+            machine.writer.write(SIZE - 512, 512, value)
             assert disk.read(0, disk.npages).tobytes() == before
-            assert content(exported.nbd) != before
+            assert content(machine.nbd) != before
         assert numbers(disk.harvest()) == [0, 1, SIZE // PAGE - 1]
         assert scratch.exists()
     assert not scratch.exists()
-    assert [each["id"] for each in exported.qmp.execute("query-block-exports")] == ["w"]
-    assert exported.qmp.execute("query-jobs") == []
+    assert [each["id"] for each in machine.qmp.execute("query-block-exports")] == ["w"]
+    assert machine.qmp.execute("query-jobs") == []
 
 
-def test_what_a_process_that_died_has_left_is_tidied_up(exported, tmp_path):
-    died = QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd, scratch=tmp_path / "scratch")
-    exported.writer.write(0, 512, 1)
+def test_what_a_process_that_died_has_left_is_tidied_up(machine, tmp_path):
+    died = QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd, scratch=tmp_path / "scratch")
+    machine.writer.write(0, 512, 1)
     died.harvest()
     died.read(0)
     died._reader.close()
-    with QemuDisk(exported.qmp, "disk", PAGE, nbd=exported.nbd) as disk:
-        assert exported.qmp.execute("query-jobs") == []
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
+        assert machine.qmp.execute("query-jobs") == []
         assert numbers(disk.harvest()) == [0]
         assert disk.read(0)[:3].tolist() == [1, 1, 1]
     died._reader, died._moment = None, False
@@ -195,16 +195,16 @@ def test_it_starts_a_server_of_its_own_where_none_runs(tmp_path):
     daemon.kill()
 
 
-def test_arguments_that_will_not_do_are_named(exported, disk):
+def test_arguments_that_will_not_do_are_named(machine, disk):
     with pytest.raises(DirtyLogError, match="no node 'nobody'"):
-        QemuDisk(exported.qmp, "nobody", nbd=exported.nbd)
+        QemuDisk(machine.qmp, "nobody", nbd=machine.nbd)
     with pytest.raises(ValueError, match="granularity is 4096; the bitmap 'dirtylog-0'"):
-        QemuDisk(exported.qmp, "disk", 4096, nbd=exported.nbd)
+        QemuDisk(machine.qmp, "disk", 4096, nbd=machine.nbd)
     with pytest.raises(ValueError, match="a letter"):
-        QemuDisk(exported.qmp, "disk", nbd=exported.nbd, name="9 lives")
+        QemuDisk(machine.qmp, "disk", nbd=machine.nbd, name="9 lives")
     with pytest.raises(ValueError, match="page_size"):
-        QemuDisk(exported.qmp, "disk", 1000, nbd=exported.nbd)
-    assert "QemuDisk 'disk': 256 pages" in repr(disk)
+        QemuDisk(machine.qmp, "disk", 1000, nbd=machine.nbd)
+    assert "QemuDisk 'disk': 64 pages" in repr(disk)
     disk.close()
     for call in (disk.harvest, disk.peek, lambda: disk.read(0)):
         with pytest.raises(ValueError, match="closed"):
@@ -213,9 +213,9 @@ def test_arguments_that_will_not_do_are_named(exported, disk):
 
 
 @pytest.mark.parametrize("granularity", [4096, 65536, 1 << 20])
-def test_a_copy_of_dirty_pages_alone_equals_the_disk(exported, granularity):
+def test_a_copy_of_dirty_pages_alone_equals_the_disk(machine, granularity):
     chance = np.random.default_rng(granularity)
-    with QemuDisk(exported.qmp, "disk", granularity, nbd=exported.nbd) as disk:
+    with QemuDisk(machine.qmp, "disk", granularity, nbd=machine.nbd) as disk:
         log = dl.DirtyLog()
         log.attach(disk)
         copy = np.zeros(SIZE, np.uint8)
@@ -223,9 +223,9 @@ def test_a_copy_of_dirty_pages_alone_equals_the_disk(exported, granularity):
             for _ in range(4):
                 for _ in range(10):
                     length = int(chance.integers(1, 50_000))
-                    exported.writer.write(int(chance.integers(0, SIZE - length)), length, int(chance.integers(256)))
+                    machine.writer.write(int(chance.integers(0, SIZE - length)), length, int(chance.integers(256)))
                 with observer.collect() as epoch:
                     for first, count in epoch.pages.runs().tolist():
                         part = disk.read(first, count)
                         copy[first * granularity : first * granularity + len(part)] = part
-        assert copy.tobytes() == content(exported.nbd)
+        assert copy.tobytes() == content(machine.nbd)

@@ -21,14 +21,14 @@ from ...qemu import content, listening, program
 CONTEXT = "base:allocation"
 
 
-def test_what_qemu_io_wrote_is_read(exported):
-    exported.writer.write(0, 512, 0xA1)
-    exported.writer.write(5 << 20, 300_000, 0xB2)
-    with NbdClient(exported.nbd, "w") as client:
-        assert client.size == exported.daemon.size
+def test_what_qemu_io_wrote_is_read(machine):
+    machine.writer.write(0, 512, 0xA1)
+    machine.writer.write(3 << 20, 300_000, 0xB2)
+    with NbdClient(machine.nbd, "w") as client:
+        assert client.size == machine.daemon.size
         assert not client.read_only
         assert bytes(client.read(0, 600)) == b"\xa1" * 512 + bytes(88)
-        assert bytes(client.read((5 << 20) - 1, 300_002)) == b"\0" + b"\xb2" * 300_000 + b"\0"
+        assert bytes(client.read((3 << 20) - 1, 300_002)) == b"\0" + b"\xb2" * 300_000 + b"\0"
         assert bytes(client.read(client.size, 0)) == b""
         buffer = bytearray(10)
         client.read(506, 10, memoryview(buffer))
@@ -36,23 +36,23 @@ def test_what_qemu_io_wrote_is_read(exported):
         client.flush()
 
 
-def test_extents_are_those_that_nbdinfo_finds(exported):
+def test_extents_are_those_that_nbdinfo_finds(machine):
     nbdinfo = program("nbdinfo")
-    exported.qmp.execute("block-dirty-bitmap-add", {"node": "disk", "name": "b", "granularity": 65536})
+    machine.qmp.execute("block-dirty-bitmap-add", {"node": "disk", "name": "b", "granularity": 65536})
     chance = random.Random(1)
     for _ in range(40):
         length = chance.randrange(1, 200_000)
-        exported.writer.write(chance.randrange(exported.daemon.size - length), length, chance.randrange(256))
-    exported.qmp.execute("block-dirty-bitmap-disable", {"node": "disk", "name": "b"})
-    exported.qmp.execute(
+        machine.writer.write(chance.randrange(machine.daemon.size - length), length, chance.randrange(256))
+    machine.qmp.execute("block-dirty-bitmap-disable", {"node": "disk", "name": "b"})
+    machine.qmp.execute(
         "block-export-add", {"type": "nbd", "id": "b", "node-name": "disk", "name": "b", "bitmaps": ["b"]}
     )
     contexts = ["qemu:dirty-bitmap:b", CONTEXT]
-    with NbdClient(exported.nbd, "b", contexts) as client:
+    with NbdClient(machine.nbd, "b", contexts) as client:
         assert client.read_only
         assert set(client.contexts) == set(contexts)
         for context in contexts:
-            command = [nbdinfo, "--json", f"--map={context}", f"nbd+unix:///b?socket={exported.nbd}"]
+            command = [nbdinfo, "--json", f"--map={context}", f"nbd+unix:///b?socket={machine.nbd}"]
             answer = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
             theirs = np.array([[each["offset"], each["length"], each["type"]] for each in answer])
             ours = client.extents(context)
@@ -80,12 +80,12 @@ def test_an_export_of_qemu_nbd_is_read_over_tcp(tmp_path):
             process.wait()
 
 
-def test_exports_and_contexts_that_are_not_there_are_named(exported):
+def test_exports_and_contexts_that_are_not_there_are_named(machine):
     with pytest.raises(PeerError, match="nobody"):
-        NbdClient(exported.nbd, "nobody")
+        NbdClient(machine.nbd, "nobody")
     with pytest.raises(PeerError, match="has no context 'qemu:dirty-bitmap:none'"):
-        NbdClient(exported.nbd, "w", ["qemu:dirty-bitmap:none"])
-    with NbdClient(exported.nbd, "w", [CONTEXT]) as client:
+        NbdClient(machine.nbd, "w", ["qemu:dirty-bitmap:none"])
+    with NbdClient(machine.nbd, "w", [CONTEXT]) as client:
         with pytest.raises(KeyError, match="not a context of this client"):
             client.extents("qemu:dirty-bitmap:none")
         for offset, length in ((-1, 1), (0, client.size + 1), (client.size, 1), (0, -1)):
@@ -98,20 +98,20 @@ def test_exports_and_contexts_that_are_not_there_are_named(exported):
     client.close()
 
 
-def test_an_error_of_the_disk_is_an_oserror_and_the_connection_goes_on(exported):
-    exported.writer.write(0, 16384, 5)  # what is not there is not read
-    exported.qmp.execute(
+def test_an_error_of_the_disk_is_an_oserror_and_the_connection_goes_on(machine):
+    machine.writer.write(0, 16384, 5)  # what is not there is not read
+    machine.qmp.execute(
         "blockdev-add",
         {"driver": "blkdebug", "node-name": "bad", "image": "disk",
          "inject-error": [{"event": "none", "iotype": "read", "sector": 8, "errno": 5}]},
     )  # fmt: skip
-    exported.qmp.execute("block-export-add", {"type": "nbd", "id": "bad", "node-name": "bad", "name": "bad"})
-    with NbdClient(exported.nbd, "bad") as client:
+    machine.qmp.execute("block-export-add", {"type": "nbd", "id": "bad", "node-name": "bad", "name": "bad"})
+    with NbdClient(machine.nbd, "bad") as client:
         with pytest.raises(OSError, match="read of 8192 bytes at 0") as failure:
             client.read(0, 8192)
         assert failure.value.errno == errno.EIO
         assert bytes(client.read(8192, 512)) == b"\5" * 512
-    assert content(exported.nbd)[:512] == b"\5" * 512
+    assert content(machine.nbd)[:512] == b"\5" * 512
 
 
 # A server that lies --------------------------------------------------------------------------------------------------

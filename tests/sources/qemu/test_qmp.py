@@ -29,9 +29,9 @@ def connected(said, timeout=5):
     return qmp
 
 
-def test_a_daemon_answers_and_refuses_in_its_own_words(exported):
-    exported.qmp.close()  # a monitor serves one client
-    with exported.daemon.qmp() as qmp:
+def test_a_daemon_answers_and_refuses_in_its_own_words(machine):
+    machine.qmp.close()  # a monitor serves one client
+    with machine.daemon.qmp() as qmp:
         assert qmp.version[0].isdigit()
         assert {"name": "quit"} in qmp.execute("query-commands")
         with pytest.raises(QmpError, match="nor node-name='nobody'") as refusal:
@@ -47,10 +47,10 @@ def test_a_daemon_answers_and_refuses_in_its_own_words(exported):
         qmp.execute("query-commands")
 
 
-def test_events_are_kept_and_waited_for(exported):
-    exported.qmp.execute("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "name": "e"})
-    exported.qmp.execute("block-export-del", {"id": "e", "mode": "hard"})
-    told = exported.qmp.wait("BLOCK_EXPORT_DELETED", lambda data: data["id"] == "e")
+def test_events_are_kept_and_waited_for(machine):
+    machine.qmp.execute("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk", "name": "e"})
+    machine.qmp.execute("block-export-del", {"id": "e", "mode": "hard"})
+    told = machine.qmp.wait("BLOCK_EXPORT_DELETED", lambda data: data["id"] == "e")
     assert told == {"id": "e"}
 
 

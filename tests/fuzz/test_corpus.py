@@ -35,9 +35,11 @@ def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
 def test_hundreds_of_new_inputs_are_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")
-    done = fuzz(target, "--engine", "own", "--runs", "400", "--findings", str(tmp_path))
+    # Each input of a device is a connection of its own.
+    runs = 100 if target == "vhost" else 400
+    done = fuzz(target, "--engine", "own", "--runs", str(runs), "--findings", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert f"{target}: 400 inputs" in done.stdout
+    assert f"{target}: {runs} inputs" in done.stdout
 
 
 PRELUDE = """
@@ -113,7 +115,7 @@ def test_a_finding_is_kept_and_fails_the_run(tmp_path):
         "import sys, runpy\nfrom dirtylog.sinks.snapshot import footer\n"
         "real = footer._integer\n"
         "def broken(value, low, high, what):\n"
-        "    if what.endswith('length') and value == 0: raise KeyError(value)\n"
+        "    if what.endswith('length') and value > 1 << 20: raise KeyError(value)\n"
         "    return real(value, low, high, what)\n"
         "footer._integer = broken\n"
         "sys.argv = ['fuzz', 'footer', '--engine', 'own', '--runs', '10000', '--findings', sys.argv[1]]\n"

@@ -13,6 +13,7 @@ import dirtylog as dl
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import Layer
+from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.trace import Recorder, Trace, TraceError, layout
 from fuzz.target import Target, Wrong
 
@@ -21,19 +22,19 @@ __all__ = ["Footer", "Snapshot", "TraceFile"]
 LIMIT = 1 << 22
 
 
-def sealed(data: bytes) -> bytes:
+def sealed(data: bytes, kind: Layout) -> bytes:
     """Make a footer of a header's line and what follows it, with the form, lengths and digest that it should have."""
     line, _, rest = data.partition(b"\n")
     nbytes = 0
     try:
         body = json.loads(line.decode("ascii"))
         line = json.dumps(body, separators=(",", ":")).encode("ascii")
-        nbytes = body["nbytes"] if type(body["nbytes"]) is int else 0
+        nbytes = body["nbytes"] if kind is Layout.PLAIN else body["count"] * body["page_size"]
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     header = line + b" " * (-(len(line) + 1) % 16) + b"\n"
-    offset = footers.footer_offset(nbytes if 0 < nbytes <= LIMIT else 20 * 512)
-    trailer, _ = footers.trailer(offset, len(header), [header, rest])
+    offset = footers.footer_offset(nbytes if type(nbytes) is int and 0 < nbytes <= LIMIT else 20 * 512)
+    trailer, _ = footers.trailer(offset, len(header), [header, rest], kind)
     return header + rest + trailer
 
 
@@ -51,7 +52,7 @@ def memory() -> np.ndarray:
 
 
 class Footer(Target):
-    """`Layer`: the footer of a snapshot, as it is or with lengths and a digest that fit."""
+    """`Layer`: the footer of a snapshot, as it is or with lengths and a digest that fit, plain or packed."""
 
     name = "footer"
     refusals = (footers.SnapshotError,)
@@ -68,12 +69,13 @@ class Footer(Target):
             raw = (self.directory / name).read_bytes()
             offset = footers.TRAILER.unpack(raw[-footers.TRAILER.size :])[2]
             yield b"=" + raw[offset:]
-            yield b"+" + footer_of(self.directory / name)
+            yield (b"-" if name == "diff" else b"+") + footer_of(self.directory / name)
             (self.directory / name).unlink()
 
     def prepare(self, data: bytes) -> bytes:
-        """Write a file of zeros with the footer, which is sealed if the input begins with a plus."""
-        text = sealed(data[1:]) if data[:1] == b"+" else data[1:]
+        """Write a file of zeros with the footer, which is sealed if the input begins with a plus or a minus."""
+        kind = {b"+": Layout.PLAIN, b"-": Layout.PACKED}.get(data[:1])
+        text = data[1:] if kind is None else sealed(data[1:], kind)
         offset = 0
         if len(text) >= footers.TRAILER.size:
             offset = footers.TRAILER.unpack(text[-footers.TRAILER.size :])[2]
@@ -104,21 +106,26 @@ class Snapshot(Target):
     refusals = (footers.SnapshotError, ValueError)
 
     def seeds(self) -> Iterator[bytes]:
-        """Yield a diff: its data, then its footer."""
+        """Yield a diff in each layout: which, its data, then its footer."""
         snapshot.save(self.directory / "base", memory(), page_size=512, digest="blake2b_128", sync=False)
         changed = memory()
         changed[512:1024] = 3
-        pages = dl.DirtyPages.from_indices([1], 20, 512)
+        changed[-1] = 4
+        pages = dl.DirtyPages.from_indices([1, 19], 20, 512)
         path = self.directory / "diff"
         snapshot.save_diff(path, changed, pages, parent=self.directory / "base", digest="blake2b_128", sync=False)
-        yield path.read_bytes()[: 20 * 512] + footer_of(path)
+        packed = path.read_bytes()[:4096]
+        yield b"-" + packed.ljust(20 * 512, b"\0") + footer_of(path)
+        plain = bytes(512) + packed[:512] + bytes(17 * 512) + packed[512:1024]
+        yield b"+" + plain + footer_of(path)
 
     def prepare(self, data: bytes) -> bytes:
         """Write the file; the footer is sealed."""
-        text = sealed(data[20 * 512 :])
+        text = sealed(data[1 + 20 * 512 :], Layout.PACKED if data[:1] == b"-" else Layout.PLAIN)
+        offset = footers.TRAILER.unpack(text[-footers.TRAILER.size :])[2]
         with open(self.directory / "diff", "wb") as file:
-            file.write(data[: 20 * 512])
-            file.seek(footers.TRAILER.unpack(text[-footers.TRAILER.size :])[2])
+            file.write(data[1 : 1 + min(20 * 512, offset)])
+            file.seek(offset)
             file.write(text)
         self.before = self.listing()
         return data
@@ -131,12 +138,13 @@ class Snapshot(Target):
     def judge(self, data: bytes, answer: object) -> None:
         """What was restored is the base with the file's pages over it, and nothing new lies in the directory."""
         with Layer(str(self.directory / "diff")) as layer:
-            footer, held = layer.footer, layer.pages()
+            footer, held, place = layer.footer, layer.pages(), layer.place
         size = footer.page_size
-        content = np.frombuffer((self.directory / "diff").read_bytes(), np.uint8)[: footer.nbytes]
+        content = np.frombuffer((self.directory / "diff").read_bytes(), np.uint8)[: place.data]
         expected = memory() if footer.kind == "diff" else np.zeros(footer.nbytes, np.uint8)
-        for page in held:
-            expected[page * size : (page + 1) * size] = content[page * size : (page + 1) * size]
+        for rank, page in enumerate(held):
+            at = (rank if place.layout is Layout.PACKED else page) * size
+            expected[page * size : (page + 1) * size] = content[at : at + size]
         parts = list(answer.values()) if isinstance(answer, dict) else [answer]
         for part, row in zip(parts, footer.regions, strict=True):
             if part.tobytes("A") != expected[row[4] : row[4] + row[5]].tobytes():

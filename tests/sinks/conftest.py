@@ -9,6 +9,7 @@ import pytest
 
 from dirtylog import DirtyPages
 from dirtylog.sinks.snapshot import catalog, restore, save, save_diff, verify
+from dirtylog.sinks.snapshot.layout import Layout
 
 from ..qemu import machine, machines
 
@@ -17,6 +18,13 @@ __all__ = ["machine", "machines"]
 
 def names(directory):
     return sorted(name for name in os.listdir(directory) if not name.startswith("."))
+
+
+@pytest.fixture
+def mixed_layouts(monkeypatch):
+    """Write every second diff as before there were packed ones: chains are of both."""
+    turns = itertools.cycle([Layout.PACKED, Layout.PLAIN])
+    monkeypatch.setattr(Layout, "of", staticmethod(lambda kind: next(turns) if kind == "diff" else Layout.PLAIN))
 
 
 class Tree:

@@ -26,6 +26,8 @@ from dirtylog.sinks.snapshot import (
 )  # fmt: skip
 from dirtylog.sinks.snapshot.images import restore_image, save_image
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 PAIR = np.dtype([("x", "<f4", (2,)), ("y", [("z", ">i8"), ("n", "S3")])])
 
 

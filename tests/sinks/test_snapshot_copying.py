@@ -12,6 +12,7 @@ from dirtylog.sinks import snapshot
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import copying
 from dirtylog.sinks.snapshot.footer import hasher
+from dirtylog.sinks.snapshot.layout import Layout
 
 NPAGES = 3 * WINDOW // 4096 + 5
 MEMORY = np.random.default_rng(3).integers(1, 256, (NPAGES, 4096), np.uint8)
@@ -40,11 +41,11 @@ class Source:
             packed = packed[length:]
 
 
-def copied(path, source, told=lambda done: None, flags=os.O_RDWR):
+def copied(path, source, told=lambda done: None, flags=os.O_RDWR, layout=Layout.PLAIN):
     descriptor = os.open(path, flags | os.O_CREAT, 0o600)
     try:
         packed = PackedExtents(DirtyPages.from_indices(np.arange(0, NPAGES, 1), NPAGES), MEMORY.nbytes)
-        return copying.copy(source, packed, descriptor, str(path), DIGEST, told)
+        return copying.copy(source, packed, layout, descriptor, str(path), DIGEST, told)
     finally:
         os.close(descriptor)
 
@@ -52,9 +53,11 @@ def copied(path, source, told=lambda done: None, flags=os.O_RDWR):
 def test_two_threads_write_what_one_writes(tmp_path, monkeypatch):
     told = []
     digests = copied(tmp_path / "two", Source(), told.append)
+    assert copied(tmp_path / "packed", Source(), layout=Layout.PACKED) == digests
     monkeypatch.setattr(copying, "_processors", lambda: 1)
     assert copied(tmp_path / "one", Source()) == digests
-    assert (tmp_path / "two").read_bytes() == (tmp_path / "one").read_bytes() == MEMORY.tobytes()
+    for name in ("one", "two", "packed"):
+        assert (tmp_path / name).read_bytes() == MEMORY.tobytes()
     assert told == [WINDOW, 2 * WINDOW, 3 * WINDOW, MEMORY.nbytes]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from dirtylog.sinks.snapshot import SnapshotError, restore, verify
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 KINDS = ("bit", "hole", "cut", "growth", "moved", "exchanged")
 
 

@@ -8,6 +8,8 @@ import pytest
 from dirtylog import DirtyPages
 from dirtylog.sinks.snapshot import SnapshotError, ancestry, chain, restore, save, save_diff
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 
 class Chain:
     """A chain that grows by a page per diff, and how many files of it are opened for each."""

@@ -16,6 +16,8 @@ from dirtylog.sinks.snapshot import SnapshotError, index, mapped
 from dirtylog.sinks.snapshot._footers import RunTable, diff_header
 from dirtylog.sinks.snapshot.chain import find, follow
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 
 def chain_of(directory, diffs=12, nbytes=300 * 4096 - 700, page_size=4096, named=False, seed=0):
     """Write a base and diffs of random pages and runs; return the path of the last one and the memory."""
@@ -189,7 +191,10 @@ def test_the_footers_are_looked_through_as_they_are_followed(tmp_path):
     path, _ = chain_of(tmp_path, named=True)
     found = index.index(str(path))
     links, footer = follow(str(path))
-    assert found.files == [(link.path, link.digest) for link in links]
+    assert [file[:2] for file in found.files] == [(link.path, link.digest) for link in links]
+    for name, _, offset in found.files:
+        with open(name, "rb") as file:
+            assert offset == index.footers.TRAILER.unpack(file.read()[-64:])[2]
     assert found.footer == footer
 
 
@@ -273,13 +278,16 @@ def test_runs_are_composed_newest_first():
     rng = np.random.default_rng(0)
     for _ in range(100):
         table, owner = RunTable(1000), np.zeros(64, int)
+        packed = rng.random(9) < 0.5
         layers = [np.flatnonzero(rng.random(64) < 0.3) for _ in range(int(rng.integers(0, 9)))]
         for number in range(len(layers), 0, -1):  # oldest first, into the oracle
             owner[layers[number - 1]] = number
         for number, pages in enumerate(layers, 1):
-            table.add([DirtyPages.from_indices(pages, 64).runs()], number)
+            runs = DirtyPages.from_indices(pages, 64).runs()
+            table.add([runs[:3], runs[3:]], number, packed=packed[number])
         found = np.zeros(64, int)
-        for first, count, number in table.composed().tolist():
+        for first, count, number, place in table.composed().tolist():
+            assert place == (layers[number - 1].searchsorted(first) if packed[number] else first)
             assert (found[first : first + count] == 0).all()
             found[first : first + count] = number
         assert (found == owner).all()

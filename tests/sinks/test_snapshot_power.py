@@ -27,6 +27,8 @@ from dirtylog.sinks.snapshot import (
     staged,
 )
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 SECTOR = 512
 NPAGES = 8
 

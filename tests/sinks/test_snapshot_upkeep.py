@@ -27,6 +27,8 @@ from dirtylog.sinks.snapshot import (
     writer,
 )  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("mixed_layouts")
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 

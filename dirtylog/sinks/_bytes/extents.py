@@ -38,7 +38,10 @@ class PackedExtents:
 
     @classmethod
     def of_extents(cls, extents: npt.NDArray[np.int64]) -> Self:
-        """Make from ascending extents that do not overlap, without a set of pages."""
+        """Make from ascending extents that do not overlap, without a set of pages.
+
+        A third column, an offset elsewhere, is cut as the first one is.
+        """
         self = cls.__new__(cls)
         self._take(extents)
         return self
@@ -60,7 +63,8 @@ class PackedExtents:
             part[-1, 1] -= int(self.ends[first + len(part) - 1]) - min(end, self.total)
             skipped = begin - (int(self.ends[first]) - int(self.extents[first, 1]))
             if skipped:
-                part[0] += (skipped, -skipped)
+                part[0, 1] -= skipped
+                part[0, ::2] += skipped
         return part
 
     def windows(self, size: int = WINDOW) -> Iterator[tuple[int, int, npt.NDArray[np.int64]]]:

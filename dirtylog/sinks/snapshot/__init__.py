@@ -1,10 +1,11 @@
-"""Snapshots of memory in plain sparse files: a full one, and chains of diffs that hold only what was dirty.
+"""Snapshots of memory in plain files: a full one, and chains of diffs that hold only what was dirty.
 
-A snapshot is one file: the data, every page at its own offset so that it can be mapped, and behind it a footer
-(:mod:`dirtylog.sinks.snapshot.footer`) which says which pages the file holds, and vouches for them. In a full snapshot
-the other pages are zero, in a diff they are the parent's; either way they are holes. A page of a diff that has become
-zero is held, as written zeros. The footer's page set decides, not the holes: file systems report data in blocks that
-may be coarser than a page, and a copy of the file may turn zeros into holes.
+A snapshot is one file: its pages, and behind them a footer (:mod:`dirtylog.sinks.snapshot.footer`) which says which
+pages these are, and vouches for them. A full snapshot has every page at its own offset, so that it can be mapped as the
+memory; the pages that it does not hold are zero, and holes. A diff has its pages one after the other
+(:mod:`dirtylog.sinks.snapshot.layout`); the others are the parent's. A page of a diff that has become zero is held, as
+written zeros. The footer's page set decides, not the holes: file systems report data in blocks that may be coarser than
+a page, and a copy of the file may turn zeros into holes.
 
 A file appears whole or not at all (:mod:`dirtylog.sinks.snapshot.staged`). Any number of readers and writers, in any
 number of processes: a reader that has opened a file has all of it, and of two writers of one name one is told that

@@ -24,6 +24,7 @@ cdef extern from *:
     #include <signal.h>
     #include <stddef.h>
     #include <sys/types.h>
+    #include <sys/uio.h>
     #include <unistd.h>
     #ifdef __linux__
     #include <sched.h>
@@ -32,12 +33,12 @@ cdef extern from *:
     #include <sys/wait.h>
 
     /* Not the library's, which looks at what other threads may have left, and which sanitizers replace. */
-    static ssize_t dl_child_pwrite(int fd, const char *source, size_t nbytes, int64_t offset)
+    static ssize_t dl_child_pwritev(int fd, const struct iovec *vectors, int count, int64_t offset)
     {
     #ifdef __LP64__
-        return syscall(SYS_pwrite64, fd, source, nbytes, offset);
+        return syscall(SYS_pwritev, fd, vectors, count, offset, 0);
     #else
-        return pwrite(fd, source, nbytes, (off_t)offset);
+        return pwritev(fd, vectors, count, (off_t)offset);
     #endif
     }
 
@@ -47,18 +48,29 @@ cdef extern from *:
         /* Whoever kills the parent has no child left over; a parent that ended before this was said, neither. */
         if (syscall(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) || syscall(SYS_getppid) != parent)
             return ESRCH;
-        for (ptrdiff_t i = 0; i < n; i++) {
-            const char *source = (const char *)(uintptr_t)pieces[3 * i];
-            int64_t offset = pieces[3 * i + 1], left = pieces[3 * i + 2];
-            while (left > 0) {
-                ssize_t done = dl_child_pwrite(fd, source, (size_t)left, offset);
+        for (ptrdiff_t i = 0; i < n;) {
+            struct iovec vectors[64];
+            int64_t offset = pieces[3 * i + 1], end = offset;
+            int first = 0, count = 0;
+            /* Pieces that are neighbours in the file, wherever they are in memory, are one call. */
+            for (; i < n && count < 64 && pieces[3 * i + 1] == end; i++) {
+                vectors[count].iov_base = (void *)(uintptr_t)pieces[3 * i];
+                vectors[count++].iov_len = (size_t)pieces[3 * i + 2];
+                end += pieces[3 * i + 2];
+            }
+            while (first < count) {
+                ssize_t done = dl_child_pwritev(fd, vectors + first, count - first, offset);
                 if (done < 0 && errno == EINTR)
                     continue;
-                if (done <= 0)
+                if (done < 0 || (done == 0 && end > offset))
                     return done < 0 ? errno : EIO;
-                source += done;
                 offset += done;
-                left -= done;
+                while (first < count && (size_t)done >= vectors[first].iov_len)
+                    done -= (ssize_t)vectors[first++].iov_len;
+                if (first < count) {
+                    vectors[first].iov_base = (char *)vectors[first].iov_base + done;
+                    vectors[first].iov_len -= (size_t)done;
+                }
             }
         }
         return 0;

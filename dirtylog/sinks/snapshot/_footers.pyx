@@ -21,27 +21,23 @@ from posix.types cimport off_t
 
 __all__ = ["RunTable", "check_runs", "diff_header", "follow_diffs"]
 
-# What stands at the end of a file, and where its digest lies there.
+# What stands at the end of a file, and where the footer's offset and its digest lie there.
 cdef enum:
     TRAILER_BYTES = 64
     SMALL_FOOTER = 4096
+    OFFSET_AT = 16
     DIGEST_AT = 40
     DIGEST_BYTES = 16
-    FORMAT_VERSION = 2
+    ALIGNMENT = 4096
+    # The layouts, see layout.py.
+    PLAIN = 2
+    PACKED = 3
     # A footer that is read in one go; a longer one is read in blocks.
     MAX_TAIL = 1048576
 
 
-cdef extern from "<fcntl.h>" nogil:
-    int open(const char *path, int flags, ...)
-    int O_RDONLY
-    int O_CLOEXEC
-    int O_NONBLOCK
-
-
 cdef extern from "<unistd.h>" nogil:
     int close(int fd)
-    ssize_t pread(int fd, void *buffer, size_t nbytes, off_t offset)
 
 
 cdef extern from "sinks/snapshot/_files.h" nogil:
@@ -49,40 +45,39 @@ cdef extern from "sinks/snapshot/_files.h" nogil:
     int dl_read_all(int fd, char *target, size_t nbytes, off_t offset)
 
 
-cdef bytes footer_of(const char *path, int64_t offset, Py_ssize_t room):
-    """Read a file from `offset` to its end; None if it has fewer bytes there than a trailer, or more than `room`."""
+cdef bytes footer_of(const char *path, Py_ssize_t room):
+    """Read a file from where its trailer says that the footer begins; None if that is nowhere, or more than `room`."""
     cdef char small[SMALL_FOOTER]
     cdef off_t size = 0
-    cdef ssize_t done
-    cdef int fd, error
+    cdef int64_t offset = 0
+    cdef int fd, error = 0
+    cdef Py_ssize_t tail = 0, length
     cdef bytes found
     cdef char *into
     with nogil:
-        # Not blocking: a name in a directory that somebody else fills may be a pipe.
-        fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
-        done = pread(fd, small, SMALL_FOOTER, offset) if fd >= 0 else -1
-        if fd >= 0 and done < SMALL_FOOTER:
-            # The usual case, and all of it: a read that is short has met the end of the file.
-            close(fd)
-            fd = -1
-    if fd < 0:
-        return PyBytes_FromStringAndSize(small, done) if done >= TRAILER_BYTES and done <= room else None
-    close(fd)
-    with nogil:
         fd = dl_open_regular(path, &size)
+        if fd >= 0:
+            tail = min(<Py_ssize_t>size, <Py_ssize_t>SMALL_FOOTER)
+            error = dl_read_all(fd, small, <size_t>tail, size - tail)
     if fd < 0:
-        return None
-    if not TRAILER_BYTES <= size - offset <= room:
-        close(fd)
         return None
     try:
-        found = PyBytes_FromStringAndSize(NULL, size - offset)
+        if error or tail < TRAILER_BYTES:
+            return None
+        memcpy(&offset, small + tail - TRAILER_BYTES + OFFSET_AT, sizeof(offset))
+        if not 0 <= offset <= size - TRAILER_BYTES or size - offset > room:
+            return None
+        length = <Py_ssize_t>(size - offset)
+        if length <= tail:
+            # The usual case: all of it is there.
+            return PyBytes_FromStringAndSize(small + tail - length, length)
+        found = PyBytes_FromStringAndSize(NULL, length)
         into = PyBytes_AS_STRING(found)
         with nogil:
-            error = dl_read_all(fd, into, <size_t>(size - offset), offset)
+            error = dl_read_all(fd, into, <size_t>length, offset)
+        return None if error else found
     finally:
         close(fd)
-    return None if error else found
 
 
 # ---- the header of a diff, as it is nearly always --------------------------------------------------------------------
@@ -148,6 +143,9 @@ cdef struct Header:
     Py_ssize_t parent_bytes
     const char *digest
     const char *holds  # NULL where there is none
+    # What the trailer says.
+    bint packed
+    int64_t footer
 
 
 cdef bint scan_header(bytes text, Py_ssize_t nbytes, bytes size, bytes regions, Header *found) noexcept:
@@ -225,11 +223,17 @@ def diff_header(bytes text not None, Py_ssize_t nbytes, bytes size not None, byt
 
 # ---- which file of a chain has which page ---------------------------------------------------------------------------
 
-# A row is first page, number of pages, number of the file.
+# A row is first page, number of pages, number of the file, and where in it the first page lies, in pages.
 cdef struct Row:
     int64_t first
     int64_t count
     int64_t file
+    int64_t place
+
+
+cdef inline Row placed(const int64_t *run, int64_t file, int64_t before, bint packed) noexcept nogil:
+    """Say where a run of pages lies in a file that holds so many pages before it: what layout.py says of bytes."""
+    return Row(run[0], run[1], file, before if packed else run[0])
 
 
 cdef size_t merge(const Row *newer, size_t n, const Row *older, size_t m, Row *out) noexcept nogil:
@@ -256,6 +260,7 @@ cdef size_t merge(const Row *newer, size_t n, const Row *older, size_t m, Row *o
         out[made].first = begin
         out[made].count = stop - begin
         out[made].file = older[j].file
+        out[made].place = older[j].place + (begin - older[j].first)
         made += 1
         if stop == older[j].first + older[j].count:
             j += 1
@@ -318,7 +323,7 @@ cdef class RunTable:
 
     Notes
     -----
-    Not thread-safe. 24 bytes per run, and while it composes 96 more.
+    Not thread-safe. 32 bytes per run, and while it composes 128 more.
     """
 
     cdef Row *rows
@@ -348,17 +353,25 @@ cdef class RunTable:
             self.capacity = capacity
         return 1
 
-    cdef int append(self, const int64_t *runs, Py_ssize_t rows, int64_t file) except -1:
+    cdef int append(self, const int64_t *runs, Py_ssize_t rows, int64_t file, bint packed) except -1:
         """Add the runs of a file, which were checked."""
-        cdef Py_ssize_t i
+        cdef int64_t before = 0
         if self.reserve(<size_t>rows):
-            for i in range(rows):
-                self.rows[self.used] = Row(runs[2 * i], runs[2 * i + 1], file)
-                self.used += 1
+            self.place(runs, rows, file, &before, packed)
             self.ends.append(self.used)
         return 0
 
-    def take(self, bytes text not None, Py_ssize_t at, Py_ssize_t rows, int64_t npages, int64_t file):
+    cdef void place(self, const int64_t *runs, Py_ssize_t rows, int64_t file, int64_t *before,
+                    bint packed) noexcept nogil:
+        """Add runs, for which there is room; `before` is how many pages of the file were added before them."""
+        cdef Py_ssize_t i
+        for i in range(rows):
+            self.rows[self.used] = placed(runs + 2 * i, file, before[0], packed)
+            self.used += 1
+            before[0] += runs[2 * i + 1]
+
+    def take(self, bytes text not None, Py_ssize_t at, Py_ssize_t rows, int64_t npages, int64_t file,
+             bint packed=False):
         """Add the runs of a file, as pairs of int64 in its footer, checked.
 
         Parameters
@@ -371,6 +384,8 @@ cdef class RunTable:
             Pages of the memory.
         file : int
             What to call the file.
+        packed : bool
+            Whether its pages lie one after the other.
 
         Returns
         -------
@@ -382,20 +397,19 @@ cdef class RunTable:
             return None
         if not ascending(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, npages, &count, &past):
             return None
-        self.append(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, file)
+        self.append(<const int64_t *>(PyBytes_AS_STRING(text) + at), rows, file, packed)
         return count, past
 
-    def add(self, blocks, int64_t file):
+    def add(self, blocks, int64_t file, bint packed=False):
         """Add the runs of a file from blocks of them, which were checked."""
         cdef const int64_t[:, ::1] runs
-        cdef Py_ssize_t i
+        cdef int64_t before = 0
         for block in blocks:
             runs = block
             if not self.reserve(<size_t>runs.shape[0]):
                 return
-            for i in range(runs.shape[0]):
-                self.rows[self.used] = Row(runs[i, 0], runs[i, 1], file)
-                self.used += 1
+            if runs.shape[0]:
+                self.place(&runs[0, 0], runs.shape[0], file, &before, packed)
         if not self.full:
             self.ends.append(self.used)
 
@@ -404,8 +418,9 @@ cdef class RunTable:
 
         Returns
         -------
-        int64 array of shape (n, 3)
-            First page, number of pages, and the file, ascending; pages that no file holds are not in it.
+        int64 array of shape (n, 4)
+            First page, number of pages, the file, and where in it the first page lies, in pages. Ascending; pages that
+            no file holds are not in it.
 
         Notes
         -----
@@ -442,7 +457,7 @@ cdef class RunTable:
                     n = kept
                     source, target = target, source
             made = starts[n] if n else 0
-            result = np.empty((made, 3), np.int64)
+            result = np.empty((made, 4), np.int64)
             if made:
                 view = result
                 memcpy(&view[0, 0], source, made * sizeof(Row))
@@ -455,7 +470,7 @@ cdef class RunTable:
 
 # What is alike in all files of a chain.
 cdef struct Space:
-    int64_t footer  # where a footer begins
+    int64_t footer  # where the footer of a plain file begins
     int64_t npages
     int64_t page_size
     int64_t short  # by so much the last page is short of a whole one
@@ -466,13 +481,13 @@ cdef Py_ssize_t judge(bytes text, bytes size, bytes regions, const Space *space,
     """Check all of a footer but its digest; return the length of its header, or 0 if it needs a closer look."""
     cdef const char *start = PyBytes_AS_STRING(text)
     cdef int64_t length = len(text) - TRAILER_BYTES
-    # Version, footer, header and length; on a machine that has the other byte order all footers need a closer look.
+    # Layout, footer, header and length; on a machine that has the other byte order all footers need a closer look.
     cdef int64_t[4] numbers
-    cdef int64_t count, past = -1, held
+    cdef int64_t count, past = -1, held, digests
     memcpy(numbers, start + length + 8, sizeof(numbers))
     if memcmp(start + length, b"dirtylog", 8) or memcmp(start + length + 56, b"SNAPEND\n", 8):
         return 0
-    if numbers[0] != FORMAT_VERSION or numbers[1] != space.footer or numbers[3] != length:
+    if numbers[0] not in (PLAIN, PACKED) or numbers[3] != length:
         return 0
     if not 0 < numbers[2] <= length or not scan_header(text, <Py_ssize_t>numbers[2], size, regions, found):
         return 0
@@ -484,8 +499,12 @@ cdef Py_ssize_t judge(bytes text, bytes size, bytes regions, const Space *space,
     if not ascending(<const int64_t *>(start + numbers[2]), <Py_ssize_t>found.rows, space.npages, &count, &past):
         return 0
     held = count * space.page_size - (space.short if past == space.npages else 0)
-    held = DIGEST_BYTES * ((held + space.window - 1) // space.window)
-    if count != found.count or numbers[2] + 16 * found.rows + held + found.state != length:
+    digests = DIGEST_BYTES * ((held + space.window - 1) // space.window)
+    if count != found.count or numbers[2] + 16 * found.rows + digests + found.state != length:
+        return 0
+    found.packed = numbers[0] == PACKED
+    found.footer = numbers[1]
+    if found.footer != ((held + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT if found.packed else space.footer):
         return 0
     return <Py_ssize_t>numbers[2]
 
@@ -503,11 +522,12 @@ def follow_diffs(RunTable table not None, str directory not None, parent, geomet
     parent : tuple of str
         Name of the first, and what its child noted of it.
     geometry : tuple of int
-        Where a footer begins, pages, bytes per page, bytes by which the last page is short, bytes per digest.
+        Where the footer of a plain file begins, pages, bytes per page, bytes by which the last page is short, bytes per
+        digest.
     alike : tuple of bytes
         What stands in all their headers, see :func:`diff_header`.
     files, digests, identities : list, set, set
-        What was found: path and digest of each; all digests; and what children note of them.
+        What was found: path, digest and where the footer begins, of each; all digests; and what children note of them.
     most : int
         How many files there may be.
 
@@ -518,7 +538,7 @@ def follow_diffs(RunTable table not None, str directory not None, parent, geomet
 
     Notes
     -----
-    Three system calls and a digest per file.
+    Four system calls and a digest per file.
     """
     cdef Space space
     cdef Header found
@@ -533,7 +553,7 @@ def follow_diffs(RunTable table not None, str directory not None, parent, geomet
     path = folder + os.fsencode(name)
     while len(files) < most:
         PyErr_CheckSignals()
-        text = footer_of(path, space.footer, MAX_TAIL)
+        text = footer_of(path, MAX_TAIL)
         if text is None:
             break
         header = judge(text, size, regions, &space, &found)
@@ -552,8 +572,9 @@ def follow_diffs(RunTable table not None, str directory not None, parent, geomet
         digests.add(number)
         identities.add(number)
         identities.add(holds)
-        files.append((f"{directory}/{name}", number))
-        table.append(<const int64_t *>(PyBytes_AS_STRING(text) + header), <Py_ssize_t>found.rows, -len(files))
+        files.append((f"{directory}/{name}", number, found.footer))
+        table.append(<const int64_t *>(PyBytes_AS_STRING(text) + header), <Py_ssize_t>found.rows, -len(files),
+                     found.packed)
         path = folder + found.parent[:found.parent_bytes]
         name = found.parent[:found.parent_bytes].decode("ascii")
         noted = found.digest[:32].decode("ascii")

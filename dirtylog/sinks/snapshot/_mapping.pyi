@@ -8,7 +8,7 @@ from dirtylog._typing import Memory as MemoryLike
 __all__ = ["Memory", "read_parts"]
 
 def read_parts(
-    path: str, digest: bytes, footer: int, buffer: MemoryLike, begin: int, extents: npt.NDArray[np.int64]
+    path: str, digest: bytes, footer: int, buffer: MemoryLike, begin: int, pieces: npt.NDArray[np.int64]
 ) -> bool: ...
 
 @final

@@ -2,8 +2,10 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """Maps the files of a chain over each other as one memory, and reads parts of them.
 
-Nothing here believes a file: extents are checked against the memory, and a file against its size and digest each time
-it is opened, before any of it is mapped.
+A piece is a row ``(offset in the memory, length, offset in the file)`` in bytes.
+
+Nothing here believes a file: pieces are checked against the memory and the file's data, and a file against its size and
+digest each time it is opened, before any of it is mapped.
 """
 
 import os
@@ -84,19 +86,39 @@ cdef int open_checked(const char *path, const char *digest, off_t footer, int *f
     return memcmp(trailer + DIGEST_AT, digest, DIGEST_BYTES) != 0
 
 
-cdef int copy_parts(int fd, char *target, const int64_t *extents, Py_ssize_t n, int64_t begin) noexcept nogil:
-    """Read extents of a file to where they belong in memory that begins at `begin`."""
+cdef const int64_t *pieces_pointer(const int64_t[:, ::1] pieces) except? NULL:
+    if pieces.shape[1] != 3:
+        raise ValueError(f"pieces have {pieces.shape[1]} columns; 3 are needed: offset in the memory, length, offset "
+                         "in the file, all in bytes")
+    return &pieces[0, 0] if pieces.shape[0] else NULL
+
+
+cdef int check_pieces(const int64_t *pieces, Py_ssize_t n, int64_t begin, int64_t end, int64_t data) except -1:
+    """Refuse pieces that do not lie in the memory from `begin` to `end`, or not in so many bytes of the file."""
+    cdef Py_ssize_t i
+    cdef int64_t offset, length, place
+    for i in range(n):
+        offset, length, place = pieces[3 * i], pieces[3 * i + 1], pieces[3 * i + 2]
+        if length < 0 or offset < begin or offset > end - length or place < 0 or place > data - length:
+            raise IndexError(f"piece {i} is {length} bytes at {offset} of the memory and {place} of the file; the "
+                             f"memory is bytes {begin} to {end}, and the data of the file has {data}")
+    return 0
+
+
+cdef int copy_parts(int fd, char *target, const int64_t *pieces, Py_ssize_t n, int64_t begin) noexcept nogil:
+    """Read pieces of a file to where they belong in memory that begins at `begin`."""
     cdef Py_ssize_t i
     cdef int error
     for i in range(n):
-        error = dl_read_all(fd, target + (extents[2 * i] - begin), <size_t>extents[2 * i + 1], extents[2 * i])
+        error = dl_read_all(fd, target + (pieces[3 * i] - begin), <size_t>pieces[3 * i + 1], pieces[3 * i + 2])
         if error:
             return error
     return 0
 
 
-def read_parts(path, bytes digest not None, int64_t footer, buffer, int64_t begin, const int64_t[:, ::1] extents):
-    """Read extents of a file into a buffer that holds the memory from `begin` on.
+def read_parts(path, bytes digest not None, int64_t footer, buffer, int64_t begin,
+               const int64_t[:, ::1] pieces):
+    """Read pieces of a file into a buffer that holds the memory from `begin` on.
 
     Parameters
     ----------
@@ -106,8 +128,8 @@ def read_parts(path, bytes digest not None, int64_t footer, buffer, int64_t begi
         Writable.
     begin : int
         Where it begins in the memory, in bytes.
-    extents : int64 array of shape (n, 2)
-        Offset and length in bytes.
+    pieces : int64 array of shape (n, 3)
+        Offset in the memory, length, and offset in the file, in bytes.
 
     Returns
     -------
@@ -119,22 +141,19 @@ def read_parts(path, bytes digest not None, int64_t footer, buffer, int64_t begi
     OSError
         The file cannot be read.
     IndexError
-        An extent does not lie in the buffer and in the file; nothing was read.
+        A piece does not lie in the buffer and in the file; nothing was read.
     """
     cdef HeldBuffer memory = hold(buffer, True, "buffer")
     cdef bytes name = os.fsencode(path)
     cdef const char *text = name
     cdef const char *expected = digest
-    cdef const int64_t *rows = extents_pointer(extents)
-    cdef Py_ssize_t n = extents.shape[0], i
+    cdef const int64_t *rows = pieces_pointer(pieces)
+    cdef Py_ssize_t n = pieces.shape[0]
     cdef char *target = memory.start()
     cdef int fd = -1, answer
     if len(digest) != DIGEST_BYTES:
         raise ValueError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
-    check_plain(rows, n, min(begin + <int64_t>memory.raw.len, footer), "the buffer, or the data of the file,")
-    for i in range(n):
-        if rows[2 * i] < begin:
-            raise IndexError(f"extent {i} begins at {rows[2 * i]}; the buffer begins at {begin}")
+    check_pieces(rows, n, begin, begin + <int64_t>memory.raw.len, footer)
     with nogil:
         answer = open_checked(text, expected, footer, &fd)
         if answer == 0:
@@ -214,10 +233,10 @@ cdef class Memory:
             What its trailer says.
         footer : int
             Where its footer begins.
-        whole : int64 array of shape (n, 2)
-            Extents to map: offset and length in bytes, in whole pages of the system.
-        parts : int64 array of shape (n, 2)
-            Extents to copy.
+        whole : int64 array of shape (n, 3)
+            Pieces to map, in whole pages of the system: offset in the memory, length, and offset in the file, in bytes.
+        parts : int64 array of shape (n, 3)
+            Pieces to copy.
 
         Returns
         -------
@@ -229,24 +248,24 @@ cdef class Memory:
         OSError
             The file cannot be read; ENOMEM: there are too many mappings. What is mapped is then unknown.
         IndexError
-            An extent does not lie in the memory and in the file; nothing was laid.
+            A piece does not lie in the memory and in the file; nothing was laid.
         """
         cdef bytes name = os.fsencode(path)
         cdef const char *text = name
         cdef const char *expected = digest
-        cdef const int64_t *map_rows = extents_pointer(whole)
-        cdef const int64_t *copy_rows = extents_pointer(parts)
+        cdef const int64_t *map_rows = pieces_pointer(whole)
+        cdef const int64_t *copy_rows = pieces_pointer(parts)
         cdef Py_ssize_t n = whole.shape[0], m = parts.shape[0], i
         cdef int fd = -1, answer
         if len(digest) != DIGEST_BYTES:
             raise ValueError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
-        check_plain(map_rows, n, min(<int64_t>self.length, footer), "the memory, or the data of the file,")
-        check_plain(copy_rows, m, min(<int64_t>self.nbytes, footer), "the memory, or the data of the file,")
+        check_pieces(map_rows, n, 0, <int64_t>self.length, footer)
+        check_pieces(copy_rows, m, 0, <int64_t>self.nbytes, footer)
         with nogil:
             answer = open_checked(text, expected, footer, &fd)
             if answer == 0:
                 for i in range(n):
-                    if dl_map_over(self.start + map_rows[2 * i], <size_t>map_rows[2 * i + 1], fd, map_rows[2 * i]):
+                    if dl_map_over(self.start + map_rows[3 * i], <size_t>map_rows[3 * i + 1], fd, map_rows[3 * i + 2]):
                         answer = -errno
                         break
             if answer == 0:

@@ -218,8 +218,16 @@ class Layer:
         footer = self.footer
         return DirtyPages.from_runs(np.concatenate(runs), footer.npages, footer.page_size, exact=footer.exact)
 
+    def pieces(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Go through the held pages in blocks: offset in memory, length and offset in the file of each run."""
+        at = 0
+        for block in self.blocks():
+            extents = extents_of_runs(block, self.footer.page_size, self.footer.nbytes)
+            yield self.place.layout.pieces(at, extents)
+            at += int(extents[:, 1].sum())
+
     def windows(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Go through the held pages in windows: how many bytes, and the extents they lie in."""
+        """Go through the held pages in windows: how many bytes, and the extents of the memory they are of."""
         return windows(self.blocks(), self.footer.page_size, self.footer.nbytes)
 
     def read(self, staging: memoryview, use: Use) -> None:
@@ -227,9 +235,12 @@ class Layer:
         digest = hasher(self.footer.algorithm)
         at = self.place.digests
         expected = b""
+        begin = 0
         for size, extents in self.windows():
             part = staging[:size]
-            read_extents(self.descriptor, part, extents, packed=True, name=self.path)
+            places = self.place.layout.window(begin, extents)
+            read_extents(self.descriptor, part, places, packed=True, name=self.path)
+            begin += size
             if not expected:
                 expected = os.pread(self.descriptor, min(footers.BLOCK, self.place.state - at), at)
                 at += len(expected)
@@ -248,15 +259,21 @@ class Layer:
             raise SnapshotError(f"{place}: the data does not match its digest", (place,))
 
 
+def extents_of_runs(runs: npt.NDArray[np.int64], page_size: int, nbytes: int) -> npt.NDArray[np.int64]:
+    """Return where ascending runs of pages lie in memory of so many bytes, which may end within a page."""
+    # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
+    extents = runs * np.int64(page_size)
+    extents[-1, 1] -= max(int(extents[-1].sum()) - nbytes, 0)
+    return extents
+
+
 def windows(
     blocks: Iterator[npt.NDArray[np.int64]], page_size: int, nbytes: int
 ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
     """Cut blocks of runs into windows: as :meth:`PackedExtents.windows`, without holding all the runs at once."""
     left = np.empty((0, 2), np.int64)
     for block in blocks:
-        # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
-        extents = block * np.int64(page_size)
-        extents[-1, 1] -= max(int(extents[-1].sum()) - nbytes, 0)
+        extents = extents_of_runs(block, page_size, nbytes)
         packed = PackedExtents.of_extents(np.concatenate([left, extents]) if len(left) else extents)
         whole = packed.total // WINDOW * WINDOW
         for begin in range(0, whole, WINDOW):
@@ -368,13 +385,16 @@ def still_there(links: Sequence[Link]) -> bool:
     """Say whether files are what they were when they were followed, by a look at their trailers."""
     for link in links:
         try:
-            with open(link.path, "rb", buffering=0) as file:
-                size = file.seek(-footers.TRAILER.size, os.SEEK_END)
-                raw = file.read(footers.TRAILER.size)
+            descriptor = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                end = os.fstat(descriptor).st_size - footers.TRAILER.size
+                raw = os.pread(descriptor, footers.TRAILER.size, max(end, 0))
+            finally:
+                os.close(descriptor)
         except OSError:
             return False
         fields = footers.TRAILER.unpack(raw) if len(raw) == footers.TRAILER.size else None
-        if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != size:
+        if fields is None or fields[5].hex() != link.digest or fields[2] + fields[4] != end:
             return False
     return True
 

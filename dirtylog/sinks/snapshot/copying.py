@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks._bytes.pageio import write_extents
+from dirtylog.sinks.snapshot.layout import Layout
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -143,6 +144,7 @@ def _processors() -> int:
 def copy(
     source: Gatherer,
     packed: PackedExtents,
+    layout: Layout,
     descriptor: int,
     path: str,
     digest: Callable[[Buffer], bytes],
@@ -158,6 +160,8 @@ def copy(
         What to copy from.
     packed : PackedExtents
         What to copy.
+    layout : Layout
+        Where in the file it goes.
     descriptor : int
         The file.
     path : str
@@ -183,7 +187,7 @@ def copy(
                     buffer = behind.buffer()
                     part = buffer[: end - begin]
                     source.gather(extents, part)
-                    behind.write(buffer, end - begin, extents, end)
+                    behind.write(buffer, end - begin, layout.window(begin, extents), end)
                     chunks.append(digest(part))
                 behind.finish()
             return chunks
@@ -192,6 +196,6 @@ def copy(
         part = staging[: end - begin]
         source.gather(extents, part)
         chunks.append(digest(part))
-        write_extents(descriptor, part, extents, packed=True, name=path)
+        write_extents(descriptor, part, layout.window(begin, extents), packed=True, name=path)
         told(end)
     return chunks

@@ -32,6 +32,7 @@ from dirtylog._bits.words import runs as runs_of_words
 from dirtylog.errors import BackendUnavailable, DirtyLogError
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.snapshot._footers import check_runs
+from dirtylog.sinks.snapshot.layout import Layout
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,7 +59,6 @@ __all__ = [
 ]
 
 FORMAT = "dirtylog-snapshot"
-VERSION = 2
 MAGIC = b"dirtylog"
 END = b"SNAPEND\n"
 # Magic, version, footer's offset, header's length, whole length of the footer; then a digest of all, and the end mark.
@@ -208,14 +208,14 @@ class Footer:
         return -(-self.nbytes // self.page_size)
 
     @property
-    def packed(self) -> bool:
+    def as_words(self) -> bool:
         """Whether the page set is kept as words of a bitmap, which are then shorter than the runs."""
         return 16 * self.rows > 8 * -(-self.npages // 64)
 
     @property
     def set_bytes(self) -> int:
         """Length of the page set."""
-        return 8 * -(-self.npages // 64) if self.packed else 16 * self.rows
+        return 8 * -(-self.npages // 64) if self.as_words else 16 * self.rows
 
 
 def footer_offset(nbytes: int) -> int:
@@ -258,9 +258,9 @@ def held_pages(pages: DirtyPages) -> tuple[int, bytes]:
     return len(runs), runs.astype("<i8", copy=False).tobytes()
 
 
-def trailer(offset: int, header: int, sections: list[bytes]) -> tuple[bytes, str]:
+def trailer(offset: int, header: int, sections: list[bytes], layout: Layout = Layout.PLAIN) -> tuple[bytes, str]:
     """Return the trailer for a footer that begins at `offset`, and the digest that is the snapshot's own."""
-    head = (MAGIC, VERSION, offset, header, sum(map(len, sections)))
+    head = (MAGIC, int(layout), offset, header, sum(map(len, sections)))
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     digest.update(struct.pack("<8sQQQQ", *head))
     for section in sections:
@@ -423,19 +423,26 @@ class Place:
 
     Parameters
     ----------
+    data, offset : int
+        Where the data ends, and where the footer begins.
     pages, digests, state : int
         Offsets of the sections.
     held : int
         Bytes of the pages that the file holds.
     digest : str
         The snapshot's own digest, in 32 hexadecimal digits.
+    layout : Layout
+        Where the pages lie.
     """
 
+    data: int
+    offset: int
     pages: int
     digests: int
     state: int
     held: int
     digest: str
+    layout: Layout
 
 
 def read(descriptor: int, name: str) -> tuple[Footer, Place]:
@@ -453,7 +460,8 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     O(footer); allocates 4 MiB for the header and a few blocks.
     """
     size = os.fstat(descriptor).st_size
-    if size < TRAILER.size + ALIGNMENT:
+    # A diff that holds nothing has no data.
+    if size < TRAILER.size + 16:
         raise SnapshotError(f"{name}: the footer cannot be used: {size} bytes are not a snapshot, or one was cut short")
     start = max(size - TAIL, 0)
     tail = _read(descriptor, start, size - start, name)
@@ -461,7 +469,8 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     magic, version, offset, header, length, expected, end = TRAILER.unpack(raw)
     try:
         _check(magic == MAGIC and end == END, "the file does not end as a snapshot does: it is none, was cut or grew")
-        _check(version == VERSION, f"it is of version {version}; this library reads version {VERSION}")
+        _check(version in (*Layout,), f"it is of version {version}; this library reads versions 2 and 3")
+        layout = Layout(version)
         _integer(length, 16, MAX_FOOTER_BYTES, "the footer's length")
         _integer(header, 16, min(MAX_HEADER_BYTES, length), "the header's length")
         _check(offset % ALIGNMENT == 0 and offset + length + TRAILER.size == size, "the footer does not fill the file")
@@ -484,7 +493,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         _check(isinstance(body, dict), "it is not a JSON object")
         footer = _validated(body)
         _check(header_text(footer) == text, "it is not in the form it was written in")
-        _check(footer_offset(footer.nbytes) == offset, f"the data is not the {footer.nbytes} bytes it should be")
+        _check(layout is Layout.PLAIN or footer.kind == "diff", "only the pages of a diff are packed")
         windows = (length - header - footer.set_bytes - footer.state) // DIGEST_BYTES
         pages = offset + header
         state = offset + length - footer.state
@@ -493,22 +502,24 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         )
         held = _check_pages(footer, pages, part)
         _check(windows == -(-held // WINDOW), "the digests do not cover the pages")
+        data = layout.data_bytes(footer.nbytes, held)
+        _check(footer_offset(data) == offset, f"the data is not the {data} bytes it should be")
     except SnapshotError:
         raise
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise SnapshotError(f"{name}: the footer cannot be used: {error}") from None
-    return footer, Place(pages, pages + footer.set_bytes, state, held, expected.hex())
+    return footer, Place(data, offset, pages, pages + footer.set_bytes, state, held, expected.hex(), layout)
 
 
 def _check_pages(footer: Footer, offset: int, part: Callable[[int, int], bytes]) -> int:
     """Check that the runs ascend, do not touch and are as many as announced; return the bytes they hold."""
     past, count, rows = -1, 0, 0
-    if footer.packed:
+    if footer.as_words:
         tail = footer.npages % 64
         last = struct.unpack("<Q", part(offset + footer.set_bytes - 8, 8))[0]
         _check(not tail or last >> tail == 0, "the page set has pages past the end")  # I7
     for at, block in _set_blocks(footer, offset, part):
-        if not footer.packed and sys.byteorder == "little" and (found := check_runs(block, footer.npages, past)):
+        if not footer.as_words and sys.byteorder == "little" and (found := check_runs(block, footer.npages, past)):
             count, past, rows = count + found[0], found[1], rows + len(block) // 16
             continue
         runs = _runs(footer, at, block)
@@ -516,7 +527,7 @@ def _check_pages(footer: Footer, offset: int, part: Callable[[int, int], bytes])
             continue
         first, length = runs[:, 0], runs[:, 1]
         # A run may go on in the next block where the set is words, and only there.
-        joined = int(footer.packed and first[0] == past)
+        joined = int(footer.as_words and first[0] == past)
         _check(joined or first[0] > past, "the runs of pages do not ascend")
         _check(
             (length > 0).all() and (first >= 0).all() and (first <= footer.npages).all(),
@@ -534,13 +545,13 @@ def _check_pages(footer: Footer, offset: int, part: Callable[[int, int], bytes])
 
 def _set_blocks(footer: Footer, offset: int, part: Callable[[int, int], bytes]) -> Iterator[tuple[int, bytes]]:
     """Read a page set in blocks: where each begins in it, and its bytes."""
-    size = WORDS_BLOCK if footer.packed else BLOCK
+    size = WORDS_BLOCK if footer.as_words else BLOCK
     for at in range(0, footer.set_bytes, size):
         yield at, part(offset + at, min(size, footer.set_bytes - at))
 
 
 def _runs(footer: Footer, at: int, block: bytes) -> npt.NDArray[np.int64]:
-    if not footer.packed:
+    if not footer.as_words:
         return np.frombuffer(block, "<i8").reshape(-1, 2).astype(np.int64, copy=False)
     runs = runs_of_words(np.frombuffer(block, "<u8"))
     runs[:, 0] += at * 8

@@ -21,10 +21,11 @@ from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot._footers import RunTable, follow_diffs
 from dirtylog.sinks.snapshot.chain import MAX_CHAIN, ChainMovedError, Info, Layer, Link, describe, find, still_there
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
+from dirtylog.sinks.snapshot.layout import Layout
 
 __all__ = ["MAX_ROWS", "Index", "index", "overlap"]
 
-# Runs that are composed: for a moment that takes 300 bytes each, and no file may make a reader take more than 32 MiB. A
+# Runs that are composed: for a moment that takes 400 bytes each, and no file may make a reader take more than 32 MiB. A
 # chain with more of them is laid file by file.
 MAX_ROWS = 100_000
 
@@ -36,7 +37,7 @@ class Index:
     Parameters
     ----------
     files : list of tuple
-        Path and digest of each file, base first.
+        Path, digest and where the footer begins, of each file, base first.
     footer : Footer
         That of the snapshot itself.
     info : Info
@@ -47,7 +48,7 @@ class Index:
         The runs of pages that each file holds.
     """
 
-    files: list[tuple[str, str]]
+    files: list[tuple[str, str, int]]
     footer: Footer
     info: Info
     identity: str
@@ -59,9 +60,9 @@ class Index:
 
         Returns
         -------
-        int64 array of shape (n, 3), or None
-            First page, number of pages, and number of the file in `files`: ascending, each page once. None: there are
-            more than :data:`MAX_ROWS`.
+        int64 array of shape (n, 4), or None
+            First page, number of pages, number of the file in `files`, and where in it the first page lies, in pages:
+            ascending, each page once. None: there are more than :data:`MAX_ROWS`.
         """
         if self.table.full:
             return None
@@ -71,22 +72,26 @@ class Index:
         return rows
 
     @cached_property
-    def _cover(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Say which bytes each file gives: first, the one after the last, the file's number; no byte is left out."""
+    def _cover(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Say which bytes each file gives: first, the one after the last, the file's number, and by how much further on
+        than in the memory they lie in the file; no byte is left out.
+        """
         rows = self.rows
         assert rows is not None
         # I9: page i is bytes [i * page_size, (i + 1) * page_size) of the page space.
         size, nbytes = self.footer.page_size, self.footer.nbytes
         starts, stops = rows[:, 0] * size, np.minimum((rows[:, 0] + rows[:, 1]) * size, nbytes)
-        # Of the base is what no diff holds.
+        shifts = (rows[:, 3] - rows[:, 0]) * size
+        # Of the base is what no diff holds. It is plain: no diff is a base.
         before, after = np.append(0, stops), np.append(starts, nbytes)
         gaps = before < after
         starts, stops = np.append(starts, before[gaps]), np.append(stops, after[gaps])
         numbers = np.append(rows[:, 2], np.zeros(np.count_nonzero(gaps), np.int64))
+        shifts = np.append(shifts, np.zeros(np.count_nonzero(gaps), np.int64))
         order = np.argsort(starts, kind="stable")
-        return starts[order], stops[order], numbers[order]
+        return starts[order], stops[order], numbers[order], shifts[order]
 
-    def extents(self, wanted: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    def pieces(self, wanted: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:
         """Say which bytes of each file make the bytes that are wanted.
 
         Parameters
@@ -97,14 +102,16 @@ class Index:
         Returns
         -------
         list of tuple
-            Number of the file, and its extents (offset, length), ascending; each byte once.
+            Number of the file, and its pieces: offset in the memory, length, offset in the file. Ascending, each byte
+            once.
 
         Notes
         -----
         O(wanted * log runs + what is found), once the runs are composed.
         """
-        starts, stops, numbers = self._cover
+        starts, stops, numbers, shifts = self._cover
         at, found = overlap(starts, stops, wanted)
+        found = np.column_stack([found, found[:, 0] + shifts[at]])
         order = np.argsort(numbers[at], kind="stable")
         numbers, found = numbers[at][order], found[order]
         cuts = np.flatnonzero(np.diff(numbers)) + 1
@@ -144,7 +151,7 @@ class _Walk:
     def __init__(self, path: str, search: Sequence[str]) -> None:
         self.search = search
         self.path = path
-        self.files: list[tuple[str, str]] = []
+        self.files: list[tuple[str, str, int]] = []
         self.digests: set[str] = set()
         self.identities: set[str] = set()
         self.table = RunTable(MAX_ROWS)
@@ -160,24 +167,25 @@ class _Walk:
         )  # fmt: skip
         self.alike: tuple[bytes, bytes] = _alike(self.tip)
 
-    def _note(self, path: str, digest: str, identity: str) -> None:
+    def _note(self, path: str, layer: Layer) -> None:
+        digest = layer.place.digest
         if digest in self.digests or len(self.files) >= MAX_CHAIN:
             raise SnapshotError(f"{self.path}: its chain comes back to {path}, or is longer than {MAX_CHAIN} files")
         self.digests.add(digest)
-        self.identities.update((digest, identity))
-        self.files.append((path, digest))
+        self.identities.update((digest, layer.identity))
+        self.files.append((path, digest, layer.place.offset))
 
     def _judged(self, path: str, layer: Layer) -> None:
         footer = layer.footer
         if (footer.nbytes, footer.page_size) != (self.tip.nbytes, self.tip.page_size):
             raise SnapshotError(f"{self.files[-1][0]}: its parent {path} is of another size")
-        self._note(path, layer.place.digest, layer.identity)
+        self._note(path, layer)
         self.parent = None
         # What the base holds is not needed: the rest is zero in it.
         if footer.parent is not None and footer.parent_digest is not None:
             self.parent = footer.parent, footer.parent_digest
             if not self.table.full:
-                self.table.add(layer.blocks(), -len(self.files))
+                self.table.add(layer.blocks(), -len(self.files), layer.place.layout is Layout.PACKED)
 
     def step(self) -> bool:
         """Go to the parent; False at the base."""
@@ -219,7 +227,7 @@ def index(path: str, search: Sequence[str] = ()) -> Index:
 
     Notes
     -----
-    O(chain + runs). 24 bytes per run, at most :data:`MAX_ROWS` of them, and two digests per file.
+    O(chain + runs). 32 bytes per run, at most :data:`MAX_ROWS` of them, and two digests per file.
     """
     walk = _Walk(path, search)
     try:
@@ -227,7 +235,7 @@ def index(path: str, search: Sequence[str] = ()) -> Index:
             pass
     except SnapshotError:
         # Upkeep replaces a child, then removes its old parents: a reader that has the old child looks again.
-        if not still_there([Link(*file, file[1], 0, None) for file in walk.files]):
+        if not still_there([Link(path, digest, digest, 0, None) for path, digest, _ in walk.files]):
             raise ChainMovedError(path) from None
         raise
     return walk.finish()

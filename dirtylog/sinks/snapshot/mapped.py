@@ -16,7 +16,6 @@ import numpy.typing as npt
 from dirtylog._bits.copying import copy_extents
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.vouched import forget_range, vouch_for_range
-from dirtylog.sinks._bytes.pageio import read_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import reader
 from dirtylog.sinks.snapshot._mapping import Memory
@@ -34,6 +33,8 @@ GIVEN_BACK = 64
 # A shorter run of a diff is copied when it is laid: a mapping costs as much as copying so many pages, or more.
 MAPPED_FROM = 4
 _EMPTY = np.empty((0, 2), np.int64)
+# Pieces of files: offset in the memory, length, offset in the file.
+_NO_PIECES = np.empty((0, 3), np.int64)
 
 
 def _spare_mappings() -> int:
@@ -50,23 +51,25 @@ def _spare_mappings() -> int:
 def _plan(
     files: list[npt.NDArray[np.int64]], end: int, filled: int, least: int
 ) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Divide extents of each file into whole pages of the system that are mapped, from `least` bytes on, and the rest.
+    """Divide pieces of each file into whole pages of the system that are mapped, from `least` bytes on, and the rest.
 
-    The last page is filled with zeros up to `filled` in the file, so it may be mapped whole. All files at once: most
-    have a few extents.
+    What lies in a file at another place within a page of the system than in the memory cannot be mapped. The last page
+    is filled with zeros in each file, as to `filled` in the memory, so it may be mapped whole. All files at once: most
+    have a few pieces.
     """
-    extents = np.concatenate([_EMPTY, *files])
+    pieces = np.concatenate([_NO_PIECES, *files])
     owner = np.repeat(np.arange(len(files)), [len(each) for each in files])
-    begin, stop = extents[:, 0], extents.sum(axis=1)
-    size = mmap.PAGESIZE
+    begin, stop = pieces[:, 0], pieces[:, 0] + pieces[:, 1]
+    size, shift = mmap.PAGESIZE, pieces[:, 2] - begin
     low = -(-begin // size) * size
     high = np.where((stop == end) & (filled % size == 0), filled, stop) // size * size
-    inside = (extents[:, 1] >= least) & (low < high)
-    whole = np.stack([low, high - low], axis=1)[inside]
+    inside = (pieces[:, 1] >= least) & (low < high) & (shift % size == 0)
+    begin, stop, low, high, shift = (each[inside] for each in (begin, stop, low, high, shift))
+    whole = np.stack([low, high - low, low + shift], axis=1)
     parts = np.concatenate([
-        extents[~inside],
-        np.stack([begin, low - begin], axis=1)[inside],
-        np.stack([high, stop - high], axis=1)[inside],
+        pieces[~inside],
+        np.stack([begin, low - begin, begin + shift], axis=1),
+        np.stack([high, stop - high, high + shift], axis=1),
     ])  # fmt: skip
     copied_by = np.concatenate([owner[~inside], owner[inside], owner[inside]])
     order = np.argsort(copied_by, kind="stable")
@@ -84,14 +87,13 @@ class _Layout:
         self.memory = Memory(found.footer.nbytes, mmap.PAGESIZE)
         # Ascending: what is no mapping of a file, and so cannot be given back.
         self.copied: npt.NDArray[np.int64] = _EMPTY
-        offset = footers.footer_offset(found.footer.nbytes)
-        self._base(found, offset)
+        self._base(found)
         if found.rows is None:
             self._file_by_file(found)
             return
         nbytes = found.footer.nbytes
-        layers = [each for each in found.extents(np.array([[0, nbytes]])) if each[0]]
-        lengths = np.concatenate([np.empty(0, np.int64), *(extents[:, 1] for _, extents in layers)])
+        layers = [each for each in found.pieces(np.array([[0, nbytes]])) if each[0]]
+        lengths = np.concatenate([np.empty(0, np.int64), *(pieces[:, 1] for _, pieces in layers)])
         # A run in the middle of another mapping makes two more. Half of what may be made is left to others.
         budget = _spare_mappings() // 4
         least = MAPPED_FROM * mmap.PAGESIZE
@@ -100,29 +102,30 @@ class _Layout:
             least = int(np.partition(lengths, -budget - 1)[-budget - 1]) + 1
         # Of the base too, where the system's pages are larger than a file's blocks.
         copied = [self.copied]
-        plans = _plan([extents for _, extents in layers], nbytes, offset, least)
+        plans = _plan([pieces for _, pieces in layers], nbytes, footers.footer_offset(nbytes), least)
         for (number, _), (whole, parts) in zip(layers, plans, strict=True):
-            path, digest = found.files[number]
+            path, digest, offset = found.files[number]
             if not self.memory.lay(path, bytes.fromhex(digest), offset, whole, parts):
                 raise ChainMovedError(path)
-            copied.append(parts)
+            copied.append(parts[:, :2])
         self.copied = np.concatenate(copied)
         self.copied = self.copied[np.argsort(self.copied[:, 0], kind="stable")]
 
-    def _base(self, found: Index, offset: int) -> None:
-        path, digest = found.files[0]
+    def _base(self, found: Index) -> None:
+        path, digest, offset = found.files[0]
         nbytes = found.footer.nbytes
-        ((whole, parts),) = _plan([np.array([[0, nbytes]])], nbytes, offset, 0)
+        ((whole, parts),) = _plan([np.array([[0, nbytes, 0]])], nbytes, offset, 0)
         if not self.memory.lay(path, bytes.fromhex(digest), offset, whole, parts):
             raise ChainMovedError(path)
-        self.copied = parts
+        self.copied = parts[:, :2]
 
     def _file_by_file(self, found: Index) -> None:
         """Copy each file over the one before it: for more runs than are kept in order."""
-        for path, digest in found.files[1:]:
+        for path, digest, offset in found.files[1:]:
             with Layer(path, digest) as layer:
-                for _, extents in layer.windows():
-                    read_extents(layer.descriptor, self.memory, extents, packed=False, name=path)
+                for pieces in layer.pieces():
+                    if not self.memory.lay(path, bytes.fromhex(digest), offset, _NO_PIECES, pieces):
+                        raise ChainMovedError(path)
         self.copied = np.array([[0, found.footer.nbytes]])
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.snapshot import _child
 from dirtylog.sinks.snapshot.footer import SnapshotError
+from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.snapshot.space import Region, Space
 from dirtylog.sources.memory.probe import mappings_of
 
@@ -50,17 +51,23 @@ def check_moment(moment: str, space: Space) -> None:
                 )
 
 
-def _pieces(space: Space, extents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Say where extents of the page space lie: address, offset, length. What lies between arrays is a hole."""
+def _pieces(space: Space, extents: npt.NDArray[np.int64], layout: Layout) -> npt.NDArray[np.int64]:
+    """Say where extents of the page space go: address, offset in the file, length. Between arrays a hole is left."""
     parts = [np.empty((0, 3), np.int64)]
     if len(extents):
-        for region, own, _, _ in space.parts(extents):
-            parts.append(np.stack([own[:, 0] + _address(region), own[:, 0] + region.start, own[:, 1]], axis=1))
+        for region, own, at, _ in space.parts(extents):
+            pieces = layout.pieces(at, own + np.array([region.start, 0]))
+            parts.append(np.column_stack([own[:, 0] + _address(region), pieces[:, 2], pieces[:, 1]]))
     return np.ascontiguousarray(np.concatenate(parts))
 
 
 def write_by_child(
-    space: Space, descriptor: int, extents: npt.NDArray[np.int64], path: str, taken: Callable[[], object]
+    space: Space,
+    descriptor: int,
+    extents: npt.NDArray[np.int64],
+    layout: Layout,
+    path: str,
+    taken: Callable[[], object],
 ) -> None:
     """Let a child write extents of the memory as it is now; `taken` is called as soon as writers may go on.
 
@@ -71,7 +78,7 @@ def write_by_child(
     OSError
         The child could not be made, or could not write.
     """
-    pieces = _pieces(space, extents)
+    pieces = _pieces(space, extents, layout)
     if not len(pieces):
         taken()
         return

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
-from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
-from dirtylog.sinks._bytes.pageio import read_extents, write_extents
+from dirtylog.sinks._bytes.extents import PackedExtents
+from dirtylog.sinks._bytes.pageio import write_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     ChainMovedError,
@@ -30,9 +30,10 @@ from dirtylog.sinks.snapshot.chain import (
     still_there,
 )
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError, hasher
+from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.snapshot.removal import PATIENCE, Removal, announced
 from dirtylog.sinks.snapshot.staged import Staged
-from dirtylog.sinks.snapshot.writer import seal
+from dirtylog.sinks.snapshot.writer import digests, seal
 
 __all__ = ["flatten", "join", "orphaned", "rebase", "siblings"]
 
@@ -87,20 +88,15 @@ def join(
     Takes the space of the result beside that of `links`, and memory for the result's page set and a window.
     """
     held, exact, state = _union(links, like)
-    staging = memoryview(bytearray(WINDOW))
-    with Staged(path, like.nbytes, sync=sync, replace=True, mode=None) as staged:
+    layout, packed = Layout.of(like.kind), PackedExtents(held, like.nbytes)
+    data = layout.data_bytes(like.nbytes, packed.total)
+    with Staged(path, data, sync=sync, replace=True, mode=None) as staged:
 
         def put(part: memoryview, extents: npt.NDArray[np.int64]) -> None:
-            write_extents(staged.descriptor, part, extents, packed=True, name=path)
+            write_extents(staged.descriptor, part, layout.within(packed, extents), packed=True, name=path)
 
         lay(links, put, progress)
-        chunks = []
-        digest = hasher(like.algorithm)
-        packed = PackedExtents(held, like.nbytes)
-        for begin, end, extents in packed.windows():
-            part = staging[: end - begin]
-            read_extents(staged.descriptor, part, extents, packed=True, name=path)
-            chunks.append(digest(part))
+        chunks = digests(staged.descriptor, packed, layout, path, hasher(like.algorithm))
         footer = replace(
             like,
             id=secrets.token_hex(16),
@@ -115,7 +111,7 @@ def join(
             raise SnapshotError(f"{under.path}: it is about to be removed or replaced; try again later")
         if not still_there([*ours, *([] if under is None else [under])]):
             raise ChainMovedError(path)
-        own, allocated = seal(staged, footer, held, chunks, state)
+        own, allocated = seal(staged, footer, held, layout, data, chunks, state)
         return describe(path, footer, own, allocated, footers.decode_state(state, path), durable=staged.durable)
 
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks._bytes.pageio import read_extents
-from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot._mapping import read_parts
 from dirtylog.sinks.snapshot.chain import ChainMovedError, Layer, StrPath, checked_path, directories_of, settled
 from dirtylog.sinks.snapshot.index import Index, index, overlap
@@ -68,29 +67,31 @@ def extents_of(pages: DirtyPages, nbytes: int, what: str) -> npt.NDArray[np.int6
     return pages.byte_runs(nbytes)
 
 
-def _each(found: Index, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[str, str, npt.NDArray[np.int64]]]:
-    """Go through the files that hold what is wanted, oldest first: path, digest, and extents to lay over the others."""
+def _each(found: Index, wanted: npt.NDArray[np.int64]) -> Iterator[tuple[str, str, int, npt.NDArray[np.int64]]]:
+    """Go through the files that hold what is wanted, oldest first: each as in :class:`Index`, and pieces of it.
+
+    Pieces are offset in the memory, length and offset in the file, and are laid over those of the files before.
+    """
     if found.rows is not None:
-        for number, extents in found.extents(wanted):
-            yield *found.files[number], extents
+        for number, pieces in found.pieces(wanted):
+            yield *found.files[number], pieces
         return
     # More runs than are kept in order: one file over the other.
-    for number, (path, digest) in enumerate(found.files):
+    for number, (path, digest, offset) in enumerate(found.files):
         with Layer(path, digest) as layer:
             # The base has all pages: those it does not hold are zero in it.
-            blocks = layer.blocks() if number else iter([np.array([[0, layer.footer.npages]])])
+            blocks = layer.pieces() if number else iter([np.array([[0, layer.footer.nbytes, 0]])])
             for block in blocks:
-                size = layer.footer.page_size
-                _, extents = overlap(block[:, 0] * size, block.sum(axis=1) * size, wanted)
+                at, extents = overlap(block[:, 0], block[:, 0] + block[:, 1], wanted)
                 if len(extents):
-                    yield path, digest, extents
+                    shifts = block[at, 2] - block[at, 0]
+                    yield path, digest, offset, np.column_stack([extents, extents[:, 0] + shifts])
 
 
 def _fill(found: Index, begin: int, out: memoryview) -> None:
     """Read bytes of the memory, from `begin` on, each from the newest file that holds it."""
-    offset = footers.footer_offset(found.footer.nbytes)
-    for path, digest, extents in _each(found, np.array([[begin, len(out)]])):
-        if not read_parts(path, bytes.fromhex(digest), offset, out, begin, extents):
+    for path, digest, offset, pieces in _each(found, np.array([[begin, len(out)]])):
+        if not read_parts(path, bytes.fromhex(digest), offset, out, begin, pieces):
             raise ChainMovedError(path)
 
 
@@ -103,13 +104,14 @@ def fetch(found: Index, wanted: npt.NDArray[np.int64], space: Space) -> None:
         A writer replaced a file meanwhile.
     """
     staging = memoryview(bytearray(WINDOW))
-    for path, digest, extents in _each(found, wanted):
+    for path, digest, _, pieces in _each(found, wanted):
         with Layer(path, digest) as layer:
-            packed = PackedExtents.of_extents(extents)
+            packed = PackedExtents.of_extents(pieces)
             for begin, end, window in packed.windows():
                 part = staging[: end - begin]
-                read_extents(layer.descriptor, part, window, packed=True, name=path)
-                space.scatter(part, window)
+                into, places = (np.ascontiguousarray(window[:, columns]) for columns in ([0, 1], [2, 1]))
+                read_extents(layer.descriptor, part, places, packed=True, name=path)
+                space.scatter(part, into)
 
 
 def _numbers(rows: Any, length: int) -> npt.NDArray[np.int64]:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks._bytes.pageio import data_extents, read_extents
-from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     ChainMovedError,
     Info,
@@ -29,6 +28,7 @@ from dirtylog.sinks.snapshot.chain import (
 )
 from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 from dirtylog.sinks.snapshot.index import Index, index
+from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.snapshot.parts import Written, extents_of, fetch, put_back
 from dirtylog.sinks.snapshot.space import Space, blank
 
@@ -239,6 +239,17 @@ def verify(path: StrPath, *, search: Sequence[StrPath] = (), progress: Progress 
 
 def _not_zero(layer: Layer, staging: memoryview) -> Iterator[str]:
     """Find data in pages that a file does not hold, and between its data and its footer."""
+    footer, place = layer.footer, layer.place
+    packed = place.layout is Layout.PACKED
+    if not packed:
+        yield from _not_holes(layer, staging)
+    behind = os.pread(layer.descriptor, place.offset - place.data, place.data)
+    if any(behind):
+        last = max(int(block[-1].sum()) for block in layer.blocks()) - 1 if packed else footer.npages - 1
+        yield f"{layer.path}: pages {last} to {last}: there is data behind the last page"
+
+
+def _not_holes(layer: Layer, staging: memoryview) -> Iterator[str]:
     footer = layer.footer
     size = footer.page_size
     data = data_extents(layer.descriptor, footer.nbytes, name=layer.path)
@@ -250,9 +261,6 @@ def _not_zero(layer: Layer, staging: memoryview) -> Iterator[str]:
             read_extents(layer.descriptor, part, extents, packed=True, name=layer.path)
             if np.frombuffer(part, np.uint8).any():
                 yield f"{layer.where(extents)}: there is data in a page that the snapshot does not hold"
-    behind = os.pread(layer.descriptor, footers.footer_offset(footer.nbytes) - footer.nbytes, footer.nbytes)
-    if any(behind):
-        yield f"{layer.path}: pages {footer.npages - 1} to {footer.npages - 1}: there is data behind the last page"
 
 
 def _without(found: npt.NDArray[np.int64], blocks: Iterator[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:

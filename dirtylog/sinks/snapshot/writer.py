@@ -33,6 +33,7 @@ from dirtylog.sinks.snapshot.chain import (
 )
 from dirtylog.sinks.snapshot.copying import copy
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError, hasher
+from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.snapshot.moment import check_moment, write_by_child
 from dirtylog.sinks.snapshot.removal import announced
 from dirtylog.sinks.snapshot.space import Space
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     from dirtylog._typing import Memory
 
-__all__ = ["How", "Parent", "Source", "check_target", "parent_link", "save", "save_diff", "seal", "write"]
+__all__ = ["How", "Parent", "Source", "check_target", "digests", "parent_link", "save", "save_diff", "seal", "write"]
 
 
 class Source(Protocol):
@@ -143,8 +144,10 @@ def check_target(path: str, how: How) -> None:
         raise ValueError(f"{path} is not a regular file; only a file can be replaced")
 
 
-def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes], state: bytes) -> tuple[str, int]:
-    """Write the footer and publish the file; return its digest and what it takes on disk.
+def seal(
+    staged: Staged, footer: Footer, pages: DirtyPages, layout: Layout, data: int, chunks: list[bytes], state: bytes
+) -> tuple[str, int]:
+    """Write the footer behind so many bytes of data and publish the file; return its digest and what it takes on disk.
 
     Raises
     ------
@@ -163,8 +166,8 @@ def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes],
         raise ValueError(
             f"the set of {footer.count} pages and its digests take {length} bytes; {footers.MAX_FOOTER_BYTES} are read"
         )
-    offset = footers.footer_offset(footer.nbytes)
-    trailer, digest = footers.trailer(offset, len(header), sections)
+    offset = footers.footer_offset(data)
+    trailer, digest = footers.trailer(offset, len(header), sections, layout)
     staged.write(b"".join([*sections, trailer]), offset)
     if footer.time > time.time_ns():
         # Where it cannot be, snapshots written by a clock that was put back are ordered by their names.
@@ -175,17 +178,22 @@ def seal(staged: Staged, footer: Footer, pages: DirtyPages, chunks: list[bytes],
     return digest, allocated
 
 
-def _digests(
-    descriptor: int, packed: PackedExtents, path: str, digest: Callable[[Buffer], bytes], how: How
+def digests(
+    descriptor: int,
+    packed: PackedExtents,
+    layout: Layout,
+    path: str,
+    digest: Callable[[Buffer], bytes],
+    told: Callable[[int], object] = lambda done: None,
 ) -> list[bytes]:
-    """Return the digests of what a child has written: the memory has gone on, so the file is the moment."""
+    """Return the digests of what was written to a file: what is there is what counts, not where it came from."""
     chunks = []
     staging = memoryview(bytearray(min(WINDOW, packed.total)))
     for begin, end, extents in packed.windows():
         part = staging[: end - begin]
-        read_extents(descriptor, part, extents, packed=True, name=path)
+        read_extents(descriptor, part, layout.window(begin, extents), packed=True, name=path)
         chunks.append(digest(part))
-        how.told(end, packed.total)
+        told(end)
     return chunks
 
 
@@ -201,24 +209,31 @@ def write(
     how = dataclasses.replace(how, replace=_interrupted(path) or how.replace)
     check_target(path, how)
     state = footers.encode_state(how.state)
-    packed = PackedExtents(pages, source.nbytes)
+    kind = "full" if parent is None else "diff"
+    layout, packed = Layout.of(kind), PackedExtents(pages, source.nbytes)
+    data = layout.data_bytes(source.nbytes, packed.total)
     digest = hasher(how.digest)
     identity = secrets.token_hex(16)
     directory = os.path.dirname(path)
+
+    def told(done: int) -> None:
+        how.told(done, packed.total)
+
     # Before the pages are copied: the memory of a moment that is no later than that.
     moment = _moment(directory, parent)
     with own_change(directory):
-        staged = Staged(path, source.nbytes, sync=how.sync, replace=how.replace, mode=how.mode)
+        staged = Staged(path, data, sync=how.sync, replace=how.replace, mode=how.mode)
     with staged:
         if how.moment == "fork":
             assert isinstance(source, Space)
-            write_by_child(source, staged.descriptor, packed.extents, path, lambda: how.told(0, packed.total))
-            chunks = _digests(staged.descriptor, packed, path, digest, how)
+            write_by_child(source, staged.descriptor, packed.extents, layout, path, lambda: told(0))
+            # The memory has gone on, so the file is the moment.
+            chunks = digests(staged.descriptor, packed, layout, path, digest, told)
         else:
-            chunks = copy(source, packed, staged.descriptor, path, digest, lambda done: how.told(done, packed.total))
+            chunks = copy(source, packed, layout, staged.descriptor, path, digest, told)
         footer = Footer(
             id=identity,
-            kind="full" if parent is None else "diff",
+            kind=kind,
             page_size=pages.page_size,
             nbytes=source.nbytes,
             count=pages.count,
@@ -239,7 +254,7 @@ def write(
             raise SnapshotError(f"{path}: it is about to be removed or replaced; try again later")
         _unfinished[path] = identity
         with own_change(directory):
-            own, allocated = seal(staged, footer, pages, chunks, state)
+            own, allocated = seal(staged, footer, pages, layout, data, chunks, state)
         info = describe(path, footer, own, allocated, how.state, durable=staged.durable)
     _unfinished.pop(path, None)
     return info
@@ -419,7 +434,7 @@ def save_diff(
     search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
-    """Write the pages that changed since `parent`; the others become holes.
+    """Write the pages that changed since `parent`, one after the other.
 
     Parameters
     ----------

@@ -86,8 +86,8 @@ def test_a_file_size_limit_leaves_the_chain_and_rolls_the_epoch_back(tmp_path):
     memory = np.zeros(1 << 21, np.uint8)
     save(tmp_path / "base", memory)
     bitmap, observer = logged(memory)
-    memory[(1 << 21) - 1] = 2
-    bitmap.mark(511)
+    memory[::4096] = 2
+    bitmap.mark_range(0, 512)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))

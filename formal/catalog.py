@@ -206,4 +206,15 @@ CHECKS: tuple[Check, ...] = (
     ),
     *_refuted("commit", KEPT, "RUN_BEFORE_HAVE", "HAVE_BEFORE_DURABLE", "DROPPED_WHEN_BROKEN"),
     *_refuted("commit", NEITHER, "REFUSAL_UNRECORDED"),
+    # Several channels are one line.
+    *_holds("channels", KEPT),
+    *_refuted(
+        "channels",
+        KEPT,
+        "HAVE_AFTER_ONE_END",
+        "ROUND_ENDS_WITH_ONE",
+        "PAGES_CHANGE_CHANNELS",
+        "OLD_CHANNEL_IS_READ_ON",
+        "APPLIED_OF_ONE_FOR_ALL",
+    ),
 )

@@ -122,33 +122,46 @@ def clear_dirty_log(
     clear each word's reported bits and write-protect their pages; then flush if
     anything was cleared. `keep_owed`: the caller has not handed the pages out.
     """
-    with vm.slots_lock:
-        npages = vm.check_log(slot)
-        refuse_rings(vm)
-        if not vm.manual_protect:
-            raise OSError(
-                errno.EINVAL, "get_dirty_log() has cleared the log already; create the VM with manual_protect=True"
-            )
-        check_dirty(slot, dirty, npages, vm.page_size)
-        end = first_page + num_pages
-        if first_page % 64 or first_page < 0 or num_pages < 0 or end > npages or (end < npages and num_pages % 64):
-            raise OSError(
-                errno.EINVAL,
-                f"pages {first_page} to {end - 1} of {npages}: the range must begin at a multiple of 64"
-                " and be a multiple of 64 long or end with the slot",
-            )
-        first_word, end_word = first_page // 64, (end + 63) // 64
-        words = dirty.words[first_word:end_word]
-        # Not all that the caller names was dirty: only what was cleared comes back (I5).
-        cleared = np.zeros(words.size, np.uint64)
-        # What the hardware has noted and the log has not was written before the copy that follows.
-        vm.arch.sync_dirty_log(vm, slot)
-        try:
-            if vm.mmu.clear(slot, first_word, words, cleared, python_hook(vm, slot)):
-                vm.arch.flush_tlbs(vm, slot)
-        except BaseException:
-            vm.mmu.unclear(slot, first_word, cleared)
-            raise
-        owed = vm.owed_by(slot, npages)
-        if owed and num_pages and not keep_owed:
-            owed.forget_pages(dirty & DirtyPages.from_runs([(first_page, num_pages)], npages, vm.page_size))
+    cleared_by_now = False
+    try:
+        with vm.slots_lock:
+            npages = vm.check_log(slot)
+            refuse_rings(vm)
+            if not vm.manual_protect:
+                raise OSError(
+                    errno.EINVAL, "get_dirty_log() has cleared the log already; create the VM with manual_protect=True"
+                )
+            check_dirty(slot, dirty, npages, vm.page_size)
+            end = first_page + num_pages
+            if first_page % 64 or first_page < 0 or num_pages < 0 or end > npages or (end < npages and num_pages % 64):
+                raise OSError(
+                    errno.EINVAL,
+                    f"pages {first_page} to {end - 1} of {npages}: the range must begin at a multiple of 64"
+                    " and be a multiple of 64 long or end with the slot",
+                )
+            owed = vm.owed_by(slot, npages)
+            first_word, end_word = first_page // 64, (end + 63) // 64
+            words = dirty.words[first_word:end_word]
+            # Not all that the caller names was dirty: only what was cleared comes back (I5).
+            cleared = np.zeros(words.size, np.uint64)
+            known: DirtyPages | None = None
+            # What the hardware has noted and the log has not was written before the copy that follows.
+            vm.arch.sync_dirty_log(vm, slot)
+            try:
+                if vm.mmu.clear(slot, first_word, words, cleared, python_hook(vm, slot)):
+                    vm.arch.flush_tlbs(vm, slot)
+                if owed and num_pages and not keep_owed:
+                    named = dirty & DirtyPages.from_runs([(first_page, num_pages)], npages, vm.page_size)
+                    known = named & owed.peek(DirtyPages._empty(npages, vm.page_size))
+                    owed.forget_pages(known)
+                cleared_by_now = True
+            except BaseException:
+                vm.mmu.unclear(slot, first_word, cleared)
+                if known is not None:
+                    owed.owe(known)
+                raise
+    except BaseException:
+        # Between the lock's release and the end: the slot may be another one by now, what it owes is its own (I5).
+        if cleared_by_now:
+            owed.owe(dirty)
+        raise

@@ -28,13 +28,14 @@ class Fraying(socket.socket):
     budget = None
     carried = 0
 
-    def sendall(self, data):
+    def send(self, data):
         part = data if self.budget is None else data[: self.budget - self.carried]
         super().sendall(part)
         self.carried += len(part)
         if len(part) < len(data):
             self.shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError(104, "cut")
+        return len(data)
 
 
 class Lines:

@@ -239,13 +239,13 @@ class Ends:
         self.packer.begin(where, 0)
         self.taker.left = self.nbytes
         why, nbytes, zeros, deltas = self.packer.send(here.fileno(), self.sequence, 1 << 30, 5, 0)
-        frames, size, headers = self.packer.gone
+        frames, size, headers, _ = self.packer.gone
         assert (why, nbytes) == (PAUSE, where[:, 1].sum())
         kept = b""
         got, read, seen = 0, 0, b""
         while got < frames:
             due = self.sequence + got
-            why, kept, more, taken, part = self.taker.receive(there.fileno(), kept, due, enough, 0.01, 0)
+            why, kept, more, taken, part = self.taker.receive(there.fileno(), kept, due, enough, 0.01, 0.01, 0)
             # With nothing more to come it waits for that in vain.
             assert why in (PAUSE, LATE)
             assert more > 0
@@ -297,7 +297,7 @@ def test_what_is_not_of_pages_or_not_right_is_left_to_others_byte_for_byte(line)
         bad = bytearray(good[: 24 + 8 + 16 + 4 * PAGE + 30])
         bad[at] ^= 0x40
         here.sendall(bad)
-        why, kept, frames, _, _ = ends.taker.receive(there.fileno(), b"", 0, 1 << 30, 0.01, 0)
+        why, kept, frames, _, _ = ends.taker.receive(there.fileno(), b"", 0, 1 << 30, 0.01, 0.01, 0)
         assert why in (FOREIGN, ODD) or at == 12
         assert frames == 0
         assert bad.startswith(kept)
@@ -311,17 +311,17 @@ def test_what_is_not_of_pages_or_not_right_is_left_to_others_byte_for_byte(line)
 def test_a_line_that_ends_or_rests_says_so(line):
     here, there = line
     ends = Ends(np.random.default_rng(2))
-    assert ends.taker.receive(there.fileno(), b"", 0, 1, 0.01, 0)[0] == LATE
-    assert ends.taker.receive(there.fileno(), b"", 0, 1, 5, 0.01)[0] == OVER
+    assert ends.taker.receive(there.fileno(), b"", 0, 1, 0.01, 0.01, 0)[0] == LATE
+    assert ends.taker.receive(there.fileno(), b"", 0, 1, 5, 5, 0.01)[0] == OVER
     here.sendall(b"dlog\x03")
-    why, kept, *_ = ends.taker.receive(there.fileno(), b"", 0, 1, 0.01, 0)
+    why, kept, *_ = ends.taker.receive(there.fileno(), b"", 0, 1, 0.01, 0.01, 0)
     assert (why, kept) == (LATE, b"dlog\x03")
     here.close()
-    assert ends.taker.receive(there.fileno(), b"", 0, 1, 5, 0)[0] == ENDED
+    assert ends.taker.receive(there.fileno(), b"", 0, 1, 5, 5, 0)[0] == ENDED
     there.close()
     ends.packer.begin(ends.whole(), -1)
     assert ends.packer.send(0x7FFFFFFF, 0, 1, 5, 0)[0] == -errno.EBADF
-    assert ends.packer.gone == (0, 0, b"")
+    assert ends.packer.gone == (0, 0, b"", False)
 
 
 def test_a_signal_is_heard_while_a_line_rests(line):
@@ -337,7 +337,7 @@ def test_a_signal_is_heard_while_a_line_rests(line):
     with signalled(interrupt, every=0.01):
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             due.append(None)
-            ends.taker.receive(line[1].fileno(), b"", 0, 1, 0, 0)
+            ends.taker.receive(line[1].fileno(), b"", 0, 1, 0, 0, 0)
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012
             due.append(None)
             while True:
@@ -357,3 +357,33 @@ def test_zeros_of_memory_that_is_new_are_neither_read_nor_written():
     taker.apply(ZERO, np.array([[0, 64 * PAGE]]))
     assert taker.cleared == 1
     assert not memory.any()
+
+
+def megabytes(nbytes):
+    """Return a packer that has begun with so many bytes, in frames of 256 KiB."""
+    memory = np.random.default_rng(4).integers(0, 256, nbytes, np.uint8)
+    nothing = np.zeros(0, np.int64)
+    packer = Packer([(0, memory)], nbytes, PAGE, np.zeros(0, np.uint8), nothing, nothing, 64 * PAGE)
+    packer.begin(np.array([[0, nbytes]]), -1)
+    return packer
+
+
+def test_a_call_ends_soon_however_slowly_the_line_takes_it(line):
+    here, there = line
+    packer, read = megabytes(4 << 20), []
+    # Each look comes after a tenth of a second in which nothing went: then the call ends with the frames under way.
+    why, nbytes, *_ = packer.send(here.fileno(), 0, 1 << 30, 5, 0, lambda: read.append(there.recv(1 << 20)))
+    assert why == PAUSE
+    assert read
+    assert 0 < nbytes < 4 << 20
+    assert packer.gone[3] is False
+
+
+def test_it_says_whether_a_part_of_a_frame_has_gone(line):
+    here, _ = line
+    # Less than a frame.
+    here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 13)
+    packer = megabytes(1 << 20)
+    with pytest.raises(ZeroDivisionError):
+        packer.send(here.fileno(), 0, 1 << 30, 5, 0, lambda: 1 / 0)
+    assert packer.gone[3] is True

@@ -1,5 +1,6 @@
 """A migration over several channels: a page over the same one each time, and nothing is done before all of them are."""
 
+import contextlib
 import queue
 import random
 import re
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from dirtylog import DirtyBitmap, DirtyLog
 from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, receiver, send
+from dirtylog.sinks.migrate._frames import Taker
 from dirtylog.sinks.migrate.lane import Lane
 from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PAGES, READY, ROUND
 from dirtylog.sinks.migrate.share import Share
@@ -240,11 +242,15 @@ def test_numbers_of_channels_that_cannot_be_are_refused():
 class Liar:
     """A sender of two channels that says what it is told to."""
 
-    def __init__(self):
+    def __init__(self, reconnect=False):
         self.hub, self.nbytes = Hub(), 4 << 20
-        self.here = self.hub.connect()
-        self.destination = Destination(self.hub.accept(), another=self.hub.accept)
-        self.first = Channel(self.here)
+        here = self.hub.connect()
+        options = {"reconnect": self.hub.accept} if reconnect else {}
+        self.destination = Destination(self.hub.accept(), another=self.hub.accept, **options)
+        self.hello(here)
+
+    def hello(self, sock=None):
+        self.first = Channel(sock or self.hub.connect())
         self.first.send(Kind.HELLO, HELLO.pack(bytes(16), self.nbytes, PAGE, 0, 2, 0))
         _, answer = self.first.receive(Kind.READY, counted=False)
         self.nonce = READY.unpack(answer)[3]
@@ -260,6 +266,14 @@ class Liar:
         for stripe in stripes:
             channel.send(Kind.ZEROS, struct.pack("<2q", stripe << 20, 1 << 20))
 
+    def whole(self, second):
+        self.zeros(self.first, 0, 2)
+        self.zeros(second, 1, 3)
+        for channel in (self.first, second):
+            channel.send(Kind.END, channel.digest())
+        self.first.receive(Kind.HAVE, counted=False)
+        self.first.send(Kind.RUN, bytes(16))
+
     def end(self):
         self.destination.join()
         for sock in self.hub.made:
@@ -269,13 +283,7 @@ class Liar:
 
 def test_the_liar_can_tell_the_truth():
     liar = Liar()
-    second = liar.join()
-    liar.zeros(liar.first, 0, 2)
-    liar.zeros(second, 1, 3)
-    for channel in (liar.first, second):
-        channel.send(Kind.END, channel.digest())
-    liar.first.receive(Kind.HAVE, counted=False)
-    liar.first.send(Kind.RUN, bytes(16))
+    liar.whole(liar.join())
     assert not liar.end().any()
 
 
@@ -325,6 +333,117 @@ def test_a_second_channel_that_lies_ends_all_of_it_with_its_reason(frame, messag
     answer = liar.end()
     assert isinstance(answer, MigrationError)
     assert re.search(message, str(answer))
+
+
+# ---- lines that are replaced while they are made ---------------------------------------------------------------------
+
+
+def test_a_line_that_breaks_while_its_channels_join_is_replaced():
+    source, hub, failures = Source(7, npages=NPAGES), Hub(), [1, 0]
+
+    def another():
+        if failures and failures.pop():
+            raise ConnectionResetError(104, "the network was down")
+        return hub.connect()
+
+    with hub.connect() as here:
+        destination = Destination(hub.accept(), another=hub.accept, reconnect=hub.accept)
+        options = {"pause": source.pause, "channels": 3, "another": another, "reconnect": hub.connect}
+        result = send(here, source.memory, source.observer, **options)
+        destination.join()
+    assert result.breaks == 1
+    assert (destination.answer == source.memory).all()
+    assert all(sock.fileno() < 0 for sock in hub.made)
+
+
+def test_a_sender_that_comes_again_is_no_channel_where_no_line_can_be_replaced():
+    liar = Liar()
+    again = Channel(liar.hub.connect())
+    again.send(Kind.HELLO, HELLO.pack(bytes(16), liar.nbytes, PAGE, 0, 2, 0))
+    with pytest.raises(WireError, match="not a channel of this line"):
+        again.receive(Kind.READY, counted=False)
+    second = liar.join()
+    for channel in (liar.first, second):
+        channel.cut()
+    assert isinstance(liar.end(), MigrationError)
+
+
+def test_a_sender_of_another_session_is_hung_up_on_while_channels_join():
+    liar = Liar(reconnect=True)
+    stranger = Channel(liar.hub.connect())
+    stranger.send(Kind.HELLO, HELLO.pack(b"x" * 16, liar.nbytes, PAGE, 0, 2, 0))
+    with pytest.raises(WireError, match="not a channel of this line"):
+        stranger.receive(Kind.READY, counted=False)
+    liar.whole(liar.join())
+    assert not liar.end().any()
+
+
+def test_a_channel_of_an_older_line_that_comes_late_does_not_end_the_migration():
+    liar = Liar(reconnect=True)
+    second = liar.join()
+    late = Channel(liar.hub.connect())
+    late.send(Kind.JOIN, JOIN.pack(bytes(16), liar.nonce, 1))
+    for channel in (liar.first, second):
+        channel.cut()
+    with pytest.raises(WireError, match="it is a channel of a line that broke"):
+        late.receive(Kind.READY, counted=False)
+    liar.hello()
+    liar.whole(liar.join())
+    assert not liar.end().any()
+
+
+# ---- channels that rest while others are busy ------------------------------------------------------------------------
+
+
+def two_channels(patience):
+    """Return two channels that are one line, and for each the channel at the other end."""
+    ends, others = zip(*(map(Channel, socket.socketpair()) for _ in range(2)), strict=True)
+    for channel in (*ends, *others):
+        channel.sock.settimeout(patience)
+    busy = ends[0]
+    return busy, busy.beside(ends[1].sock), others
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("in_c", [False, True])
+def test_a_channel_that_rests_is_given_up_when_all_of_its_line_do(in_c, alone):
+    busy, idle, (to_busy, to_idle) = two_channels(0.02)
+    waits = []
+
+    def look():
+        # Its time is over. Of the other one a frame has come meanwhile, three times.
+        waits.append(None)
+        if alone:
+            return
+        to_busy.send(Kind.ROUND, ROUND.pack(1))
+        busy.receive(Kind.ROUND)
+        if len(waits) == 3:
+            to_idle.send(Kind.ROUND, ROUND.pack(7))
+
+    idle.look = look
+    taker = Taker([(0, bytearray(PAGE))], PAGE, PAGE, np.zeros(1, np.uint64))
+    with contextlib.ExitStack() as stack:
+        for channel in (busy, idle, to_busy, to_idle):
+            stack.enter_context(channel.sock)
+        if alone:
+            stack.enter_context(pytest.raises(TimeoutError, match="timed out waiting for a frame"))
+        while in_c and idle.take_pages(taker, 1 << 20):
+            pass
+        assert idle.receive(Kind.ROUND)[1] == ROUND.pack(7)
+    assert len(waits) >= (1 if alone else 3)
+
+
+def test_a_frame_that_has_begun_is_not_waited_for_because_others_are_busy():
+    busy, idle, (to_busy, to_idle) = two_channels(0.02)
+    to_idle.sock.sendall(b"dlog")
+
+    def look():
+        to_busy.send(Kind.ROUND, ROUND.pack(1))
+        busy.receive(Kind.ROUND)
+
+    idle.look = look
+    with busy.sock, idle.sock, to_busy.sock, to_idle.sock, pytest.raises(TimeoutError, match="timed out waiting"):
+        idle.receive(Kind.ROUND)
 
 
 # ---- whose page is whose ---------------------------------------------------------------------------------------------

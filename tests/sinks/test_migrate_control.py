@@ -1,5 +1,6 @@
 """A migration that is slowed down, looked at and cancelled from outside."""
 
+import contextlib
 import socket
 import threading
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import Control, MigrationError, Policy, receive, send, status
+from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, send, status
+from dirtylog.sinks.migrate.payloads import HELLO, PART, READY
+from dirtylog.sinks.migrate.wire import Channel, Kind
 
 NPAGES = 1024
 
@@ -173,3 +176,109 @@ def test_a_control_is_for_one_migration():
     assert isinstance(answer, MigrationError)
     assert dirty == 0
     assert control.cancel() is False
+
+
+# ---- cancelled in a wait ---------------------------------------------------------------------------------------------
+
+
+class Impatient(Control):
+    """Is cancelled when it has been looked at so many times."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self.left = looks
+
+    def _check(self):
+        self.left -= 1
+        if self.left == 0:
+            assert self.cancel()
+        super()._check()
+
+
+def silent():
+    """Return a socket, and another at which a copy is ready and reads nothing; nothing ends a wait but a cancel."""
+    here, there = socket.socketpair()
+    Channel(there).send(Kind.READY, READY.pack(PART, 0, 0, bytes(16)), counted=False)
+    return here, there
+
+
+@pytest.mark.parametrize("bandwidth", [None, 1e12])
+def test_it_is_cancelled_while_the_line_has_no_room(bandwidth):
+    here, there = silent()
+    memory = np.random.default_rng(0).integers(1, 256, NPAGES * 4096, np.uint8)
+    log = DirtyLog()
+    log.attach(DirtyBitmap(NPAGES))
+    control = Impatient(9)
+    control.bandwidth = bandwidth
+    with here, there:
+        with pytest.raises(MigrationError, match="was cancelled in round 1"):
+            send(here, memory, log.observer("migration"), control=control)
+        # Within a frame no word of it could be heard: the line has ended.
+        there.settimeout(30)
+        while there.recv(1 << 20):
+            pass
+
+
+def test_it_is_cancelled_while_it_waits_for_a_receiver():
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(MigrationError, match="was cancelled"):
+        connect(server.getsockname(), control=Impatient(2))
+
+
+def test_it_is_cancelled_while_it_waits_for_a_sender():
+    with Listener(("127.0.0.1", 0)) as listener, pytest.raises(MigrationError, match="was cancelled"):
+        listener.accept(control=Impatient(2))
+
+
+@pytest.mark.parametrize("where", ["joins", "another", "reconnect", "idle"])
+def test_a_receiver_is_cancelled_while_it_waits(where):
+    here, there = socket.socketpair()
+    channel = Channel(here)
+    channel.send(Kind.HELLO, HELLO.pack(bytes(16), 1 << 20, 4096, 0, 0 if where in ("idle", "reconnect") else 2, 0))
+    control = Impatient(5)
+    pair = socket.socketpair()
+    with here, there, pair[0], pair[1], Listener(("127.0.0.1", 0)) as listener:
+        options = {"reconnect": lambda breaks: listener.accept(control=control)}
+        options["another"] = lambda: pair[0] if where == "joins" else listener.accept(control=control)
+        if where == "reconnect":
+            here.shutdown(socket.SHUT_WR)
+        with pytest.raises(MigrationError, match="was cancelled in round 0"):
+            receive(there, control=control, **options)
+
+
+def test_it_is_cancelled_and_does_not_fail_to_converge_when_it_is_throttled():
+    control = Control()
+    bitmap = DirtyBitmap(NPAGES)
+    log = DirtyLog()
+    log.attach(bitmap)
+    throttled = []
+
+    def throttle(level):
+        throttled.append(level)
+        if level:
+            control.cancel()
+
+    here, there = socket.socketpair()
+
+    def run():
+        with there, contextlib.suppress(MigrationError):
+            receive(there)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    options = {"throttle": throttle, "policy": Policy(downtime=0, max_rounds=2, throttle_after=1)}
+    with here, pytest.raises(MigrationError, match="was cancelled in round 2"):
+        send(here, np.ones(NPAGES * 4096, np.uint8), Redirtying(log.observer("m"), bitmap), control=control, **options)
+    thread.join()
+    assert throttled == [0.2, 0.0]
+
+
+class Redirtying:
+    """An observer of memory that is written in each round."""
+
+    def __init__(self, observer, bitmap):
+        self.observer, self.bitmap = observer, bitmap
+        self.npages, self.page_size, self.put_back = observer.npages, observer.page_size, observer.put_back
+
+    def collect(self):
+        self.bitmap.fill()
+        return self.observer.collect()

@@ -259,12 +259,12 @@ class Once(socket.socket):
         self.settimeout(timeout)
         self.left = 1 << 21
 
-    def sendall(self, data):
+    def send(self, data):
         self.left -= len(data)
         if self.left < 0:
             self.shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError(104, "cut")
-        super().sendall(data)
+        return super().send(data)
 
 
 class Clock:

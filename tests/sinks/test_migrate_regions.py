@@ -295,9 +295,11 @@ class Cut(socket.socket):
 
     budget = 0
 
-    def sendall(self, data):
-        part, self.budget = data[: self.budget], self.budget - len(data)
+    def send(self, data):
+        part = data[: self.budget]
         super().sendall(part)
+        self.budget -= len(data)
         if len(part) < len(data):
             self.shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError(104, "cut")
+        return len(data)

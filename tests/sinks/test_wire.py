@@ -100,6 +100,37 @@ def test_a_peer_that_does_not_read_is_not_waited_for_and_the_timeout_stays_the_c
     Channel(here).refuse("no")
 
 
+class Dripping(socket.socket):
+    """A socket that takes a byte at a time, each after a second of its clock."""
+
+    def __init__(self, sock):
+        super().__init__(fileno=sock.detach())
+        self.settimeout(30)
+        self.now = 0
+
+    def send(self, data):
+        self.now += 1
+        return super().send(data[:1])
+
+    def sendall(self, data):
+        # As an SSLSocket does: each write has the whole timeout.
+        for at in range(len(data)):
+            self.send(data[at:])
+
+
+def test_a_frame_of_which_a_byte_goes_now_and_then_is_bounded_as_a_whole():
+    here, there = socket.socketpair()
+    with there, Dripping(here) as sock:
+        channel = Channel(sock, clock=lambda: sock.now)
+        with pytest.raises(TimeoutError, match="timed out sending a frame: 30 s is over"):
+            channel.send(Kind.PAGES, bytes(100))
+        assert sock.now == 30
+        # Nothing that follows a part of a frame could be understood.
+        channel.refuse("the source gave up")
+        assert len(there.recv(100)) == 30
+        assert there.recv(100) == b""
+
+
 # ---- what is in the frames ------------------------------------------------------------------------------------------
 
 

@@ -294,7 +294,7 @@ static inline size_t dl_make_frames(struct dl_packing *p, struct dl_sending *s, 
 /* What a wait ends with, beside errno's. */
 #define DL_LINE_LATE (-100001)   /* this frame took too long */
 #define DL_LINE_OVER (-100002)   /* all of it did */
-#define DL_LINE_SIGNAL (-100003) /* look whether it raises, and go on */
+#define DL_LINE_SIGNAL (-100003) /* look whether anything raises, and go on */
 #define DL_LINE_ENDED (-100004)
 
 #ifndef MSG_NOSIGNAL
@@ -318,11 +318,14 @@ static inline void dl_patience_begin(struct dl_patience *patience, double now)
     patience->late = patience->each > 0 ? now + patience->each : 0;
 }
 
+/* Seconds after which a wait is looked at: it may not be wanted any more. */
+#define DL_LINE_LOOK 0.1
+
 /* Wait until the line may be ready, 0, or why not. */
 static inline int dl_line_wait(int fd, short events, const struct dl_patience *patience)
 {
     struct pollfd one = {.fd = fd, .events = events};
-    double end = patience->late, left = -1;
+    double end = patience->late, left = DL_LINE_LOOK;
     if (patience->over > 0 && (!(end > 0) || patience->over < end))
         end = patience->over;
     if (end > 0) {
@@ -330,7 +333,9 @@ static inline int dl_line_wait(int fd, short events, const struct dl_patience *p
         if (left <= 0)
             return end == patience->over ? DL_LINE_OVER : DL_LINE_LATE;
     }
-    int found = poll(&one, 1, end > 0 ? (left > 3600 ? 3600000 : (int)(left * 1000) + 1) : -1);
+    int found = poll(&one, 1, left > DL_LINE_LOOK ? (int)(DL_LINE_LOOK * 1000) : (int)(left * 1000) + 1);
+    if (found == 0)
+        return DL_LINE_SIGNAL;
     return found < 0 ? (errno == EINTR ? DL_LINE_SIGNAL : -errno) : 0;
 }
 

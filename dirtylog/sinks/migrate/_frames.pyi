@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
@@ -34,9 +34,17 @@ class Packer(Memory):
     def remember(self, frames: npt.NDArray[np.uint64]) -> None: ...
     def begin(self, extents: npt.NDArray[np.int64], older: int, packed: _Memory | None = None) -> None: ...
     def pack(self) -> tuple[int, tuple[int, int], list[tuple[int, int, bytes, memoryview]]] | None: ...
-    def send(self, fd: int, sequence: int, enough: int, patience: float, left: float) -> tuple[int, int, int, int]: ...
+    def send(
+        self,
+        fd: int,
+        sequence: int,
+        enough: int,
+        patience: float,
+        left: float,
+        look: Callable[[], object] | None = None,
+    ) -> tuple[int, int, int, int]: ...
     @property
-    def gone(self) -> tuple[int, int, bytes]: ...
+    def gone(self) -> tuple[int, int, bytes, bool]: ...
 
 @final
 class Taker(Memory):
@@ -59,5 +67,13 @@ class Taker(Memory):
     def cleared(self) -> int: ...
     def apply(self, kind: int, table: _Memory, data: _Memory = b"") -> None: ...
     def receive(
-        self, fd: int, before: bytes, sequence: int, enough: int, patience: float, left: float
+        self,
+        fd: int,
+        before: bytes,
+        sequence: int,
+        enough: int,
+        first: float,
+        patience: float,
+        left: float,
+        look: Callable[[], object] | None = None,
     ) -> tuple[int, bytes, int, int, bytes]: ...

@@ -39,6 +39,7 @@ cdef extern from "sinks/migrate/_frames.h" nogil:
     int DL_READ_PAUSE
     int DL_READ_FOREIGN
     int DL_READ_ODD
+    double DL_READ_LONGEST
     int DL_WRONG_TABLE
     int DL_WRONG_PLACE
     int DL_WRONG_ORDER
@@ -270,6 +271,8 @@ cdef class Packer(Memory):
     cdef const int64_t[:, ::1] extents
     cdef size_t frames_gone
     cdef uint64_t bytes_gone
+    cdef size_t to_go
+    cdef size_t left_over
 
     def __init__(self, regions, int64_t nbytes, int64_t granule, data, int64_t[::1] pages, int64_t[::1] frames,
                  Py_ssize_t room, tuple share=(0, 1, 64)):
@@ -403,7 +406,7 @@ cdef class Packer(Memory):
             frames.append((DL_FRAME_PAGES, p.whole.count, self.table(&p.whole), memoryview(data)))
         return p.nbytes, (p.zeros.granules, p.deltas.granules), frames
 
-    def send(self, int fd, uint64_t sequence, Py_ssize_t enough, double patience, double left):
+    def send(self, int fd, uint64_t sequence, Py_ssize_t enough, double patience, double left, look=None):
         """Pack and send windows over a plain socket.
 
         Parameters
@@ -416,18 +419,21 @@ cdef class Packer(Memory):
             Bytes of pages after which to return.
         patience, left : float
             Seconds for a frame, and for everything; 0: no limit.
+        look : callable, optional
+            Called ten times per second while the line has no room; raises what ends it.
 
         Returns
         -------
         why : int
-            `PAUSE`: `enough`, or no more. `LATE`, `OVER`, or an errno, negative: the line is of no use any more.
+            `PAUSE`: `enough`, no more, or a tenth of a second is over. `LATE`, `OVER`, or an errno, negative: the line
+            is of no use any more.
         nbytes, zeros, deltas : int
             Bytes of the pages that went; granules that were zero; granules of which only what changed went.
 
         Raises
         ------
         BaseException
-            What a signal handler raises.
+            What a signal handler or `look` raises.
 
         Notes
         -----
@@ -441,33 +447,40 @@ cdef class Packer(Memory):
         cdef size_t taken
         cdef size_t total = 0
         cdef int why = 0
+        cdef double now = dl_line_clock()
+        cdef double began = now
         s.frames, s.nbytes, s.sequence = 0, 0, sequence
         patient.each, patient.late = patience, 0
-        patient.over = dl_line_clock() + left if left > 0 else 0
-        self.frames_gone, self.bytes_gone = 0, 0
+        patient.over = now + left if left > 0 else 0
+        self.frames_gone, self.bytes_gone, self.to_go, self.left_over = 0, 0, 0, 0
         with nogil:
-            while total < <size_t>enough:
+            while total < <size_t>enough and now - began <= DL_READ_LONGEST:
                 taken = dl_make_frames(p, s, &zeros, &deltas)
                 if not taken:
                     break
-                dl_patience_begin(&patient, dl_line_clock())
+                self.to_go = s.parts[0].iov_len + s.parts[1].iov_len
+                dl_patience_begin(&patient, now)
                 while True:
                     why = dl_line_move(fd, s.parts, 2, 1, &patient)
+                    self.left_over = s.parts[0].iov_len + s.parts[1].iov_len
                     if why != DL_LINE_SIGNAL:
                         break
                     with gil:
                         PyErr_CheckSignals()
+                        if look is not None:
+                            look()
                 if why:
                     break
                 total += taken
                 self.frames_gone, self.bytes_gone = s.frames, s.nbytes
+                now = dl_line_clock()
         return why, total, zeros, deltas
 
     @property
     def gone(self):
-        """Frames that the last call of `send` has sent, their bytes, and their headers."""
+        """Frames that the last call of `send` has sent, their bytes, their headers, and whether a part of more went."""
         headers = (<char *>self.sending.headers)[:DL_FRAME_HEADER * self.frames_gone]
-        return self.frames_gone, self.bytes_gone, headers
+        return self.frames_gone, self.bytes_gone, headers, 0 < self.left_over < self.to_go
 
 
 @cython.final
@@ -583,7 +596,8 @@ cdef class Taker(Memory):
             raise ValueError(WRONG[wrong].format(nbytes=t.space.nbytes, granule=t.granule, window=DL_FRAME_WINDOW,
                                                  given=read.raw.len, size=t.size, round=self.round))
 
-    def receive(self, int fd, bytes before, uint64_t sequence, int64_t enough, double patience, double left):
+    def receive(self, int fd, bytes before, uint64_t sequence, int64_t enough, double first, double patience,
+                double left, look=None):
         """Receive frames over a plain socket and apply them, up to one that is not of pages, or not right.
 
         Parameters
@@ -596,8 +610,10 @@ cdef class Taker(Memory):
             Number of the next frame.
         enough : int
             Bytes of pages after which to return.
-        patience, left : float
-            Seconds for a frame, and for everything; 0: no limit.
+        first, patience, left : float
+            Seconds for the first frame, for each other one, and for everything; 0: no limit.
+        look : callable, optional
+            Called ten times per second while nothing comes; raises what ends it.
 
         Returns
         -------
@@ -628,9 +644,10 @@ cdef class Taker(Memory):
         r.most = FRAMES_AT_ONCE
         r.sequence = sequence
         r.began = dl_line_clock()
-        patient.each = patience
+        patient.each = first
         patient.over = r.began + left if left > 0 else 0
         dl_patience_begin(&patient, r.began)
+        patient.each = patience
         with nogil:
             while True:
                 why = dl_read_frames(fd, &r, t, enough, &patient)
@@ -638,6 +655,8 @@ cdef class Taker(Memory):
                     break
                 with gil:
                     PyErr_CheckSignals()
+                    if look is not None:
+                        look()
         kept = (<char *>r.head)[:r.have]
         if why == DL_READ_ODD:
             kept += (<char *>r.payload)[:r.length] + (<char *>r.next)[:r.after]

@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 
+from dirtylog.sinks.migrate.policy import MigrationError
+
 __all__ = ["Cancelled", "Control"]
 
 # A pause is never longer than this, so that a new limit or a cancel is seen soon.
 _NAP = 0.1
 
 
-class Cancelled(Exception):
+class Cancelled(MigrationError):
     """Somebody called :meth:`Control.cancel`."""
 
 
@@ -91,8 +93,10 @@ class Control:
 
         Notes
         -----
-        Seen before the next frame, in a pause and in a wait for an answer. Where the peer does not read, after the
-        timeout of the socket at the latest. Calling it twice is fine.
+        Seen before the next frame and, within a tenth of a second, in every wait: for the limit, for the line, for an
+        answer. So it is while `reconnect` and `another` wait, if they pass this on: ``connect(..., control=control)``,
+        ``listener.accept(60, control=control)``. What other callables do goes on until they return. Calling it twice is
+        fine.
         """
         with self._lock:
             if self._late:

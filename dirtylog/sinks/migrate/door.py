@@ -24,6 +24,7 @@ from ipaddress import ip_address
 from typing import Self, TypeAlias
 
 from dirtylog.errors import BackendUnavailable
+from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.wire import MAGIC, VERSION, WireError
 
@@ -37,6 +38,8 @@ _PREFIX = 8
 _PROOF_BYTES = hashlib.sha256().digest_size
 _SHORTEST, _LONGEST = 16, 1024
 _IDENTITY = "dirtylog"
+# Seconds between two looks at whether a wait is cancelled.
+_LOOK = 0.1
 # Forward secrecy, and nothing that can be done without the shared key: a peer with a certificate is not let in.
 _PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305"
 
@@ -283,7 +286,12 @@ def _admit(sock: socket.socket, token: bytes | None) -> _Steps:
 
 
 def connect(
-    address: Address, keys: Keys | None = None, *, insecure: bool = False, timeout: float = 30.0
+    address: Address,
+    keys: Keys | None = None,
+    *,
+    insecure: bool = False,
+    timeout: float = 30.0,
+    control: Control | None = None,
 ) -> socket.socket:
     """Connect to a :class:`Listener`, and prove to each other who is there.
 
@@ -297,6 +305,8 @@ def connect(
         Allow an address that is not loopback without TLS.
     timeout : float
         Seconds for all of it; also the timeout of the socket that is returned.
+    control : Control, optional
+        Cancels this, too: of the migration that the connection is for.
 
     Returns
     -------
@@ -308,7 +318,9 @@ def connect(
     ValueError
         The address is not loopback, and there is no TLS.
     MigrationError
-        The other end is not a receiver with this token, or did not answer in time.
+        The other end is not a receiver with this token, or `control` was cancelled.
+    TimeoutError
+        It did not answer in time.
     OSError
         Nobody listens, or TLS failed (`ssl.SSLError`).
     """
@@ -318,20 +330,14 @@ def connect(
     end = time.monotonic() + timeout
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout)
-        sock.connect(where)
+        sock.setblocking(False)
+        _finish(sock, _reach(sock, where), end, control, f"{_text(address)} did not answer within {timeout:g} s")
         _set_options(sock)
         if context is not None:
             host = keys.name or ("localhost" if isinstance(address, str) else address[0])
             sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
-        sock.setblocking(False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            for event in _greet(sock, keys.token):
-                selector.modify(sock, event)
-                left = end - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    raise TimeoutError(f"{_text(address)} did not finish the greeting within {timeout:g} s")
+        late = f"{_text(address)} did not finish the greeting within {timeout:g} s"
+        _finish(sock, _greet(sock, keys.token), end, control, late)
         sock.settimeout(timeout)
     except WireError as error:
         sock.close()
@@ -340,6 +346,35 @@ def connect(
         sock.close()
         raise
     return sock
+
+
+def _reach(sock: socket.socket, where: Address) -> _Steps:
+    """Connect."""
+    code = sock.connect_ex(where)
+    if code == errno.EINPROGRESS:
+        yield selectors.EVENT_WRITE
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _finish(sock: socket.socket, steps: _Steps, end: float, control: Control | None, late: str) -> None:
+    """Take steps one after the other, each when the socket is ready for it."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_READ)
+        for event in steps:
+            selector.modify(sock, event)
+            while not selector.select(_slice(end - time.monotonic(), control)):
+                if time.monotonic() >= end:
+                    raise TimeoutError(late)
+
+
+def _slice(seconds: float | None, control: Control | None) -> float | None:
+    """Return how long to wait at once; raises where it is cancelled."""
+    if control is not None:
+        control._check()
+        seconds = _LOOK if seconds is None else min(seconds, _LOOK)
+    return None if seconds is None else max(seconds, 0)
 
 
 def _set_options(sock: socket.socket) -> None:
@@ -453,13 +488,15 @@ class Listener:
         if path is not None:
             os.unlink(path)
 
-    def accept(self, timeout: float | None = None) -> socket.socket:
+    def accept(self, timeout: float | None = None, *, control: Control | None = None) -> socket.socket:
         """Wait for a sender that may talk.
 
         Parameters
         ----------
         timeout : float, optional
             Seconds to wait, whoever else comes meanwhile; by default for ever.
+        control : Control, optional
+            Cancels this, too: of the migration that the sender is awaited for.
 
         Returns
         -------
@@ -470,6 +507,8 @@ class Listener:
         ------
         TimeoutError
             Nobody who may talk has come in time.
+        MigrationError
+            `control` was cancelled.
         ValueError
             It is closed.
         OSError
@@ -488,7 +527,7 @@ class Listener:
                     raise TimeoutError(f"nobody who may talk came within {timeout:g} s")
                 self._drop(selector, [v for v in self._visitors.values() if v.expires <= now], "it took too long")
                 moments = [v.expires for v in self._visitors.values()] + ([] if end is None else [end])
-                ready = selector.select(max(min(moments) - now, 0) if moments else None)
+                ready = selector.select(_slice(min(moments) - now if moments else None, control))
                 # Whoever is on the way first, so that newcomers cannot push out who is about to prove itself.
                 for each, _ in ready:
                     visitor = self._visitors.get(each.fd)

@@ -61,6 +61,14 @@ class _Stage(IntEnum):
     """Given up before it was told to run: it never may."""
 
 
+class _Replaced(Exception):
+    """The sender came on another line while its channels were awaited: which, and what it said."""
+
+    def __init__(self, one: _Beside, hello: bytes) -> None:
+        super().__init__("the sender came on another line")
+        self.one, self.hello = one, hello
+
+
 class _Beside:
     """A channel beside the first one, and the thread that fills its part."""
 
@@ -126,6 +134,8 @@ class _Copy:
     own: socket.socket | None = None
     beside: list[_Beside] = field(default_factory=list)
     problem: BaseException | None = None
+    # What the sender said first on a line that it came on by itself.
+    hello: bytes | None = None
 
     @property
     def session(self) -> str:
@@ -139,6 +149,7 @@ class _Copy:
 
     def run(self) -> None:
         """Receive until the copy has the right to run and the sender knows it."""
+        self.channel.look = self.control._check
         self.control._on(self.channel.sock)
         while True:
             try:
@@ -154,6 +165,11 @@ class _Copy:
                     # The sender has given up, and ended its other channels after it had said so.
                     problem, self.channel.broken = None, False
                 self.again(problem or error)
+            except _Replaced as replaced:
+                self.hello, channel = replaced.hello, replaced.one.channel
+                channel.bytes_sent += self.channel.bytes_sent
+                channel.bytes_received += self.channel.bytes_received
+                self.go_on(replaced.one.sock, channel)
             else:
                 return
 
@@ -164,12 +180,15 @@ class _Copy:
         if self.reconnect is None or not self.channel.broken:
             raise error
         self.breaks += 1
-        self.control.breaks = self.breaks
         # What this raises ends the migration.
         sock = self.reconnect(self.breaks)
+        self.go_on(sock, self.channel.again(sock))
+
+    def go_on(self, sock: socket.socket, channel: Channel) -> None:
+        """Go on on another line."""
+        self.control.breaks = self.breaks
         self.close()
-        self.own = sock
-        self.channel = self.channel.again(sock)
+        self.own, self.channel = sock, channel
         self.control._on(sock)
 
     def close(self) -> None:
@@ -195,7 +214,12 @@ class _Copy:
             # Whatever happens, it is closed with the others.
             self.beside.append(one)
             try:
-                _, payload = one.channel.receive(Kind.JOIN)
+                kind, payload = one.channel.receive(Kind.JOIN, Kind.HELLO)
+                if kind == Kind.HELLO and self.reconnect is not None and payload[:16] == self.agreed[:16]:
+                    # Not closed with the others.
+                    self.beside.pop()
+                    self.breaks += 1
+                    raise _Replaced(one, bytes(payload))
                 session, said, index = JOIN.unpack(payload) if payload.nbytes == JOIN.size else (b"", b"", 0)
                 if session != self.agreed[:16] or said != nonce or index not in waiting:
                     raise WireError("it is not a channel of this line of this session")
@@ -256,8 +280,14 @@ class _Copy:
 
     def agree(self) -> None:
         """Hear what is coming, make room for it, and say how far this session has come."""
-        _, payload = self.channel.receive(Kind.HELLO)
-        said = bytes(payload)
+        said, self.hello = self.hello, None
+        if said is None:
+            kind, payload = self.channel.receive(Kind.HELLO, *(() if self.filling is None else (Kind.JOIN,)))
+            if kind == Kind.JOIN:
+                self.channel.refuse("it is a channel of a line that broke")
+                self.channel.broken = True
+                raise Broken("a channel of an older line came in place of a new one")
+            said = bytes(payload)
         if length := _layout_bytes(said):
             _, layout = self.channel.receive(Kind.LAYOUT)
             if layout.nbytes != length:
@@ -383,7 +413,7 @@ def receive(
     ----------
     sock : socket.socket
         Connected stream socket, best from :meth:`Listener.accept`; give it a timeout if the peer may hang: it bounds
-        each frame as a whole. It stays open and yours.
+        each frame as a whole, and how long the line may be silent. It stays open and yours.
     out : buffer, mapping of str to buffer, or callable, optional
         Writable contiguous memory of exactly the source's size: for arrays by name, one for each. Or what makes it:
         called with the size of all in bytes before the first page is sent, so that a file of that size can be
@@ -405,14 +435,15 @@ def receive(
         Give up when the whole migration takes more seconds than this.
     reconnect : callable, optional
         Called when the line breaks, with how many times it has; returns the socket of the sender that came again,
-        which is closed for you, or raises what ends the migration: ``lambda breaks: listener.accept(60)``.
+        which is closed for you, or raises what ends the migration:
+        ``lambda breaks: listener.accept(60, control=control)``.
     journal : path, optional
         A directory in which :func:`status` finds who may run even if this process is killed.
     progress : callable, optional
         Called with the round's number and the bytes of pages received so far, every few MiB.
     another : callable, optional
         Lets a sender come with several channels: returns one more socket of its, which is closed for you:
-        ``lambda: listener.accept(60)``. Each is filled by a thread of its own.
+        ``lambda: listener.accept(60, control=control)``. Each is filled by a thread of its own.
     control : Control, optional
         Says how far it is, and cancels it as long as the copy is not complete, from any thread. Its bandwidth is the
         sender's matter.

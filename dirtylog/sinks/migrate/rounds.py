@@ -84,7 +84,7 @@ class Rounds:
 
     def watch(self, control: Control) -> None:
         """Be limited and cancelled by it, and tell it how far this is."""
-        self.channel.pace = control._pace
+        self.channel.pace, self.channel.look = control._pace, control._check
         for lane in self.lanes:
             lane.control = control
 

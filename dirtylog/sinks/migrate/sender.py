@@ -287,8 +287,8 @@ def send(
     Parameters
     ----------
     sock : socket.socket
-        Connected stream socket; give it a timeout if the peer may hang: it bounds each frame as a whole. It stays
-        open and yours.
+        Connected stream socket; give it a timeout if the peer may hang: it bounds each frame as a whole, and how long
+        the line may be silent. It stays open and yours.
     memory : array, buffer, mapping of str to them, or Process
         Contiguous; read, never written. Arrays by name arrive by name, with their types, shapes and order. Of a
         process (:func:`dirtylog.attach`), the memory that is watched.
@@ -321,7 +321,8 @@ def send(
         than one core: with TLS, say.
     another : callable, optional
         Returns one more socket that is connected to the same receiver, which is closed for you:
-        ``lambda: connect(address, keys)``. Needed for more than one channel, and again after a broken line.
+        ``lambda: connect(address, keys, control=control)``. Needed for more than one channel, and again after a
+        broken line.
     delta_cache : int
         Bytes for copies of pages that were sent (64 MiB; 0: none): of a page that is sent again while its copy is
         kept, only what changed goes, where that is less than three quarters of it. Memory that fits is kept from the
@@ -406,6 +407,8 @@ def send(
             attempt.round(rest)
             with observer.collect() as epoch:
                 rest = take(epoch.pages)
+            # Before it is throttled for nothing, or said not to converge.
+            control._check()
             last = sender.rounds[-1]
             slow = slow + 1 if rest.nbytes > last.nbytes / 2 else 0
             if throttle is not None and slow >= policy.throttle_after:
@@ -418,6 +421,8 @@ def send(
             last = sender.dirtied(rest, attempt.level)
             if progress is not None:
                 progress(last)
+            # A source that is to go on is not paused first.
+            control._check()
             if last.expected_downtime <= policy.downtime:
                 break
             if len(sender.rounds) >= policy.max_rounds:
@@ -429,8 +434,6 @@ def send(
                     f"are allowed and {last.dirty_rate * page_size:.3g} bytes/s are dirtied (throttle it, allow more, "
                     "or force=True)"
                 )
-        # A source that is to go on is not paused first.
-        control._check()
         paused = clock()
         attempt.stage = _Stage.PAUSED
         if pause is not None:

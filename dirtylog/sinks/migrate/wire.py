@@ -15,7 +15,8 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from dirtylog._bits.checksum import crc32
 from dirtylog.errors import DirtyLogError
@@ -36,6 +37,8 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 # A frame of pages: at most one window of data, its extents, their number and the codec.
 MAX_EXTENTS = 4096
 _PIECE = 1 << 18
+# Seconds between two looks at whether a wait is still wanted.
+_LOOK = 0.1
 # Bytes that are copied for one call rather than sent by a call of their own.
 _LARGE = 1 << 14
 MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
@@ -106,6 +109,12 @@ _MAX = {
 }
 
 
+class _Move(Protocol):
+    """Makes a call that moves bytes, in what is left of a frame's time; `begins`: no byte of the frame has come."""
+
+    def __call__(self, call: Callable[[], int], begins: bool = False) -> int: ...
+
+
 def _joined(header: bytes, parts: tuple[Buffer, ...]) -> Iterator[memoryview]:
     """Return what goes in one call each: what is small together, what is large as it is, without a copy."""
     small = header
@@ -122,6 +131,15 @@ def _joined(header: bytes, parts: tuple[Buffer, ...]) -> Iterator[memoryview]:
         yield memoryview(small)
 
 
+class _Line:
+    """When anything came last over any of the channels that are one line."""
+
+    __slots__ = ("heard",)
+
+    def __init__(self, now: float) -> None:
+        self.heard: float = now
+
+
 class Channel:
     """Frames over one connected stream socket, which stays the caller's.
 
@@ -129,7 +147,8 @@ class Channel:
     ----------
     sock : socket.socket
         Blocking, or with a timeout; a timeout ends the exchange. It bounds each frame as a whole, however
-        many pieces the frame comes in: a peer that sends a byte now and then holds nobody.
+        many pieces the frame comes in: a peer that sends a byte now and then holds nobody. Between frames it bounds
+        how long all channels of a line are silent: one may have nothing to carry while another is busy.
     deadline : float, optional
         Seconds from now on after which no frame is sent or received any more.
     clock : callable, optional
@@ -158,6 +177,11 @@ class Channel:
         self._payload = bytearray()
         # Read from the line along with something else, and not used yet.
         self._kept = memoryview(b"")
+        self._line = _Line(clock())
+        # A part of a frame has gone, and the rest never will: nothing can follow it.
+        self._torn = False
+        self.look: Callable[[], object] | None = None
+        """Called in every wait, ten times per second; raises what ends it."""
         self.pace: Callable[[int], object] | None = None
         """Called with the bytes that are about to go; may wait, or raise."""
         self.broken: bool = False
@@ -168,7 +192,7 @@ class Channel:
     def again(self, sock: socket.socket) -> Channel:
         """Return a channel on another line, with what is left of the deadline."""
         channel = Channel(sock, None, self._clock)
-        channel._deadline, channel.pace = self._deadline, self.pace
+        channel._deadline, channel.pace, channel.look = self._deadline, self.pace, self.look
         channel.bytes_sent, channel.bytes_received = self.bytes_sent, self.bytes_received
         if self._deadline is not None and self._clock() >= self._deadline:
             raise TimeoutError("timed out between two lines: the deadline is over")
@@ -183,6 +207,7 @@ class Channel:
         """Return another channel of the same migration, which counts its own bytes."""
         channel = self.again(sock)
         channel.bytes_sent = channel.bytes_received = 0
+        channel._line = self._line
         return channel
 
     def cut(self, how: int = socket.SHUT_RDWR) -> None:
@@ -217,12 +242,14 @@ class Channel:
         self._sent += 1
         if counted:
             self._digest.update(header)
-        with self._patience() as left:
+        with self._patience("sending a frame") as move:
             for data in _joined(header, parts):
-                # In pieces: an SSLSocket's sendall() gives each of its writes the whole timeout.
-                for start in range(0, len(data), _PIECE):
-                    left("sending a frame")
-                    self._sock.sendall(data[start : start + _PIECE])
+                # What does not go in one call: an SSLSocket's sendall() gives each of its writes the whole timeout.
+                done = 0
+                while done < len(data):
+                    done += move(partial(self._sock.send, data[done : done + _PIECE]))
+                    self._torn = True
+        self._torn = False
         self.bytes_sent += HEADER_BYTES + length
 
     # ---- many frames of pages at once, without the GIL --------------------------------------------------------------
@@ -275,10 +302,11 @@ class Channel:
         """
         doing = "sending a frame"
         patience, left = self._limits(doing)
+        fd = self._sock.fileno()
         try:
-            why, nbytes, zeros, deltas = packer.send(self._sock.fileno(), self._sent, enough, patience, left)
+            why, nbytes, zeros, deltas = packer.send(fd, self._sent, enough, patience, left, self.look)
         finally:
-            frames, size, headers = packer.gone
+            frames, size, headers, self._torn = packer.gone
             self._sent += frames
             self.bytes_sent += size
             self._digest.update(headers)
@@ -313,12 +341,23 @@ class Channel:
             return False
         doing = "waiting for a frame"
         patience, left = self._limits(doing)
-        answer = taker.receive(self._sock.fileno(), bytes(self._kept), self._received, enough, patience, left)
+        fd, before = self._sock.fileno(), self._clock()
+        # Of a frame that has not begun, the wait began with the line's silence.
+        first = self._line.heard + patience - before if not self._kept else 0.0
+        first = first if first > 0 else patience
+        answer = taker.receive(
+            fd, bytes(self._kept), self._received, enough, min(first, patience), patience, left, self.look
+        )
         why, kept, frames, size, headers = answer
+        if frames or len(kept) > len(self._kept):
+            self._line.heard = self._clock()
         self._kept = memoryview(kept)
         self._received += frames
         self.bytes_received += size
         self._digest.update(headers)
+        if why == _frames.LATE and not kept and self._line.heard > before:
+            # Another channel is busy: what this one has to carry comes later.
+            return True
         if why not in (_frames.PAUSE, _frames.FOREIGN, _frames.ODD):
             self._end(why, doing)
         return why == _frames.PAUSE
@@ -341,14 +380,12 @@ class Channel:
         OSError
             The connection is gone, or a timeout.
         """
-        with self._patience() as left:
-            return self._receive(expected, counted, left)
+        with self._patience("waiting for a frame") as move:
+            return self._receive(expected, counted, move)
 
-    def _receive(
-        self, expected: tuple[Kind, ...], counted: bool, left: Callable[[str], None]
-    ) -> tuple[Kind, memoryview]:
+    def _receive(self, expected: tuple[Kind, ...], counted: bool, move: _Move) -> tuple[Kind, memoryview]:
         raw = memoryview(bytearray(HEADER_BYTES))
-        self._fill(raw, left)
+        self._fill(raw, move, begins=True)
         magic, version, number, zero, sequence, length = _HEADER.unpack_from(raw)
         if magic != MAGIC:
             raise WireError(f"the peer speaks another protocol: its frame begins with {magic!r}")
@@ -364,7 +401,7 @@ class Channel:
         if len(self._payload) < length:
             self._payload = bytearray(_MAX[kind])
         payload = memoryview(self._payload)[:length]
-        self._fill(payload, left)
+        self._fill(payload, move)
         if crc32(payload, crc32(raw[: _HEADER.size])) != _CRC.unpack_from(raw, _HEADER.size)[0]:
             raise Broken(f"{kind.name} frame {sequence} does not match its checksum")
         self._received += 1
@@ -379,27 +416,37 @@ class Channel:
         return kind, payload
 
     @contextlib.contextmanager
-    def _patience(self) -> Iterator[Callable[[str], None]]:
-        """Bound one frame by the socket's timeout and the deadline; yields what sets the time that is left."""
+    def _patience(self, doing: str) -> Iterator[_Move]:
+        """Bound one frame by the timeout and the deadline; yields what makes a call in the time that is left."""
         patience = self._sock.gettimeout()
-        end = self._deadline
-        if patience is not None:
-            frame = self._clock() + patience
-            end = frame if end is None else min(end, frame)
+        end = None if patience is None else self._clock() + patience
 
-        def left(doing: str) -> None:
-            if end is None:
-                return
-            seconds = end - self._clock()
-            if seconds <= 0:
-                late = end == self._deadline
-                raise TimeoutError(
-                    f"timed out {doing}: " + ("the deadline" if late else f"{patience:g} s") + " is over"
-                )
-            self._sock.settimeout(seconds)
+        def move(call: Callable[[], int], begins: bool = False) -> int:
+            nonlocal end
+            while True:
+                now = self._clock()
+                if begins and patience is not None:
+                    # No byte of it yet: it is the silence of the whole line that is bounded.
+                    end = max(end or 0.0, self._line.heard + patience)
+                seconds = None if end is None else end - now
+                if self._deadline is not None and (seconds is None or self._deadline - now < seconds):
+                    seconds = self._deadline - now
+                    if seconds <= 0:
+                        raise TimeoutError(f"timed out {doing}: the deadline is over")
+                if seconds is not None and seconds <= 0:
+                    raise TimeoutError(f"timed out {doing}: {patience:g} s is over")
+                short = (self.look is not None or begins) and (seconds is None or seconds > _LOOK)
+                self._sock.settimeout(_LOOK if short else seconds)
+                try:
+                    return call()
+                except TimeoutError:
+                    if self.look is not None:
+                        self.look()
+                    if not short and not (begins and self._clock() < self._line.heard + (patience or 0.0)):
+                        raise TimeoutError(f"timed out {doing}: {patience or 0:g} s is over") from None
 
         try:
-            yield left
+            yield move
         except (OSError, Broken):
             self.broken = True
             raise
@@ -408,24 +455,27 @@ class Channel:
             with contextlib.suppress(OSError):
                 self._sock.settimeout(patience)
 
-    def _fill(self, buffer: memoryview, left: Callable[[str], None]) -> None:
+    def _fill(self, buffer: memoryview, move: _Move, begins: bool = False) -> None:
         done = min(len(self._kept), buffer.nbytes)
         buffer[:done] = self._kept[:done]
         self._kept = self._kept[done:]
         while done < buffer.nbytes:
-            left("waiting for a frame")
-            count = self._sock.recv_into(buffer[done:])
+            count = move(partial(self._sock.recv_into, buffer[done:]), begins and not done)
             if count == 0:
                 raise Broken("the connection ended in the middle")
+            self._line.heard = self._clock()
             done += count
 
     def refuse(self, reason: str) -> None:
-        """Tell the peer why this side gives up, if it still listens."""
+        """Tell the peer why this side gives up, if it still listens; within a frame it could not hear: hang up."""
+        if self._torn:
+            self.cut()
+            return
         patience = self._sock.gettimeout()
         # It may be gone, or not read; the caller raises what went wrong in the first place.
         with contextlib.suppress(OSError):
             self._sock.settimeout(1 if patience is None else min(patience, 1))
-            self._deadline = self.pace = None
+            self._deadline = self.pace = self.look = None
             self.send(Kind.REFUSED, reason.encode("utf-8")[:1000], counted=False)
         with contextlib.suppress(OSError):
             self._sock.settimeout(patience)

@@ -52,7 +52,12 @@ class Handle:
         self, slot: int, memory: Pinned, npages: int, page_size: int, owed: Owed | None = None, keep: bool = False
     ) -> DirtyPages: ...
     def clear_dirty_log(
-        self, slot: int, first_page: int, num_pages: int, words: np.ndarray[tuple[int], np.dtype[np.uint64]]
+        self,
+        slot: int,
+        first_page: int,
+        num_pages: int,
+        words: np.ndarray[tuple[int], np.dtype[np.uint64]],
+        cleared: list[bool] | None = None,
     ) -> None: ...
     def reset_rings(self, expected: int) -> int: ...
 

@@ -324,9 +324,12 @@ cdef class Handle:
         return owed.peek(pages) if keep else owed.hand_out(pages)
 
     def clear_dirty_log(
-        self, uint32_t slot, uint64_t first_page, uint32_t num_pages, const uint64_t[::1] words
+        self, uint32_t slot, uint64_t first_page, uint32_t num_pages, const uint64_t[::1] words, list cleared=None
     ) -> None:
-        """KVM_CLEAR_DIRTY_LOG; `words` start at the slot's first page and cover the range."""
+        """KVM_CLEAR_DIRTY_LOG; `words` start at the slot's first page and cover the range.
+
+        The first item of `cleared` becomes True when the kernel has cleared them, before any signal handler runs.
+        """
         cdef int result
         cdef uint64_t first_word = first_page // 64
         cdef const uint64_t *start = NULL
@@ -338,6 +341,8 @@ cdef class Handle:
         with nogil:
             result = dl_kvm_clear_dirty_log(self.fd, slot, first_page, num_pages, start)
             dl_gate_leave(&self.gate)
+        if cleared is not None and result >= 0:
+            cleared[0] = True
         if result < 0:
             fail(result, f"KVM_CLEAR_DIRTY_LOG of slot {slot}, {num_pages} pages from {first_page}")
 

@@ -340,15 +340,22 @@ class VM(Resource):
         ``kvm_clear_dirty_log_protect`` in Linux ``virt/kvm/kvm_main.c``.
         """
         slot, first_page, num_pages = operator.index(slot), operator.index(first_page), operator.index(num_pages)
-        with self._lock:
-            region = self._region(slot)
-            check_dirty(slot, dirty, region.npages, self.page_size)
-            if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
-                refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
-            self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words)
-            if region.owed and num_pages:
-                runs = [(first_page, num_pages)]
-                region.owed.forget_pages(dirty & DirtyPages.from_runs(runs, region.npages, self.page_size))
+        cleared = [False]
+        try:
+            with self._lock:
+                region = self._region(slot)
+                check_dirty(slot, dirty, region.npages, self.page_size)
+                if not (0 <= first_page < 1 << 63 and 0 <= num_pages < 1 << 32):
+                    refuse(errno.EINVAL, f"slot {slot}: {num_pages} pages from {first_page} are outside it")
+                self._handle.clear_dirty_log(slot, first_page, num_pages, dirty.words, cleared)
+                if region.owed and num_pages:
+                    runs = [(first_page, num_pages)]
+                    region.owed.forget_pages(dirty & DirtyPages.from_runs(runs, region.npages, self.page_size))
+        except BaseException:
+            # I5: nobody has heard that they are cleared. The kernel does not say which of them it cleared.
+            if cleared[0]:
+                region.owed.owe(dirty)
+            raise
 
     def enable_manual_protect(self, initially_set: bool = False) -> None:
         """Let `get_dirty_log` report without clearing, and `clear_dirty_log` clear.

@@ -157,6 +157,27 @@ def test_a_commit_that_lands_while_the_next_backup_is_made_is_gone_on_from(machi
     assert restored(repo) == machine.content()
 
 
+def test_a_commit_that_lands_when_the_next_backup_has_given_up_makes_the_one_after_it_full(machine, repo, flaky):
+    save(machine, repo)
+    late = []
+
+    class Late(flaky):
+        def call(self, work, *args, **options):
+            if work.__name__ != "commit":
+                return super().call(work, *args, **options)
+            late.append(lambda: work(*args, **options))
+            raise OSError("no answer")
+
+    for _ in range(2):
+        machine.write(3)
+        with pytest.raises(OSError, match="no answer"):
+            save(machine, Late(repo))
+    late[0]()  # whose bitmap the second one has merged into the one before
+    machine.write(3)
+    assert "not there any more" in save(machine, repo).why_full
+    assert restored(repo) == machine.content()
+
+
 KILLED = """
 import os, sys
 from dirtylog.sinks.store import disks

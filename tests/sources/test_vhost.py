@@ -628,7 +628,8 @@ def test_a_guest_of_qemu_migrates_with_what_our_device_wrote_and_without_marks_i
         listening(tmp_path / "stream") as stream,
         emulated(tmp_path / "qmp", *options) as process,
     ):
-        device.settimeout(60)
+        for server in (device, stream):
+            server.settimeout(60)
         with VhostBackend(device.accept()[0], config=config) as backend:
             thread = threading.Thread(target=serve)
             thread.start()

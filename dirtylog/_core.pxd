@@ -21,4 +21,4 @@ cdef class DirtyBitmap:
     cdef bint mark_array(self, object array) except -1
     cdef int mark_numbers(self, const int64_t *pages, size_t n) except -1
     cdef void put(self, DirtyPages pages, uint64_t start) noexcept
-    cdef DirtyPages take(self, uint64_t first, uint64_t end, bint clear)
+    cdef DirtyPages take(self, uint64_t first, uint64_t end, int clear)

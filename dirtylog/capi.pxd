@@ -27,3 +27,6 @@ cdef int is_dirty(const dirtylog_bitmap *log, uint64_t page) noexcept nogil
 
 # Get and clear into ceil(npages / 64) words; returns how many pages were dirty.
 cdef uint64_t harvest(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil
+
+# The same where nobody else marks, clears or harvests from the call to its return.
+cdef uint64_t harvest_quiescent(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil

@@ -10,6 +10,7 @@ from dirtylog._bits.atomic cimport dl_load_relaxed
 from dirtylog._bits.batch cimport dl_check_batch, dl_mark_batch
 from dirtylog._bits.bitmap cimport dl_bitmap, dl_mark, dl_mark_range
 from dirtylog._bits.bits cimport dl_bit
+from dirtylog._bits.simd cimport DL_CLEAR, DL_CLEAR_QUIESCENT
 from dirtylog._bits.taking cimport take_words
 from dirtylog._core cimport DirtyBitmap
 
@@ -28,6 +29,7 @@ cdef extern from "dirtylog/capi.h" nogil:
         int (*mark_pages)(const dirtylog_bitmap *bitmap, const int64_t *pages, size_t n) noexcept nogil
         int (*is_dirty)(const dirtylog_bitmap *bitmap, uint64_t page) noexcept nogil
         uint64_t (*harvest)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
+        uint64_t (*harvest_quiescent)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
 
 
 __all__: list[str] = []
@@ -77,7 +79,11 @@ cdef int is_dirty(const dirtylog_bitmap *log, uint64_t page) noexcept nogil:
 
 
 cdef uint64_t harvest(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil:
-    return take_words(<const dl_bitmap *>log, out)
+    return take_words(<const dl_bitmap *>log, out, DL_CLEAR)
+
+
+cdef uint64_t harvest_quiescent(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil:
+    return take_words(<const dl_bitmap *>log, out, DL_CLEAR_QUIESCENT)
 
 
 cdef const dirtylog_bitmap *bitmap_for_c(void *object_) except NULL:
@@ -94,5 +100,6 @@ table.mark_range = mark_range
 table.mark_pages = mark_pages
 table.is_dirty = is_dirty
 table.harvest = harvest
+table.harvest_quiescent = harvest_quiescent
 
 _C_API = PyCapsule_New(<void *>&table, DIRTYLOG_API_CAPSULE, NULL)

@@ -28,7 +28,7 @@ cdef class Block:
 cdef void export_words(Py_buffer *view, int flags, uint64_t *words, Py_ssize_t *shape, Py_ssize_t *stride) noexcept
 cdef Block no_words
 cdef Block block_new(size_t nwords, bint zero)
-cdef Block block_for_result(size_t nwords)
+cdef Block block_for_result(size_t nwords, bint zero=*)
 # TypeError, ValueError: the reason is in the message.
 cdef Block block_of_buffer(object buffer, bint writable, str what)
 cdef object new_numbers(size_t n, int64_t **data)

@@ -27,7 +27,7 @@ from dirtylog._bits.simd cimport dl_kernels_at, dl_kernels_find, dl_kernels_know
 
 cdef extern from "_bits/memory.h" nogil:
     uint64_t *dl_words_alloc(size_t nwords, bint zero, size_t *mapped_bytes)
-    uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
+    uint64_t *dl_words_alloc_spare(size_t nwords, bint zero, size_t *mapped_bytes)
     void dl_words_free(uint64_t *words, size_t mapped_bytes)
     void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
 
@@ -150,12 +150,12 @@ cdef Block block_new(size_t nwords, bint zero):
     return block_checked(block)
 
 
-cdef Block block_for_result(size_t nwords):
-    """Return zeroed words that are written all over and freed soon, perhaps those of the last such block."""
+cdef Block block_for_result(size_t nwords, bint zero=True):
+    """Return words that are written all over and freed soon, perhaps those of the last such block; zeroed if `zero`."""
     cdef Block block = block_bare(nwords)
     block.short_lived = True
     with nogil:
-        block.words = dl_words_alloc_spare(nwords, &block.mapped_bytes)
+        block.words = dl_words_alloc_spare(nwords, zero, &block.mapped_bytes)
     return block_checked(block)
 
 

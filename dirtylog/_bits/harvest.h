@@ -53,9 +53,21 @@ struct dl_basket {
     const struct dl_kernels *k;
     uint64_t *numbers, *masks; /* sparse: entries, as many as `capacity` */
     size_t entries, capacity;
-    uint64_t *out; /* dense if not NULL; zeroed */
-    int clear;
+    uint64_t *out; /* dense if not NULL; zeroed, unless `all` */
+    int all;       /* every word of the bitmap is moved: most lines are dirty, and nobody else writes a word */
+    int clear;     /* DL_LEAVE, DL_CLEAR, DL_CLEAR_QUIESCENT */
 };
+
+/* All words of a bitmap that nobody else writes meanwhile, by parts that stay in the nearest cache from copy to clear. */
+static inline void dl_move_all(const struct dl_bitmap *b, uint64_t *out)
+{
+    uint64_t nwords = dl_words_for(b->npages);
+    for (uint64_t at = 0; at < nwords; at += DL_GROUP_WORDS) {
+        uint64_t part = nwords - at < DL_GROUP_WORDS ? nwords - at : DL_GROUP_WORDS;
+        memcpy(out + at, b->words + at, part * sizeof *out);
+        memset(b->words + at, 0, part * sizeof *out);
+    }
+}
 
 /* Whole words [start, end). */
 static inline void dl_take_words(struct dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
@@ -100,9 +112,12 @@ static inline void dl_take_range(struct dl_basket *basket, const struct dl_bitma
      * itself; elsewhere its store may still be under way when the loads that follow it are done. */
     dl_fence_seq_cst();
     dl_take_part(basket, b->words, parts->first, parts->head_end);
-    dl_take_lines(basket, b->words, taken, ntaken);
+    if (basket->all)
+        dl_move_all(b, basket->out);
+    else
+        dl_take_lines(basket, b->words, taken, ntaken);
     dl_take_part(basket, b->words, parts->tail_first, parts->end);
-    dl_harvest_end();
+    dl_take_end(basket->clear);
 }
 
 /* Scan words [start, end), which no summary describes; returns where the basket was full. */
@@ -148,8 +163,8 @@ static inline uint64_t dl_count_taken(const struct dl_kernels *k, const struct d
 
 enum { DL_GROUPS_AT_ONCE = 16 };
 
-/* dl_harvest() by vector code: writes all of dl_words_for(npages) words; returns the pages. */
-static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t *out)
+/* dl_harvest() by vector code, or dl_harvest_quiescent(): writes all of dl_words_for(npages) words; returns the pages. */
+static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t *out, int clear)
 {
     uint64_t nwords = dl_words_for(b->npages), pages = 0, group = 0;
     struct dl_taken taken[DL_GROUPS_AT_ONCE];
@@ -157,10 +172,10 @@ static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl
     if (!b->summary) {
         /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
         uint64_t whole = b->npages / DL_WORD_PAGES;
-        k->take_dense(b->words, whole, out, 1);
+        k->take_dense(b->words, whole, out, clear);
         if (whole < nwords)
             out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
-        dl_harvest_end();
+        dl_take_end(clear);
         return k->popcount(out, nwords);
     }
     while (group < dl_groups_for(b->npages)) {
@@ -170,10 +185,10 @@ static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl
             continue;
         dl_fence_seq_cst(); /* I4, as in dl_take_range() */
         /* Of a last line that is shorter no word past the end is dirty (I7), so none is written. */
-        k->take_lines_dense(b->words, taken, n, out, 1);
+        k->take_lines_dense(b->words, taken, n, out, clear);
         pages += dl_count_taken(k, taken, n, out, nwords);
     }
-    dl_harvest_end();
+    dl_take_end(clear);
     return pages;
 }
 

@@ -75,18 +75,18 @@ static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_b
     return mapping;
 }
 
-/* Zeroed words that will be written nearly all over: a dense result. */
-static inline uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
+/* Words, zeroed if `zero`, that will be written nearly all over: a dense result. */
+static inline uint64_t *dl_words_alloc_spare(size_t nwords, int zero, size_t *mapped_bytes)
 {
     size_t bytes = dl_words_bytes(nwords);
     if (bytes >= DL_MAP_BYTES) {
         uint64_t *spare = dl_spare_take(bytes);
         if (spare) {
             *mapped_bytes = bytes;
-            return memset(spare, 0, bytes);
+            return zero ? memset(spare, 0, bytes) : spare;
         }
     }
-    return dl_words_alloc(nwords, 1, mapped_bytes);
+    return dl_words_alloc(nwords, zero, mapped_bytes);
 }
 
 static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)
@@ -122,9 +122,9 @@ static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_b
     return (uint64_t *)(void *)line;
 }
 
-static inline uint64_t *dl_words_alloc_spare(size_t nwords, size_t *mapped_bytes)
+static inline uint64_t *dl_words_alloc_spare(size_t nwords, int zero, size_t *mapped_bytes)
 {
-    return dl_words_alloc(nwords, 1, mapped_bytes);
+    return dl_words_alloc(nwords, zero, mapped_bytes);
 }
 
 static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)

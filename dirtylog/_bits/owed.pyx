@@ -14,6 +14,7 @@ from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_given
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
+from dirtylog._bits.simd cimport DL_CLEAR, DL_LEAVE
 from dirtylog._bits.taking cimport clear_pages, take_pages
 
 from dirtylog._bits.pages import check_geometry
@@ -112,7 +113,7 @@ cdef class Owed:
     def forget(self):
         """Owe nothing any more: the source's pages are somebody else's business now."""
         dl_exchange(&self.state, 0)
-        take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
+        take_pages(&self.bits, self.page_size, 0, self.bits.npages, DL_CLEAR, None)
 
     def forget_pages(self, DirtyPages cleared not None):
         """Owe these pages no longer: the caller knows them. What else is owed stays so.
@@ -189,7 +190,7 @@ cdef class Owed:
         cdef uint64_t state = dl_load_acquire(&self.state)
         if not state and (pages.exact or warn is None):
             return pages
-        cdef DirtyPages answer = take_pages(&self.bits, self.page_size, 0, self.bits.npages, False, None) | pages
+        cdef DirtyPages answer = take_pages(&self.bits, self.page_size, 0, self.bits.npages, DL_LEAVE, None) | pages
         if state & INEXACT:
             answer = inexact(answer)
         if warn is not None and not answer.exact and not state & SAID:
@@ -255,7 +256,7 @@ cdef class Owed:
         """Take what is owed and join it, `state` being its flags; MemoryError before or after leaves it owed."""
         cdef DirtyPages earlier
         try:
-            earlier = take_pages(&self.bits, self.page_size, 0, self.bits.npages, True, None)
+            earlier = take_pages(&self.bits, self.page_size, 0, self.bits.npages, DL_CLEAR, None)
         except MemoryError:
             dl_fetch_or(&self.state, PAGES)
             raise

@@ -49,6 +49,11 @@ DL_INLINE size_t next_nonzero_body(const uint64_t *words, size_t from, size_t n,
 
 DL_INLINE uint64_t take_word(uint64_t *word, int clear)
 {
+    if (clear == DL_CLEAR_QUIESCENT) {
+        uint64_t was = dl_load_relaxed(word);
+        dl_store_relaxed(word, 0);
+        return was;
+    }
     return clear ? dl_exchange(word, 0) : dl_load_relaxed(word);
 }
 
@@ -119,7 +124,10 @@ DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64
                                dl_take_line_fn take_line)
 {
     if (mask == 0xff && clear) {
-        take_line(words + at, out + at);
+        if (clear == DL_CLEAR_QUIESCENT)
+            dl_move_line(words + at, out + at);
+        else
+            take_line(words + at, out + at);
         return;
     }
     for (; mask; mask &= mask - 1) {

@@ -7,6 +7,19 @@
 
 #include "dirtylog/bitmap.h"
 
+/* What a kernel does with the words that it gets: leave them, clear each by an atomic exchange, or clear them by plain
+ * loads and stores, since whoever asked for it has promised that nobody else writes a word meanwhile. */
+enum { DL_LEAVE, DL_CLEAR, DL_CLEAR_QUIESCENT };
+
+/* The last step of every harvest. */
+static inline void dl_take_end(int clear)
+{
+    if (clear == DL_CLEAR_QUIESCENT)
+        dl_move_end();
+    else
+        dl_harvest_end();
+}
+
 /* All lengths in words unless said otherwise. On every path a word is taken by a locked
  * instruction, one for each word (I8), or for two that are aligned to 16 bytes: see "Memory orders"
  * in docs/explanation. What kernels read of words that others may be marking decides which
@@ -26,7 +39,7 @@ struct dl_kernels {
     size_t (*take_summary)(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
                            struct dl_taken *taken, size_t room, int clear, uint64_t *nlines);
 
-    /* Get what is not zero, and clear it if `clear`: the words of [0, n) or
+    /* Get what is not zero, and clear it as `clear` says: the words of [0, n) or
      * [first, end), or of the lines that `taken` names, all of which are whole. Dense:
      * into the same places of `out`, which is zeroed. Sparse: as entries (word number,
      * word), for which there is room for every word of those lines; returns how many. */

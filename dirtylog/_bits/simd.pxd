@@ -5,6 +5,11 @@ from dirtylog._bits.bitmap cimport dl_bitmap, dl_taken
 
 
 cdef extern from "_bits/simd.h" nogil:
+    cdef enum:
+        DL_LEAVE, DL_CLEAR, DL_CLEAR_QUIESCENT
+
+    void dl_take_end(int clear)
+
     cdef struct dl_kernels:
         const char *name
         uint64_t (*popcount)(const uint64_t *words, size_t n) noexcept nogil

@@ -19,7 +19,7 @@ from dirtylog._bits.bits cimport dl_words_for
 from dirtylog._bits.blocks cimport FEW, Block, block_for_result, block_new, kernels
 from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill
 from dirtylog._bits.sets cimport dl_scatter
-from dirtylog._bits.simd cimport dl_kernels
+from dirtylog._bits.simd cimport DL_CLEAR_QUIESCENT, dl_kernels, dl_take_end
 
 
 cdef extern from "_bits/harvest.h" nogil:
@@ -34,7 +34,8 @@ cdef extern from "_bits/harvest.h" nogil:
         size_t entries
         size_t capacity
         uint64_t *out
-        bint clear
+        bint all
+        int clear
     dl_parts dl_parts_of(uint64_t npages, uint64_t first, uint64_t end)
     dl_parts dl_foreign_parts_of(uint64_t npages, uint64_t first, uint64_t end)
     uint64_t dl_first_group(const dl_parts *parts)
@@ -44,7 +45,7 @@ cdef extern from "_bits/harvest.h" nogil:
                        size_t ntaken)
     uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
     void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
-    uint64_t dl_harvest_by(const dl_kernels *k, const dl_bitmap *b, uint64_t *out)
+    uint64_t dl_harvest_by(const dl_kernels *k, const dl_bitmap *b, uint64_t *out, int clear)
 
 __all__: list[str] = []
 
@@ -64,9 +65,9 @@ cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) 
     return start
 
 
-cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear,
+cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, int clear,
                            DirtyPages nothing):
-    """Get pages [first, end), which lie in the bitmap, and clear them if `clear`; as of one moment for each word."""
+    """Get pages [first, end), which lie in the bitmap, and clear as `clear` says; as of one moment for each word."""
     cdef uint64_t nwords = dl_words_for(bits.npages)
     cdef dl_basket basket
     cdef Block dense
@@ -111,6 +112,7 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
                 memcpy(taken, few, ntaken * sizeof(dl_taken))
                 ntaken += kernels.take_summary(bits, parts.first_line, parts.end_line, &group, taken + ntaken,
                                                room - ntaken, clear, &nlines)
+        basket.all = clear == DL_CLEAR_QUIESCENT and first == 0 and end == bits.npages
         numbers, masks, dense = basket_open(&basket, nlines + 2, nwords)
         if whole and nlines <= FEW // DL_LINE_WORDS:
             dl_take_range(&basket, bits, &parts, taken, ntaken)
@@ -128,12 +130,12 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     return pages
 
 
-cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out) noexcept nogil:
+cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out, int clear) noexcept nogil:
     """Get and clear everything into words of somebody else's, all of which are written; return the pages."""
-    return dl_harvest_by(kernels, bits, out)
+    return dl_harvest_by(kernels, bits, out, clear)
 
 
-cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, bint clear,
+cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, int clear,
                           DirtyPages nothing):
     """Take from foreign memory: few words as entries, and dense from where they become many."""
     cdef uint64_t nwords = dl_words_for(bits.npages)
@@ -170,7 +172,7 @@ cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t fi
             dl_take_foreign(&basket, bits.words, reached, stop)
     with nogil:
         dl_take_part(&basket, bits.words, parts.tail_first, end)
-        dl_harvest_end()
+        dl_take_end(clear)
     if dense is not None:
         pages_fill(pages, dense, None, None, 0)
     else:
@@ -180,7 +182,7 @@ cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t fi
 
 # ---- the form of a result -------------------------------------------------------
 
-cdef dl_basket basket_new(bint clear) noexcept:
+cdef dl_basket basket_new(int clear) noexcept:
     cdef dl_basket basket
     memset(&basket, 0, sizeof(basket))
     basket.k = kernels
@@ -192,9 +194,10 @@ cdef tuple basket_open(dl_basket *basket, uint64_t lines, uint64_t nwords):
     """Choose the form of the result by the lines it may touch, and give it memory."""
     cdef Block numbers, masks, dense
     if lines * 2 * DL_LINE_WORDS > nwords:
-        dense = block_for_result(nwords)
+        dense = block_for_result(nwords, not basket.all)
         basket.out = dense.words
         return None, None, dense
+    basket.all = False
     numbers = block_new(lines * DL_LINE_WORDS, False)
     masks = block_new(lines * DL_LINE_WORDS, False)
     basket.numbers = numbers.words

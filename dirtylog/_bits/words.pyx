@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from dirtylog._bits.batch cimport dl_merge_dense
-from dirtylog._bits.bitmap cimport dl_bitmap, dl_harvest_end
+from dirtylog._bits.bitmap cimport dl_bitmap
 from dirtylog._bits.bits cimport dl_ffs, dl_fls, dl_words_for
 from dirtylog._bits.blocks cimport (
     Block,
@@ -21,7 +21,7 @@ from dirtylog._bits.blocks cimport (
 )
 from dirtylog._bits.content cimport dl_compare_pages, dl_copy_pages, dl_zero_pages
 from dirtylog._bits.pages cimport DirtyPages, pages_from_words_block
-from dirtylog._bits.simd cimport dl_kernels
+from dirtylog._bits.simd cimport DL_CLEAR, DL_CLEAR_QUIESCENT, dl_kernels, dl_take_end
 
 from dirtylog._bits.flat import flat_array
 from dirtylog._bits.geometry import of_one_layout
@@ -48,7 +48,7 @@ cdef int check_apart(const uint64_t *a, size_t na, const uint64_t *b, size_t nb)
     return 0
 
 
-def harvest_words(words, out=None) -> np.ndarray:
+def harvest_words(words, out=None, *, bint quiescent=False) -> np.ndarray:
     """Get and clear every word of a buffer, atomically, a word or two at a time.
 
     Parameters
@@ -57,6 +57,9 @@ def harvest_words(words, out=None) -> np.ndarray:
         Writable, contiguous, aligned to 8 bytes (I8); cleared in place.
     out : buffer of uint64, optional
         Receives the words; as long as `words`, and other memory.
+    quiescent : bool, default False
+        Your promise that nobody else writes a word from the call to its return, in this process or another: the words
+        are then moved by plain vector loads and stores. See :meth:`DirtyBitmap.harvest`.
 
     Returns
     -------
@@ -72,7 +75,8 @@ def harvest_words(words, out=None) -> np.ndarray:
 
     Notes
     -----
-    Others may set bits by atomic OR at the same time and lose none. Runs without the GIL; O(words).
+    Others may set bits by atomic OR at the same time and lose none, unless you promised that nobody does. Runs
+    without the GIL; O(words).
 
     Examples
     --------
@@ -89,12 +93,13 @@ def harvest_words(words, out=None) -> np.ndarray:
         raise ValueError(f"out has {target.nwords} words, words {source.nwords}; both must be equally long")
     check_apart(target.words, target.nwords, source.words, source.nwords)
     cdef dl_bitmap bits
+    cdef int clear = DL_CLEAR_QUIESCENT if quiescent else DL_CLEAR
     # Made before anything is taken, so that nothing can fail after (I5).
     result = out if isinstance(out, np.ndarray) and out.dtype == np.uint64 else np.frombuffer(out, np.uint64)
     with nogil:
         memset(target.words, 0, target.nwords * 8)
-        kernels.take_dense(source.words, source.nwords, target.words, True)
-        dl_harvest_end()
+        kernels.take_dense(source.words, source.nwords, target.words, clear)
+        dl_take_end(clear)
     try:
         PyErr_CheckSignals()
     except BaseException:

@@ -288,11 +288,17 @@ class SharedLog(Resource):
         return bitmap
 
     def harvest(
-        self, first: SupportsIndex = 0, count: SupportsIndex | None = None, out: Memory | None = None
+        self,
+        first: SupportsIndex = 0,
+        count: SupportsIndex | None = None,
+        out: Memory | None = None,
+        *,
+        quiescent: bool = False,
     ) -> DirtyPages:
         """Get and clear the marks, atomically.
 
-        Parameters, Returns and Raises are those of `DirtyBitmap.harvest`; and
+        Parameters, Returns and Raises are those of `DirtyBitmap.harvest`. With `quiescent` the promise is about every
+        process that has the log: a back end has answered that its queues stand still, say; and
 
         Raises
         ------
@@ -301,7 +307,7 @@ class SharedLog(Resource):
         DirtyLogError
             A writer marked past the end, or the file was cut; nothing is cleared.
         """
-        return self._bitmap_to_read().harvest(first, count, out)
+        return self._bitmap_to_read().harvest(first, count, out, quiescent=quiescent)
 
     def peek(self, first: SupportsIndex = 0, count: SupportsIndex | None = None) -> DirtyPages:
         """Copy the marks and clear nothing; Raises as :meth:`harvest`."""

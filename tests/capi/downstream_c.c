@@ -45,9 +45,11 @@ static PyObject *everything(PyObject *self, PyObject *args)
     int dirty = dirtylog->is_dirty(bitmap, 3), clean = dirtylog->is_dirty(bitmap, 5);
     int outside = dirtylog->is_dirty(bitmap, npages);
     uint64_t harvested = dirtylog->harvest(bitmap, out.buf);
+    dirtylog->mark_range(bitmap, 60, npages - 60);
+    uint64_t moved = dirtylog->harvest_quiescent(bitmap, out.buf);
     PyBuffer_Release(&out);
-    return Py_BuildValue("KiiiiiiiK", (unsigned long long)npages, range, past, pages, wrong, dirty, clean, outside,
-                         (unsigned long long)harvested);
+    return Py_BuildValue("KiiiiiiiKK", (unsigned long long)npages, range, past, pages, wrong, dirty, clean, outside,
+                         (unsigned long long)harvested, (unsigned long long)moved);
 }
 
 static PyMethodDef methods[] = {

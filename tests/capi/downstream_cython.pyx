@@ -17,10 +17,10 @@ def mark_many(pages, uint64_t first, uint64_t count):
     return refused
 
 
-def harvest(pages, uint64_t[::1] out):
+def harvest(pages, uint64_t[::1] out, bint quiescent):
     """Harvest into `out` without the GIL."""
     cdef const capi.dirtylog_bitmap *log = capi.bitmap(pages)
     cdef uint64_t count
     with nogil:
-        count = capi.harvest(log, &out[0])
+        count = capi.harvest_quiescent(log, &out[0]) if quiescent else capi.harvest(log, &out[0])
     return count

@@ -77,15 +77,16 @@ def test_an_extension_is_told_when_it_passes_something_else(downstream, name):
 def test_every_function_of_the_table_answers_as_the_header_says(downstream):
     bitmap = dl.DirtyBitmap(1000)
     out = np.full(16, 7, np.uint64)
-    assert downstream["downstream_c"].everything(bitmap, out) == (1000, 0, -1, 0, -1, 1, 0, -1, 4)
-    assert dl.indices(out).tolist() == [1, 3, 998, 999]
+    assert downstream["downstream_c"].everything(bitmap, out) == (1000, 0, -1, 0, -1, 1, 0, -1, 4, 940)
+    assert dl.runs(out).tolist() == [[60, 940]]
     assert bitmap.count() == 0
 
 
+@pytest.mark.parametrize("quiescent", [False, True])
 @pytest.mark.parametrize("foreign", [False, True])
 @pytest.mark.parametrize("npages", [1, 63, 513, 70_001, 32 * 512 * 64, 33 * 512 * 64 + 5 * 64 + 7])
 @pytest.mark.parametrize("density", [0, 0.001, 0.1, 1])
-def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, density):
+def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, density, quiescent):
     words = np.zeros((npages + 63) // 64, np.uint64)
     bitmap = dl.DirtyBitmap.from_buffer(words, npages) if foreign else dl.DirtyBitmap(npages)
     pages = np.unique(np.random.default_rng(5).integers(0, npages, int(npages * density)))
@@ -94,7 +95,7 @@ def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, d
     if foreign and npages % 64:
         words[-1] |= np.uint64(1 << 63)  # not ours: it stays (I7)
     out = np.full(words.size + 8, 7, np.uint64)  # what lies behind it is not touched
-    assert downstream["downstream_cython"].harvest(bitmap, out[:-8]) == pages.size
+    assert downstream["downstream_cython"].harvest(bitmap, out[:-8], quiescent) == pages.size
     assert np.array_equal(dl.indices(out[:-8]), pages)
     assert (out[-8:] == 7).all()
     assert not bitmap.peek()

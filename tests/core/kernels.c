@@ -34,7 +34,8 @@ struct answer {
     int64_t pages[WORDS * 64], single_pages[WORDS * 64];
 };
 
-static void run(const struct dl_kernels *k, const uint64_t *words, size_t from, size_t n, size_t room, struct answer *answer)
+static void run(const struct dl_kernels *k, const uint64_t *words, size_t from, size_t n, size_t room, int clear,
+                struct answer *answer)
 {
     memset(answer, 0, sizeof *answer);
     answer->count = k->popcount(words, n);
@@ -42,12 +43,12 @@ static void run(const struct dl_kernels *k, const uint64_t *words, size_t from, 
     answer->expanded = k->expand(words, n, 0, answer->pages, room);
     memset(answer->pages + answer->expanded, 0, (WORDS * 64 - answer->expanded) * 8); /* a store may reach past the last */
     memcpy(answer->left, words, n * 8);
-    answer->sparse = k->take_sparse(answer->left, from, n, answer->numbers, answer->masks, 1);
+    answer->sparse = k->take_sparse(answer->left, from, n, answer->numbers, answer->masks, clear);
     answer->singles = k->expand_sparse(answer->numbers, answer->masks, answer->sparse, answer->single_pages, WORDS * 64);
     memset(answer->single_pages + answer->singles, 0, (WORDS * 64 - answer->singles) * 8);
     memset(answer->numbers + answer->sparse, 0, (WORDS - answer->sparse) * 8);
     memset(answer->masks + answer->sparse, 0, (WORDS - answer->sparse) * 8);
-    k->take_dense(answer->left, n, answer->dense, 1);
+    k->take_dense(answer->left, n, answer->dense, clear);
 }
 
 int main(void)
@@ -62,11 +63,14 @@ int main(void)
             for (size_t i = 0; i < n; i++)
                 words[i] = draw_word(kind);
             room = draw() % 2 ? scalar->popcount(words, n) : WORDS * 64;
-            run(scalar, words, from, n, room, &expected);
-            run(k, words, from, n, room, &found);
-            if (memcmp(&expected, &found, sizeof found)) {
-                printf("%s and scalar differ in round %u, %zu words of kind %u\n", k->name, round, n, kind);
-                return 1;
+            run(scalar, words, from, n, room, DL_CLEAR, &expected);
+            for (int clear = DL_CLEAR; clear <= DL_CLEAR_QUIESCENT; clear++) {
+                run(k, words, from, n, room, clear, &found);
+                if (memcmp(&expected, &found, sizeof found)) {
+                    printf("%s%s and scalar differ in round %u, %zu words of kind %u\n", k->name,
+                           clear == DL_CLEAR ? "" : ", quiescent,", round, n, kind);
+                    return 1;
+                }
             }
         }
     return 0;

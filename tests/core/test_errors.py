@@ -165,19 +165,19 @@ before = resource.getrlimit(resource.RLIMIT_AS)
 # Enough for the entries of a sparse result (4 MiB), and not for the words of a dense one (32 MiB).
 resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), before[1]))
 try:
-    bitmap.harvest()
+    bitmap.harvest(quiescent=sys.argv[2] == "quiescent")
 except MemoryError:
     resource.setrlimit(resource.RLIMIT_AS, before)
     print(bitmap.harvest().count == npages)
 """
 
 
-@pytest.mark.parametrize("memory", ["own", "foreign"])
-def test_a_harvest_that_finds_no_memory_for_its_answer_has_taken_nothing(memory, sanitized):
+@pytest.mark.parametrize(("memory", "how"), [("own", "ordinary"), ("own", "quiescent"), ("foreign", "ordinary")])
+def test_a_harvest_that_finds_no_memory_for_its_answer_has_taken_nothing(memory, how, sanitized):
     if sanitized:
         pytest.skip("a sanitizer maps terabytes: it runs under no bound on address space")
     done = subprocess.run(
-        [sys.executable, "-c", OUT_OF_MEMORY, memory], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", OUT_OF_MEMORY, memory, how], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
 

@@ -40,6 +40,20 @@ def test_an_interrupted_dense_harvest_marks_its_pages_again(raising_signal):
     assert bitmap.harvest().count == 1 << 12
 
 
+@pytest.mark.parametrize("fraction", [1, 1000], ids=["dense", "sparse"])
+def test_an_interrupted_quiescent_harvest_marks_its_pages_again(raising_signal, fraction):
+    npages = 1 << 16
+    dirty = np.arange(0, npages, fraction)
+    bitmap = dl.DirtyBitmap(npages)
+    bitmap.mark_pages(dirty)
+    with pytest.raises(KeyboardInterrupt):
+        bitmap.harvest(raising_signal, quiescent=True)
+    assert np.array_equal(bitmap.harvest(quiescent=True), dirty)
+    with pytest.raises(ZeroDivisionError):
+        bitmap.mark_pages(dirty) or (bitmap.harvest(quiescent=True), 1 // 0)
+    assert np.array_equal(bitmap.harvest(quiescent=True), dirty)
+
+
 def test_an_interrupted_harvest_of_a_part_leaves_the_rest(raising_signal):
     bitmap = dl.DirtyBitmap(4096)
     bitmap.mark_pages([1, 3000])
@@ -57,7 +71,8 @@ def test_an_interrupted_harvest_of_a_shared_log_marks_its_pages_again(raising_si
         assert log.harvest().indices().tolist() == [0, 999]
 
 
-def test_an_interrupted_harvest_of_words_sets_its_bits_again(raising_signal):
+@pytest.mark.parametrize("quiescent", [False, True])
+def test_an_interrupted_harvest_of_words_sets_its_bits_again(raising_signal, quiescent):
     class SignalsOnDtype(np.ndarray):
         _as_parameter_ = 0
         dtype = property(raising_signal.__index__)
@@ -65,7 +80,7 @@ def test_an_interrupted_harvest_of_words_sets_its_bits_again(raising_signal):
     words = np.array([5, 0, 1 << 63], np.uint64)
     out = np.zeros(3, np.uint64).view(SignalsOnDtype)
     with pytest.raises(KeyboardInterrupt):
-        dl.harvest_words(words, out)
+        dl.harvest_words(words, out, quiescent=quiescent)
     assert words.tolist() == [5, 0, 1 << 63]
 
 

@@ -103,12 +103,37 @@ CHECKS: tuple[Check, ...] = (
         "PARTIAL_TAKES_LINE",
     ),
     *_refuted("summary", PROMPT, "SKIP_WHEN_LEAF_IS_SET"),
+    # I4: a third level over the summary.
+    *_holds("third_level", LOSS, PROMPT, variant="as planned"),
+    *_holds("third_level", LOSS, macros=("HARVESTERS=2",), variant="as planned, 2 harvesters"),
+    *_refuted(
+        "third_level",
+        LOSS,
+        "TOP_AFTER_SUMMARY",
+        "TOP_BEFORE_SUMMARY",
+        "TOP_LOADED_EARLY",
+        "PARTIAL_TAKES_TOP",
+        "SUMMARY_LOOKED_AT_EARLY",
+        "GIVES_BACK_WITHOUT_TOP",
+    ),
+    *_refuted("third_level", LOSS, "GIVES_BACK_TOP_FIRST", macros=("HARVESTERS=2",)),
+    *_refuted("third_level", PROMPT, "SKIP_TOP_WHEN_SUMMARY_IS_SET"),
     # I3 and I4 with store buffers: x86's order, then stores that leave in any order.
     *(
         check
         for operation in ("MARK", "BATCH", "RANGE")
         for order, macros in (("TSO", ()), ("weak stores", ("WEAK",)))
         for check in _holds("store_buffer", LOSS, macros=(operation, *macros), variant=f"{operation.lower()}, {order}")
+    ),
+    *(
+        check
+        for operation in ("MARK", "BATCH", "RANGE")
+        for check in _holds(
+            "store_buffer",
+            LOSS,
+            macros=(operation, "WEAK", "THIRD"),
+            variant=f"{operation.lower()}, three levels, weak stores",
+        )
     ),
     *_holds("store_buffer", LOSS, macros=("RANGE", "RANGE_RELAXED"), variant="range-relaxed, TSO"),
     *_refuted("store_buffer", LOSS, "TEST_INSTEAD_OF_FETCH_OR", macros=("MARK",)),

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from formal.arm.catalog import FOREIGN, MACHINES, PAGES, SUMMARY, TESTS, WORDS, Test
+from formal.arm.catalog import FOREIGN, MACHINES, PAGES, SUMMARY, TESTS, TOP, WORDS, Test
 from formal.arm.code import Thread, functions
 from formal.arm.model import outcomes
 
@@ -34,7 +34,7 @@ def compiled(machine: str) -> dict[str, list[str]]:
 
 def check(test: Test, code: dict[str, list[str]]) -> tuple[int, int]:
     """Return how many executions a test has, and how many of them end as they must not."""
-    arguments = FOREIGN if test.foreign else (PAGES, WORDS, SUMMARY)
+    arguments = FOREIGN if test.foreign else (PAGES, WORDS, SUMMARY, *([TOP] if test.third else []))
     ends = [
         test.bad(outcome)
         for outcome in outcomes([Thread(code[name], arguments) for name in test.threads], test.initial())

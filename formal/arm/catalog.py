@@ -9,7 +9,7 @@ from formal.arm.model import Outcome
 MACHINES = {"exclusive pairs": "armv8-a", "LSE": "armv8.1-a"}
 EXCLUSIVE, LSE = MACHINES
 
-PAGES, WORDS, SUMMARY = 0x1000, 0x2000, 0x3000
+PAGES, WORDS, SUMMARY, TOP = 0x1000, 0x2000, 0x3000, 0x4000
 FOREIGN = (PAGES, WORDS, 0)
 
 Verdict = Callable[[Outcome], bool]
@@ -27,13 +27,15 @@ class Test:
         Functions of ``threads.c``; the last one harvests.
     dirty : str
         How the bitmap begins: ``clean``; ``set``, the first page and its line are marked already; ``line``, the summary
-        has the line still, and all of its pages have been cleared.
+        has the line still, and all of its pages have been cleared; ``top``, the top has its bit, and the summary none.
     bad : callable
         Whether an outcome is one that must not be.
     may_be : tuple of str
         Machines on which the outcome is possible: none where the order is right.
     foreign : bool
         There is no summary.
+    third : bool
+        There is a third level over the summary, one page, and one leaf.
     """
 
     name: str
@@ -42,10 +44,14 @@ class Test:
     dirty: str = "clean"
     may_be: tuple[str, ...] = ()
     foreign: bool = False
+    third: bool = False
 
     def initial(self) -> dict[int, int]:
         """Return what memory holds at the start."""
         leaf, line = self.dirty == "set", self.dirty in ("set", "line")
+        if self.third:
+            top = self.dirty != "clean"
+            return {PAGES: 0, PAGES + 8: 0, WORDS: int(leaf), SUMMARY: int(line), TOP: int(top)}
         memory = {PAGES: 0, PAGES + 8: 0, WORDS: int(leaf), WORDS + 8: 0}
         return memory if self.foreign else {**memory, SUMMARY: int(line)}
 
@@ -58,6 +64,13 @@ def lost(outcome: Outcome) -> bool:
         memory[PAGES + 8 * page] and report >> 2 * page & 3 != 3 and not (looked_at and memory[WORDS + 8 * page] & 1)
         for page in (0, 1)
     )
+
+
+def lost_below_the_top(outcome: Outcome) -> bool:
+    """Whether page 0 was written, and neither the copy has it nor will the next harvest come to it from the top."""
+    memory = outcome.memory
+    reached = memory[TOP] & memory[SUMMARY] & memory[WORDS] & 1
+    return bool(memory[PAGES]) and outcome.returned[-1] != 3 and not reached
 
 
 def late(outcome: Outcome) -> bool:
@@ -74,6 +87,13 @@ def _wrong(
     name: str, *threads: str, dirty: str = "set", where: tuple[str, ...] = tuple(MACHINES), foreign: bool = False
 ) -> list[Test]:
     return [Test(name, threads, lost, dirty, where, foreign)]
+
+
+def _third(name: str, *threads: str, starts: tuple[str, ...], where: tuple[str, ...] = ()) -> list[Test]:
+    return [
+        Test(f"{name}, {start}" if len(starts) > 1 else name, threads, lost_below_the_top, start, where, third=True)
+        for start in starts
+    ]
 
 
 TESTS: tuple[Test, ...] = (
@@ -119,4 +139,23 @@ TESTS: tuple[Test, ...] = (
     *_wrong("no fence after the summary", "mark", "harvest_without_summary_fence", dirty="line", where=(EXCLUSIVE,)),
     *_wrong("no fence at the end", "batch", "harvest_without_end", where=(EXCLUSIVE,)),
     *_wrong("no fence after a clear", "batch", "clear_without_end", where=(EXCLUSIVE,)),
+    # I4 with a third level.
+    *_third("three levels, mark", "mark_three", "harvest_three", starts=("clean", "set", "line", "top")),
+    *_third("three levels, batch", "batch_three", "harvest_three", starts=("clean", "set", "line", "top")),
+    *_third("three levels, range", "range_three", "harvest_three", starts=("clean", "set", "line", "top")),
+    Test(
+        "three levels, told", ("mark_three", "mark_three_and_tell", "harvest_three_until_told"), late, "top", third=True
+    ),
+    *_third("top loaded relaxed", "top_loaded_relaxed", "harvest_three", starts=("top",), where=(EXCLUSIVE,)),
+    *_third("top loaded early", "top_loaded_early", "harvest_three", starts=("top",), where=tuple(MACHINES)),
+    Test(
+        "top not looked at",
+        ("mark_three", "mark_three_and_skip", "harvest_three_until_told"),
+        late,
+        "clean",
+        tuple(MACHINES),
+        third=True,
+    ),
+    *_third("no fence after the top", "mark_three", "harvest_without_top_fence", starts=("top",), where=(EXCLUSIVE,)),
+    *_third("summary before the top", "mark_three", "harvest_summary_first", starts=("top",), where=tuple(MACHINES)),
 )

@@ -6,7 +6,7 @@
 #include "_bits/batch.h"
 #include "dirtylog/bitmap.h"
 
-#define THREAD(name) uint64_t name(uint64_t *pages, uint64_t *words, uint64_t *summary)
+#define THREAD(name) uint64_t name(uint64_t *pages, uint64_t *words, uint64_t *summary, uint64_t *top)
 /* Two words of one line: page 0 is in the first one, page 64 in the second. */
 #define BITMAP const struct dl_bitmap bitmap = {words, summary, 2 * DL_WORD_PAGES}
 #define SECOND DL_WORD_PAGES
@@ -210,4 +210,119 @@ THREAD(clear_without_end)
     if (dl_load_relaxed(&words[0]) & 1)
         dl_fetch_and(&words[0], ~UINT64_C(1));
     return 1 | READ(0) << 1;
+}
+
+/* ---- a third level: one top bit for a line of summary words, as the headers would have it */
+
+static inline void top_mark(uint64_t *top)
+{
+    if (!(dl_load_seq_cst(top) & 1))
+        dl_fetch_or(top, 1);
+}
+
+/* The fence behind the read-modify-write: the summary is looked at by plain loads. */
+static inline uint64_t top_take(uint64_t *top)
+{
+    uint64_t taken = dl_load_relaxed(top) & 1 ? dl_fetch_and(top, ~UINT64_C(1)) & 1 : 0;
+    dl_fence_after_rmw();
+    return taken;
+}
+
+THREAD(mark_three) { BITMAP; WRITE(0); dl_mark(&bitmap, 0); top_mark(top); return 0; }
+THREAD(range_three) { BITMAP; WRITE(0); dl_mark_range(&bitmap, 0, DL_WORD_PAGES); top_mark(top); return 0; }
+THREAD(batch_three)
+{
+    BITMAP;
+    WRITE(0);
+    dl_batch_begin();
+    dl_batch_mark(&bitmap, 0, 1);
+    top_mark(top);
+    return 0;
+}
+
+static inline uint64_t harvest_leaf(uint64_t *words, uint64_t *summary)
+{
+    uint64_t taken = 0;
+    if (dl_load_relaxed(summary) && dl_exchange(summary, 0)) {
+        dl_fence_seq_cst();
+        taken = dl_harvest_word(&words[0]);
+    }
+    return taken;
+}
+
+THREAD(harvest_three)
+{
+    uint64_t taken = top_take(top) ? harvest_leaf(words, summary) : 0;
+    dl_harvest_end();
+    return REPORT(0, taken);
+}
+
+THREAD(mark_three_and_tell)
+{
+    BITMAP;
+    dl_mark(&bitmap, 0);
+    top_mark(top);
+    DL_STORE(&pages[1], 1, RELEASE);
+    return 0;
+}
+THREAD(harvest_three_until_told)
+{
+    uint64_t first = top_take(top) ? harvest_leaf(words, summary) : 0;
+    uint64_t told = DL_LOAD(&pages[1], ACQUIRE);
+    uint64_t second = top_take(top) ? harvest_leaf(words, summary) : 0;
+    return told << 1 | ((first | second) & 1);
+}
+
+/* The top's load in any order with the summary's mark. */
+THREAD(top_loaded_relaxed)
+{
+    BITMAP;
+    WRITE(0);
+    dl_mark(&bitmap, 0);
+    if (!(dl_load_relaxed(top) & 1))
+        dl_fetch_or(top, 1);
+    return 0;
+}
+
+/* The top's load before the summary is marked. */
+THREAD(top_loaded_early)
+{
+    BITMAP;
+    WRITE(0);
+    dl_fetch_or(&words[0], 1);
+    uint64_t seen = dl_load_seq_cst(top);
+    dl_summary_mark_word(&bitmap, 0);
+    if (!(seen & 1))
+        dl_fetch_or(top, 1);
+    return 0;
+}
+
+/* Where another marker has set the summary bit, his way to the top is waited for. */
+THREAD(mark_three_and_skip)
+{
+    dl_fetch_or(&words[0], 1);
+    if (!(dl_load_seq_cst(&summary[0]) & 1)) {
+        dl_fetch_or(&summary[0], 1);
+        top_mark(top);
+    }
+    DL_STORE(&pages[1], 1, RELEASE);
+    return 0;
+}
+
+THREAD(harvest_without_top_fence)
+{
+    uint64_t taken = 0;
+    if ((dl_load_relaxed(top) & 1) && (dl_fetch_and(top, ~UINT64_C(1)) & 1))
+        taken = harvest_leaf(words, summary);
+    dl_harvest_end();
+    return REPORT(0, taken);
+}
+
+THREAD(harvest_summary_first)
+{
+    uint64_t taken = harvest_leaf(words, summary);
+    dl_fence_seq_cst();
+    dl_fetch_and(top, ~UINT64_C(1));
+    dl_harvest_end();
+    return REPORT(0, taken);
 }

@@ -9,6 +9,8 @@
  * OPERATION is how a thread marks: MARK one page by fetch_or; BATCH several pages after one fence,
  * testing first; RANGE whole words by plain stores of all ones, then a fence, then the summary.
  *
+ * With THIRD a top bit lies over the summary's, and is marked after it and taken before it.
+ *
  * Variants: TEST_WITHOUT_FENCE, TEST_INSTEAD_OF_FETCH_OR, RANGE_WITHOUT_FENCE, RANGE_RELAXED.
  */
 #define MARKERS 2
@@ -20,6 +22,9 @@ mtype = { DATA, LEAF, LEAF_RELEASE };
 
 byte leaf;
 bool summary;
+#ifdef THIRD
+bool top;
+#endif
 byte stale;
 byte writers;
 chan buffer[MARKERS] = [4] of { mtype, byte };
@@ -66,6 +71,13 @@ inline mark_summary(id)
     :: seen
     :: else -> atomic { FENCE(id) -> printf("marker %d marks the summary\n", id); summary = true }
     fi;
+#ifdef THIRD
+    atomic { seen = top; printf("marker %d finds the top %d\n", id, seen) };
+    if
+    :: seen
+    :: else -> atomic { FENCE(id) -> printf("marker %d marks the top\n", id); top = true }
+    fi;
+#endif
     seen = false
 }
 
@@ -128,9 +140,22 @@ inline take_leaf(page)
     atomic { stale = stale & ~taken; taken = 0 }
 }
 
+inline take_summary()
+{
+    atomic { lines = summary; summary = false; printf("harvest takes the summary: %d\n", lines) }
+}
+
 inline harvest()
 {
-    atomic { lines = summary; summary = false; printf("harvest takes the summary: %d\n", lines) };
+#ifdef THIRD
+    atomic { lines = top; top = false; printf("harvest takes the top: %d\n", lines) };
+    if
+    :: lines -> take_summary()
+    :: else
+    fi;
+#else
+    take_summary();
+#endif
     if
     :: lines -> take_leaf(0); take_leaf(1)
     :: else

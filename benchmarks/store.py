@@ -50,11 +50,14 @@ def s3() -> Iterator[tuple[Any, Callable[[], int]]]:
 
     sent = [0]
     app = DomainDispatcherApplication(create_backend_app)
+    # moto lists what another of its threads removes.
+    alone = threading.Lock()
 
     def counting(environ: Any, start_response: Any) -> Any:
         if environ["REQUEST_METHOD"] == "PUT":
             sent[0] += int(environ.get("CONTENT_LENGTH") or 0)
-        return app(environ, start_response)
+        with alone:
+            return app(environ, start_response)
 
     class Quiet(WSGIRequestHandler):
         def log_request(self, *_: Any) -> None:

@@ -23,14 +23,14 @@ def refusing(way_out: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, ValueError) as error:
-        # The text of a KeyError is the repr of what was missing.
-        said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise DirtyLogError(f"{said}{way_out}") from error
     except Exception as error:
         icechunk = sys.modules.get("icechunk")
-        if icechunk is None or not isinstance(error, icechunk.IcechunkError):
+        if icechunk is not None and isinstance(error, icechunk.IcechunkError):  # which may be a KeyError, too
+            lines = [line.strip(" \t|x`->") for line in str(error).splitlines()]
+            said = f"the store refused: {next(filter(None, lines), type(error).__name__)}"
+        elif isinstance(error, KeyError | ValueError):
+            # The text of a KeyError is the repr of what was missing.
+            said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        else:
             raise
-        lines = [line.strip(" \t|x`->") for line in str(error).splitlines()]
-        said = next(filter(None, lines), type(error).__name__)
-        raise DirtyLogError(f"the store refused: {said}{way_out}") from error
+        raise DirtyLogError(f"{said}{way_out}") from error

@@ -77,6 +77,18 @@ def test_an_epoch_writes_its_dirty_chunks_alone(repo, tracked):
     assert second.amplification == 4
 
 
+def test_chunks_are_assigned_where_zarr_has_other_inner_parts(repo, tracked, monkeypatch):
+    import zarr.core.array_spec
+
+    w = dl.zeros((64, 512))
+    sink = StoreSink(tracked({"w": w}), {"w": w}, repo, chunks=(4, 512))
+    monkeypatch.delattr(zarr.core.array_spec, "ArraySpec")
+    sink.save()
+    w[5, 5] = 1
+    assert sink.save().chunks == 1
+    assert np.array_equal(sink.restore()["w"], w)
+
+
 def test_an_epoch_without_a_write_makes_no_snapshot(repo, tracked):
     w = dl.zeros((64, 512))
     sink = StoreSink(tracked({"w": w}), {"w": w}, repo)

@@ -144,13 +144,17 @@ TESTS: tuple[Test, ...] = (
     *_third("three levels, batch", "batch_three", "harvest_three", starts=("clean", "set", "line", "top")),
     *_third("three levels, range", "range_three", "harvest_three", starts=("clean", "set", "line", "top")),
     Test(
-        "three levels, told", ("mark_three", "mark_three_and_tell", "harvest_three_until_told"), late, "top", third=True
+        "three levels, told",
+        ("mark_three", "mark_three_and_tell", "harvest_three_when_told"),
+        late,
+        "clean",
+        third=True,
     ),
     *_third("top loaded relaxed", "top_loaded_relaxed", "harvest_three", starts=("top",), where=(EXCLUSIVE,)),
     *_third("top loaded early", "top_loaded_early", "harvest_three", starts=("top",), where=tuple(MACHINES)),
     Test(
         "top not looked at",
-        ("mark_three", "mark_three_and_skip", "harvest_three_until_told"),
+        ("mark_three", "mark_three_and_skip", "harvest_three_when_told"),
         late,
         "clean",
         tuple(MACHINES),

@@ -265,12 +265,11 @@ THREAD(mark_three_and_tell)
     DL_STORE(&pages[1], 1, RELEASE);
     return 0;
 }
-THREAD(harvest_three_until_told)
+THREAD(harvest_three_when_told)
 {
-    uint64_t first = top_take(top) ? harvest_leaf(words, summary) : 0;
     uint64_t told = DL_LOAD(&pages[1], ACQUIRE);
-    uint64_t second = top_take(top) ? harvest_leaf(words, summary) : 0;
-    return told << 1 | ((first | second) & 1);
+    uint64_t taken = top_take(top) ? harvest_leaf(words, summary) : 0;
+    return told << 1 | (taken & 1);
 }
 
 /* The top's load in any order with the summary's mark. */

@@ -3,13 +3,15 @@
 Run: python -m benchmarks.migrate_wire [--mib 256] [--turns 5] [--channels 1 2]. Two processes on loopback TCP, in
 turns: bare `sendall` and `recv_into` of a MiB at once; a first round of random pages, into memory that is there and
 into new memory; and rounds in which 64 bytes of each page changed; all of that over each number of channels. A ratio is
-page bytes per second over what the bare sockets took just before.
+page bytes per second over what the bare sockets took just before. At last with postcopy: how long after the pause the
+copy has read its first byte, in the middle of the memory, and the rate at which the rest comes.
 """
 
 import argparse
 import os
 import socket
 import statistics
+import struct
 import time
 
 import numpy as np
@@ -121,6 +123,28 @@ def later_rounds(memory, there, channels):
     return statistics.median(each.bandwidth for each in again)
 
 
+def first_touch(memory):
+    """Return the seconds from the pause until a copy has read a page, and the bytes per second of all of them."""
+    here, there = os.pipe()
+
+    def receiving(sock, _):
+        def start(copy):
+            copy[len(copy) // 2] += 1
+            # One clock for both processes.
+            os.write(there, struct.pack("d", time.monotonic()))
+
+        receive(sock, start=start, postcopy=True)
+
+    paused = []
+    with Ends(receiving) as sock:
+        observer = observers(len(memory) // 4096)[1]
+        result = send(sock, memory, observer, postcopy=0, pause=lambda: paused.append(time.monotonic()))
+        (touched,) = struct.unpack("d", os.read(here, 8))
+    for end in (here, there):
+        os.close(end)
+    return touched - paused[-1], result.rounds[-1].bandwidth
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=256)
@@ -151,6 +175,10 @@ def main():
         print(
             f"{name:38} {statistics.median(rates) / (1 << 20):9.0f} {statistics.median(ratios):7.2f} {max(ratios):7.2f}"
         )
+    touches, rates = zip(*(first_touch(memory) for _ in range(options.turns)), strict=True)
+    middle, worst = 1e3 * statistics.median(touches), 1e3 * max(touches)
+    print(f"postcopy: first page {middle:.1f} ms after the pause, worst {worst:.1f}")
+    print(f"postcopy: {statistics.median(rates) / (1 << 20):.0f} MiB per second in the background")
 
 
 if __name__ == "__main__":

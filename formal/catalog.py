@@ -242,4 +242,9 @@ CHECKS: tuple[Check, ...] = (
         "OLD_CHANNEL_IS_READ_ON",
         "APPLIED_OF_ONE_FOR_ALL",
     ),
+    # A copy that runs before it has everything.
+    *_holds("postcopy", LOSS, BOTH, NEITHER),
+    *_refuted("postcopy", BOTH, "LOST_LINE_REVIVES_THE_SOURCE", "READY_COPY_RUNS", "GIVES_UP_WHILE_IT_RUNS"),
+    *_refuted("postcopy", LOSS, "GUARD_ENDS_WITH_THE_LINE"),
+    *_refuted("postcopy", NEITHER, "SENT_COUNTS_AS_APPLIED"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate._frames import Taker
@@ -116,9 +117,13 @@ class Filling:
         As the sender announces them.
     fresh : bool
         Whether the memory is zero.
+    postcopy : bool
+        Whether pages may come after the end.
     """
 
-    def __init__(self, target: Space, page_size: int, codec: int, channels: int, fresh: bool) -> None:
+    def __init__(
+        self, target: Space, page_size: int, codec: int, channels: int, fresh: bool, postcopy: bool = False
+    ) -> None:
         granule = min(page_size, WINDOW)
         npages = -(-target.nbytes // granule)
         words = np.zeros(-(-npages // 64), np.uint64)
@@ -136,6 +141,11 @@ class Filling:
             for share in Share.all(channels, granule)
         ]
         self.state: bytearray = bytearray()
+        self.target: Space = target
+        self.granule: int = granule
+        # Whether some may come when the copy runs; which those are.
+        self.postcopy: bool = postcopy
+        self.lacking: DirtyBitmap = DirtyBitmap(npages)
 
     @property
     def number(self) -> int:
@@ -152,16 +162,37 @@ class Filling:
         for part in self.parts:
             part.resumed()
         self.state.clear()
+        self.lacking.harvest()
 
     def beside(self, payload: memoryview) -> None:
         """Keep a part of what is beside the memory."""
-        if not self.number or not payload.nbytes:
+        if not (self.number or self.postcopy) or not payload.nbytes:
             raise WireError("a part of the state is empty, or comes before the first round")
         if len(self.state) + payload.nbytes > MAX_STATE_BYTES:
             raise WireError(f"the sender's state has more than {MAX_STATE_BYTES} bytes")
         self.parts[0].over = True
         self.state += payload
 
+    def lacks(self, payload: memoryview) -> None:
+        """Note extents that come when the copy runs."""
+        table = np.frombuffer(payload, "<i8") if payload.nbytes % 16 == 0 else np.zeros(0, np.int64)
+        starts, lengths = table[::2], table[1::2]
+        nbytes, granule = self.target.nbytes, self.granule
+        # In this order: once both are within bounds their sum cannot overflow.
+        right = len(table) > 0 and bool(((starts >= 0) & (starts < nbytes) & (lengths > 0) & (lengths <= nbytes)).all())
+        if right:
+            ends = starts + lengths
+            whole = (starts % granule == 0) & ((ends % granule == 0) | (ends == nbytes)) & (ends <= nbytes)
+            right = bool(whole.all() and (starts[1:] >= ends[:-1]).all())
+        if not right:
+            raise WireError("a LACKING frame is no table of extents of whole pages of this memory")
+        self.parts[0].over = True
+        runs = np.stack([starts // granule, -(-lengths // granule)], axis=1)
+        self.lacking.merge(DirtyPages.from_runs(runs, self.lacking.npages))
+
     def missing(self) -> int:
-        """Return how many pages never came, in parts of a MiB where they are larger."""
-        return self.seen.npages - self.seen.count()
+        """Return how many pages never came and are not to come, in parts of a MiB where they are larger."""
+        if not self.lacking.count():
+            return self.seen.npages - self.seen.count()
+        there = self.seen.peek() | self.lacking.peek()
+        return there.npages - there.count

@@ -13,7 +13,7 @@ from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate._frames import Packer
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.copies import Copies
-from dirtylog.sinks.migrate.payloads import PAGES, PART, RAW, READY, ROUND, RUNS, ZSTD
+from dirtylog.sinks.migrate.payloads import FAULTS, PAGES, PART, RAW, READY, ROUND, RUNS, ZSTD
 from dirtylog.sinks.migrate.share import Share
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
 from dirtylog.sinks.snapshot.space import Space
@@ -85,6 +85,7 @@ class Lane:
         self.own: socket.socket | None = None
         self.control: Control | None = None
         self.begun: int = 0
+        self.served: int = 0
         self.staging: memoryview | None = None
         # Memory that is not in this process is read window by window.
         regions = [(each.start, each.view) for each in source.regions] if isinstance(source, Space) else []
@@ -105,6 +106,10 @@ class Lane:
         if answer.nbytes != READY.size:
             raise WireError(f"a READY frame of {answer.nbytes} bytes")
         stage, begun, applied, nonce = READY.unpack(answer)
+        if stage == FAULTS:
+            # Of the frames since the copy runs.
+            self.served = applied
+            return int(stage), nonce
         if not PART <= stage <= RUNS or begun > self.begun or applied > self.packer.sent:
             raise WireError(f"the copy says that it is at stage {stage}, round {begun}, frame {applied}; it cannot be")
         # What it has not applied is as if it had not been sent.

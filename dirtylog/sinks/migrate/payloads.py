@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPLETE",
+    "EXTENT",
+    "FAULTS",
     "HELLO",
     "JOIN",
     "MIN_PAGE_SIZE",
     "PAGES",
     "PART",
+    "POSTCOPY",
+    "POSTCOPY_AT",
     "RAW",
     "READY",
     "ROUND",
@@ -40,9 +44,12 @@ READY = struct.Struct("<B7xQQ16s")
 JOIN = struct.Struct("<16s16sI")
 ROUND = struct.Struct("<Q")
 PAGES = struct.Struct("<IB3x")
+EXTENT = struct.Struct("<2q")
 RAW, ZSTD = 0, 1
 # How far the copy is, in READY.
-PART, COMPLETE, RUNS = 0, 1, 2
+PART, COMPLETE, RUNS, FAULTS = 0, 1, 2, 3
+# In HELLO, in the first of its two spare bytes: the copy is to run before it has everything.
+POSTCOPY, POSTCOPY_AT = 1, 34
 
 
 def compressor() -> Callable[[Buffer], bytes]:

@@ -5,6 +5,7 @@ The copy may run when the source has given it the right to, and never before: se
 
 from __future__ import annotations
 
+import mmap
 import os
 import secrets
 import socket
@@ -14,17 +15,23 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dirtylog._bits.pages import check_geometry
 from dirtylog.errors import BackendUnavailable
+from dirtylog.sinks.migrate._postcopy import FILLED, GOES_ON, Faults
 from dirtylog.sinks.migrate.control import Cancelled, Control
 from dirtylog.sinks.migrate.filling import Filling, Part
 from dirtylog.sinks.migrate.origins import room
 from dirtylog.sinks.migrate.payloads import (
     COMPLETE,
+    FAULTS,
     HELLO,
     JOIN,
     MIN_PAGE_SIZE,
     PART,
+    POSTCOPY,
+    POSTCOPY_AT,
     RAW,
     READY,
     RUNS,
@@ -57,7 +64,9 @@ class _Stage(IntEnum):
     """Complete and kept. It may run when it is told to, and never before."""
     RUNS = RUNS
     """It has the right to run, and the source has not."""
-    GONE = 3
+    FAULTS = FAULTS
+    """It has the right to run, and the source has not; what it lacks only the source has."""
+    GONE = 4
     """Given up before it was told to run: it never may."""
 
 
@@ -136,6 +145,9 @@ class _Copy:
     problem: BaseException | None = None
     # What the sender said first on a line that it came on by itself.
     hello: bytes | None = None
+    postcopy: bool = False
+    faults: Faults | None = None
+    started: bool = False
 
     @property
     def session(self) -> str:
@@ -145,7 +157,9 @@ class _Copy:
         """Come to a stage, and record it before anything is said that depends on it."""
         self.stage = stage
         if self.record is not None:
-            self.record.set(stage.name.lower())
+            # Not complete, and of no use to anybody but this call.
+            name = "ready" if stage == _Stage.HAVE and self.faults is not None else stage.name.lower()
+            self.record.set(name)
 
     def run(self) -> None:
         """Receive until the copy has the right to run and the sender knows it."""
@@ -159,6 +173,8 @@ class _Copy:
                 if self.stage == _Stage.HAVE:
                     self.hear()
                 self.channel.send(Kind.DONE, self.agreed[:16], counted=False)
+                if self.stage == _Stage.FAULTS:
+                    self.fill()
             except (OSError, WireError) as error:
                 problem = self.hang_up()
                 if isinstance(error, Refusal):
@@ -255,7 +271,9 @@ class _Copy:
         filling = self.filling
         assert filling is not None
         # What goes beside the pages comes over the first channel.
-        state = (Kind.STATE,) if part is filling.parts[0] else ()
+        state: tuple[Kind, ...] = (Kind.STATE,) if part is filling.parts[0] else ()
+        if state and filling.postcopy:
+            state = (Kind.STATE, Kind.LACKING)
         while True:
             if part.takes() and channel.plain:
                 came = part.taker.done
@@ -270,6 +288,8 @@ class _Copy:
                 part.round(payload, self.max_rounds)
             elif kind == Kind.STATE:
                 filling.beside(payload)
+            elif kind == Kind.LACKING:
+                filling.lacks(payload)
             elif kind == Kind.END:
                 if bytes(payload) != before:
                     raise WireError("the sender's digest differs: not everything it sent has arrived")
@@ -298,6 +318,8 @@ class _Copy:
             check_no_copy(session, self.journal)
             if said[33] and self.another is None:
                 raise WireError(f"the sender comes with {said[33]} channels; this side takes one: pass another=")
+            if said[POSTCOPY_AT]:
+                self.check_postcopy()
             self.result, self.filling = _room(said, self.out, self.limit)
             self.agreed = said
             self.control._begin(session)
@@ -310,13 +332,61 @@ class _Copy:
         else:
             self.filling.resumed()
         first, nonce = self.filling.parts[0], secrets.token_bytes(16)
-        self.channel.send(Kind.READY, READY.pack(self.stage, first.number, first.taker.applied, nonce), counted=False)
+        applied = first.taker.applied
+        if self.stage == _Stage.FAULTS:
+            assert self.faults is not None
+            applied = self.faults.applied
+        self.channel.send(Kind.READY, READY.pack(self.stage, first.number, applied, nonce), counted=False)
         if self.stage == _Stage.PART:
             try:
                 self.join(nonce)
             except (OSError, WireError):
                 self.channel.broken = True
                 raise
+
+    def check_postcopy(self) -> None:
+        """Refuse a sender that would let the copy run before it has everything, where that cannot be."""
+        if not self.postcopy:
+            raise WireError("the sender lets the copy run before it is complete; here it may not: pass postcopy=True")
+        if self.arrived is not None:
+            raise WireError("the copy is to be kept before it runs (arrived=), and would run before it is complete")
+        if not self.channel.plain:
+            raise WireError("postcopy needs a plain socket (socket.socket itself, no TLS): tunnel it, as ssh -L does")
+
+    def guard(self) -> None:
+        """Let nobody see what is lacking before it is there."""
+        filling = self.filling
+        assert filling is not None
+        regions = [(region.start, region.view) for region in filling.target.regions]
+        words = filling.lacking.peek().words
+        self.faults = Faults(regions, filling.target.nbytes, filling.granule, words, self.agreed[:16])
+
+    def fill(self) -> None:
+        """Let the copy run, and answer its faults until nothing is lacking."""
+        faults, filling = self.faults, self.filling
+        assert faults is not None
+        assert filling is not None
+        faults.start()
+        self.channel.lend(faults)
+        if not self.started:
+            self.started = True
+            try:
+                if self.start is not None:
+                    self.start(self.result)
+            except Exception as problem:
+                self.problem = problem
+        before = filling.lacking.count()
+        while (why := faults.wait(0.1)) == GOES_ON:
+            if self.progress is not None and self.problem is None:
+                try:
+                    self.progress(filling.number, filling.done + (before - faults.left) * filling.granule)
+                except Exception as problem:
+                    # The copy runs: it is filled all the same.
+                    self.problem = problem
+        if why != FILLED:
+            self.channel.lent(why)
+        faults.release()
+        self.move(_Stage.RUNS)
 
     def pages(self) -> None:
         """Receive pages until all are there, verified and kept; then say so."""
@@ -337,7 +407,9 @@ class _Copy:
             raise WireError(f"the sender says that was all, and {missing} pages never came")
         if self.state is not None:
             self.state(_state(filling.state))
-        if self.arrived is not None:
+        if filling.lacking.count():
+            self.guard()
+        elif self.arrived is not None:
             self.arrived(self.result)
         # From here on the source may give its right away at any moment.
         self.control._commit()
@@ -350,6 +422,9 @@ class _Copy:
         if bytes(payload) != self.agreed[:16]:
             raise WireError("the right to run is for another session")
         try:
+            if self.faults is not None:
+                self.move(_Stage.FAULTS)
+                return
             self.move(_Stage.RUNS)
             if self.start is not None:
                 self.start(self.result)
@@ -360,13 +435,24 @@ class _Copy:
     def fail(self, error: BaseException) -> None:
         """End as what there is demands; raises what the caller is told, or returns where the copy may run."""
         expected = isinstance(error, (OSError, WireError))
+        if self.stage == _Stage.FAULTS:
+            assert self.faults is not None
+            # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
+            self.faults.stop()
+            lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
+            if expected:
+                raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
+            error.add_note(lost)
+            raise error
+        if self.faults is not None and self.stage != _Stage.RUNS:
+            self.faults.release()
         if self.stage == _Stage.RUNS:
             if expected:
                 # Only the answer may be lost; nothing turns this into a failure.
                 return
             error.add_note(f"the copy has the right to run, and the source has not; session {self.session}")
             raise error
-        if self.stage == _Stage.HAVE and self.channel.broken and expected:
+        if self.stage == _Stage.HAVE and self.channel.broken and expected and self.faults is None:
             raise MigrationError(
                 f"the copy is complete and was not told to run before the line broke: settle session {self.session}, "
                 f"or ask the source's end ({error})",
@@ -405,6 +491,7 @@ def receive(
     journal: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], object] | None = None,
     another: Callable[[], socket.socket] | None = None,
+    postcopy: bool = False,
     control: Control | None = None,
 ) -> Any:
     """Receive the memory that :func:`send` sends from the other end.
@@ -444,6 +531,10 @@ def receive(
     another : callable, optional
         Lets a sender come with several channels: returns one more socket of its, which is closed for you:
         ``lambda: listener.accept(60, control=control)``. Each is filled by a thread of its own.
+    postcopy : bool
+        Let a sender with `postcopy` start the copy before it has everything: `start` is called at once, and threads
+        that touch what is lacking wait for it. `out` must be private anonymous memory that begins with a page of the
+        system's, as :func:`dirtylog.zeros` makes it; by default it is.
     control : Control, optional
         Says how far it is, and cancels it as long as the copy is not complete, from any thread. Its bandwidth is the
         sender's matter.
@@ -469,6 +560,12 @@ def receive(
     is believed. Allocates the memory and a few MiB, and with a state of the largest size some 64 MiB more; memory whose
     pages are zero is not committed. CRC-32 finds accidents; for a line that somebody may listen to or change use TLS:
     :class:`Listener` with :class:`Keys`.
+
+    With postcopy `start` is called in this thread, and should only begin what uses the memory. System calls on what is
+    lacking answer EFAULT where this process may not have a userfaultfd for the kernel's own faults
+    (``vm.unprivileged_userfaultfd``): make them when `receive` has returned, or start the program only then. A child of
+    a fork has none of the memory until then. A line is replaced by the interpreter: a thread that holds the GIL while
+    it waits for a page, as access to one element of an array does, keeps `reconnect` from being called.
     """
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be 1 or more")
@@ -478,6 +575,7 @@ def receive(
         Space(out, 4096, writable=True)
     control = control or Control()
     copy = _Copy(channel, out, limit, max_rounds, state, arrived, start, progress, reconnect, journal, another, control)
+    copy.postcopy = postcopy
     try:
         copy.run()
     except BaseException as error:
@@ -501,7 +599,7 @@ def _layout_bytes(hello: bytes) -> int:
     if len(hello) != HELLO.size:
         raise WireError(f"a HELLO frame of {len(hello)} bytes")
     _, _, _, _, channels, length = HELLO.unpack(hello)
-    if hello[34:36] != bytes(2) or length > MAX_LAYOUT:
+    if hello[POSTCOPY_AT] not in (0, POSTCOPY) or hello[POSTCOPY_AT + 1] or length > MAX_LAYOUT:
         raise WireError(f"the sender announces a layout of {length} bytes; at most {MAX_LAYOUT}")
     if channels == 1 or channels > MAX_CHANNELS:
         raise WireError(f"the sender announces {channels} channels; it must be 0, for one, or 2 to {MAX_CHANNELS}")
@@ -521,8 +619,39 @@ def _room(
         raise WireError(f"the sender announces {nbytes} bytes in pages of {page_size}, codec {codec}")
     if codec == ZSTD:
         compressor()
-    result, space = room(nbytes, page_size, said[HELLO.size :], out, limit)
-    return result, Filling(space, page_size, codec, channels or 1, fresh=out is None)
+    postcopy = said[POSTCOPY_AT] != 0
+    if postcopy and page_size < mmap.PAGESIZE:
+        raise WireError(f"the sender announces pages of {page_size} bytes; postcopy takes {mmap.PAGESIZE} or more")
+    # Whole pages of the system's own.
+    made = _pages if postcopy and out is None else out
+    result, space = room(nbytes, page_size, said[HELLO.size :], made, limit)
+    if postcopy and out is not None:
+        _check_private(space)
+    return result, Filling(space, page_size, codec, channels or 1, fresh=out is None, postcopy=postcopy)
+
+
+def _pages(nbytes: int) -> Memory:
+    """Return new memory that begins with a page of the system's."""
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+
+
+def _check_private(space: Space) -> None:
+    """Refuse memory that cannot be guarded page by page: shared with somebody, a file's, or a part of a page."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        rows = [line.split(maxsplit=5)[:5] for line in file]
+    # Huge pages of the system's own kind are a file's, too.
+    mapped = [
+        (*(int(end, 16) for end in addresses.split("-")), permissions[3] == "p" and inode == "0")
+        for addresses, permissions, _, _, inode in rows
+    ]
+    for region in space.regions:
+        start = np.frombuffer(region.view, np.uint8).ctypes.data
+        end = start + region.nbytes
+        if start % mmap.PAGESIZE or end % mmap.PAGESIZE:
+            raise WireError("postcopy needs whole pages of the system's: out is dirtylog.zeros(...), say")
+        for first, last, private in mapped:
+            if first < end and start < last and not private:
+                raise WireError("postcopy needs private anonymous memory: out is dirtylog.zeros(...), say")
 
 
 def _state(text: bytearray) -> Any:

@@ -15,10 +15,20 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.lane import Lane
-from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PART, RAW, ZSTD, compressor, granule_offsets
+from dirtylog.sinks.migrate.payloads import (
+    HELLO,
+    JOIN,
+    PART,
+    POSTCOPY,
+    POSTCOPY_AT,
+    RAW,
+    ZSTD,
+    compressor,
+    granule_offsets,
+)
 from dirtylog.sinks.migrate.policy import Round
 from dirtylog.sinks.migrate.share import Share
-from dirtylog.sinks.migrate.wire import MAX_PART, Broken, Channel, Kind, WireError
+from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_PART, Broken, Channel, Kind, WireError
 
 if TYPE_CHECKING:
     from dirtylog.sinks.snapshot.writer import Source
@@ -43,6 +53,7 @@ class Rounds:
     session: bytes
     channels: int = 1
     another: Callable[[], socket.socket] | None = None
+    postcopy: bool = False
     # The frame in which each granule went last, where a broken line can be replaced.
     frames: npt.NDArray[np.uint64] | None = None
     # What goes beside the memory, once it is known.
@@ -99,6 +110,8 @@ class Rounds:
         codec = ZSTD if self.compress else RAW
         channels = self.channels if self.channels > 1 else 0
         said = HELLO.pack(self.session, self.source.nbytes, self.page_size, codec, channels, len(self.layout))
+        if self.postcopy:
+            said = said[:POSTCOPY_AT] + bytes([POSTCOPY]) + said[POSTCOPY_AT + 1 :]
         self.channel.send(Kind.HELLO, said)
         if self.layout:
             self.channel.send(Kind.LAYOUT, self.layout)
@@ -225,6 +238,11 @@ class Rounds:
         """Send the state, in parts."""
         for begin in range(0, len(self.state), MAX_PART):
             self.channel.send(Kind.STATE, self.state[begin : begin + MAX_PART])
+
+    def lacks(self, extents: npt.NDArray[np.int64]) -> None:
+        """Say what comes when the copy runs."""
+        for begin in range(0, len(extents), MAX_EXTENTS):
+            self.channel.send(Kind.LACKING, extents[begin : begin + MAX_EXTENTS].astype("<i8").tobytes())
 
     def dirtied(self, pages: DirtyPages, throttle: float) -> Round:
         """Complete the last round with what was dirtied during it."""

@@ -7,6 +7,7 @@ with the source; from then on it never comes back by itself.
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import time
@@ -18,17 +19,20 @@ from typing import TYPE_CHECKING
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks.migrate.control import Cancelled, Control
 from dirtylog.sinks.migrate.origins import layout_of, source_of
-from dirtylog.sinks.migrate.payloads import MIN_PAGE_SIZE, PART, RUNS
+from dirtylog.sinks.migrate.payloads import FAULTS, MIN_PAGE_SIZE, PART, RUNS
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.rounds import Rounds
+from dirtylog.sinks.migrate.serving import Serving
 from dirtylog.sinks.migrate.sessions import Record, check_unused, new_session
 from dirtylog.sinks.migrate.share import MAX_CHANNELS
 from dirtylog.sinks.migrate.wire import Channel, Kind, Refusal, WireError
 from dirtylog.sinks.snapshot.footer import encode_state
+from dirtylog.sinks.snapshot.space import Space
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
     from dirtylog.log import Observer
+    from dirtylog.sinks.snapshot.writer import Source
     from dirtylog.sources.process import Process
 
 __all__ = ["send"]
@@ -69,6 +73,7 @@ class _Attempt:
     told: bool = False
     breaks: int = 0
     own: socket.socket | None = None
+    serving: Serving | None = None
     problems: list[Exception] = field(default_factory=list)
 
     def take(self, pages: DirtyPages) -> DirtyPages:
@@ -154,14 +159,63 @@ class _Attempt:
                 self.stage = _Stage.DONE
             except (OSError, WireError) as error:
                 stage = self.again(error)
-                if self.stage < _Stage.GIVEN and stage == RUNS:
+                if self.stage < _Stage.GIVEN and stage >= RUNS:
                     raise WireError("the copy says that it runs, and it was never given the right to") from error
                 if self.stage == _Stage.GIVEN and stage == PART:
                     raise WireError("the copy was complete and is not any more: another receiver answers") from error
-                if stage == PART:
+                if stage == PART and self.serving is not None:
+                    # What the copy has not had of the live rounds comes with the rest.
+                    self.postpone(self.serving.pages | self.sender.lacking())
+                elif stage == PART:
                     self.round(self.sender.lacking(), final=True)
 
+    def postpone(self, pages: DirtyPages) -> None:
+        """Send these pages when the copy runs."""
+        assert isinstance(self.sender.source, Space)
+        self.serving = Serving(self.sender.source, self.sender.granule, pages)
+
+    def serve(self, clock: Callable[[], float]) -> None:
+        """Send a copy that runs what it lacks, over as many lines as it takes."""
+        serving = self.serving
+        assert serving is not None
+        begin, before = clock(), self.sender.bytes_sent
+        try:
+            self.record.set("serves")
+        except Exception as problem:
+            self.problems.append(problem)
+        stage = FAULTS
+        error: Exception | None = None
+        while stage == FAULTS:
+            try:
+                if error is not None:
+                    serving.back_to(self.sender.lanes[0].served)
+                    self.hear()
+                serving.run(self.sender.channel, self.sender.session)
+                break
+            except (OSError, WireError) as broken:
+                error = broken
+                stage = self.again(broken)
+                if stage < RUNS:
+                    raise WireError("the copy ran, and does not any more: another receiver answers") from broken
+        seconds = clock() - begin
+        nbytes = serving.sent
+        self.sender.rounds.append(
+            Round(
+                number=len(self.sender.rounds) + 1,
+                final=True,
+                pages=serving.pages.count,
+                zero_pages=serving.zeros // max(self.sender.page_size // self.sender.granule, 1),
+                nbytes=nbytes,
+                wire_bytes=self.sender.bytes_sent - before,
+                seconds=seconds,
+                bandwidth=nbytes / seconds if seconds > 0 else float("inf"),
+            )
+        )
+        self.serving = None
+
     def complete(self) -> None:
+        if self.serving is not None:
+            self.sender.lacks(self.serving.extents())
         self.sender.beside()
         digest = self.sender.end()
         _, answer = self.sender.channel.receive(Kind.HAVE, counted=False)
@@ -229,7 +283,9 @@ class _Attempt:
                 "the right to run was given away, and the destination may run: the source was left paused; "
                 f"settle session {self.record.session}"
             )
-        if self.stage == _Stage.DONE:
+        if self.stage == _Stage.DONE and self.serving is not None:
+            error.add_note("the copy runs and lacks pages that only the source has: it waits for them; do not resume")
+        elif self.stage == _Stage.DONE:
             error.add_note("the migration is complete: the destination has everything and may run; do not resume")
 
     def put_back(self, error: BaseException) -> None:
@@ -254,6 +310,13 @@ class _Attempt:
             raise MigrationError(
                 f"the migration was cancelled in round {len(rounds) + 1}", rounds, session=self.record.session
             ) from error
+        elif isinstance(error, (OSError, WireError)) and self.serving is not None and self.stage == _Stage.DONE:
+            raise MigrationError(
+                f"the copy runs, and the line to it broke while it lacked {self.serving.left} of "
+                f"{self.serving.granules} pages ({error}): it waits for them and the source must not run",
+                rounds,
+                session=self.record.session,
+            ) from error
         elif isinstance(error, (OSError, WireError)) and self.stage < _Stage.DONE:
             raise MigrationError(
                 f"migration failed in round {len(rounds) + 1}: {error}", rounds, self.uncertain, self.record.session
@@ -275,6 +338,7 @@ def send(
     channels: int = 1,
     another: Callable[[], socket.socket] | None = None,
     delta_cache: int = 1 << 26,
+    postcopy: int | None = None,
     deadline: float | None = None,
     control: Control | None = None,
     reconnect: Callable[[int], socket.socket] | None = None,
@@ -327,6 +391,11 @@ def send(
         Bytes for copies of pages that were sent (64 MiB; 0: none): of a page that is sent again while its copy is
         kept, only what changed goes, where that is less than three quarters of it. Memory that fits is kept from the
         first round on, of larger memory the pages that go again.
+    postcopy : int, optional
+        Live rounds after which the copy runs before it has everything; 0: at once. What it touches first goes first,
+        the rest meanwhile. `memory` must be this process's own, and the socket plain: no TLS of ours. From the switch
+        on only the copy may run, and it needs the source until `send` returns: a line that is lost stops it where it
+        lacks pages, until `reconnect` gives another one.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
     control : Control, optional
@@ -383,7 +452,11 @@ def send(
     if delta_cache < 0:
         raise ValueError(f"delta_cache is {delta_cache}; it must be bytes, 0 or more")
     first, raw = Channel(sock, deadline), bytes.fromhex(session)
-    sender = Rounds(first, source, layout_of(source), delta_cache, compress, clock, raw, channels, another)
+    if postcopy is not None:
+        _check_postcopy(postcopy, source, first)
+    sender = Rounds(
+        first, source, layout_of(source), delta_cache, compress, clock, raw, channels, another, postcopy is not None
+    )
     sender.state = b"" if callable(state) else encode_state(state)
     if reconnect is not None:
         sender.remember()
@@ -403,7 +476,7 @@ def send(
         with observer.collect() as epoch:
             take(epoch.pages)
         rest = take(DirtyPages._all(npages, page_size, exact=True))
-        while True:
+        while postcopy is None or len(sender.rounds) < postcopy:
             attempt.round(rest)
             with observer.collect() as epoch:
                 rest = take(epoch.pages)
@@ -423,9 +496,9 @@ def send(
                 progress(last)
             # A source that is to go on is not paused first.
             control._check()
-            if last.expected_downtime <= policy.downtime:
+            if postcopy is None and last.expected_downtime <= policy.downtime:
                 break
-            if len(sender.rounds) >= policy.max_rounds:
+            if postcopy is None and len(sender.rounds) >= policy.max_rounds:
                 if policy.force:
                     break
                 raise NotConverging(
@@ -443,8 +516,14 @@ def send(
             rest = rest | take(epoch.pages)
             if callable(state):
                 sender.state = encode_state(state())
-            attempt.round(rest, final=True)
+            if postcopy is None:
+                attempt.round(rest, final=True)
+            elif rest:
+                attempt.postpone(rest)
             attempt.commit()
+            switched = clock()
+            if attempt.serving is not None:
+                attempt.serve(clock)
         finished = clock()
         problems = attempt.epilogue(progress)
         rounds = tuple(sender.rounds)
@@ -452,7 +531,7 @@ def send(
         sent = sender.bytes_sent
         control._off()
         attempt.close()
-        result = Result(rounds, finished - begin, finished - paused, total, sent, problems, session, attempt.breaks)
+        result = Result(rounds, finished - begin, switched - paused, total, sent, problems, session, attempt.breaks)
         return result  # noqa: RET504  an interrupt just after the call above must find this try
     except BaseException as error:
         try:
@@ -463,3 +542,15 @@ def send(
             raise
         attempt.raise_from(error)
         raise
+
+
+def _check_postcopy(rounds: int, source: Source, channel: Channel) -> None:
+    """Refuse what cannot be sent while the copy runs; nothing has been sent yet."""
+    if rounds < 0:
+        raise ValueError(f"postcopy is {rounds}; it must be a number of live rounds, 0 or more")
+    if not isinstance(source, Space):
+        raise ValueError("postcopy sends memory of this process alone; send that of another one with its last round")
+    if source.page_size < mmap.PAGESIZE:
+        raise ValueError(f"the observer's page_size is {source.page_size}; postcopy takes {mmap.PAGESIZE} or more")
+    if not channel.plain:
+        raise ValueError("postcopy needs a plain socket (socket.socket itself, no TLS): tunnel it, as ssh -L does")

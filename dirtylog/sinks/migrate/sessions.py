@@ -29,9 +29,15 @@ _KEPT = 1024
 _STAGES: dict[tuple[str, str], tuple[bool | None, str]] = {
     ("source", "live"): (True, "the source has the right to run; the copy is not complete, or was not told to run"),
     ("source", "given"): (None, "the right to run was given away and no answer came: settle(), or ask the copy's end"),
+    ("source", "serves"): (
+        False,
+        "the copy runs and lacks pages that only the source has: it must neither run nor end before the copy has them",
+    ),
     ("source", "done"): (False, "the copy has taken the right to run"),
     ("copy", "part"): (False, "the copy is not complete"),
     ("copy", "have"): (None, "the copy is complete and was not told to run: settle(), or ask the source's end"),
+    ("copy", "ready"): (False, "the copy lacks pages and was not told to run"),
+    ("copy", "faults"): (True, "the copy runs, and lacks pages that only the source has: keep both ends"),
     ("copy", "gone"): (False, "the copy was given up before it was told to run; the source has the right"),
     ("copy", "runs"): (True, "the copy has the right to run"),
 }
@@ -48,7 +54,7 @@ class Status:
     end : str
         "source" or "copy": whose view it is.
     stage : str
-        Of a source: live, given, done. Of a copy: part, have, gone, runs.
+        Of a source: live, given, serves, done. Of a copy: part, have, ready, gone, faults, runs.
     """
 
     session: str
@@ -101,7 +107,7 @@ def check_no_copy(session: str, journal: str | os.PathLike[str] | None) -> None:
         The journal's file is damaged.
     """
     recorded = _recorded(session, "copy", journal)
-    if recorded is not None and recorded.stage in ("have", "runs"):
+    if recorded is not None and recorded.stage in ("have", "ready", "faults", "runs"):
         raise WireError(
             f"session {session} was received here before: {recorded.advice}. A new migration has a session of its own"
         )

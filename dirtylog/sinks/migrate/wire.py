@@ -22,6 +22,7 @@ from dirtylog._bits.checksum import crc32
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate import _frames
+from dirtylog.sinks.migrate._postcopy import ODD, Faults
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -89,6 +90,12 @@ class Kind(IntEnum):
     """Sender: extents and what changed in their pages since they were last sent."""
     JOIN = 14
     """Sender, first on each further channel: the session, what READY said, and which channel it is."""
+    LACKING = 15
+    """Sender, before END: extents that come when the copy runs."""
+    WANT = 16
+    """Receiver, which runs: an extent that it waits for."""
+    FILLED = 17
+    """Receiver, which runs: nothing is lacking any more; the session."""
 
 
 _MAX = {
@@ -106,6 +113,9 @@ _MAX = {
     Kind.STATE: MAX_PART,
     Kind.DELTAS: MAX_PAYLOAD,
     Kind.JOIN: 36,
+    Kind.LACKING: 16 * MAX_EXTENTS,
+    Kind.WANT: 16,
+    Kind.FILLED: 16,
 }
 
 
@@ -278,6 +288,19 @@ class Channel:
         if why == _frames.ENDED:
             raise Broken("the connection ended in the middle")
         raise OSError(-why, os.strerror(-why))
+
+    def lend(self, faults: Faults) -> None:
+        """Let faults be answered over this line, until they say why it ended."""
+        patience, _ = self._limits("waiting for a frame")
+        assert not self._kept
+        faults.line(self._sock.fileno(), self._received, self._sent, patience)
+
+    def lent(self, why: int) -> None:
+        """Raise why a line that was lent has ended."""
+        if why == ODD:
+            self.broken = True
+            raise Broken("what came is no frame of pages that was due")
+        self._end(why, "waiting for a frame")
 
     def send_pages(self, packer: _frames.Packer, enough: int) -> tuple[int, int, int]:
         """Send frames of pages that `packer` makes, over a plain socket.

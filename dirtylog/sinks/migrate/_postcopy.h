@@ -1,0 +1,625 @@
+/* Memory that is used while it fills: a fault is a request on the line, and what comes is put in place, without the GIL.
+ *
+ * One thread per migration reads the faults and the line. It holds no lock of Python's: a thread that waits for a page
+ * may hold the GIL. A page that is there is never written again: since it came it is the program's.
+ *
+ * Until everything is there the memory is guarded by a userfaultfd that nothing closes, whatever breaks: a page that
+ * never came would read as zeros without it (I6).
+ */
+#ifndef DIRTYLOG_SINKS_POSTCOPY_H
+#define DIRTYLOG_SINKS_POSTCOPY_H
+
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "sinks/migrate/_frames.h"
+
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
+#define DL_FRAME_WANT 16
+#define DL_FRAME_FILLED 17
+#define DL_FRAME_SESSION ((size_t)16)
+#define DL_FRAME_EXTENT ((size_t)16)
+
+/* Requests that are on their way to the line at most; of more, the faults wait in the kernel. */
+#define DL_WANTED_AT_ONCE ((size_t)1024)
+#define DL_WANT_BYTES (DL_FRAME_HEADER + DL_FRAME_EXTENT)
+#define DL_FAULTS_AT_ONCE 16
+
+/* What a wait for the end may answer, beside why the line ended (negative). */
+#define DL_POSTCOPY_GOES_ON 0
+#define DL_POSTCOPY_FILLED 1
+#define DL_POSTCOPY_ODD (-100010) /* what came is not what was due */
+
+struct dl_postcopy_line {
+    int fd;
+    uint64_t received, sent; /* numbers of the next frames */
+    double patience;         /* seconds of silence; 0: any */
+};
+
+struct dl_postcopy {
+    /* Set before the thread begins. */
+    struct dl_taking taking; /* the memory; tables of extents are checked as always */
+    uint64_t *missing, *asked;
+    unsigned char *payload;
+    unsigned char session[DL_FRAME_SESSION];
+    size_t page_bytes;
+    int uffd, bell, user_mode_only;
+    pthread_t thread;
+    int started;
+    /* Shared: under the lock. */
+    pthread_mutex_t lock;
+    pthread_cond_t moved;
+    struct dl_postcopy_line next;
+    int has_next, stop, why, filled;
+    int64_t left;     /* granules that are missing */
+    uint64_t applied; /* frames since the switch */
+    /* The thread's own. */
+    struct dl_postcopy_line line;
+    struct dl_reading reading;
+    double heard;
+    unsigned char out[DL_WANTED_AT_ONCE * DL_WANT_BYTES];
+    size_t used, gone;
+};
+
+static inline size_t dl_page_up(const struct dl_postcopy *p, size_t nbytes)
+{
+    return (nbytes + p->page_bytes - 1) & ~(p->page_bytes - 1);
+}
+
+static inline void dl_postcopy_drop(uint64_t *words, int64_t number)
+{
+    words[number / DL_WORD_PAGES] &= ~dl_bit((size_t)number);
+}
+
+/* ---- the guard --------------------------------------------------------------------------------------------------- */
+
+/* Each region, as whole pages of the system's. */
+static inline void dl_postcopy_range(const struct dl_postcopy *p, int64_t i, uint64_t *start, size_t *nbytes)
+{
+    const struct dl_region *region = p->taking.space.regions + i;
+    *start = (uint64_t)(uintptr_t)region->data;
+    *nbytes = dl_page_up(p, (size_t)(region->end - region->start));
+}
+
+static inline int dl_postcopy_advise(const struct dl_postcopy *p, int advice)
+{
+    for (int64_t i = 0; i < p->taking.space.count; i++) {
+        uint64_t start;
+        size_t nbytes;
+        dl_postcopy_range(p, i, &start, &nbytes);
+        if (nbytes && madvise((void *)(uintptr_t)start, nbytes, advice))
+            return -errno;
+    }
+    return 0;
+}
+
+/* What is missing is not there: pages that came and were written again since, and what the memory held before. */
+static inline int dl_postcopy_discard(struct dl_postcopy *p)
+{
+    const struct dl_taking *t = &p->taking;
+    int64_t granules = (t->space.nbytes + t->granule - 1) / t->granule;
+    for (int64_t i = 0; i < t->space.count; i++) {
+        const struct dl_region *region = t->space.regions + i;
+        int64_t number = region->start / t->granule, last = (region->end + t->granule - 1) / t->granule;
+        while (number < last && number < granules) {
+            int64_t begin = number;
+            while (number < last && dl_has_page(p->missing, number))
+                number++;
+            if (number > begin) {
+                int64_t end = number * t->granule < region->end ? number * t->granule : region->end;
+                unsigned char *place = region->data + (begin * t->granule - region->start);
+                if (madvise(place, dl_page_up(p, (size_t)(end - begin * t->granule)), MADV_DONTNEED))
+                    return -errno;
+            } else {
+                number++;
+            }
+        }
+    }
+    return 0;
+}
+
+/* 0, or -errno: nothing is guarded then. */
+static inline int dl_postcopy_guard(struct dl_postcopy *p)
+{
+    struct uffdio_api api = {.api = UFFD_API};
+    int error;
+    p->user_mode_only = 0;
+    p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (p->uffd < 0) {
+        /* Faults that the kernel takes for somebody answer EFAULT then. */
+        p->user_mode_only = 1;
+        p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    }
+    if (p->uffd < 0)
+        return -errno;
+    p->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (p->bell < 0 || ioctl(p->uffd, UFFDIO_API, &api)) {
+        error = -errno;
+        goto fail;
+    }
+    /* A child would find zeros where its parent waits. */
+    error = dl_postcopy_advise(p, MADV_DONTFORK);
+    if (error)
+        goto fail;
+    for (int64_t i = 0; i < p->taking.space.count; i++) {
+        struct uffdio_register want = {.mode = UFFDIO_REGISTER_MODE_MISSING};
+        uint64_t start;
+        size_t nbytes;
+        dl_postcopy_range(p, i, &start, &nbytes);
+        want.range.start = start;
+        want.range.len = nbytes;
+        if (nbytes && ioctl(p->uffd, UFFDIO_REGISTER, &want)) {
+            error = -errno;
+            goto fail;
+        }
+    }
+    error = dl_postcopy_discard(p);
+    if (!error)
+        return 0;
+fail:
+    (void)dl_postcopy_advise(p, MADV_DOFORK);
+    if (p->bell >= 0)
+        close(p->bell);
+    close(p->uffd);
+    p->uffd = p->bell = -1;
+    return error;
+}
+
+/* Nothing is missing any more, or nobody has seen the memory. */
+static inline void dl_postcopy_unguard(struct dl_postcopy *p)
+{
+    if (p->uffd < 0)
+        return;
+    /* The kernel wakes whoever still waits. */
+    close(p->uffd);
+    close(p->bell);
+    p->uffd = p->bell = -1;
+    (void)dl_postcopy_advise(p, MADV_DOFORK);
+}
+
+/* ---- requests ---------------------------------------------------------------------------------------------------- */
+
+static inline void dl_postcopy_say(struct dl_postcopy *p, int kind, const unsigned char *data, size_t nbytes)
+{
+    unsigned char *header = p->out + p->used;
+    memcpy(header, "dlog", 4);
+    header[4] = DL_FRAME_VERSION;
+    header[5] = (unsigned char)kind;
+    header[6] = header[7] = 0;
+    dl_put_le(header + 8, p->line.sent++, 4);
+    dl_put_le(header + 12, nbytes, 8);
+    memcpy(header + DL_FRAME_HEADER, data, nbytes);
+    uint32_t crc = dl_crc32(header, DL_FRAME_CHECKED, 0);
+    dl_put_le(header + DL_FRAME_CHECKED, dl_crc32(header + DL_FRAME_HEADER, nbytes, crc), 4);
+    p->used += DL_FRAME_HEADER + nbytes;
+}
+
+static inline int dl_postcopy_has_room(const struct dl_postcopy *p)
+{
+    /* One stays free for the last word. */
+    return p->used + (DL_FAULTS_AT_ONCE + 1) * DL_WANT_BYTES <= sizeof p->out;
+}
+
+static inline void dl_postcopy_wake(const struct dl_postcopy *p, uint64_t start, size_t nbytes)
+{
+    struct uffdio_range range = {start, nbytes};
+    (void)ioctl(p->uffd, UFFDIO_WAKE, &range);
+}
+
+/* A page of which nothing is missing, and that is not there: zeros that were never put into memory. */
+static inline void dl_postcopy_zero(const struct dl_postcopy *p, uint64_t address)
+{
+    struct uffdio_zeropage zero = {.range = {address & ~(uint64_t)(p->page_bytes - 1), p->page_bytes}};
+    while (ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero) && errno == EAGAIN)
+        ;
+    /* It may have come since the fault: who waits looks again. */
+    dl_postcopy_wake(p, zero.range.start, p->page_bytes);
+}
+
+static inline void dl_postcopy_fault(struct dl_postcopy *p, uint64_t address)
+{
+    struct dl_taking *t = &p->taking;
+    for (int64_t i = 0; i < t->space.count; i++) {
+        const struct dl_region *region = t->space.regions + i;
+        uint64_t start;
+        size_t nbytes;
+        dl_postcopy_range(p, i, &start, &nbytes);
+        if (address < start || address - start >= nbytes)
+            continue;
+        int64_t number = (region->start + (int64_t)(address - start)) / t->granule;
+        if (!dl_has_page(p->missing, number)) {
+            dl_postcopy_zero(p, address);
+            return;
+        }
+        if (dl_has_page(p->asked, number))
+            return;
+        p->asked[number / DL_WORD_PAGES] |= dl_bit((size_t)number);
+        if (p->line.fd >= 0) {
+            unsigned char extent[DL_FRAME_EXTENT];
+            int64_t offset = number * t->granule, length = t->space.nbytes - offset;
+            dl_put_le(extent, (uint64_t)offset, 8);
+            dl_put_le(extent + 8, (uint64_t)(length < t->granule ? length : t->granule), 8);
+            dl_postcopy_say(p, DL_FRAME_WANT, extent, sizeof extent);
+        }
+        return;
+    }
+}
+
+static inline void dl_postcopy_faults(struct dl_postcopy *p)
+{
+    struct uffd_msg messages[DL_FAULTS_AT_ONCE];
+    ssize_t got = read(p->uffd, messages, sizeof messages);
+    for (ssize_t i = 0; i < got / (ssize_t)sizeof messages[0]; i++)
+        if (messages[i].event == UFFD_EVENT_PAGEFAULT)
+            dl_postcopy_fault(p, messages[i].arg.pagefault.address);
+}
+
+/* On another line nothing has been asked for: who waits faults again. */
+static inline void dl_postcopy_rouse(struct dl_postcopy *p)
+{
+    struct dl_taking *t = &p->taking;
+    struct dl_granule g = {0};
+    int64_t granules = (t->space.nbytes + t->granule - 1) / t->granule;
+    for (int64_t word = 0; word * DL_WORD_PAGES < granules; word++)
+        while (p->asked[word]) {
+            int64_t number = word * DL_WORD_PAGES + __builtin_ctzll(p->asked[word]);
+            dl_postcopy_drop(p->asked, number);
+            t->rows[0] = number * t->granule;
+            t->rows[1] = t->granule;
+            t->count = 1;
+            g = (struct dl_granule){0};
+            if (dl_next_granule(t, &g) && g.held)
+                dl_postcopy_wake(p, (uint64_t)(uintptr_t)g.place, dl_page_up(p, g.held));
+        }
+}
+
+/* ---- what comes -------------------------------------------------------------------------------------------------- */
+
+/* Put bytes, or zeros, where nothing is; 0, or -errno. */
+static inline int dl_postcopy_place(struct dl_postcopy *p, unsigned char *place, const unsigned char *from, size_t left)
+{
+    while (left) {
+        int64_t done;
+        int failed;
+        if (from) {
+            struct uffdio_copy copy = {.dst = (uint64_t)(uintptr_t)place, .src = (uint64_t)(uintptr_t)from, .len = left};
+            failed = ioctl(p->uffd, UFFDIO_COPY, &copy);
+            done = copy.copy;
+        } else {
+            struct uffdio_zeropage zero = {.range = {(uint64_t)(uintptr_t)place, left}};
+            failed = ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero);
+            done = zero.zeropage;
+        }
+        if (!failed)
+            return 0;
+        if (done <= 0) {
+            if (errno == EAGAIN)
+                continue;
+            /* Somebody has unmapped it, or put something else there: it is theirs. */
+            if (errno != EEXIST && errno != ENOENT)
+                return -errno;
+            dl_postcopy_wake(p, (uint64_t)(uintptr_t)place, p->page_bytes);
+            done = (int64_t)p->page_bytes;
+        }
+        place += done;
+        from = from ? from + done : NULL;
+        left -= (size_t)done;
+    }
+    return 0;
+}
+
+static inline void dl_postcopy_came(struct dl_postcopy *p, int64_t number)
+{
+    dl_postcopy_drop(p->missing, number);
+    dl_postcopy_drop(p->asked, number);
+    pthread_mutex_lock(&p->lock);
+    p->left--;
+    pthread_mutex_unlock(&p->lock);
+}
+
+static inline int dl_postcopy_granule(struct dl_postcopy *p, const struct dl_granule *g, const unsigned char *from)
+{
+    struct dl_taking *t = &p->taking;
+    size_t whole = dl_page_up(p, g->held);
+    if (from && whole != g->held) {
+        /* The end of the memory, or of an array: the rest of its last page is zeros. */
+        memcpy(t->scratch, from, g->held);
+        memset(t->scratch + g->held, 0, whole - g->held);
+        from = t->scratch;
+    }
+    return dl_postcopy_place(p, g->place, from, whole);
+}
+
+/* Apply a frame: DL_RIGHT, what is wrong with it, or -errno. */
+static inline int dl_postcopy_apply(struct dl_postcopy *p, int kind, const unsigned char *table, size_t table_bytes,
+                                    const unsigned char *data, size_t nbytes)
+{
+    struct dl_taking *t = &p->taking;
+    t->left = INT64_MAX;
+    int wrong = dl_take_table(t, table, table_bytes);
+    if (!wrong && kind == DL_FRAME_PAGES && nbytes != (size_t)t->size)
+        wrong = DL_WRONG_LENGTH;
+    if (wrong)
+        return wrong;
+    struct dl_granule g = {0};
+    while (dl_next_granule(t, &g)) {
+        const unsigned char *from = kind == DL_FRAME_PAGES ? data : NULL;
+        int64_t number = g.at / t->granule;
+        if (from)
+            data += g.length;
+        if (!dl_has_page(p->missing, number))
+            continue;
+        int error = g.held ? dl_postcopy_granule(p, &g, from) : 0;
+        if (error)
+            return error;
+        dl_postcopy_came(p, number);
+    }
+    pthread_mutex_lock(&p->lock);
+    p->applied++;
+    pthread_mutex_unlock(&p->lock);
+    return DL_RIGHT;
+}
+
+static inline int dl_postcopy_frame(struct dl_postcopy *p)
+{
+    struct dl_reading *r = &p->reading;
+    int kind = r->head[5], wrong;
+    uint32_t crc = dl_crc32(r->head, DL_FRAME_CHECKED, 0);
+    if (r->length)
+        crc = dl_crc32(r->payload, r->length, crc);
+    if (crc != dl_take_le(r->head + DL_FRAME_CHECKED, 4))
+        return DL_POSTCOPY_ODD;
+    if (kind == DL_FRAME_ZEROS) {
+        wrong = dl_postcopy_apply(p, kind, r->payload, r->length, NULL, 0);
+    } else {
+        size_t table = DL_FRAME_EXTENT * (size_t)dl_take_le(r->payload, 4);
+        if (kind != DL_FRAME_PAGES || dl_take_le(r->payload + 4, 4) || table > r->length - DL_FRAME_PREFIX)
+            return DL_POSTCOPY_ODD;
+        const unsigned char *data = r->payload + DL_FRAME_PREFIX + table;
+        wrong = dl_postcopy_apply(p, kind, r->payload + DL_FRAME_PREFIX, table, data, r->length - DL_FRAME_PREFIX - table);
+    }
+    return wrong > 0 ? DL_POSTCOPY_ODD : wrong;
+}
+
+/* Read what there is; 0, or why the line is of no use any more. */
+static inline int dl_postcopy_read(struct dl_postcopy *p)
+{
+    struct dl_reading *r = &p->reading;
+    for (;;) {
+        unsigned char *to = r->reads ? r->payload + r->got : r->head + r->have;
+        size_t due = r->reads ? r->length - r->got : DL_FRAME_HEADER - r->have;
+        if (due) {
+            ssize_t got = recv(p->line.fd, to, due, MSG_DONTWAIT);
+            if (got < 0 && errno == EINTR)
+                continue;
+            if (got < 0)
+                return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+            if (got == 0)
+                return DL_LINE_ENDED;
+            *(r->reads ? &r->got : &r->have) += (size_t)got;
+            if ((size_t)got < due)
+                continue;
+        }
+        if (!r->reads) {
+            if (!dl_reads_header(r))
+                return DL_POSTCOPY_ODD;
+            r->reads = 1;
+            r->length = (size_t)dl_take_le(r->head + 12, 8);
+            r->got = 0;
+            continue;
+        }
+        int error = dl_postcopy_frame(p);
+        if (error)
+            return error;
+        r->sequence++;
+        r->have = 0;
+        r->reads = 0;
+        p->heard = dl_line_clock();
+        /* Between two frames the faults. */
+        return 0;
+    }
+}
+
+static inline int dl_postcopy_write(struct dl_postcopy *p)
+{
+    while (p->gone < p->used) {
+        ssize_t went = send(p->line.fd, p->out + p->gone, p->used - p->gone, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (went < 0 && errno == EINTR)
+            continue;
+        if (went < 0)
+            return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+        p->gone += (size_t)went;
+    }
+    p->gone = p->used = 0;
+    return 0;
+}
+
+/* ---- the thread -------------------------------------------------------------------------------------------------- */
+
+static inline void dl_postcopy_ended(struct dl_postcopy *p, int why)
+{
+    p->line.fd = -1;
+    p->used = p->gone = 0;
+    pthread_mutex_lock(&p->lock);
+    p->why = why;
+    pthread_cond_broadcast(&p->moved);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Whether to stop; takes another line where there is one. */
+static inline int dl_postcopy_rung(struct dl_postcopy *p)
+{
+    uint64_t rings;
+    int stop, another;
+    (void)!read(p->bell, &rings, sizeof rings);
+    pthread_mutex_lock(&p->lock);
+    stop = p->stop;
+    another = p->has_next;
+    p->has_next = 0;
+    if (another)
+        p->line = p->next;
+    pthread_mutex_unlock(&p->lock);
+    if (another && !stop) {
+        p->used = p->gone = 0;
+        p->reading.have = 0;
+        p->reading.reads = 0;
+        p->reading.sequence = p->line.received;
+        p->heard = dl_line_clock();
+        dl_postcopy_rouse(p);
+    }
+    return stop;
+}
+
+/* The last word goes as far as the line takes it in time: whoever misses it asks. */
+static inline void dl_postcopy_end(struct dl_postcopy *p)
+{
+    struct dl_patience patience = {.each = p->line.patience > 0 ? p->line.patience : 30};
+    if (p->line.fd >= 0) {
+        dl_postcopy_say(p, DL_FRAME_FILLED, p->session, DL_FRAME_SESSION);
+        struct iovec part = {p->out + p->gone, p->used - p->gone};
+        dl_patience_begin(&patience, dl_line_clock());
+        while (dl_line_move(p->line.fd, &part, 1, 1, &patience) == DL_LINE_SIGNAL)
+            ;
+    }
+    pthread_mutex_lock(&p->lock);
+    p->filled = 1;
+    pthread_cond_broadcast(&p->moved);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *dl_postcopy_run(void *argument)
+{
+    struct dl_postcopy *p = argument;
+    while (p->left) {
+        struct pollfd ready[3] = {
+            {.fd = p->bell, .events = POLLIN},
+            {.fd = dl_postcopy_has_room(p) ? p->uffd : -1, .events = POLLIN},
+            {.fd = p->line.fd, .events = (short)(POLLIN | (p->gone < p->used ? POLLOUT : 0))},
+        };
+        double left = 3600;
+        int error = 0;
+        if (p->line.fd >= 0 && p->line.patience > 0)
+            left = p->heard + p->line.patience - dl_line_clock();
+        if (left <= 0) {
+            dl_postcopy_ended(p, DL_LINE_LATE);
+            continue;
+        }
+        if (poll(ready, 3, (int)(left < 3600 ? left * 1000 : 3600000) + 1) < 0)
+            continue;
+        if (ready[0].revents && dl_postcopy_rung(p))
+            return NULL;
+        if (ready[1].revents)
+            dl_postcopy_faults(p);
+        if (p->line.fd < 0)
+            continue;
+        error = dl_postcopy_write(p);
+        if (!error && p->line.fd == ready[2].fd && (ready[2].revents & ~POLLOUT))
+            error = dl_postcopy_read(p);
+        if (error)
+            dl_postcopy_ended(p, error);
+    }
+    dl_postcopy_end(p);
+    return NULL;
+}
+
+/* 0, or -errno. No signal of the program's is handled in it. */
+static inline int dl_postcopy_start(struct dl_postcopy *p)
+{
+    sigset_t all, before;
+    int error;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    error = pthread_create(&p->thread, NULL, dl_postcopy_run, p);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    p->started = !error;
+    return -error;
+}
+
+static inline void dl_postcopy_ring(struct dl_postcopy *p)
+{
+    uint64_t one = 1;
+    (void)!write(p->bell, &one, sizeof one);
+}
+
+static inline void dl_postcopy_take_line(struct dl_postcopy *p, const struct dl_postcopy_line *line)
+{
+    pthread_mutex_lock(&p->lock);
+    p->next = *line;
+    p->has_next = 1;
+    p->why = 0;
+    dl_postcopy_ring(p);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Ends the thread, which holds the line; what is missing stays guarded. */
+static inline void dl_postcopy_stop(struct dl_postcopy *p)
+{
+    if (!p->started)
+        return;
+    pthread_mutex_lock(&p->lock);
+    p->stop = 1;
+    dl_postcopy_ring(p);
+    pthread_mutex_unlock(&p->lock);
+    pthread_join(p->thread, NULL);
+    p->started = 0;
+}
+
+/* Wait so many seconds for the end of all, or of the line. */
+static inline int dl_postcopy_wait(struct dl_postcopy *p, double seconds)
+{
+    struct timespec until;
+    int answer;
+    (void)clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += (time_t)seconds;
+    until.tv_nsec += (long)((seconds - (double)(time_t)seconds) * 1e9);
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    pthread_mutex_lock(&p->lock);
+    while (!p->filled && !p->why && pthread_cond_timedwait(&p->moved, &p->lock, &until) == 0)
+        ;
+    answer = p->filled ? DL_POSTCOPY_FILLED : p->why;
+    pthread_mutex_unlock(&p->lock);
+    return answer;
+}
+
+static inline int64_t dl_postcopy_left(struct dl_postcopy *p)
+{
+    pthread_mutex_lock(&p->lock);
+    int64_t left = p->left;
+    pthread_mutex_unlock(&p->lock);
+    return left;
+}
+
+static inline uint64_t dl_postcopy_applied(struct dl_postcopy *p)
+{
+    pthread_mutex_lock(&p->lock);
+    uint64_t applied = p->applied;
+    pthread_mutex_unlock(&p->lock);
+    return applied;
+}
+
+static inline void dl_postcopy_init(struct dl_postcopy *p)
+{
+    pthread_condattr_t monotonic;
+    p->uffd = p->bell = p->line.fd = -1;
+    p->page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&p->moved, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
+#endif /* DIRTYLOG_SINKS_POSTCOPY_H */

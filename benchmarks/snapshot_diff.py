@@ -1,4 +1,4 @@
-"""What an incremental snapshot costs beside a whole one, and a page copy beside memcpy.
+"""What an incremental snapshot costs beside a whole one, and a page copy, and what a save gathers, beside memcpy.
 
 Run: python benchmarks/snapshot_diff.py [--mib 1024] [--directory DIR]. Nothing is synced.
 """
@@ -12,8 +12,8 @@ import time
 import numpy as np
 
 from dirtylog import DirtyPages
-from dirtylog._bits.copying import copy_extents
-from dirtylog.sinks._bytes.extents import PackedExtents
+from dirtylog._bits.copying import copy_extents, gather
+from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot import save, save_diff
 
 
@@ -57,30 +57,51 @@ def compare(directory, memory, dirty):
     )
 
 
+def in_windows(copy, total):
+    """Copy a window at a time into one buffer, as a save does before it digests and writes it."""
+    buffer = np.ones(WINDOW, np.uint8)
+    for begin in range(0, total, WINDOW):
+        end = min(begin + WINDOW, total)
+        copy(begin, end, buffer[: end - begin])
+
+
 def compare_copy(memory, fraction, rng, rounds=31):
     npages = memory.nbytes // 4096
     target = np.ones_like(memory)
     count = int(npages * fraction)
-    ratios = []
+    copied, gathered = [], []
     for turn in range(rounds):
         # In turns, so that both meet the same neighbours on the machine, and elsewhere in memory each time, so that
         # neither finds its bytes in a cache.
         dirty = DirtyPages.from_indices(rng.choice(npages, count, replace=False), npages)
-        extents = PackedExtents(dirty, memory.nbytes).extents
+        packed = PackedExtents(dirty, memory.nbytes)
+        windows = iter(packed.windows())
         start = (turn * dirty.nbytes) % (memory.nbytes - dirty.nbytes + 1)
         block = slice(start, start + dirty.nbytes)
+
+        def straight(begin, end, part, block=block):
+            np.copyto(part, memory[block][begin:end])
+
+        def scattered(begin, end, part, windows=windows):
+            gather(memory, next(windows)[2], part)
+
         ways = [
             lambda block=block: np.copyto(target[block], memory[block]),
-            lambda extents=extents: copy_extents(memory, target, extents),
+            lambda packed=packed: copy_extents(memory, target, packed.extents),
+            lambda copy=straight, total=packed.total: in_windows(copy, total),
+            lambda copy=scattered, total=packed.total: in_windows(copy, total),
         ]
         # Either goes first as often as the other: what the first leaves in the caches and the TLB helps the second.
-        taken = {way: seconds(ways[way], 1) for way in ((0, 1) if turn % 2 else (1, 0))}
-        ratios.append(taken[0] / taken[1])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"{fraction:6.1%} dirty: page copy at {middle:.2f} of memcpy's speed, the median of {rounds} pairs "
-        f"(half of them from {low:.2f} to {high:.2f})"
-    )
+        order = range(4) if turn % 2 else reversed(range(4))
+        taken = {way: seconds(ways[way], 1) for way in order}
+        copied.append(taken[0] / taken[1])
+        gathered.append(taken[2] / taken[3])
+    for what, ratios in (("page copy", copied), ("what a save gathers", gathered)):
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"{fraction:6.1%} dirty: {what} at {middle:.2f} of memcpy's speed, the median of {rounds} pairs "
+            f"(half of them from {low:.2f} to {high:.2f})"
+        )
 
 
 def main():

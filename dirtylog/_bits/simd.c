@@ -248,6 +248,7 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     return count;
 }
 
+/* Where words are taken, once for each of the two ways: no loop has to ask which it is. */
 #define DL_INSTANTIATE(path, attributes)                                                                                   \
     attributes static uint64_t popcount_##path(const uint64_t *words, size_t n)                                            \
     {                                                                                                                      \
@@ -265,22 +266,32 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     }                                                                                                                      \
     attributes static void take_dense_##path(uint64_t *words, size_t n, uint64_t *out, int clear)                          \
     {                                                                                                                      \
-        take_dense_body(words, n, out, clear, line_mask_##path, take_line_##path);                                         \
+        if (clear == DL_CLEAR_QUIESCENT)                                                                                   \
+            take_dense_body(words, n, out, DL_CLEAR_QUIESCENT, line_mask_##path, take_line_##path);                        \
+        else                                                                                                               \
+            take_dense_body(words, n, out, clear != DL_LEAVE, line_mask_##path, take_line_##path);                         \
     }                                                                                                                      \
     attributes static size_t take_sparse_##path(uint64_t *words, size_t first, size_t end, uint64_t *numbers,              \
                                                 uint64_t *masks, int clear)                                                \
     {                                                                                                                      \
-        return take_sparse_body(words, first, end, numbers, masks, clear, line_mask_##path);                               \
+        if (clear == DL_CLEAR_QUIESCENT)                                                                                   \
+            return take_sparse_body(words, first, end, numbers, masks, DL_CLEAR_QUIESCENT, line_mask_##path);              \
+        return take_sparse_body(words, first, end, numbers, masks, clear != DL_LEAVE, line_mask_##path);                   \
     }                                                                                                                      \
     attributes static void take_lines_dense_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,           \
                                                    uint64_t *out, int clear)                                               \
     {                                                                                                                      \
-        take_lines_dense_body(words, taken, groups, out, clear, line_mask_##path, take_line_##path);                       \
+        if (clear == DL_CLEAR_QUIESCENT)                                                                                   \
+            take_lines_dense_body(words, taken, groups, out, DL_CLEAR_QUIESCENT, line_mask_##path, take_line_##path);      \
+        else                                                                                                               \
+            take_lines_dense_body(words, taken, groups, out, clear != DL_LEAVE, line_mask_##path, take_line_##path);       \
     }                                                                                                                      \
     attributes static size_t take_lines_sparse_##path(uint64_t *words, const struct dl_taken *taken, size_t groups,        \
                                                       uint64_t *numbers, uint64_t *masks, int clear)                       \
     {                                                                                                                      \
-        return take_lines_sparse_body(words, taken, groups, numbers, masks, clear, line_mask_##path);                      \
+        if (clear == DL_CLEAR_QUIESCENT)                                                                                   \
+            return take_lines_sparse_body(words, taken, groups, numbers, masks, DL_CLEAR_QUIESCENT, line_mask_##path);     \
+        return take_lines_sparse_body(words, taken, groups, numbers, masks, clear != DL_LEAVE, line_mask_##path);          \
     }                                                                                                                      \
     attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
     {                                                                                                                      \

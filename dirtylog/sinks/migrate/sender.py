@@ -521,10 +521,10 @@ def send(
             elif rest:
                 attempt.postpone(rest)
             attempt.commit()
-            switched = clock()
+            switched = finished = clock()
             if attempt.serving is not None:
                 attempt.serve(clock)
-        finished = clock()
+                finished = clock()
         problems = attempt.epilogue(progress)
         rounds = tuple(sender.rounds)
         total = sum(r.nbytes for r in rounds)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -93,6 +94,20 @@ def anonymous(area):
     return area.kind == "anonymous"
 
 
+def stand_still(pid):
+    """Wait until no thread of it runs any more: an interpreter writes to its own memory also after its answer."""
+    before = None
+    while True:
+        spent = time.clock_gettime(~pid << 3 | 2)
+        states = {
+            (task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()
+        }
+        if states == {"S"} and spent == before:
+            return
+        before = spent if states == {"S"} else None
+        os.sched_yield()
+
+
 def harvest_for_ever(process):
     while True:
         process.harvest()
@@ -149,6 +164,7 @@ class Oracle:
         self.begin()
         self.talk.tell("go")
         assert self.talk.answer(self.take_harvest) == "over"
+        stand_still(self.process.pid)
         self.take_harvest()
         everything = self.everything()
         stale = np.flatnonzero((self.copy[everything.indices()] != self.process.read(everything)).any(axis=1))

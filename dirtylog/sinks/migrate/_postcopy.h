@@ -574,6 +574,16 @@ static inline void dl_postcopy_stop(struct dl_postcopy *p)
     p->started = 0;
 }
 
+/* Answer no more, for good. The guard's descriptor stays open, if there is one: whoever waits goes on waiting. */
+static inline void dl_postcopy_leave(struct dl_postcopy *p)
+{
+    dl_postcopy_stop(p);
+    if (p->bell >= 0)
+        close(p->bell);
+    pthread_cond_destroy(&p->moved);
+    pthread_mutex_destroy(&p->lock);
+}
+
 /* Wait so many seconds for the end of all, or of the line. */
 static inline int dl_postcopy_wait(struct dl_postcopy *p, double seconds)
 {

@@ -69,6 +69,7 @@ cdef extern from "sinks/migrate/_postcopy.h" nogil:
     int dl_postcopy_start(dl_postcopy *p) noexcept
     void dl_postcopy_take_line(dl_postcopy *p, const dl_postcopy_line *line) noexcept
     void dl_postcopy_stop(dl_postcopy *p) noexcept
+    void dl_postcopy_leave(dl_postcopy *p) noexcept
     int dl_postcopy_wait(dl_postcopy *p, double seconds) noexcept
 
 
@@ -179,10 +180,7 @@ cdef class Faults:
         if self.p == NULL:
             return
         with nogil:
-            dl_postcopy_stop(self.p)
-        if self.p.uffd >= 0:
-            # Whoever waits goes on waiting: the descriptor stays open, and its memory is left.
-            return
+            dl_postcopy_leave(self.p)
         free(self.p)
         free(self.regions)
         free(self.block)

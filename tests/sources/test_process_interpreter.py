@@ -64,10 +64,10 @@ class Stepped:
         return self
 
     def __exit__(self, *_):
-        os.close(self._go)
-        os.close(self._said)
-        self.program.wait(60)
-        self.program.__exit__()
+        with self.program:
+            os.close(self._go)
+            os.close(self._said)
+            self.program.wait(60)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from ast import literal_eval
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
 from dirtylog.sources.process import attaching
 from dirtylog.sources.process import launch as launching
+from dirtylog.sources.process.freezing import frozen
 from dirtylog.sources.process.regions import THREAD_STACK, mappings
 
 from .test_process import Puppet, attach, pages_at
@@ -67,10 +69,9 @@ class Told:
         return self
 
     def __exit__(self, *_):
-        self.end()
-        self.program.wait(60)
-        self._reader.close()
-        self.program.__exit__()
+        with self.program, self._reader:
+            self.end()
+            self.program.wait(60)
 
 
 @pytest.fixture
@@ -140,22 +141,57 @@ print("went on")
 """
 
 
-def test_a_program_that_does_not_stop_in_time_to_be_adopted_is_let_go(tmp_path):
+@pytest.fixture
+def spawning(tmp_path):
+    """A program that nothing but its end stops: its child shares its memory, and waits before it is another one."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen([sys.executable, "-c", SPAWNS, fifo], stdout=subprocess.PIPE, text=True) as process:
-        # Its child shares its memory, and opens the file before it is another program: until then nothing stops it.
+        process.let_go = lambda: os.close(os.open(fifo, os.O_WRONLY))
         state = Path(f"/proc/{process.pid}/stat")
         while state.read_text().rpartition(")")[2].split()[0] != "D":
             os.sched_yield()
-        with pytest.raises(OSError, match=r"waiting for the thread to stop|SEIZE") as caught:
-            attaching.adopt(process.pid, 0.01)
-        if caught.value.errno == errno.EPERM:
-            process.kill()
-            pytest.skip(f"a child may not be traced here: {caught.value}")
-        os.close(os.open(fifo, os.O_WRONLY))
-        assert process.communicate(timeout=60) == ("went on\n", None)
+        yield process
+
+
+def skip_where_refused(error, process):
+    if error.errno == errno.EPERM:
+        process.kill()
+        process.let_go()
+        pytest.skip(f"a child may not be traced here: {error}")
+
+
+def test_a_program_that_does_not_stop_in_time_to_be_adopted_is_let_go(spawning):
+    with pytest.raises(OSError, match=r"waiting for the thread to stop|SEIZE") as caught:
+        attaching.adopt(spawning.pid, 0.01)
+    skip_where_refused(caught.value, spawning)
+    spawning.let_go()
+    assert spawning.communicate(timeout=60) == ("went on\n", None)
     assert not [thread for thread in threading.enumerate() if thread.name == "dirtylog keeper" and thread.is_alive()]
+
+
+@pytest.mark.parametrize(
+    "stopping", [attaching.adopt, lambda pid, patience: frozen(pid, patience=patience).__enter__()]
+)
+def test_a_program_that_ends_while_it_is_told_to_stop_can_still_be_waited_for(spawning, stopping):
+    def sleeps(thread):
+        # nanosleep and clock_nanosleep of x86-64: the pause of a look for the stop.
+        return Path(f"/proc/self/task/{thread}/syscall").read_text().split()[0] in ("35", "230")
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(stopping, spawning.pid, 60)
+        status = Path(f"/proc/{spawning.pid}/status")
+        while not answer.done():
+            tracer = int(status.read_text().partition("TracerPid:")[2].split()[0])
+            if tracer and sleeps(tracer):
+                spawning.kill()
+                break
+        error = answer.exception(60)
+    assert isinstance(error, OSError)
+    skip_where_refused(error, spawning)
+    assert error.errno == errno.ESRCH
+    spawning.let_go()
+    assert spawning.wait(60) == -signal.SIGKILL
 
 
 def test_a_program_that_cannot_be_executed_is_an_error_of_that_name():

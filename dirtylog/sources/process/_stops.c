@@ -31,20 +31,27 @@ long dl_tracer(struct dl_injection *in, long request, void *address, void *data)
     return ptrace((enum __ptrace_request)request, in->tid, address, data);
 }
 
-/* Wait for the thread's next stop; -ETIMEDOUT when it does not come, -ESRCH when the thread is gone. */
+/* Wait for the thread's next stop, and say what waitpid would; -ETIMEDOUT when it does not come, -ESRCH when the thread is
+ * gone. How it ended is looked at and left: where the thread is a child of ours, whoever started it asks for that. */
 int dl_next_stop(struct dl_injection *in, uint64_t deadline, int *status)
 {
     struct timespec pause = {0, 20000};
 
     for (;;) {
-        int pid = waitpid(in->tid, status, __WALL | WNOHANG);
+        siginfo_t found = {.si_pid = 0};
 
-        if (pid < 0 && errno != EINTR)
+        if (waitid(P_PID, (id_t)in->tid, &found, WSTOPPED | WEXITED | WNOWAIT | WNOHANG | __WALL) < 0 && errno != EINTR)
             return -ESRCH;
-        if (pid == in->tid) {
-            if (WIFEXITED(*status) || WIFSIGNALED(*status))
+        if (found.si_pid == in->tid) {
+            if (found.si_code != CLD_TRAPPED && found.si_code != CLD_STOPPED)
                 return -ESRCH;
-            return 0;
+            /* The stop alone is taken: if the thread was killed meanwhile, there is none, and the next look says so. */
+            found.si_pid = 0;
+            if (!waitid(P_PID, (id_t)in->tid, &found, WSTOPPED | WNOHANG | __WALL) && found.si_pid == in->tid) {
+                *status = found.si_status << 8 | 0x7f;
+                return 0;
+            }
+            continue;
         }
         if (dl_now_ns() > deadline)
             return -ETIMEDOUT;

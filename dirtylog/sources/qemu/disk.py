@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import warnings
 import zlib
+from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -27,6 +29,28 @@ __all__ = ["QemuDisk"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
 _Actions = list[tuple[str, dict[str, Any]]]
+# What the name of a directory begins with in which an NBD server listens for one QemuDisk.
+_SERVED = "dirtylog-nbd-"
+
+
+def _is_served(export: str) -> bool:
+    """Whether an export is of an NBD server that a QemuDisk has started, whose process lives."""
+    directory = export.partition("-x-")[2]
+    if not directory.startswith(_SERVED):
+        return False
+    try:
+        descriptor = os.open(
+            os.path.join(tempfile.gettempdir(), directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return False
+    except OSError:  # it is locked, or another user's
+        return True
+    return False
 
 
 class QemuDisk(Resource):
@@ -130,7 +154,7 @@ class QemuDisk(Resource):
         self._qmp, self._persistent = qmp, bool(persistent)
         # Re-entrant for a finalizer; a harvest within a harvest is the log's to refuse.
         self._lock = threading.RLock()
-        self._nbd, self._nbd_directory = nbd, ""
+        self._nbd, self._nbd_directory, self._nbd_lock = nbd, "", -1
         # QEMU's node names have at most 31 bytes, bitmaps and exports more.
         self._overlay = f"dirtylog-{zlib.crc32(name.encode()):08x}"
         self._scratch = None if scratch is None else os.path.abspath(os.fspath(scratch))
@@ -141,6 +165,9 @@ class QemuDisk(Resource):
         # Frozen bitmaps: not handed out yet; handed out in these leases, which are not released.
         self._unread: list[str] = []
         self._owed: dict[str, set[int]] = {}
+        # Whether QEMU has been asked for something and nobody knows whether it is done; bitmaps that this removes.
+        self._unanswered = False
+        self._leaving: set[str] = set()
         self._lost = ""
         image, _ = self._look()
         self.size: int = int(image)
@@ -172,28 +199,51 @@ class QemuDisk(Resource):
 
     # What is there --------------------------------------------------------------------------------------------------
 
+    def _ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Give a command. If no answer comes, what became of it is looked for at the next harvest."""
+        before, self._unanswered = self._unanswered, True
+        try:
+            answer = self._qmp.execute(command, arguments)
+        except QmpError:
+            self._unanswered = before
+            raise
+        self._unanswered = before
+        return answer
+
+    def _wait(self, event: str, suits: Callable[[dict[str, Any]], bool]) -> None:
+        before, self._unanswered = self._unanswered, True
+        self._qmp.wait(event, suits)
+        self._unanswered = before
+
+    def _node(self) -> dict[str, Any]:
+        """Return what QEMU says of the disk."""
+        for each in self._ask("query-named-block-nodes", {"flat": True}):
+            if each.get("node-name") == self.node:
+                return dict(each)
+        raise DirtyLogError(f"there is no node {self.node!r}; query-named-block-nodes lists those that there are")
+
     def _look(self) -> tuple[int, list[dict[str, Any]]]:
         """Return the size of the disk, and its bitmaps of our name, the oldest first."""
-        for each in self._qmp.execute("query-named-block-nodes", {"flat": True}):
-            if each.get("node-name") == self.node:
-                pattern = re.compile(re.escape(self.name) + r"-(\d{1,18})")
-                ours = [b for b in each.get("dirty-bitmaps", []) if pattern.fullmatch(b.get("name", ""))]
-                ours.sort(key=lambda bitmap: int(bitmap["name"].rpartition("-")[2]))
-                return each["image"]["virtual-size"], ours
-        raise DirtyLogError(f"there is no node {self.node!r}; query-named-block-nodes lists those that there are")
+        node = self._node()
+        pattern = re.compile(re.escape(self.name) + r"-(\d{1,18})")
+        ours = [each for each in node.get("dirty-bitmaps", []) if pattern.fullmatch(each.get("name", ""))]
+        ours.sort(key=lambda bitmap: int(bitmap["name"].rpartition("-")[2]))
+        return node["image"]["virtual-size"], ours
 
     def _tidy(self) -> None:
         """End what a process that died has left in QEMU: its exports, its copy-before-write job, its scratch nodes."""
         mine = f"{self.name}-x-"
-        for export in self._qmp.execute("query-block-exports"):
+        for export in self._ask("query-block-exports"):
             if export["id"] in (f"{mine}bits", f"{mine}read") and export["node-name"] in (self.node, self._overlay):
                 self._end_export(export["id"])
-        for job in self._qmp.execute("query-jobs"):
+        for job in self._ask("query-jobs"):
             if job["id"] == f"{mine}job":
                 self._end_job(job["id"])
-            elif job["id"] == f"{mine}create" and job["status"] == "concluded":
-                self._qmp.execute("job-dismiss", {"id": job["id"]})
+            elif job["id"] == f"{mine}create":
+                self._end_creation()
         self._drop_overlay()
+        if f"{mine}peek" in [each.get("name") for each in self._node().get("dirty-bitmaps", [])]:
+            self._transaction([("block-dirty-bitmap-remove", {"name": f"{mine}peek"})])
 
     def _resume(self, bitmaps: list[dict[str, Any]], since: str | None) -> bool:
         """Go on with the bitmaps that are there, or begin with one."""
@@ -224,6 +274,20 @@ class QemuDisk(Resource):
         self._unread = kept[:-1]
         return bool(kept)
 
+    def _settle(self) -> None:
+        """Find out what QEMU has done of that of which no answer came: as the next process would, of this one (I5)."""
+        if not self._unanswered:
+            return
+        self._let_go()
+        self._tidy()
+        bitmaps = self._look()[1]
+        names = [each["name"] for each in bitmaps]
+        gone = sorted({*self._owed, *self._unread, self.bitmap} - self._leaving - set(names))
+        # What was handed out and is not released yet is reported once more.
+        self._owed = {}
+        self._resume(bitmaps, gone[0] if gone else names[0])
+        self._leaving, self._unanswered = set(), False
+
     def _adding(self, name: str, **more: Any) -> tuple[str, dict[str, Any]]:
         about = {"name": name, "granularity": self.page_size, "persistent": self._persistent, **more}
         return ("block-dirty-bitmap-add", about)
@@ -234,34 +298,55 @@ class QemuDisk(Resource):
         for kind, about in actions:
             told.append({"type": kind, "data": {"node": self.node, **about} if "bitmap" in kind else about})
         if told:
-            self._qmp.execute("transaction", {"actions": told})
+            self._ask("transaction", {"actions": told})
 
     # Exports --------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
         """Start QEMU's NBD server for us alone."""
-        self._nbd_directory = tempfile.mkdtemp(prefix="dirtylog-nbd-")
-        path = os.path.join(self._nbd_directory, "nbd")
+        directory = tempfile.mkdtemp(prefix=_SERVED)
+        path = os.path.join(directory, "nbd")
         start = ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
         try:
-            self._qmp.execute(*start)
-        except QmpError as error:
-            ids = [each["id"] for each in self._qmp.execute("query-block-exports") if each["type"] == "nbd"]
-            if "already running" not in error.description or not ids or not all("-x-" in each for each in ids):
-                error.add_note("pass nbd=, the address at which QEMU's NBD server listens, if it runs already")
-                raise
-            # Of a process that died: its exports are the only ones.
-            self._qmp.execute("nbd-server-stop")
-            self._qmp.execute(*start)
-        self._nbd = path
+            # Held for as long as this process lives: so others know whether the server is anybody's.
+            self._nbd_lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._nbd_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                self._ask(*start)
+            except QmpError as error:
+                ids = [each["id"] for each in self._ask("query-block-exports") if each["type"] == "nbd"]
+                if "already running" not in error.description or not ids or not all("-x-" in each for each in ids):
+                    error.add_note("pass nbd=, the address at which QEMU's NBD server listens, if it runs already")
+                    raise
+                if any(map(_is_served, ids)):
+                    error.add_note("it is that of another QemuDisk, which is in use: wait for its end")
+                    raise
+                # Of a process that died: its exports are the only ones.
+                self._ask("nbd-server-stop")
+                self._ask(*start)
+        except QmpError:
+            # QEMU's server, if it has one, is somebody else's.
+            self._close_nbd_lock()
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        except BaseException:
+            self._nbd_directory = directory
+            raise
+        self._nbd, self._nbd_directory = path, directory
         # By which the next process knows the server, if this one dies.
-        export = f"{self.name}-x-server"
-        self._qmp.execute("block-export-add", {"type": "nbd", "id": export, "node-name": self.node, "name": export})
+        export = f"{self.name}-x-{os.path.basename(directory)}"
+        self._ask("block-export-add", {"type": "nbd", "id": export, "node-name": self.node, "name": export})
+
+    def _close_nbd_lock(self) -> None:
+        lock, self._nbd_lock = self._nbd_lock, -1
+        if lock >= 0:
+            os.close(lock)
 
     def _stop_serving(self) -> None:
         if self._nbd_directory:
             with contextlib.suppress(OSError, DirtyLogError, ValueError):
                 self._qmp.execute("nbd-server-stop")
+            self._close_nbd_lock()
             shutil.rmtree(self._nbd_directory, ignore_errors=True)
             self._nbd_directory = ""
 
@@ -275,7 +360,7 @@ class QemuDisk(Resource):
             contexts = [f"qemu:dirty-bitmap:{bitmap}"]
         else:
             contexts = ["base:allocation"]
-        self._qmp.execute("block-export-add", about)
+        self._ask("block-export-add", about)
         try:
             assert self._nbd is not None
             client = NbdClient(self._nbd, export, contexts)
@@ -291,9 +376,9 @@ class QemuDisk(Resource):
             raise
 
     def _end_export(self, export: str) -> None:
-        self._qmp.execute("block-export-del", {"id": export, "mode": "hard"})
+        self._ask("block-export-del", {"id": export, "mode": "hard"})
         # Until then its bitmap is busy.
-        self._qmp.wait("BLOCK_EXPORT_DELETED", lambda data: data.get("id") == export)
+        self._wait("BLOCK_EXPORT_DELETED", lambda data: data.get("id") == export)
 
     def _read_bitmap(self, bitmap: str) -> DirtyPages:
         client = self._export("bits", self.node, bitmap)
@@ -337,6 +422,7 @@ class QemuDisk(Resource):
         """
         with self._lock:
             self._check_open()
+            self._settle()
             self._rotate()
             if self._lost:
                 pages = DirtyPages._all(self.npages, self.page_size, exact=False)
@@ -364,10 +450,12 @@ class QemuDisk(Resource):
             self._prepare_scratch()
             device = {"device": self.node, "job-id": f"{self.name}-x-job", "target": self._overlay}
             actions.append(("blockdev-backup", {**device, "sync": "none"}))
+        self._unanswered = True
         try:
             self._transaction(actions)
             self._unread.append(recording)
         except QmpError:
+            self._unanswered = False
             _, bitmaps = self._look()
             sound = [each["name"] for each in bitmaps if not each.get("inconsistent")]
             if {recording, *self._unread} <= set(sound):
@@ -377,6 +465,7 @@ class QemuDisk(Resource):
             self._lost = f"the bitmap {recording!r} is not there any more"
             self._transaction([actions[0], *actions[2:]])
         self._number += 1
+        self._unanswered = False
 
     def _join(self) -> None:
         """Keep what was handed out in one frozen bitmap, the oldest: whoever noted its name finds all that is since."""
@@ -387,9 +476,19 @@ class QemuDisk(Resource):
         if newer:
             actions: _Actions = [("block-dirty-bitmap-merge", {"target": oldest, "bitmaps": newer})]
             actions += [("block-dirty-bitmap-remove", {"name": name}) for name in newer]
-            self._transaction(actions)
+            self._removing(newer, actions)
         self._owed = {oldest: {self.lease}.union(*self._owed.values())}
         self._unread = []
+        self._unanswered = False
+
+    def _removing(self, names: Iterable[str], actions: _Actions) -> None:
+        """Do what removes bitmaps; that it is done is known when the caller says so."""
+        self._leaving, self._unanswered = set(names), True
+        try:
+            self._transaction(actions)
+        except QmpError:
+            self._leaving, self._unanswered = set(), False
+            raise
 
     def release_lease(self, lease: int) -> None:
         """Forget a harvest: every observer has committed its pages. The log calls this.
@@ -408,11 +507,15 @@ class QemuDisk(Resource):
         with self._lock:
             if self.closed or self._inherited:  # the child of a fork holds nothing of QEMU's
                 return
+            if self._unanswered:
+                # What is not handed out yet may have been joined to what was: the next harvest reports both.
+                return
             for name, leases in list(self._owed.items()):
                 leases.discard(lease)
                 if not leases:
-                    self._transaction([("block-dirty-bitmap-remove", {"name": name})])
+                    self._removing([name], [("block-dirty-bitmap-remove", {"name": name})])
                     del self._owed[name]
+                    self._unanswered = False
 
     def peek(self) -> DirtyPages:
         """Copy what the next harvest would report, and clear nothing.
@@ -428,6 +531,7 @@ class QemuDisk(Resource):
         """
         with self._lock:
             self._check_open()
+            self._settle()
             if self._lost:
                 return DirtyPages._all(self.npages, self.page_size, exact=False)
             copy = f"{self.name}-x-peek"
@@ -509,31 +613,35 @@ class QemuDisk(Resource):
         mine = f"{self.name}-x-"
         with open(self._scratch, "xb"):
             self._moment = True
-        self._qmp.execute(
-            "blockdev-add", {"driver": "file", "filename": self._scratch, "node-name": f"{self._overlay}-file"}
-        )
+        self._ask("blockdev-add", {"driver": "file", "filename": self._scratch, "node-name": f"{self._overlay}-file"})
         about = {"driver": "qcow2", "file": f"{self._overlay}-file", "size": self.size}
-        self._qmp.execute("blockdev-create", {"job-id": f"{mine}create", "options": about})
-        self._qmp.wait(
-            "JOB_STATUS_CHANGE", lambda data: data.get("id") == f"{mine}create" and data.get("status") == "concluded"
-        )
-        (job,) = [each for each in self._qmp.execute("query-jobs") if each["id"] == f"{mine}create"]
-        self._qmp.execute("job-dismiss", {"id": f"{mine}create"})
-        if "error" in job:
-            raise QmpError("blockdev-create", "GenericError", str(job["error"]))
+        self._ask("blockdev-create", {"job-id": f"{mine}create", "options": about})
+        if error := self._end_creation():
+            raise QmpError("blockdev-create", "GenericError", error)
         overlay = {"driver": "qcow2", "node-name": self._overlay, "file": f"{self._overlay}-file", "backing": self.node}
-        self._qmp.execute("blockdev-add", overlay)
+        self._ask("blockdev-add", overlay)
+
+    def _end_creation(self) -> str:
+        """Wait until the empty overlay is made; return what went wrong."""
+        name = f"{self.name}-x-create"
+        while True:
+            (job,) = [each for each in self._ask("query-jobs") if each["id"] == name]
+            if job["status"] == "concluded":
+                break
+            self._wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == name)
+        self._ask("job-dismiss", {"id": name})
+        return str(job.get("error", ""))
 
     def _end_job(self, job: str) -> None:
-        self._qmp.execute("block-job-cancel", {"device": job, "force": True})
-        self._qmp.wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == job and data.get("status") == "null")
+        self._ask("block-job-cancel", {"device": job, "force": True})
+        self._wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == job and data.get("status") == "null")
 
     def _drop_overlay(self) -> None:
         """Remove the scratch nodes, those that are there."""
-        nodes = {each.get("node-name") for each in self._qmp.execute("query-named-block-nodes", {"flat": True})}
+        nodes = {each.get("node-name") for each in self._ask("query-named-block-nodes", {"flat": True})}
         for left in (self._overlay, f"{self._overlay}-file"):
             if left in nodes:
-                self._qmp.execute("blockdev-del", {"node-name": left})
+                self._ask("blockdev-del", {"node-name": left})
 
     def _thaw(self) -> None:
         """Let go of the moment, and of the export that reads."""
@@ -543,14 +651,24 @@ class QemuDisk(Resource):
             self._end_export(f"{self.name}-x-read")
         if not self._moment:
             return
-        assert self._scratch is not None
-        mine = f"{self.name}-x-"
-        if any(each["id"] == f"{mine}job" for each in self._qmp.execute("query-jobs")):
-            self._end_job(f"{mine}job")
+        job = f"{self.name}-x-job"
+        if any(each["id"] == job for each in self._ask("query-jobs")):
+            self._end_job(job)
         self._drop_overlay()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._scratch)
+        self._drop_scratch()
+
+    def _drop_scratch(self) -> None:
+        if self._moment and self._scratch is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._scratch)
         self._moment = False
+
+    def _let_go(self) -> None:
+        """Forget the reader and the moment, whatever QEMU still has of them."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+        self._drop_scratch()
 
     def forget(self) -> None:
         """Stop tracking: remove the bitmaps of this name from the disk, and close.
@@ -562,6 +680,7 @@ class QemuDisk(Resource):
         """
         with self._lock:
             self._check_open()
+            self._settle()
             self._thaw()
             self._transaction([("block-dirty-bitmap-remove", {"name": each["name"]}) for each in self._look()[1]])
             self.close()
@@ -572,7 +691,6 @@ class QemuDisk(Resource):
         # QEMU keeps what was not committed, and goes on recording. If it has gone, there is nothing to give back.
         with contextlib.suppress(OSError, DirtyLogError, ValueError):
             self._thaw()
-        if self._scratch is not None and self._moment:
-            with contextlib.suppress(OSError):
-                os.unlink(self._scratch)
+        with contextlib.suppress(OSError):
+            self._drop_scratch()
         self._stop_serving()

@@ -1,6 +1,8 @@
 """A disk of a real qemu-storage-daemon as a source: nothing lost, whoever ends when."""
 
+import itertools
 import os
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -181,7 +183,13 @@ def test_it_starts_a_server_of_its_own_where_none_runs(tmp_path):
             assert not os.path.exists(directory)
         with QemuDisk(qmp, "disk", PAGE, persistent=False, name="one") as disk:
             disk.read(0)
+            with pytest.raises(QmpError, match="already running") as refusal:
+                QemuDisk(qmp, "disk", PAGE, persistent=False, name="two")
+            assert "another QemuDisk, which is in use" in refusal.value.__notes__[1]
+            assert not disk.harvest()  # its server is there still
+            disk.read(0)
             # As if the first one had died: its server, and its export, are there still.
+            disk._close_nbd_lock()
             with QemuDisk(qmp, "disk", PAGE, persistent=False, name="one") as other:
                 assert not other.harvest()
             disk._reader.close()
@@ -192,7 +200,72 @@ def test_it_starts_a_server_of_its_own_where_none_runs(tmp_path):
         with pytest.raises(QmpError, match="already running") as refusal:
             QemuDisk(qmp, "disk", PAGE, persistent=False)
         assert "pass nbd=" in refusal.value.__notes__[0]
+        assert [each["id"] for each in qmp.execute("query-block-exports")] == ["theirs"]
+        assert not any(content(tmp_path / "other", "theirs"))  # and theirs still serves
     daemon.kill()
+
+
+class Deaf:
+    """A monitor of which one command goes wrong: it is not given, or it is done and nobody hears the answer."""
+
+    def __init__(self, qmp):
+        self.qmp = qmp
+        self.arm(0, False)
+
+    def arm(self, at, done, about=""):
+        self.at, self.done, self.about, self.calls = at, done, about, 0
+
+    def execute(self, command, arguments=None):
+        self.calls += self.about in f"{command} {arguments}"
+        wrong, self.at = self.calls == self.at, 0 if self.calls == self.at else self.at
+        if wrong and not self.done:
+            raise TimeoutError("no answer")
+        answer = self.qmp.execute(command, arguments)
+        if wrong:
+            raise TimeoutError("no answer")
+        return answer
+
+    def wait(self, event, suits):
+        return self.qmp.wait(event, suits)
+
+
+@pytest.mark.parametrize(("done", "held"), [(False, False), (True, False), (True, True)])
+def test_a_command_without_an_answer_loses_nothing_and_stops_nothing(machine, tmp_path, done, held):
+    scratch = tmp_path / "scratch" if held else None
+    failed = 0
+    for at in itertools.count(1):
+        deaf = Deaf(machine.qmp)
+        with QemuDisk(deaf, "disk", PAGE, nbd=machine.nbd, scratch=scratch) as disk:
+            deaf.arm(at, done)
+            log, pending = dl.DirtyLog(), set()
+            log.attach(disk)
+            with log.observer("backup") as backup:
+                for page in range(3):
+                    machine.writer.write(page * PAGE, 512, 1)
+                    pending.add(page)
+                    with suppress(TimeoutError), backup.collect() as epoch:
+                        assert pending <= set(numbers(epoch.pages))
+                        assert epoch.pages.exact
+                        disk.read(page)
+                        pending.clear()
+                    with suppress(TimeoutError):
+                        assert pending <= set(numbers(disk.peek()))
+                reached = not deaf.at
+                failed += bool(pending)
+                deaf.arm(0, done)
+                with backup.collect() as epoch:
+                    assert pending <= set(numbers(epoch.pages))
+                    assert epoch.pages.exact
+                with backup.collect() as epoch:
+                    assert not epoch.pages
+            assert bitmaps(machine.qmp) == [disk.bitmap]
+            disk.forget()
+        assert [each["id"] for each in machine.qmp.execute("query-block-exports")] == ["w"]
+        assert machine.qmp.execute("query-jobs") == []
+        assert scratch is None or not scratch.exists()
+        if not reached:
+            break
+    assert failed
 
 
 def test_arguments_that_will_not_do_are_named(machine, disk):
@@ -229,3 +302,28 @@ def test_a_copy_of_dirty_pages_alone_equals_the_disk(machine, granularity):
                         part = disk.read(first, count)
                         copy[first * granularity : first * granularity + len(part)] = part
         assert copy.tobytes() == content(machine.nbd)
+
+
+def test_what_was_joined_and_never_handed_out_outlives_the_lease_that_it_was_joined_to(machine):
+    deaf = Deaf(machine.qmp)
+    with QemuDisk(deaf, "disk", PAGE, nbd=machine.nbd) as disk:
+        log = dl.DirtyLog()
+        log.attach(disk)
+        with log.observer("first") as first:
+            machine.writer.write(0, 512, 1)
+            epoch = first.collect().__enter__()
+            with log.observer("second") as second:
+                machine.writer.write(PAGE, 512, 1)
+                deaf.arm(1, True, "block-dirty-bitmap-merge")
+                with pytest.raises(TimeoutError):
+                    second.collect().__enter__()
+                epoch.commit()
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
+        assert 1 in numbers(disk.peek())
+
+
+def test_a_copy_that_a_process_made_to_peek_and_died_is_removed(machine):
+    about = {"node": "disk", "name": "dirtylog-x-peek", "granularity": PAGE, "disabled": True}
+    machine.qmp.execute("block-dirty-bitmap-add", about)
+    with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
+        assert not disk.peek()

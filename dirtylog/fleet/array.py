@@ -225,8 +225,15 @@ class ShardedArray:
                 self._base,
                 store,
             )
+        # All of them, also where one fails: one that is made and that nobody knows would never be closed.
+        failed: Exception | None = None
         for name, answer in asked.items():
-            self._handles[name] = answer.result(self._timeout)
+            try:
+                self._handles[name] = answer.result(self._timeout)
+            except Exception as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def __repr__(self) -> str:
         """Say how large it is, and where it stands."""

@@ -108,6 +108,10 @@ class Coordinator:
         ----------
         participants : mapping of str to handle
             By name.
+
+        Notes
+        -----
+        A coordinator that takes over knows those that were in the branch's last commit, and takes no others.
         """
         with self._lock:
             for name, standing in self._ask(participants, "standing").items():
@@ -136,7 +140,7 @@ class Coordinator:
         Raises
         ------
         Reborn
-            A participant was made again.
+            A participant was made again, or nobody knows whether it was.
         BranchMoved
             Somebody else has committed, or a participant was restored from another snapshot.
         InDoubt
@@ -198,7 +202,13 @@ class Coordinator:
                     last = next(iter(versions(self._repo, snapshot_id=tip)))
                     recorded = last.about.get("shards", {})
                 known = recorded.get(name, {}).get("incarnation", "")
-                self._admitted[name] = int(known) if known else standing.incarnation
+                if not known:
+                    # Fail closed (I6): if it was made again, it has the right base, and not what was written since.
+                    raise Reborn(
+                        f"shard {name!r} is not in the last commit of {self._branch!r}, so nobody knows whether it was "
+                        "made again since; admit the participants when they are made or restored"
+                    )
+                self._admitted[name] = int(known)
             if self._admitted[name] != standing.incarnation:
                 raise Reborn(
                     f"shard {name!r} is incarnation {standing.incarnation} and not {self._admitted[name]}: it was made "

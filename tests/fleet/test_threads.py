@@ -8,6 +8,8 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.fleet import Coordinator, Reborn, ShardedArray, Threads
+from dirtylog.fleet import array as sharded
+from dirtylog.fleet.shard import Shard
 from dirtylog.sinks.store import BranchMoved, InDoubt, history, repository, restore
 
 ROWS, CHUNK = 24, 4
@@ -196,6 +198,43 @@ def test_a_shard_that_was_made_again_takes_no_part(array, engine, repo):
     array.checkpoint()
     assert np.array_equal(array.read(array.base), expected_after([1, 3], array.rows))
     old[name].call("close").result()
+
+
+def test_a_shard_of_which_no_commit_tells_takes_no_part_unless_it_is_admitted(array, repo):
+    array.apply(write, 1)
+    # As if its engine had made one again, from the zeros that the first snapshot has, and the coordinator had died.
+    name = next(iter(array._handles))
+    old = array._handles[name]
+    array._spawn([name], False)
+    another = Coordinator(repo)
+    with pytest.raises(Reborn, match="nobody knows whether it was made again since; admit"):
+        another.epoch(array._handles)
+    array._handles[name].call("close").result()
+    array._handles[name] = old
+    another.admit(array._handles)
+    snapshot = another.epoch(array._handles).snapshot
+    assert np.array_equal(array.read(snapshot), expected_after([1], array.rows))
+
+
+def test_shards_that_are_made_are_closed_where_one_cannot_be(engine, repo, monkeypatch):
+    class Broken(Threads):
+        made = 0
+
+        def spawn(self, place, factory, *args):
+            self.made += 1
+            return super().spawn(place, factory if self.made != 1 else lambda *_: 1 / 0, *args)
+
+    shards = []
+
+    class Kept(Shard):
+        def __init__(self, *args):
+            super().__init__(*args)
+            shards.append(self)
+
+    monkeypatch.setattr(sharded, "Shard", Kept)
+    with Broken(3) as broken, pytest.raises(ZeroDivisionError):
+        ShardedArray(broken, (ROWS, 512), repo=repo, chunks=(CHUNK, 512))
+    assert [shard._tracker.closed for shard in shards] == [True, True]
 
 
 def test_a_shard_of_an_older_snapshot_takes_no_part(array):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
+import threading
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,13 +126,42 @@ def write(store: Any, work: Sequence[Task], progress: Progress | None = None) ->
         What of them.
     progress : callable, optional
         Called with the bytes written and the bytes to write, from zarr's thread.
+
+    Notes
+    -----
+    Nothing is written any more when it ends, also where a signal handler raises: what is on its way then is waited for,
+    because in a mirror it would land over what the next save writes.
     """
-    if work:
-        zarr_package()
-        run(_write(store, work, progress))
+    if not work:
+        return
+    zarr_package()
+    failed: list[BaseException] = []
+    ended = threading.Event()
+    writing = _write(store, work, progress, failed, ended)
+    try:
+        run(writing)
+    except Exception:
+        raise
+    except BaseException as interrupt:
+        failed.append(interrupt)
+        # One that has not begun by now finds that it is to write nothing.
+        if inspect.getcoroutinestate(writing) != inspect.CORO_CREATED:
+            ended.wait()
+        raise
 
 
-async def _write(store: Any, work: Sequence[Task], progress: Progress | None) -> None:
+async def _write(
+    store: Any, work: Sequence[Task], progress: Progress | None, failed: list[BaseException], ended: threading.Event
+) -> None:
+    try:
+        await _write_chunks(store, work, progress, failed)
+    finally:
+        ended.set()
+
+
+async def _write_chunks(
+    store: Any, work: Sequence[Task], progress: Progress | None, failed: list[BaseException]
+) -> None:
     from zarr.api import asynchronous
     from zarr.core.array import AsyncArray
 
@@ -146,7 +177,6 @@ async def _write(store: Any, work: Sequence[Task], progress: Progress | None) ->
         for chunks, task in zip(arrays, work, strict=True)
         for place in map(task.part.chunks.slices, task.all_numbers())
     )
-    failed: list[BaseException] = []
     done, total = 0, sum(task.nbytes for task in work)
 
     async def put_some() -> None:

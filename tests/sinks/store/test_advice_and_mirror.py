@@ -1,5 +1,9 @@
 """Which chunks cost least, and a mirror that says of itself whether it is whole."""
 
+import asyncio
+import signal
+import threading
+
 import numpy as np
 import pytest
 
@@ -78,3 +82,50 @@ def test_a_mirror_follows_and_says_whether_it_is_whole(tracked, tmp_path, equal,
     out = {name: np.empty_like(array) for name, array in arrays.items()}
     mirror.restore(out=out)
     equal(out, arrays)
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises, as Ctrl-C does."""
+
+
+def test_a_save_that_is_interrupted_writes_nothing_over_the_next_one(tracked, equal):
+    zarr = pytest.importorskip("zarr", minversion="3.1")
+    taken = threading.Event()
+
+    def interrupt(*_):
+        taken.set()
+        raise Interrupted
+
+    class Slow(zarr.storage.MemoryStore):
+        begun = ended = 0
+        interrupts = False
+
+        async def set(self, key, value, *more):
+            self.begun += 1
+            if self.interrupts and "/c/" in key:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+                for _ in range(2000):  # the main thread has the GIL now and then
+                    await asyncio.sleep(0)
+                while not taken.is_set():
+                    await asyncio.sleep(0)
+            await super().set(key, value, *more)
+            self.ended += 1
+
+    arrays = {"w": dl.zeros((64, 512))}
+    store = Slow()
+    mirror = Mirror(tracked(arrays), arrays, store, chunks=(1, 512))
+    mirror.save()
+    arrays["w"][3] = 1
+    store.interrupts = True
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            mirror.save()
+        assert store.begun == store.ended  # nothing is on its way, to land when it will
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    store.interrupts = False
+    assert mirror.whole is None
+    arrays["w"][3] = 2
+    assert mirror.save().chunks == 1
+    equal(mirror.restore(), arrays)

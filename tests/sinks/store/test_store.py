@@ -370,3 +370,21 @@ def test_a_state_goes_with_its_snapshot_alone(repo, tracked):
     with pytest.raises(TypeError, match="state has a set"):
         sink.save(state={1})
     assert sink.save().pages == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "function", "expected"),
+    [
+        ("s3://b/a/c?region=x", {}, "s3_storage", {"bucket": "b", "prefix": "a/c", "region": "x", "from_env": True}),
+        ("gs://b/a/c", {}, "gcs_storage", {"bucket": "b", "prefix": "a/c", "from_env": True}),
+        ("gcs://b", {"anonymous": True}, "gcs_storage", {"bucket": "b", "prefix": None, "anonymous": True}),
+        ("az://a/c/p/q", {}, "azure_storage", {"account": "a", "container": "c", "prefix": "p/q", "from_env": True}),
+    ],
+)
+def test_an_address_is_what_icechunk_is_told(icechunk, monkeypatch, where, options, function, expected):
+    from dirtylog.sinks.store import branch
+
+    told, real = [], getattr(icechunk, function)
+    monkeypatch.setattr(icechunk, function, lambda **given: told.append(given) or real(**given))
+    assert isinstance(branch._storage(icechunk, where, options), icechunk.Storage)  # which takes what it is told
+    assert told == [expected]

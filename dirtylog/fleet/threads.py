@@ -51,7 +51,10 @@ class Threads:
         return self._pool.submit(lambda: _Local(factory(*args), self._pool))
 
     def release(self, handle: Handle) -> None:
-        """Let an object go: there is nothing to do."""
+        """Let an object go: in a thread, because one that does not answer may never end."""
+        close = getattr(handle._thing, "close", None) if isinstance(handle, _Local) else None
+        if close is not None:
+            self._pool.submit(close)
 
     def close(self) -> None:
         """End the threads; does nothing a second time."""

@@ -237,6 +237,16 @@ def test_shards_that_are_made_are_closed_where_one_cannot_be(engine, repo, monke
     assert [shard._tracker.closed for shard in shards] == [True, True]
 
 
+def test_a_shard_that_cannot_be_restored_is_closed_and_made_again(repo, monkeypatch):
+    with Threads(2) as engine, ShardedArray(engine, (ROWS, 512), repo=repo, chunks=(CHUNK, 512)) as array:
+        array.apply(write, 1)
+        name, handle = next(iter(array._handles.items()))
+        monkeypatch.setattr(handle._thing, "_load", lambda store: 1 / 0)
+        assert array.recover() == [name]
+        assert np.array_equal(array.read(), np.zeros((ROWS, 512)))
+    assert handle._thing._tracker.closed
+
+
 def test_a_shard_of_an_older_snapshot_takes_no_part(array):
     name = next(iter(array._handles))
     array.apply(write, 1)

@@ -155,7 +155,8 @@ def content(nbd, export="w"):
 def bitmaps(qmp, name="dirtylog"):
     """Names of the disk's bitmaps that begin with a name."""
     (disk,) = [each for each in qmp.execute("query-named-block-nodes", {"flat": True}) if each["node-name"] == "disk"]
-    return sorted(each["name"] for each in disk.get("dirty-bitmaps", []) if each["name"].startswith(name))
+    names = [each["name"] for each in disk.get("dirty-bitmaps", []) if "name" in each]  # a job's own have none
+    return sorted(each for each in names if each.startswith(name))
 
 
 class Machine:

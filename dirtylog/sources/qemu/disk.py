@@ -544,7 +544,8 @@ class QemuDisk(Resource):
             try:
                 return self._read_bitmap(copy)
             finally:
-                self._transaction([("block-dirty-bitmap-remove", {"name": copy})])
+                if not self._unanswered:  # else it may be in use, and goes with what else is left
+                    self._transaction([("block-dirty-bitmap-remove", {"name": copy})])
 
     # Content --------------------------------------------------------------------------------------------------------
 

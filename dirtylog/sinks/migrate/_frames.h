@@ -21,13 +21,14 @@
 #define DL_FRAME_CHECKED ((size_t)20) /* the header before its CRC */
 #define DL_FRAME_HEADER ((size_t)24)
 #define DL_FRAME_PREFIX ((size_t)8) /* number of extents, codec, zeros */
+#define DL_FRAME_EXTENT ((size_t)16)
 #define DL_FRAME_PAGES 3
 #define DL_FRAME_ZEROS 4
 #define DL_FRAME_DELTAS 13
 #define DL_FRAME_EXTENTS ((size_t)4096)
 /* The bytes that a frame may speak of, and those that it may hold. */
 #define DL_FRAME_WINDOW ((size_t)1 << 20)
-#define DL_FRAME_MOST (DL_FRAME_PREFIX + 16 * DL_FRAME_EXTENTS + DL_FRAME_WINDOW)
+#define DL_FRAME_MOST (DL_FRAME_PREFIX + DL_FRAME_EXTENT * DL_FRAME_EXTENTS + DL_FRAME_WINDOW)
 
 static inline void dl_put_le(unsigned char *out, uint64_t value, int nbytes)
 {
@@ -41,6 +42,23 @@ static inline uint64_t dl_take_le(const unsigned char *data, int nbytes)
     for (int i = 0; i < nbytes; i++)
         value |= (uint64_t)data[i] << 8 * i;
     return value;
+}
+
+/* The header of a frame, of which `behind` bytes stand behind it already, and `apart` bytes of `data` follow those. */
+static inline void dl_put_header(unsigned char *header, int kind, uint64_t sequence, size_t behind,
+                                 const unsigned char *data, size_t apart)
+{
+    memcpy(header, "dlog", 4);
+    header[4] = DL_FRAME_VERSION;
+    header[5] = (unsigned char)kind;
+    header[6] = header[7] = 0;
+    dl_put_le(header + 8, sequence, 4);
+    dl_put_le(header + 12, behind + apart, 8);
+    uint32_t crc = dl_crc32(header, DL_FRAME_CHECKED, 0);
+    crc = dl_crc32(header + DL_FRAME_HEADER, behind, crc);
+    if (apart)
+        crc = dl_crc32(data, apart, crc);
+    dl_put_le(header + DL_FRAME_CHECKED, crc, 4);
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------- */
@@ -228,7 +246,7 @@ struct dl_sending {
 /* What is kept back at most until it is worth a system call. */
 #define DL_SEND_AT_ONCE ((size_t)1 << 16)
 /* Of one window: three headers, prefixes and tables; deltas beside. */
-#define DL_FRAMES_OF_A_WINDOW(granules) (3 * (DL_FRAME_HEADER + DL_FRAME_PREFIX + 16 * (granules)))
+#define DL_FRAMES_OF_A_WINDOW(granules) (3 * (DL_FRAME_HEADER + DL_FRAME_PREFIX + DL_FRAME_EXTENT * (granules)))
 
 static inline void dl_put_frame(struct dl_sending *s, int kind, const struct dl_rows *table, const unsigned char *data,
                                 size_t nbytes, int apart)
@@ -240,19 +258,9 @@ static inline void dl_put_frame(struct dl_sending *s, int kind, const struct dl_
         at += DL_FRAME_PREFIX;
     }
     dl_put_table(at, table);
-    at += 16 * table->count;
+    at += DL_FRAME_EXTENT * table->count;
     size_t before = (size_t)(at - header) - DL_FRAME_HEADER;
-    memcpy(header, "dlog", 4);
-    header[4] = DL_FRAME_VERSION;
-    header[5] = (unsigned char)kind;
-    header[6] = header[7] = 0;
-    dl_put_le(header + 8, s->sequence++, 4);
-    dl_put_le(header + 12, before + nbytes, 8);
-    uint32_t crc = dl_crc32(header, DL_FRAME_CHECKED, 0);
-    crc = dl_crc32(header + DL_FRAME_HEADER, before, crc);
-    if (nbytes)
-        crc = dl_crc32(data, nbytes, crc);
-    dl_put_le(header + DL_FRAME_CHECKED, crc, 4);
+    dl_put_header(header, kind, s->sequence++, before, data, nbytes);
     memcpy(s->headers + DL_FRAME_HEADER * s->frames++, header, DL_FRAME_HEADER);
     s->used += DL_FRAME_HEADER + before;
     s->nbytes += DL_FRAME_HEADER + before + nbytes;
@@ -408,17 +416,22 @@ struct dl_taking {
     int64_t size;
 };
 
+static inline int64_t dl_granules_of(const struct dl_taking *t)
+{
+    return (t->space.nbytes + t->granule - 1) / t->granule;
+}
+
 /* Ascending, apart, of whole granules, inside the memory, and not more than a frame may speak of. */
 static inline int dl_take_table(struct dl_taking *t, const unsigned char *table, size_t nbytes)
 {
-    if (nbytes == 0 || nbytes % 16 || nbytes > 16 * DL_FRAME_EXTENTS)
+    if (nbytes == 0 || nbytes % DL_FRAME_EXTENT || nbytes > DL_FRAME_EXTENT * DL_FRAME_EXTENTS)
         return DL_WRONG_TABLE;
-    t->count = nbytes / 16;
+    t->count = nbytes / DL_FRAME_EXTENT;
     t->size = 0;
     int64_t before = 0;
     for (size_t i = 0; i < t->count; i++) {
-        int64_t offset = (int64_t)dl_take_le(table + 16 * i, 8);
-        int64_t length = (int64_t)dl_take_le(table + 16 * i + 8, 8);
+        int64_t offset = (int64_t)dl_take_le(table + DL_FRAME_EXTENT * i, 8);
+        int64_t length = (int64_t)dl_take_le(table + DL_FRAME_EXTENT * i + 8, 8);
         /* In this order: once both are within bounds, their sum cannot overflow. */
         if (offset < 0 || offset >= t->space.nbytes || length < 1 || length > (int64_t)DL_FRAME_WINDOW)
             return DL_WRONG_PLACE;
@@ -538,26 +551,36 @@ static inline void dl_take_zeros(struct dl_taking *t)
     }
 }
 
-/* Apply a frame: its table, and what comes behind it. */
-static inline int dl_take_frame(struct dl_taking *t, int kind, const unsigned char *table, size_t table_bytes,
-                                const unsigned char *data, size_t nbytes)
+/* A frame of pages: its table, and the bytes behind that; no bytes where they are zeros. */
+struct dl_frame {
+    int kind;
+    const unsigned char *table, *data;
+    size_t table_bytes, nbytes;
+};
+
+/* What is wrong with a frame before its bytes are looked at. */
+static inline int dl_check_frame(struct dl_taking *t, const struct dl_frame *f)
 {
-    int wrong = dl_take_table(t, table, table_bytes);
+    int wrong = dl_take_table(t, f->table, f->table_bytes);
+    if (!wrong && f->kind == DL_FRAME_PAGES && f->nbytes != (size_t)t->size)
+        wrong = DL_WRONG_LENGTH;
+    return wrong;
+}
+
+/* Apply a frame. */
+static inline int dl_take_frame(struct dl_taking *t, const struct dl_frame *f)
+{
+    int wrong = dl_check_frame(t, f);
+    if (!wrong && f->kind == DL_FRAME_DELTAS)
+        wrong = dl_take_deltas(t, f->data, f->nbytes);
     if (wrong)
         return wrong;
-    if (kind == DL_FRAME_ZEROS) {
+    if (f->kind == DL_FRAME_ZEROS)
         dl_take_zeros(t);
-    } else if (kind == DL_FRAME_DELTAS) {
-        wrong = dl_take_deltas(t, data, nbytes);
-        if (wrong)
-            return wrong;
-    } else {
-        if (nbytes != (size_t)t->size)
-            return DL_WRONG_LENGTH;
-        dl_take_pages(t, data);
-    }
+    else if (f->kind == DL_FRAME_PAGES)
+        dl_take_pages(t, f->data);
     dl_mark_rows(t, t->seen);
-    if (t->filled && kind != DL_FRAME_ZEROS)
+    if (t->filled && f->kind != DL_FRAME_ZEROS)
         dl_mark_rows(t, t->filled);
     t->left -= t->size;
     t->done += t->size;
@@ -587,38 +610,47 @@ struct dl_reading {
 /* Seconds after which a call ends with the frame under way. */
 #define DL_READ_LONGEST 0.1
 
-/* Whether a header is one of pages that is due; whatever is odd about it is for somebody else to say. */
-static inline int dl_reads_header(const struct dl_reading *r)
+/* Whether a header is one of pages that is due, and its payload comes next; whatever is odd about it is for somebody
+ * else to say. */
+static inline int dl_read_header(struct dl_reading *r)
 {
     const unsigned char *head = r->head;
     uint64_t length = dl_take_le(head + 12, 8);
+    int kind = head[5];
     if (memcmp(head, "dlog", 4) || head[4] != DL_FRAME_VERSION || head[6] || head[7])
         return 0;
     if (dl_take_le(head + 8, 4) != (r->sequence & 0xFFFFFFFF))
         return 0;
-    if (head[5] == DL_FRAME_ZEROS)
-        return length <= 16 * DL_FRAME_EXTENTS;
-    return (head[5] == DL_FRAME_PAGES || head[5] == DL_FRAME_DELTAS) && length >= DL_FRAME_PREFIX &&
-           length <= DL_FRAME_MOST;
+    if (kind != DL_FRAME_ZEROS && ((kind != DL_FRAME_PAGES && kind != DL_FRAME_DELTAS) || length < DL_FRAME_PREFIX))
+        return 0;
+    if (length > (kind == DL_FRAME_ZEROS ? DL_FRAME_EXTENT * DL_FRAME_EXTENTS : DL_FRAME_MOST))
+        return 0;
+    r->reads = 1;
+    r->length = (size_t)length;
+    r->got = r->after = 0;
+    return 1;
 }
 
-/* Whether the frame that has been read is right, and is applied. */
-static inline int dl_read_frame(struct dl_reading *r, struct dl_taking *t)
+/* Say what are the parts of the frame that has been read; 0: its checksum is wrong, it is compressed, or its table does
+ * not fit it. */
+static inline int dl_frame_parts(const struct dl_reading *r, struct dl_frame *f)
 {
-    int kind = r->head[5];
     uint32_t crc = dl_crc32(r->head, DL_FRAME_CHECKED, 0);
     if (r->length)
         crc = dl_crc32(r->payload, r->length, crc);
     if (crc != dl_take_le(r->head + DL_FRAME_CHECKED, 4))
         return 0;
-    if (kind == DL_FRAME_ZEROS)
-        return dl_take_frame(t, kind, r->payload, r->length, NULL, 0) == DL_RIGHT;
-    size_t table = 16 * (size_t)dl_take_le(r->payload, 4);
-    if (dl_take_le(r->payload + 4, 4) || table > r->length - DL_FRAME_PREFIX)
+    *f = (struct dl_frame){.kind = r->head[5], .table = r->payload, .table_bytes = r->length};
+    if (f->kind == DL_FRAME_ZEROS)
+        return 1;
+    size_t most = r->length - DL_FRAME_PREFIX;
+    f->table += DL_FRAME_PREFIX;
+    f->table_bytes = DL_FRAME_EXTENT * (size_t)dl_take_le(r->payload, 4);
+    if (dl_take_le(r->payload + 4, 4) || f->table_bytes > most)
         return 0;
-    const unsigned char *data = r->payload + DL_FRAME_PREFIX + table;
-    return dl_take_frame(t, kind, r->payload + DL_FRAME_PREFIX, table, data,
-                         r->length - DL_FRAME_PREFIX - table) == DL_RIGHT;
+    f->data = f->table + f->table_bytes;
+    f->nbytes = most - f->table_bytes;
+    return 1;
 }
 
 /* Receive and apply frames of pages, until so many bytes of pages have come, or something else has. */
@@ -627,6 +659,7 @@ static inline int dl_read_frames(int fd, struct dl_reading *r, struct dl_taking 
 {
     for (;;) {
         struct iovec parts[2];
+        struct dl_frame frame;
         int error;
         if (!r->reads) {
             parts[0].iov_base = r->head + r->have;
@@ -635,11 +668,8 @@ static inline int dl_read_frames(int fd, struct dl_reading *r, struct dl_taking 
             r->have = DL_FRAME_HEADER - parts[0].iov_len;
             if (error)
                 return error;
-            if (!dl_reads_header(r))
+            if (!dl_read_header(r))
                 return DL_READ_FOREIGN;
-            r->reads = 1;
-            r->length = (size_t)dl_take_le(r->head + 12, 8);
-            r->got = r->after = 0;
         }
         if (r->got < r->length) {
             parts[0].iov_base = r->payload + r->got;
@@ -652,7 +682,7 @@ static inline int dl_read_frames(int fd, struct dl_reading *r, struct dl_taking 
             if (error)
                 return error;
         }
-        if (!dl_read_frame(r, t))
+        if (!dl_frame_parts(r, &frame) || dl_take_frame(t, &frame) != DL_RIGHT)
             return DL_READ_ODD;
         memcpy(r->headers + DL_FRAME_HEADER * r->frames++, r->head, DL_FRAME_HEADER);
         r->nbytes += DL_FRAME_HEADER + r->length;

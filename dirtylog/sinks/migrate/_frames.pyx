@@ -17,142 +17,6 @@ from dirtylog._bits.copying cimport HeldBuffer, check_packed, check_plain, exten
 __all__ = ["ENDED", "FOREIGN", "LATE", "ODD", "OVER", "PAUSE", "Packer", "Taker"]
 
 
-cdef extern from "<sys/uio.h>" nogil:
-    cdef struct iovec:
-        void *iov_base
-        size_t iov_len
-
-
-cdef extern from "sinks/migrate/_frames.h" nogil:
-    size_t DL_FRAME_HEADER
-    size_t DL_FRAME_EXTENTS
-    size_t DL_FRAME_WINDOW
-    size_t DL_FRAME_MOST
-    size_t DL_SEND_AT_ONCE
-    int DL_FRAME_PAGES
-    int DL_FRAME_ZEROS
-    int DL_FRAME_DELTAS
-    int DL_LINE_LATE
-    int DL_LINE_OVER
-    int DL_LINE_SIGNAL
-    int DL_LINE_ENDED
-    int DL_READ_PAUSE
-    int DL_READ_FOREIGN
-    int DL_READ_ODD
-    double DL_READ_LONGEST
-    int DL_WRONG_TABLE
-    int DL_WRONG_PLACE
-    int DL_WRONG_ORDER
-    int DL_WRONG_PAGES
-    int DL_WRONG_SIZE
-    int DL_WRONG_ROUND
-    int DL_WRONG_LENGTH
-    int DL_WRONG_NEVER
-    int DL_WRONG_DELTAS
-    int DL_WRONG_CHANNEL
-    size_t DL_FRAMES_OF_A_WINDOW(size_t granules)
-    cdef struct dl_region:
-        int64_t start
-        int64_t end
-        unsigned char *data
-    cdef struct dl_space:
-        const dl_region *regions
-        int64_t count
-        int64_t nbytes
-    cdef struct dl_share:
-        int64_t index
-        int64_t channels
-        int64_t stripe
-    cdef struct dl_copies:
-        unsigned char *data
-        int64_t *pages
-        int64_t *frames
-        int64_t places
-        size_t page_size
-        size_t most
-        int64_t older
-    cdef struct dl_rows:
-        int64_t *rows
-        size_t count
-        size_t granules
-    cdef struct dl_packing:
-        dl_space space
-        const unsigned char *packed
-        const int64_t *extents
-        int64_t count
-        int64_t row
-        int64_t within
-        int64_t position
-        int64_t granule
-        dl_share share
-        dl_copies copies
-        uint64_t *frames
-        uint64_t sent
-        size_t room
-        dl_rows zeros
-        dl_rows deltas
-        dl_rows whole
-        size_t nbytes
-        size_t changed
-        size_t filled
-        unsigned char *changes
-        unsigned char *pages
-        unsigned char *scratch
-    cdef struct dl_sending:
-        unsigned char *out
-        size_t used
-        size_t room
-        unsigned char *headers
-        size_t frames
-        size_t most
-        uint64_t sequence
-        uint64_t nbytes
-        iovec parts[2]
-    cdef struct dl_patience:
-        double each
-        double late
-        double over
-    cdef struct dl_taking:
-        dl_space space
-        int64_t granule
-        dl_share share
-        uint64_t *seen
-        uint64_t *filled
-        int64_t left
-        int64_t done
-        uint64_t applied
-        uint64_t cleared
-        unsigned char *scratch
-        int64_t *rows
-        size_t count
-        int64_t size
-    cdef struct dl_reading:
-        unsigned char *head
-        unsigned char *next
-        size_t have
-        size_t after
-        unsigned char *payload
-        size_t length
-        size_t got
-        int reads
-        uint64_t sequence
-        unsigned char *headers
-        size_t frames
-        size_t most
-        uint64_t nbytes
-        double began
-    void dl_crc32_prepare() noexcept
-    int dl_pack_window(dl_packing *p) noexcept
-    void dl_put_table(unsigned char *out, const dl_rows *table) noexcept
-    size_t dl_make_frames(dl_packing *p, dl_sending *s, size_t *zeros, size_t *deltas) noexcept
-    double dl_line_clock() noexcept
-    void dl_patience_begin(dl_patience *patience, double now) noexcept
-    int dl_line_move(int fd, iovec *parts, int count, int sending, const dl_patience *patience) noexcept
-    int dl_take_frame(dl_taking *t, int kind, const unsigned char *table, size_t table_bytes,
-                      const unsigned char *data, size_t nbytes) noexcept
-    int dl_read_frames(int fd, dl_reading *r, dl_taking *t, int64_t enough, dl_patience *patience) noexcept
-
-
 dl_crc32_prepare()
 
 # Why a call for frames has come to its end, beside an errno, which is negative.
@@ -180,11 +44,6 @@ cdef dict WRONG = {
 
 cdef class Memory:
     """The regions of a page space, kept for as long as this object lives."""
-
-    cdef list held
-    cdef dl_region *regions
-    cdef dl_space space
-    cdef unsigned char *block
 
     def __dealloc__(self):
         free(self.regions)
@@ -299,7 +158,7 @@ cdef class Packer(Memory):
         p.room = <size_t>room
         cdef size_t granules = DL_FRAME_WINDOW // <size_t>granule
         cdef size_t most = p.room + <size_t>granule
-        cdef size_t table = 16 * granules
+        cdef size_t table = DL_FRAME_EXTENT * granules
         s.room = DL_SEND_AT_ONCE + DL_FRAMES_OF_A_WINDOW(granules) + most
         s.most = FRAMES_AT_ONCE
         cdef size_t headers = DL_FRAME_HEADER * s.most
@@ -373,7 +232,7 @@ cdef class Packer(Memory):
         self.packing.copies.older = older
 
     cdef bytes table(self, dl_rows *rows):
-        cdef bytes found = b"\0" * (16 * rows.count)
+        cdef bytes found = b"\0" * (DL_FRAME_EXTENT * rows.count)
         dl_put_table(<unsigned char *><char *>found, rows)
         return found
 
@@ -538,7 +397,7 @@ cdef class Taker(Memory):
         t.granule = granule
         t.seen = &seen[0]
         t.filled = NULL if filled is None else &filled[0]
-        cdef size_t rows = 16 * DL_FRAME_EXTENTS
+        cdef size_t rows = DL_FRAME_EXTENT * DL_FRAME_EXTENTS
         cdef unsigned char *at = self.room(rows + <size_t>granule + DL_FRAME_MOST + DL_FRAME_HEADER * FRAMES_AT_ONCE)
         t.rows = <int64_t *><void *>at
         t.scratch = at + rows
@@ -584,14 +443,16 @@ cdef class Taker(Memory):
         """
         cdef HeldBuffer rows = hold(table, False, "table")
         cdef HeldBuffer read = hold(data, False, "data")
-        cdef const unsigned char *start = <const unsigned char *>rows.start()
-        cdef const unsigned char *content = <const unsigned char *>read.start()
         cdef dl_taking *t = &self.taking
+        cdef dl_frame frame
         cdef int wrong
         if kind not in (DL_FRAME_PAGES, DL_FRAME_ZEROS, DL_FRAME_DELTAS):
             raise ValueError(f"a frame of kind {kind} has no pages")
+        frame.kind = kind
+        frame.table, frame.table_bytes = <const unsigned char *>rows.start(), <size_t>rows.raw.len
+        frame.data, frame.nbytes = <const unsigned char *>read.start(), <size_t>read.raw.len
         with nogil:
-            wrong = dl_take_frame(t, kind, start, <size_t>rows.raw.len, content, <size_t>read.raw.len)
+            wrong = dl_take_frame(t, &frame)
         if wrong:
             raise ValueError(WRONG[wrong].format(nbytes=t.space.nbytes, granule=t.granule, window=DL_FRAME_WINDOW,
                                                  given=read.raw.len, size=t.size, round=self.round))

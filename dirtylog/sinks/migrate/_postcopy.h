@@ -28,7 +28,6 @@
 #define DL_FRAME_WANT 16
 #define DL_FRAME_FILLED 17
 #define DL_FRAME_SESSION ((size_t)16)
-#define DL_FRAME_EXTENT ((size_t)16)
 
 /* Requests that are on their way to the line at most; of more, the faults wait in the kernel. */
 #define DL_WANTED_AT_ONCE ((size_t)1024)
@@ -50,7 +49,6 @@ struct dl_postcopy {
     /* Set before the thread begins. */
     struct dl_taking taking; /* the memory; tables of extents are checked as always */
     uint64_t *missing, *asked;
-    unsigned char *payload;
     unsigned char session[DL_FRAME_SESSION];
     size_t page_bytes;
     int uffd, bell, user_mode_only;
@@ -107,7 +105,7 @@ static inline int dl_postcopy_advise(const struct dl_postcopy *p, int advice)
 static inline int dl_postcopy_discard(struct dl_postcopy *p)
 {
     const struct dl_taking *t = &p->taking;
-    int64_t granules = (t->space.nbytes + t->granule - 1) / t->granule;
+    int64_t granules = dl_granules_of(t);
     for (int64_t i = 0; i < t->space.count; i++) {
         const struct dl_region *region = t->space.regions + i;
         int64_t number = region->start / t->granule, last = (region->end + t->granule - 1) / t->granule;
@@ -192,15 +190,8 @@ static inline void dl_postcopy_unguard(struct dl_postcopy *p)
 static inline void dl_postcopy_say(struct dl_postcopy *p, int kind, const unsigned char *data, size_t nbytes)
 {
     unsigned char *header = p->out + p->used;
-    memcpy(header, "dlog", 4);
-    header[4] = DL_FRAME_VERSION;
-    header[5] = (unsigned char)kind;
-    header[6] = header[7] = 0;
-    dl_put_le(header + 8, p->line.sent++, 4);
-    dl_put_le(header + 12, nbytes, 8);
     memcpy(header + DL_FRAME_HEADER, data, nbytes);
-    uint32_t crc = dl_crc32(header, DL_FRAME_CHECKED, 0);
-    dl_put_le(header + DL_FRAME_CHECKED, dl_crc32(header + DL_FRAME_HEADER, nbytes, crc), 4);
+    dl_put_header(header, kind, p->line.sent++, nbytes, NULL, 0);
     p->used += DL_FRAME_HEADER + nbytes;
 }
 
@@ -269,7 +260,7 @@ static inline void dl_postcopy_rouse(struct dl_postcopy *p)
 {
     struct dl_taking *t = &p->taking;
     struct dl_granule g = {0};
-    int64_t granules = (t->space.nbytes + t->granule - 1) / t->granule;
+    int64_t granules = dl_granules_of(t);
     for (int64_t word = 0; word * DL_WORD_PAGES < granules; word++)
         while (p->asked[word]) {
             int64_t number = word * DL_WORD_PAGES + __builtin_ctzll(p->asked[word]);
@@ -341,19 +332,17 @@ static inline int dl_postcopy_granule(struct dl_postcopy *p, const struct dl_gra
 }
 
 /* Apply a frame: DL_RIGHT, what is wrong with it, or -errno. */
-static inline int dl_postcopy_apply(struct dl_postcopy *p, int kind, const unsigned char *table, size_t table_bytes,
-                                    const unsigned char *data, size_t nbytes)
+static inline int dl_postcopy_apply(struct dl_postcopy *p, const struct dl_frame *f)
 {
     struct dl_taking *t = &p->taking;
     t->left = INT64_MAX;
-    int wrong = dl_take_table(t, table, table_bytes);
-    if (!wrong && kind == DL_FRAME_PAGES && nbytes != (size_t)t->size)
-        wrong = DL_WRONG_LENGTH;
+    int wrong = dl_check_frame(t, f);
     if (wrong)
         return wrong;
     struct dl_granule g = {0};
+    const unsigned char *data = f->data;
     while (dl_next_granule(t, &g)) {
-        const unsigned char *from = kind == DL_FRAME_PAGES ? data : NULL;
+        const unsigned char *from = data; /* NULL: zeros */
         int64_t number = g.at / t->granule;
         if (from)
             data += g.length;
@@ -372,22 +361,10 @@ static inline int dl_postcopy_apply(struct dl_postcopy *p, int kind, const unsig
 
 static inline int dl_postcopy_frame(struct dl_postcopy *p)
 {
-    struct dl_reading *r = &p->reading;
-    int kind = r->head[5], wrong;
-    uint32_t crc = dl_crc32(r->head, DL_FRAME_CHECKED, 0);
-    if (r->length)
-        crc = dl_crc32(r->payload, r->length, crc);
-    if (crc != dl_take_le(r->head + DL_FRAME_CHECKED, 4))
+    struct dl_frame frame;
+    if (!dl_frame_parts(&p->reading, &frame) || frame.kind == DL_FRAME_DELTAS)
         return DL_POSTCOPY_ODD;
-    if (kind == DL_FRAME_ZEROS) {
-        wrong = dl_postcopy_apply(p, kind, r->payload, r->length, NULL, 0);
-    } else {
-        size_t table = DL_FRAME_EXTENT * (size_t)dl_take_le(r->payload, 4);
-        if (kind != DL_FRAME_PAGES || dl_take_le(r->payload + 4, 4) || table > r->length - DL_FRAME_PREFIX)
-            return DL_POSTCOPY_ODD;
-        const unsigned char *data = r->payload + DL_FRAME_PREFIX + table;
-        wrong = dl_postcopy_apply(p, kind, r->payload + DL_FRAME_PREFIX, table, data, r->length - DL_FRAME_PREFIX - table);
-    }
+    int wrong = dl_postcopy_apply(p, &frame);
     return wrong > 0 ? DL_POSTCOPY_ODD : wrong;
 }
 
@@ -411,11 +388,8 @@ static inline int dl_postcopy_read(struct dl_postcopy *p)
                 continue;
         }
         if (!r->reads) {
-            if (!dl_reads_header(r))
+            if (!dl_read_header(r))
                 return DL_POSTCOPY_ODD;
-            r->reads = 1;
-            r->length = (size_t)dl_take_le(r->head + 12, 8);
-            r->got = 0;
             continue;
         }
         int error = dl_postcopy_frame(p);

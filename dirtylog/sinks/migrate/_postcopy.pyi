@@ -5,6 +5,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog._typing import Memory as _Memory
+from dirtylog.sinks.migrate._frames import Memory
 
 __all__ = ["FILLED", "GOES_ON", "ODD", "Faults"]
 
@@ -13,7 +14,7 @@ FILLED: int
 ODD: int
 
 @final
-class Faults:
+class Faults(Memory):
     def __init__(
         self,
         regions: Sequence[tuple[int, _Memory]],

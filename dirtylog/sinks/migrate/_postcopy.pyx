@@ -6,41 +6,28 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, strerror
+from libc.string cimport memcpy, memset, strerror
 
-from dirtylog._bits.copying cimport HeldBuffer, hold
+from dirtylog._bits.blocks cimport kernels
+from dirtylog.sinks.migrate._frames cimport (
+    DL_FRAME_EXTENT,
+    DL_FRAME_EXTENTS,
+    DL_FRAME_MOST,
+    Memory,
+    check_granule,
+    dl_crc32_prepare,
+    dl_reading,
+    dl_taking,
+)
 
 __all__ = ["FILLED", "GOES_ON", "ODD", "Faults"]
 
 
 cdef extern from "sinks/migrate/_postcopy.h" nogil:
-    size_t DL_FRAME_EXTENTS
-    size_t DL_FRAME_MOST
-    size_t DL_FRAME_WINDOW
     size_t DL_FRAME_SESSION
     int DL_POSTCOPY_GOES_ON
     int DL_POSTCOPY_FILLED
     int DL_POSTCOPY_ODD
-    cdef struct dl_region:
-        int64_t start
-        int64_t end
-        unsigned char *data
-    cdef struct dl_space:
-        const dl_region *regions
-        int64_t count
-        int64_t nbytes
-    cdef struct dl_share:
-        int64_t index
-        int64_t channels
-        int64_t stripe
-    cdef struct dl_taking:
-        dl_space space
-        int64_t granule
-        dl_share share
-        unsigned char *scratch
-        int64_t *rows
-    cdef struct dl_reading:
-        unsigned char *payload
     cdef struct dl_postcopy_line:
         int fd
         uint64_t received
@@ -50,7 +37,6 @@ cdef extern from "sinks/migrate/_postcopy.h" nogil:
         dl_taking taking
         uint64_t *missing
         uint64_t *asked
-        unsigned char *payload
         unsigned char *session
         size_t page_bytes
         int uffd
@@ -60,7 +46,6 @@ cdef extern from "sinks/migrate/_postcopy.h" nogil:
         int64_t left
         uint64_t applied
         dl_reading reading
-    void dl_crc32_prepare() noexcept
     int64_t dl_postcopy_left(dl_postcopy *p) noexcept
     uint64_t dl_postcopy_applied(dl_postcopy *p) noexcept
     void dl_postcopy_init(dl_postcopy *p) noexcept
@@ -79,7 +64,7 @@ GOES_ON, FILLED, ODD = DL_POSTCOPY_GOES_ON, DL_POSTCOPY_FILLED, DL_POSTCOPY_ODD
 
 
 @cython.final
-cdef class Faults:
+cdef class Faults(Memory):
     """Guard memory of which a part is missing, and fill it over a line.
 
     Parameters
@@ -115,61 +100,50 @@ cdef class Faults:
     """
 
     cdef dl_postcopy *p
-    cdef list held
-    cdef dl_region *regions
-    cdef unsigned char *block
-    cdef int64_t granules
 
     def __init__(self, regions, int64_t nbytes, int64_t granule, const uint64_t[::1] missing, bytes session not None):
-        cdef HeldBuffer each
-        cdef size_t words, i
-        cdef size_t rows = 16 * DL_FRAME_EXTENTS
+        cdef int64_t granules
+        cdef int64_t i
+        cdef size_t words
+        cdef size_t rows = DL_FRAME_EXTENT * DL_FRAME_EXTENTS
+        cdef uintptr_t address
         cdef int error
-        cdef int64_t left = 0
         if self.p != NULL:
             raise TypeError("Faults was initialised before")
         self.p = <dl_postcopy *>calloc(1, sizeof(dl_postcopy))
         if self.p == NULL:
             raise MemoryError
         dl_postcopy_init(self.p)
-        if granule <= 0 or granule % <int64_t>self.p.page_bytes or granule > <int64_t>DL_FRAME_WINDOW:
+        check_granule(granule)
+        if granule % <int64_t>self.p.page_bytes:
             raise ValueError(f"granule is {granule}; it must be a multiple of {self.p.page_bytes}, the system's page")
         if <size_t>len(session) != DL_FRAME_SESSION:
             raise ValueError(f"session has {len(session)} bytes; it must have {DL_FRAME_SESSION}")
-        self.granules = (nbytes + granule - 1) // granule
-        words = <size_t>(self.granules + 63) // 64
+        granules = (nbytes + granule - 1) // granule
+        words = <size_t>(granules + 63) // 64
         if <size_t>missing.shape[0] < words:
-            raise ValueError(f"missing has {missing.shape[0]} words; {self.granules} granules take {words}")
-        self.held = []
-        self.regions = <dl_region *>calloc(max(len(regions), 1), sizeof(dl_region))
-        self.block = <unsigned char *>calloc(1, 16 * words + rows + <size_t>granule + DL_FRAME_MOST)
-        if self.regions == NULL or self.block == NULL:
-            raise MemoryError
-        for n, (start, view) in enumerate(regions):
-            each = hold(view, True, "memory")
-            if <uintptr_t>each.start() % self.p.page_bytes or start % granule or start > nbytes - each.raw.len:
-                raise ValueError(f"region {n} begins at {start}, address {<uintptr_t>each.start():#x}: it must begin "
+            raise ValueError(f"missing has {missing.shape[0]} words; {granules} granules take {words}")
+        self.keep(regions, nbytes, True, "memory")
+        for i in range(self.space.count):
+            address = <uintptr_t>self.regions[i].data
+            if address % self.p.page_bytes or self.regions[i].start % granule:
+                raise ValueError(f"region {i} begins at {self.regions[i].start}, address {address:#x}: it must begin "
                                  "with a page of the system's")
-            self.held.append(each)
-            self.regions[n].start = start
-            self.regions[n].end = start + each.raw.len
-            self.regions[n].data = <unsigned char *>each.start()
-        self.p.missing = <uint64_t *><void *>self.block
+        cdef unsigned char *at = self.room(16 * words + rows + <size_t>granule + DL_FRAME_MOST)
+        self.p.missing = <uint64_t *><void *>at
         self.p.asked = self.p.missing + words
-        for i in range(words):
-            self.p.missing[i] = missing[i]
-            left += bin(missing[i]).count("1")
-        self.p.taking.rows = <int64_t *><void *>(self.block + 16 * words)
-        self.p.taking.scratch = self.block + 16 * words + rows
-        self.p.payload = self.p.taking.scratch + granule
-        self.p.reading.payload = self.p.payload
-        self.p.taking.space.regions = self.regions
-        self.p.taking.space.count = len(self.held)
-        self.p.taking.space.nbytes = nbytes
+        memset(at, 0, 16 * words)
+        if words:
+            memcpy(self.p.missing, &missing[0], 8 * words)
+        self.p.left = <int64_t>kernels.popcount(self.p.missing, words)
+        at += 16 * words
+        self.p.taking.rows = <int64_t *><void *>at
+        self.p.taking.scratch = at + rows
+        self.p.reading.payload = at + rows + granule
+        self.p.taking.space = self.space
         self.p.taking.granule = granule
         self.p.taking.share.channels = 1
         self.p.taking.share.stripe = 64
-        self.p.left = left
         memcpy(self.p.session, <char *>session, DL_FRAME_SESSION)
         with nogil:
             error = dl_postcopy_guard(self.p)
@@ -182,8 +156,6 @@ cdef class Faults:
         with nogil:
             dl_postcopy_leave(self.p)
         free(self.p)
-        free(self.regions)
-        free(self.block)
 
     @property
     def user_mode_only(self):

@@ -63,7 +63,7 @@ class Migration(Target):
         zeros = np.array([[512, 512]], "<i8").tobytes()
         for codec, content in ((RAW, memory), (ZSTD, zstandard.compress(memory))):
             payloads = [
-                (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 512, codec, 0, 0)),
+                (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 512, codec, 0, 0, 0)),
                 (Kind.ROUND, ROUND.pack(1)),
                 (Kind.PAGES, PAGES.pack(2, codec) + table + content),
                 (Kind.ROUND, ROUND.pack(2)),  # a page comes once per round
@@ -74,7 +74,7 @@ class Migration(Target):
             ]
             yield from self.both(payloads)
         layout = b'[["a","<i2",[256,2],"C",0,1024],["b","|u1",[505],"C",1024,505]]'
-        payloads[0] = (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 512, codec, 0, len(layout)))
+        payloads[0] = (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 512, codec, 0, 0, len(layout)))
         payloads.insert(1, (Kind.LAYOUT, layout))
         payloads.insert(-2, (Kind.STATE, b'{"step":7,"registers":{"$bytes":"AAH/"}}'))
         yield from self.both(payloads)

@@ -447,7 +447,7 @@ def test_another_session_does_not_take_the_place_of_a_lost_one():
         if breaks == 1:
             sock = reconnect()
             channel = Channel(sock)
-            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0))
+            channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0, 0))
             with pytest.raises(DirtyLogError, match="another session is being received here"):
                 channel.receive(Kind.READY, counted=False)
             intruder.append(sock.close())
@@ -470,7 +470,7 @@ def test_a_copy_that_is_complete_is_not_forgotten_for_a_sender_of_its_session(tm
         sessions._known.clear()  # another process
     here, there = socket.socketpair()
     with here, there:
-        Channel(there).send(Kind.HELLO, HELLO.pack(bytes.fromhex(session), NPAGES * 4096, 4096, 0, 0, 0))
+        Channel(there).send(Kind.HELLO, HELLO.pack(bytes.fromhex(session), NPAGES * 4096, 4096, 0, 0, 0, 0))
         there.shutdown(socket.SHUT_WR)
         with pytest.raises(MigrationError, match=f"session {session} was received here before: the copy"):
             receive(here, journal=journal)

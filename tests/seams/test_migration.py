@@ -224,7 +224,7 @@ def end_of(frames, **options):
     with here:
         here.settimeout(30)
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), NPAGES * 4096, 4096, 0, 0, 0, 0))
         try:
             channel.receive(Kind.READY, counted=False)
             for kind, payload in frames:

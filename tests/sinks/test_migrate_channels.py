@@ -251,7 +251,7 @@ class Liar:
 
     def hello(self, sock=None):
         self.first = Channel(sock or self.hub.connect())
-        self.first.send(Kind.HELLO, HELLO.pack(bytes(16), self.nbytes, PAGE, 0, 2, 0))
+        self.first.send(Kind.HELLO, HELLO.pack(bytes(16), self.nbytes, PAGE, 0, 2, 0, 0))
         _, answer = self.first.receive(Kind.READY, counted=False)
         self.nonce = READY.unpack(answer)[3]
 
@@ -359,7 +359,7 @@ def test_a_line_that_breaks_while_its_channels_join_is_replaced():
 def test_a_sender_that_comes_again_is_no_channel_where_no_line_can_be_replaced():
     liar = Liar()
     again = Channel(liar.hub.connect())
-    again.send(Kind.HELLO, HELLO.pack(bytes(16), liar.nbytes, PAGE, 0, 2, 0))
+    again.send(Kind.HELLO, HELLO.pack(bytes(16), liar.nbytes, PAGE, 0, 2, 0, 0))
     with pytest.raises(WireError, match="not a channel of this line"):
         again.receive(Kind.READY, counted=False)
     second = liar.join()
@@ -371,7 +371,7 @@ def test_a_sender_that_comes_again_is_no_channel_where_no_line_can_be_replaced()
 def test_a_sender_of_another_session_is_hung_up_on_while_channels_join():
     liar = Liar(reconnect=True)
     stranger = Channel(liar.hub.connect())
-    stranger.send(Kind.HELLO, HELLO.pack(b"x" * 16, liar.nbytes, PAGE, 0, 2, 0))
+    stranger.send(Kind.HELLO, HELLO.pack(b"x" * 16, liar.nbytes, PAGE, 0, 2, 0, 0))
     with pytest.raises(WireError, match="not a channel of this line"):
         stranger.receive(Kind.READY, counted=False)
     liar.whole(liar.join())

@@ -233,7 +233,7 @@ def test_it_is_cancelled_while_it_waits_for_a_sender():
 def test_a_receiver_is_cancelled_while_it_waits(where):
     here, there = socket.socketpair()
     channel = Channel(here)
-    channel.send(Kind.HELLO, HELLO.pack(bytes(16), 1 << 20, 4096, 0, 0 if where in ("idle", "reconnect") else 2, 0))
+    channel.send(Kind.HELLO, HELLO.pack(bytes(16), 1 << 20, 4096, 0, 0 if where in ("idle", "reconnect") else 2, 0, 0))
     control = Impatient(5)
     pair = socket.socketpair()
     with here, there, pair[0], pair[1], Listener(("127.0.0.1", 0)) as listener:

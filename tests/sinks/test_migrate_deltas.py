@@ -174,7 +174,7 @@ def test_what_is_no_delta_is_refused_and_writes_nothing(frame, message, arrays):
     layout = b'[["a","|u1",[4096],"C",0,4096],["b","|u1",[12288],"C",4096,12288]]' if arrays else b""
     with here, there:
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 4 * PAGE, PAGE, 1, 0, len(layout)))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 4 * PAGE, PAGE, 1, 0, 0, len(layout)))
         if layout:
             channel.send(Kind.LAYOUT, layout)
         channel.send(Kind.ROUND, ROUND.pack(1))
@@ -196,7 +196,7 @@ def test_a_delta_behind_the_end_of_an_array_goes_nowhere():
     layout = b'[["a","|u1",[10],"C",0,10],["b","|u1",[4096],"C",4096,4096]]'
     with here, there:
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 2 * PAGE, PAGE, 0, 0, len(layout)))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), 2 * PAGE, PAGE, 0, 0, 0, len(layout)))
         channel.send(Kind.LAYOUT, layout)
         channel.send(Kind.ROUND, ROUND.pack(1))
         channel.send(Kind.PAGES, PAGES.pack(1, 0), struct.pack("<2q", 0, 2 * PAGE), bytes([8]) * 2 * PAGE)

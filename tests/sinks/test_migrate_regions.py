@@ -185,7 +185,7 @@ def refusal(*frames, nbytes=PAGE + 9, announced=None, limit=1 << 20):
         announced = len(text) if announced is None else announced
         # It may have hung up by then.
         with contextlib.suppress(OSError):
-            channel.send(Kind.HELLO, HELLO.pack(bytes(16), nbytes, PAGE, 0, 0, announced))
+            channel.send(Kind.HELLO, HELLO.pack(bytes(16), nbytes, PAGE, 0, 0, 0, announced))
             for kind, payload in [(Kind.LAYOUT, text), *frames[1:]]:
                 channel.send(kind, payload)
             here.shutdown(socket.SHUT_WR)
@@ -253,7 +253,7 @@ def test_a_state_that_is_none_is_refused_before_the_copy_is_complete(text):
     destination = Destination(there, arrived=arrived.append, state=arrived.append)
     with here:
         channel = Channel(here)
-        channel.send(Kind.HELLO, HELLO.pack(bytes(16), PAGE, PAGE, 0, 0, 0))
+        channel.send(Kind.HELLO, HELLO.pack(bytes(16), PAGE, PAGE, 0, 0, 0, 0))
         channel.send(*ROUND_1)
         channel.send(*zeros((0, PAGE)))
         channel.send(Kind.STATE, text)

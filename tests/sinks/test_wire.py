@@ -135,7 +135,7 @@ def test_a_frame_of_which_a_byte_goes_now_and_then_is_bounded_as_a_whole():
 
 
 def hello(nbytes=NBYTES, page_size=4096, codec=0):
-    return frame(Kind.HELLO, HELLO.pack(bytes(16), nbytes, page_size, codec, 0, 0))
+    return frame(Kind.HELLO, HELLO.pack(bytes(16), nbytes, page_size, codec, 0, 0, 0))
 
 
 def pages(extents, data, codec=0, count=None, sequence=2):
@@ -219,7 +219,7 @@ def test_the_liar_can_tell_the_truth(pair):
     # The test above would be worth nothing if its frames were refused for another reason.
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 1, 0, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 1, 0, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     table = struct.pack("<4q", 0, 4096, 8192, 4096)
     sender.send(Kind.PAGES, PAGES.pack(2, 1), table, zstandard.ZstdCompressor().compress(DATA * 2))
@@ -233,10 +233,20 @@ def test_the_liar_can_tell_the_truth(pair):
     assert not out[3 * 4096 :].any()
 
 
+@pytest.mark.parametrize(("byte", "value"), [(34, 2), (35, 1)])
+def test_a_sender_that_announces_what_nobody_knows_is_refused(pair, byte, value):
+    here, there = pair
+    said = bytearray(HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0, 0))
+    said[byte] = value
+    Channel(here).send(Kind.HELLO, said)
+    with pytest.raises(MigrationError, match="announces something that this side does not know"):
+        receive(there, postcopy=True)
+
+
 def test_an_end_before_every_page_has_come_is_refused(pair):
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     sender.send(Kind.ZEROS, struct.pack("<2q", 4096, NBYTES - 4096))
     sender.send(Kind.END, sender.digest())
@@ -247,7 +257,7 @@ def test_an_end_before_every_page_has_come_is_refused(pair):
 def test_a_wrong_digest_at_the_end_is_refused(pair):
     here, there = pair
     sender = Channel(here)
-    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0))
+    sender.send(Kind.HELLO, HELLO.pack(bytes(16), NBYTES, 4096, 0, 0, 0, 0))
     sender.send(Kind.ROUND, ROUND.pack(1))
     sender.send(Kind.ZEROS, struct.pack("<2q", 0, NBYTES))
     sender.send(Kind.END, bytes(32))

@@ -23,8 +23,6 @@ __all__ = [
     "MIN_PAGE_SIZE",
     "PAGES",
     "PART",
-    "POSTCOPY",
-    "POSTCOPY_AT",
     "RAW",
     "READY",
     "ROUND",
@@ -36,10 +34,10 @@ __all__ = [
 
 # Below this a window's table of extents would not fit its frame.
 MIN_PAGE_SIZE = 512
-# Session, memory and page size in bytes, codec, channels, bytes of the layout; how far the copy is, rounds begun and
-# frames of pages applied on this channel, what the other channels have to say; session, that, which channel; number of
-# the round; number of extents, codec.
-HELLO = struct.Struct("<16sQQBB2xI")
+# Session, memory and page size in bytes, codec, channels, whether the copy runs before it has everything, bytes of the
+# layout; how far the copy is, rounds begun and frames of pages applied on this channel, what the other channels have to
+# say; session, that, which channel; number of the round; number of extents, codec.
+HELLO = struct.Struct("<16sQQBB?xI")
 READY = struct.Struct("<B7xQQ16s")
 JOIN = struct.Struct("<16s16sI")
 ROUND = struct.Struct("<Q")
@@ -48,8 +46,6 @@ EXTENT = struct.Struct("<2q")
 RAW, ZSTD = 0, 1
 # How far the copy is, in READY.
 PART, COMPLETE, RUNS, FAULTS = 0, 1, 2, 3
-# In HELLO, in the first of its two spare bytes: the copy is to run before it has everything.
-POSTCOPY, POSTCOPY_AT = 1, 34
 
 
 def compressor() -> Callable[[Buffer], bytes]:

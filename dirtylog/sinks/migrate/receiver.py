@@ -30,8 +30,6 @@ from dirtylog.sinks.migrate.payloads import (
     JOIN,
     MIN_PAGE_SIZE,
     PART,
-    POSTCOPY,
-    POSTCOPY_AT,
     RAW,
     READY,
     RUNS,
@@ -316,9 +314,10 @@ class _Copy:
         if self.filling is None:
             session = said[:16].hex()
             check_no_copy(session, self.journal)
-            if said[33] and self.another is None:
-                raise WireError(f"the sender comes with {said[33]} channels; this side takes one: pass another=")
-            if said[POSTCOPY_AT]:
+            *_, channels, postcopy, _ = HELLO.unpack_from(said)
+            if channels and self.another is None:
+                raise WireError(f"the sender comes with {channels} channels; this side takes one: pass another=")
+            if postcopy:
                 self.check_postcopy()
             self.result, self.filling = _room(said, self.out, self.limit)
             self.agreed = said
@@ -598,8 +597,11 @@ def _layout_bytes(hello: bytes) -> int:
     """Return how long the text of the layout is that a HELLO announces."""
     if len(hello) != HELLO.size:
         raise WireError(f"a HELLO frame of {len(hello)} bytes")
-    _, _, _, _, channels, length = HELLO.unpack(hello)
-    if hello[POSTCOPY_AT] not in (0, POSTCOPY) or hello[POSTCOPY_AT + 1] or length > MAX_LAYOUT:
+    said = HELLO.unpack(hello)
+    *_, channels, _, length = said
+    if HELLO.pack(*said) != hello:
+        raise WireError("the sender announces something that this side does not know")
+    if length > MAX_LAYOUT:
         raise WireError(f"the sender announces a layout of {length} bytes; at most {MAX_LAYOUT}")
     if channels == 1 or channels > MAX_CHANNELS:
         raise WireError(f"the sender announces {channels} channels; it must be 0, for one, or 2 to {MAX_CHANNELS}")
@@ -610,7 +612,7 @@ def _room(
     said: bytes, out: Memory | Mapping[str, Memory] | Callable[[int], Memory] | None, limit: int
 ) -> tuple[Any, Filling]:
     """Check what is coming, and make room for it."""
-    _, nbytes, page_size, codec, channels, _ = HELLO.unpack_from(said)
+    _, nbytes, page_size, codec, channels, postcopy, _ = HELLO.unpack_from(said)
     try:
         check_geometry(-(-nbytes // max(page_size, 1)), page_size)
     except ValueError as error:
@@ -619,7 +621,6 @@ def _room(
         raise WireError(f"the sender announces {nbytes} bytes in pages of {page_size}, codec {codec}")
     if codec == ZSTD:
         compressor()
-    postcopy = said[POSTCOPY_AT] != 0
     if postcopy and page_size < mmap.PAGESIZE:
         raise WireError(f"the sender announces pages of {page_size} bytes; postcopy takes {mmap.PAGESIZE} or more")
     # Whole pages of the system's own.

@@ -15,17 +15,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.lane import Lane
-from dirtylog.sinks.migrate.payloads import (
-    HELLO,
-    JOIN,
-    PART,
-    POSTCOPY,
-    POSTCOPY_AT,
-    RAW,
-    ZSTD,
-    compressor,
-    granule_offsets,
-)
+from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PART, RAW, ZSTD, compressor, granule_offsets
 from dirtylog.sinks.migrate.policy import Round
 from dirtylog.sinks.migrate.share import Share
 from dirtylog.sinks.migrate.wire import MAX_EXTENTS, MAX_PART, Broken, Channel, Kind, WireError
@@ -109,10 +99,8 @@ class Rounds:
         """Say which session this is, open the other channels; return how far the copy is."""
         codec = ZSTD if self.compress else RAW
         channels = self.channels if self.channels > 1 else 0
-        said = HELLO.pack(self.session, self.source.nbytes, self.page_size, codec, channels, len(self.layout))
-        if self.postcopy:
-            said = said[:POSTCOPY_AT] + bytes([POSTCOPY]) + said[POSTCOPY_AT + 1 :]
-        self.channel.send(Kind.HELLO, said)
+        what = self.source.nbytes, self.page_size, codec, channels, self.postcopy, len(self.layout)
+        self.channel.send(Kind.HELLO, HELLO.pack(self.session, *what))
         if self.layout:
             self.channel.send(Kind.LAYOUT, self.layout)
         stage, nonce = self.lanes[0].resume()

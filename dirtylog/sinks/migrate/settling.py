@@ -68,7 +68,7 @@ def settle(
 def _as_source(channel: Channel, session: str, record: Record) -> None:
     raw = bytes.fromhex(session)
     # No memory: this comes for the right alone.
-    channel.send(Kind.HELLO, HELLO.pack(raw, 0, 0, 0, 0, 0))
+    channel.send(Kind.HELLO, HELLO.pack(raw, 0, 0, 0, 0, 0, 0))
     _, answer = channel.receive(Kind.READY, counted=False)
     stage = READY.unpack(answer)[0] if answer.nbytes == READY.size else None
     if stage not in (COMPLETE, RUNS):

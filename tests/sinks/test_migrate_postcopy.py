@@ -16,7 +16,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import MigrationError, receive, send, status
+from dirtylog.sinks.migrate import MigrationError, receive, send, serving, status
 from dirtylog.sinks.migrate._frames import ENDED
 from dirtylog.sinks.migrate._postcopy import ODD, Faults
 from dirtylog.sinks.migrate.payloads import EXTENT, PAGES
@@ -178,6 +178,21 @@ def test_several_channels_and_compression_carry_the_live_rounds():
     result, copy = migrated(source, relay=relay, receiver={"another": relay.accept}, **live)
     assert (copy.answer == source.memory).all()
     assert result.rounds[-1].pages == 2
+
+
+@pytest.mark.parametrize("ahead", [1, 64, 1 << 15])
+def test_pages_that_lie_far_apart_are_found_however_far_is_looked_ahead(monkeypatch, ahead):
+    monkeypatch.setattr(serving, "_AHEAD", ahead)
+    source, lacking = Source(1024), [0, 40, 700, 1023]
+
+    def writes(each):
+        if not each.final:
+            source.memory.reshape(-1, PAGE)[lacking] += 1
+            source.bitmap.mark_pages(lacking)
+
+    result, copy = migrated(source, postcopy=1, progress=writes)
+    assert (copy.answer == source.memory).all()
+    assert result.rounds[-1].pages == len(lacking)
 
 
 def test_arrays_by_name_come_while_they_are_used_with_their_state():

@@ -26,6 +26,8 @@ __all__ = ["Serving"]
 _AT_ONCE = 1 << 17
 _BEHIND = 1 << 14
 _BUFFER = 1 << 18
+# Granules that are looked at in one go for the next one that has not gone.
+_AHEAD = 1 << 15
 
 
 class Serving:
@@ -111,8 +113,9 @@ class Serving:
         count = max(_AT_ONCE // self.granule, 1)
         while not self._give(channel, self.at, count):
             # Of a large memory little may be lacking: step over what is not.
-            ahead = self.to_go.peek(self.at).indices()
-            self.at = int(ahead[0]) if len(ahead) else 0
+            look = min(_AHEAD, self.granules - self.at)
+            ahead = self.to_go.peek(self.at, look).indices()
+            self.at = int(ahead[0]) if len(ahead) else (self.at + look) % self.granules
 
     def _give(self, channel: Channel, first: int, count: int) -> int:
         """Send what of these granules has not gone yet; return how many that were."""

@@ -21,6 +21,7 @@ from dirtylog.sinks.migrate._frames import ENDED
 from dirtylog.sinks.migrate._postcopy import ODD, Faults
 from dirtylog.sinks.migrate.payloads import EXTENT, PAGES
 from dirtylog.sinks.migrate.wire import Channel, Kind
+from dirtylog.sources.memory import probe
 
 PAGE = 4096
 NPAGES = 512
@@ -310,6 +311,12 @@ def test_a_receiver_that_cannot_let_it_run_says_so_and_the_source_goes_on(receiv
     assert re.search(message, str(outcome))
     assert isinstance(copy.answer, MigrationError)
     assert source.observer.collect().__enter__().pages.count == 8 or not outcome.rounds
+
+
+def test_memory_of_which_the_system_tells_nothing_is_not_filled_while_it_is_used(monkeypatch):
+    monkeypatch.setattr(probe, "mappings_of", lambda *_: [])
+    outcome, _ = migrated(Source(8), receiver={"out": dl.zeros(8 * PAGE, np.uint8)})
+    assert "private anonymous memory" in str(outcome)
 
 
 def test_a_sender_that_cannot_says_so_before_anything_is_sent():

@@ -13,16 +13,11 @@ from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.snapshot import _child
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.layout import Layout
-from dirtylog.sinks.snapshot.space import Region, Space
-from dirtylog.sources.memory.probe import mappings_of
+from dirtylog.sinks.snapshot.space import Space
 
 __all__ = ["MOMENTS", "check_moment", "write_by_child"]
 
 MOMENTS = ("copy", "fork")
-
-
-def _address(region: Region) -> int:
-    return int(np.frombuffer(region.view, np.uint8).ctypes.data)
 
 
 def check_moment(moment: str, space: Space) -> None:
@@ -42,7 +37,7 @@ def check_moment(moment: str, space: Space) -> None:
     if not _child.available():
         raise BackendUnavailable("fork", "this system is not Linux", "save with moment='copy'")
     for region in space.regions:
-        for mapping in mappings_of(_address(region), region.nbytes):
+        for mapping in region.mappings():
             if not mapping.permissions.endswith("p"):
                 what = f"the array {region.name!r}" if region.name else "the memory"
                 raise ValueError(
@@ -57,7 +52,7 @@ def _pieces(space: Space, extents: npt.NDArray[np.int64], layout: Layout) -> npt
     if len(extents):
         for region, own, at, _ in space.parts(extents):
             pieces = layout.pieces(at, own + np.array([region.start, 0]))
-            parts.append(np.column_stack([own[:, 0] + _address(region), pieces[:, 2], pieces[:, 1]]))
+            parts.append(np.column_stack([own[:, 0] + region.address, pieces[:, 2], pieces[:, 1]]))
     return np.ascontiguousarray(np.concatenate(parts))
 
 

@@ -20,6 +20,7 @@ from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog._core import zero_pages
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.footer import Footer, Row, SnapshotError
+from dirtylog.sources.memory import probe
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
@@ -109,6 +110,15 @@ class Region:
         self.nbytes: int = self.view.nbytes
         self.start: int = start
         self.end: int = start + self.nbytes
+
+    @property
+    def address(self) -> int:
+        """Where it begins in this process."""
+        return int(np.frombuffer(self.view, np.uint8).ctypes.data)
+
+    def mappings(self) -> list[probe.Mapping]:
+        """Return the mappings that it lies in; none where the system does not tell."""
+        return probe.mappings_of(self.address, self.nbytes)
 
     def row(self) -> Row:
         """Return what the footer says of it."""

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
-from dirtylog.log import DirtyLog
+from dirtylog.log import DirtyLog, Epoch
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath
 from dirtylog.sinks.snapshot.footer import Row, SnapshotError
 from dirtylog.sinks.snapshot.images import restore_image
@@ -40,6 +40,7 @@ __all__ = [
     "alone_in",
     "as_image",
     "back_up",
+    "collected",
     "disk_of",
     "forget",
     "gone_on_with",
@@ -271,13 +272,8 @@ def back_up(
         prefix = f"dirtylog-{place.st_dev:x}.{place.st_ino:x}"
         why, chain = gone_on_with(None if last is None else last.chain, node, full, granularity, prefix)
         scratch = os.path.join(where, f".{chain.name}.scratch")
-        with disk_of(chain, qmp, nbd, scratch if moment else None) as disk:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(scratch)  # of a backup that was killed
-            if not why and last is not None and disk.size != last.info.nbytes:
-                why = f"the disk had {last.info.nbytes} bytes, and has {disk.size}"
-            why = why or disk.lost
-            done = _copy(_next_path(where), disk, last, why, sync, progress)
+        with disk_of(chain, why, qmp, nbd, scratch, moment) as (disk, why):
+            done = _copy(_next_path(where), disk, last, why or disk.lost, sync, progress)
         if last is not None:
             forget(qmp, last.chain, chain)
         return done
@@ -285,26 +281,53 @@ def back_up(
 
 def _copy(path: str, disk: QemuDisk, last: _Noted | None, why: str, sync: bool, progress: Progress | None) -> Backup:
     """Write one backup; its epoch commits when it is on disk."""
+    space = _Space(disk)
+    with collected(disk) as epoch:
+        note = {"qemu": {"node": disk.node, "name": disk.name, "bitmap": disk.bitmap}}
+        how = How(None, "xxh3_128", sync, False, None, note, progress)
+        if why or last is None:
+            # Collected first all the same: the copy begins where the new bitmap does (I3).
+            return Backup(write(path, space, disk.holds(), None, how), why)
+        pages: DirtyPages = epoch.pages
+        link, vouch = parent_link(path, last.path, space, how, ())
+        return Backup(write(path, space, pages, link, how, vouch), "")
+
+
+@contextlib.contextmanager
+def disk_of(
+    chain: Chain, why: str, qmp: Qmp, nbd: Address | None, scratch: str, moment: bool
+) -> Iterator[tuple[QemuDisk, str]]:
+    """Open the disk of a chain until the block ends; yield it, and why all of it is to be copied, its size included.
+
+    Parameters
+    ----------
+    chain, why
+        As :func:`gone_on_with` answers.
+    qmp, nbd, moment
+        As for :func:`back_up`.
+    scratch : str
+        The file in which QEMU keeps what is overwritten meanwhile.
+    """
+    within = scratch if moment else None
+    disk = QemuDisk(qmp, chain.node, chain.page_size, name=chain.name, since=chain.bitmap, nbd=nbd, scratch=within)
+    with disk:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)  # of a backup that was killed
+        if not why and disk.size != chain.nbytes:
+            why = f"the disk had {chain.nbytes} bytes, and has {disk.size}"
+        yield disk, why
+
+
+@contextlib.contextmanager
+def collected(disk: QemuDisk) -> Iterator[Epoch]:
+    """Collect what was written to a disk; the epoch commits when the block ends, and what it holds is delivered."""
     log = DirtyLog()
     log.attach(disk)
-    space = _Space(disk)
     with log.observer("backup") as observer, warnings.catch_warnings():
         # A bitmap that is lost is the reason of a full backup, and said in its answer.
         warnings.simplefilter("ignore", IncompleteLogWarning)
         with observer.collect() as epoch:
-            note = {"qemu": {"node": disk.node, "name": disk.name, "bitmap": disk.bitmap}}
-            how = How(None, "xxh3_128", sync, False, None, note, progress)
-            if why or last is None:
-                # Collected first all the same: the copy begins where the new bitmap does (I3).
-                return Backup(write(path, space, disk.holds(), None, how), why)
-            pages: DirtyPages = epoch.pages
-            link, vouch = parent_link(path, last.path, space, how, ())
-            return Backup(write(path, space, pages, link, how, vouch), "")
-
-
-def disk_of(chain: Chain, qmp: Qmp, nbd: Address | None, scratch: str | None) -> QemuDisk:
-    """Open the disk of a chain."""
-    return QemuDisk(qmp, chain.node, chain.page_size, name=chain.name, since=chain.bitmap, nbd=nbd, scratch=scratch)
+            yield epoch
 
 
 def forget(qmp: Qmp, last: Chain, chain: Chain) -> None:

@@ -13,7 +13,6 @@ import stat
 import tempfile
 import threading
 import uuid
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,10 +23,10 @@ import numpy.typing as npt
 
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import zero_pages
-from dirtylog.errors import DirtyLogError, IncompleteLogWarning
-from dirtylog.log import DirtyLog, Epoch
+from dirtylog.errors import DirtyLogError
+from dirtylog.log import Epoch
 from dirtylog.sinks.snapshot.chain import Progress, StrPath
-from dirtylog.sinks.snapshot.disks import Chain, alone_in, as_image, disk_of, forget, gone_on_with
+from dirtylog.sinks.snapshot.disks import Chain, alone_in, as_image, collected, disk_of, forget, gone_on_with
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.store.branch import BranchMoved, Version, exists, history, repository, versions
@@ -232,17 +231,15 @@ def back_up(
         if not why and said is not None and extent not in (0, said["chunk"]):
             why = f"the last backup has chunks of {said['chunk']} bytes"
         file = os.path.join(directory, "scratch")
-        with disk_of(chain, qmp, nbd, file if moment else None) as disk:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(file)  # of a backup that was killed
-            if not why and last is not None and disk.size != last.nbytes:
-                why = f"the disk had {last.nbytes} bytes, and has {disk.size}"
+        with disk_of(chain, why, qmp, nbd, file, moment) as (disk, why):
             extent = extent or (said["chunk"] if said else 0) or _chunk(disk)
             with contextlib.closing(_Content(disk)) as content:
                 part = Part(DISK, content, "|u1", ChunkMap((disk.size,), (extent,), 1), sparse=True)
                 if not why and not fits(session.store, part):
                     why = f"the array of the newest snapshot is not of {disk.size} bytes in chunks of {extent}"
-                done = _Copy(repo, branch, session, disk, chain.bitmap, part, progress).run(why or disk.lost)
+                why = why or disk.lost
+                with collected(disk) as epoch:
+                    done = _Copy(repo, branch, session, disk, chain.bitmap, part, progress).deliver(epoch, why)
         if last is not None:
             forget(qmp, last, chain)
         return done
@@ -269,17 +266,8 @@ class _Copy:
         self.part = part
         self.progress = progress
 
-    def run(self, why: str) -> StoredBackup:
-        """Collect an epoch, which commits when the store has."""
-        log = DirtyLog()
-        log.attach(self.disk)
-        with log.observer("backup") as observer, warnings.catch_warnings():
-            # A bitmap that is lost is the reason of a full backup, and said in its answer.
-            warnings.simplefilter("ignore", IncompleteLogWarning)
-            with observer.collect() as epoch:
-                return self._deliver(epoch, why)
-
-    def _deliver(self, epoch: Epoch, why: str) -> StoredBackup:
+    def deliver(self, epoch: Epoch, why: str) -> StoredBackup:
+        """Commit what an epoch holds, or all of the disk."""
         disk, part = self.disk, self.part
         # Of all the disk what it holds, collected first all the same: the copy begins where the new bitmap does (I3).
         pages = disk.holds() if why else epoch.pages

@@ -127,27 +127,36 @@ def test_a_commit_of_which_the_store_says_nothing_is_asked_for_by_the_next_backu
         assert restored(repo) == machine.content()
 
 
-def test_a_commit_that_lands_while_the_next_backup_is_made_is_gone_on_from(machine, repo, flaky):
-    machine.write(3)
-    save(machine, repo)
-    late = []
+def delayed(flaky, repo, late, commits):
+    """A repository whose commits are noted in `late`, and come about as `commits` calls them."""
 
     class Late(flaky):
         def call(self, work, *args, **options):
             if work.__name__ != "commit":
                 return super().call(work, *args, **options)
             late.append(lambda: work(*args, **options))
-            if len(late) == 1:
-                raise OSError("no answer")
-            if len(late) == 2:
-                late[0]()
-            return work(*args, **options)
+            return commits(late[-1])
+
+    return Late(repo)
+
+
+def test_a_commit_that_lands_while_the_next_backup_is_made_is_gone_on_from(machine, repo, flaky):
+    machine.write(3)
+    save(machine, repo)
+    late = []
+
+    def commits(commit):
+        if len(late) == 1:
+            raise OSError("no answer")
+        if len(late) == 2:
+            late[0]()
+        return commit()
 
     machine.write(3)
     with pytest.raises(OSError, match="no answer"):
-        save(machine, Late(repo))
+        save(machine, delayed(flaky, repo, late, commits))
     machine.write(3)
-    done = save(machine, Late(repo))
+    done = save(machine, delayed(flaky, repo, late, commits))
     assert len(late) == 3
     assert not done.why_full
     assert len(backups(repo)) == 3
@@ -161,17 +170,13 @@ def test_a_commit_that_lands_when_the_next_backup_has_given_up_makes_the_one_aft
     save(machine, repo)
     late = []
 
-    class Late(flaky):
-        def call(self, work, *args, **options):
-            if work.__name__ != "commit":
-                return super().call(work, *args, **options)
-            late.append(lambda: work(*args, **options))
-            raise OSError("no answer")
+    def commits(commit):
+        raise OSError("no answer")
 
     for _ in range(2):
         machine.write(3)
         with pytest.raises(OSError, match="no answer"):
-            save(machine, Late(repo))
+            save(machine, delayed(flaky, repo, late, commits))
     late[0]()  # whose bitmap the second one has merged into the one before
     machine.write(3)
     assert "not there any more" in save(machine, repo).why_full
@@ -284,16 +289,14 @@ def test_a_stranger_who_commits_meanwhile_is_refused(machine, repo, flaky):
     save(machine, repo)
     machine.write(3)
 
-    class Slow(flaky):
-        def call(self, work, *args, **options):
-            if work.__name__ == "commit":
-                other = self.repo.writable_session("main")
-                disks.note(other.store, {"transaction": "theirs"})
-                other.commit("a stranger's")
-            return super().call(work, *args, **options)
+    def commits(commit):
+        other = repo.writable_session("main")
+        disks.note(other.store, {"transaction": "theirs"})
+        other.commit("a stranger's")
+        return commit()
 
     with pytest.raises(BranchMoved, match="somebody else has committed"):
-        save(machine, Slow(repo))
+        save(machine, delayed(flaky, repo, [], commits))
 
 
 def test_a_damaged_chunk_is_not_restored(machine, tmp_path, icechunk):

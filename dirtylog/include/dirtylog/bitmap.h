@@ -166,38 +166,6 @@ static inline uint64_t dl_harvest_words(const struct dl_bitmap *b, uint64_t firs
     return pages;
 }
 
-/* Get and clear everything into dl_words_for(npages) words; returns the pages.
- * The same order as the library's own harvest, without its vector code. */
-static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out)
-{
-    uint64_t nwords = dl_words_for(b->npages), pages = 0;
-    if (!b->summary) {
-        /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
-        uint64_t whole = b->npages / DL_WORD_PAGES;
-        pages = dl_harvest_words(b, 0, whole, out);
-        if (whole < nwords) {
-            out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
-            pages += (uint64_t)__builtin_popcountll(out[whole]);
-        }
-        dl_harvest_end();
-        return pages;
-    }
-    memset(out, 0, nwords * sizeof *out);
-    for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
-        if (!dl_load_relaxed(&b->summary[group]))
-            continue;
-        uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES);
-        dl_fence_seq_cst(); /* I4, see there */
-        for (; lines; lines &= lines - 1) {
-            uint64_t first = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
-            uint64_t end = first + DL_LINE_WORDS;
-            pages += dl_harvest_words(b, first, end < nwords ? end : nwords, out);
-        }
-    }
-    dl_harvest_end();
-    return pages;
-}
-
 /* ---- harvest while nobody marks ------------------------------------------ */
 
 /* A line of words that nobody else writes meanwhile: compilers make a few vector moves of each of the two. It needs no
@@ -224,32 +192,51 @@ static inline uint64_t dl_move_words(const struct dl_bitmap *b, uint64_t first, 
  * batch tests before it sets (I3), and must not find what has been taken. */
 static inline void dl_move_end(void) { dl_fence_seq_cst(); }
 
-/* dl_harvest() for a caller who knows that from the call to its return nobody else marks, clears or harvests, and has heard
- * so from those who did (a join, a lock): several times faster where much is dirty. In place of I8, and of the orders of I3
- * and I4 between mark and harvest, stands that promise. */
-static inline uint64_t dl_harvest_quiescent(const struct dl_bitmap *b, uint64_t *out)
+/* ---- harvest of everything ----------------------------------------------- */
+
+/* The two below. `quiescent` is a constant that folds away, also where a compiler would rather have both in one. */
+__attribute__((always_inline)) static inline uint64_t dl_harvest_all(const struct dl_bitmap *b, uint64_t *out,
+                                                                     int quiescent)
 {
-    uint64_t nwords = dl_words_for(b->npages), whole = b->npages / DL_WORD_PAGES, pages = 0;
+    uint64_t nwords = dl_words_for(b->npages), pages = 0;
     if (!b->summary) {
-        pages = dl_move_words(b, 0, whole, out);
-        if (whole < nwords) { /* I7, as in dl_harvest() */
+        /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
+        uint64_t whole = b->npages / DL_WORD_PAGES;
+        pages = quiescent ? dl_move_words(b, 0, whole, out) : dl_harvest_words(b, 0, whole, out);
+        if (whole < nwords) {
             out[whole] = dl_harvest_mask(&b->words[whole], dl_tail_mask(b->npages));
             pages += (uint64_t)__builtin_popcountll(out[whole]);
         }
-        dl_move_end();
-        return pages;
-    }
-    memset(out, 0, nwords * sizeof *out);
-    for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
-        uint64_t lines = dl_load_relaxed(&b->summary[group]) ? dl_summary_take(b, group, DL_ALL_PAGES) : 0;
-        for (; lines; lines &= lines - 1) {
-            uint64_t first = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
-            uint64_t end = first + DL_LINE_WORDS;
-            pages += dl_move_words(b, first, end < nwords ? end : nwords, out);
+    } else {
+        memset(out, 0, nwords * sizeof *out);
+        for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
+            if (!dl_load_relaxed(&b->summary[group]))
+                continue;
+            uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES);
+            if (!quiescent)
+                dl_fence_seq_cst(); /* I4, see there */
+            for (; lines; lines &= lines - 1) {
+                uint64_t first = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
+                uint64_t end = first + DL_LINE_WORDS < nwords ? first + DL_LINE_WORDS : nwords;
+                pages += quiescent ? dl_move_words(b, first, end, out) : dl_harvest_words(b, first, end, out);
+            }
         }
     }
-    dl_move_end();
+    if (quiescent)
+        dl_move_end();
+    else
+        dl_harvest_end();
     return pages;
 }
+
+/* Get and clear everything into dl_words_for(npages) words; returns the pages.
+ * The same order as the library's own harvest, without its vector code. */
+static inline uint64_t dl_harvest(const struct dl_bitmap *b, uint64_t *out) { return dl_harvest_all(b, out, 0); }
+
+/* dl_harvest() for a caller who knows that from the call to its return nobody else marks, clears or harvests, and has heard
+ * so from those who did (a join, a lock). Where everything is dirty it is 2.2 times as fast if it is compiled with
+ * -mpopcnt, and no faster without. In place of I8, and of the orders of I3 and I4 between mark and harvest, stands that
+ * promise. */
+static inline uint64_t dl_harvest_quiescent(const struct dl_bitmap *b, uint64_t *out) { return dl_harvest_all(b, out, 1); }
 
 #endif /* DIRTYLOG_BITMAP_H */

@@ -26,7 +26,7 @@ from typing import Self, TypeAlias
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.policy import MigrationError
-from dirtylog.sinks.migrate.wire import MAGIC, VERSION, WireError
+from dirtylog.sinks.migrate.wire import LOOK, MAGIC, VERSION, WireError
 
 __all__ = ["Address", "Keys", "Listener", "connect"]
 
@@ -38,8 +38,6 @@ _PREFIX = 8
 _PROOF_BYTES = hashlib.sha256().digest_size
 _SHORTEST, _LONGEST = 16, 1024
 _IDENTITY = "dirtylog"
-# Seconds between two looks at whether a wait is cancelled.
-_LOOK = 0.1
 # Forward secrecy, and nothing that can be done without the shared key: a peer with a certificate is not let in.
 _PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305"
 
@@ -373,7 +371,7 @@ def _slice(seconds: float | None, control: Control | None) -> float | None:
     """Return how long to wait at once; raises where it is cancelled."""
     if control is not None:
         control._check()
-        seconds = _LOOK if seconds is None else min(seconds, _LOOK)
+        seconds = LOOK if seconds is None else min(seconds, LOOK)
     return None if seconds is None else max(seconds, 0)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks.migrate._frames import Taker
-from dirtylog.sinks.migrate.payloads import PAGES, RAW, ROUND, ZSTD
+from dirtylog.sinks.migrate.payloads import PAGES, RAW, ROUND, ZSTD, granules_of
 from dirtylog.sinks.migrate.share import Share
 from dirtylog.sinks.migrate.wire import Kind, WireError
 from dirtylog.sinks.snapshot.footer import MAX_STATE_BYTES
@@ -128,12 +127,11 @@ class Filling:
         npages = -(-target.nbytes // granule)
         words = np.zeros(-(-npages // 64), np.uint64)
         self.seen: DirtyBitmap = DirtyBitmap.from_buffer(words, npages)
-        regions = [(region.start, region.view) for region in target.regions]
         # Of memory that is zero from the start: what is not. The rest is neither read nor written for zeros.
         filled = np.zeros(len(words), np.uint64) if fresh else None
         self.parts: list[Part] = [
             Part(
-                Taker(regions, target.nbytes, granule, words, filled, share.numbers),
+                Taker(target.views(), target.nbytes, granule, words, filled, share.numbers),
                 codec,
                 min(share.count(npages) * granule, target.nbytes),
                 channels == 1,
@@ -187,8 +185,7 @@ class Filling:
         if not right:
             raise WireError("a LACKING frame is no table of extents of whole pages of this memory")
         self.parts[0].over = True
-        runs = np.stack([starts // granule, -(-lengths // granule)], axis=1)
-        self.lacking.merge(DirtyPages.from_runs(runs, self.lacking.npages))
+        self.lacking.merge(granules_of(table.reshape(-1, 2), granule, nbytes))
 
     def missing(self) -> int:
         """Return how many pages never came and are not to come, in parts of a MiB where they are larger."""

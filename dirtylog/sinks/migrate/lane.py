@@ -88,7 +88,7 @@ class Lane:
         self.served: int = 0
         self.staging: memoryview | None = None
         # Memory that is not in this process is read window by window.
-        regions = [(each.start, each.view) for each in source.regions] if isinstance(source, Space) else []
+        regions = source.views() if isinstance(source, Space) else []
         data, pages, frames = self.copies.data, self.copies.pages, self.copies.frames
         self.packer: Packer = Packer(
             regions, source.nbytes, share.granule, data, pages, frames, IN_A_FRAME, share.numbers

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = [
     "ZSTD",
     "compressor",
     "granule_offsets",
+    "granules_of",
 ]
 
 # Below this a window's table of extents would not fit its frame.
@@ -74,3 +76,9 @@ def granule_offsets(extents: npt.NDArray[np.int64], granule: int) -> npt.NDArray
         np.repeat(extents[:, 0], counts) + (np.arange(counts.sum()) - np.repeat(before, counts)) * granule
     )
     return offsets
+
+
+def granules_of(extents: npt.NDArray[np.int64], granule: int, nbytes: int) -> DirtyPages:
+    """Return the granules of some extents of a memory of so many bytes."""
+    runs = np.stack([extents[:, 0] // granule, -(-extents[:, 1] // granule)], axis=1)
+    return DirtyPages.from_runs(runs, -(-nbytes // granule))

@@ -356,9 +356,8 @@ class _Copy:
         """Let nobody see what is lacking before it is there."""
         filling = self.filling
         assert filling is not None
-        regions = [(region.start, region.view) for region in filling.target.regions]
-        words = filling.lacking.peek().words
-        self.faults = Faults(regions, filling.target.nbytes, filling.granule, words, self.agreed[:16])
+        words, target = filling.lacking.peek().words, filling.target
+        self.faults = Faults(target.views(), target.nbytes, filling.granule, words, self.agreed[:16])
 
     def fill(self) -> None:
         """Let the copy run, and answer its faults until nothing is lacking."""

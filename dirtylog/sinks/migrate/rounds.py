@@ -200,25 +200,43 @@ class Rounds:
 
     def round(self, pages: DirtyPages, final: bool = False) -> None:
         """Send some pages as a round."""
-        number = len(self.rounds) + 1
         begin, before = self.clock(), self.bytes_sent
         packed = PackedExtents(pages, self.source.nbytes)
         if self.frames is not None:
             self.frames[granule_offsets(packed.extents, self.granule) // self.granule] = _PENDING
         counts = self.side_by_side(lambda lane, on: lane.round(packed.extents, on))
         zeros, deltas = (sum(each[kind] for each in counts) for kind in (0, 1))
-        seconds = self.clock() - begin
+        self.over(pages, packed.total, (zeros, deltas), (begin, before), final)
+
+    def over(
+        self, pages: DirtyPages, nbytes: int, granules: tuple[int, int], begin: tuple[float, int], final: bool
+    ) -> None:
+        """Note a round that is over.
+
+        Parameters
+        ----------
+        pages, nbytes : DirtyPages, int
+            What has gone.
+        granules : tuple of (int, int)
+            How many of its granules were zero, and of how many only what changed went.
+        begin : tuple of (float, int)
+            The clock, and the bytes that had gone over the line, when it began.
+        final : bool
+            Whether the source was paused.
+        """
+        seconds = self.clock() - begin[0]
+        zeros, deltas = (count // (self.page_size // self.granule) for count in granules)
         self.rounds.append(
             Round(
-                number=number,
+                number=len(self.rounds) + 1,
                 final=final,
                 pages=pages.count,
-                zero_pages=zeros // max(self.page_size // WINDOW, 1),
-                delta_pages=deltas // max(self.page_size // WINDOW, 1),
-                nbytes=packed.total,
-                wire_bytes=self.bytes_sent - before,
+                zero_pages=zeros,
+                delta_pages=deltas,
+                nbytes=nbytes,
+                wire_bytes=self.bytes_sent - begin[1],
                 seconds=seconds,
-                bandwidth=packed.total / seconds if seconds > 0 else float("inf"),
+                bandwidth=nbytes / seconds if seconds > 0 else float("inf"),
             )
         )
 

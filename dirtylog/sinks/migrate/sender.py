@@ -174,11 +174,11 @@ class _Attempt:
         assert isinstance(self.sender.source, Space)
         self.serving = Serving(self.sender.source, self.sender.granule, pages)
 
-    def serve(self, clock: Callable[[], float]) -> None:
+    def serve(self) -> None:
         """Send a copy that runs what it lacks, over as many lines as it takes."""
         serving = self.serving
         assert serving is not None
-        begin, before = clock(), self.sender.bytes_sent
+        begin = self.sender.clock(), self.sender.bytes_sent
         try:
             self.record.set("serves")
         except Exception as problem:
@@ -197,20 +197,7 @@ class _Attempt:
                 stage = self.again(broken)
                 if stage < RUNS:
                     raise WireError("the copy ran, and does not any more: another receiver answers") from broken
-        seconds = clock() - begin
-        nbytes = serving.sent
-        self.sender.rounds.append(
-            Round(
-                number=len(self.sender.rounds) + 1,
-                final=True,
-                pages=serving.pages.count,
-                zero_pages=serving.zeros // max(self.sender.page_size // self.sender.granule, 1),
-                nbytes=nbytes,
-                wire_bytes=self.sender.bytes_sent - before,
-                seconds=seconds,
-                bandwidth=nbytes / seconds if seconds > 0 else float("inf"),
-            )
-        )
+        self.sender.over(serving.pages, serving.sent, (serving.zeros, 0), begin, final=True)
         self.serving = None
 
     def complete(self) -> None:
@@ -523,7 +510,7 @@ def send(
             attempt.commit()
             switched = finished = clock()
             if attempt.serving is not None:
-                attempt.serve(clock)
+                attempt.serve()
                 finished = clock()
         problems = attempt.epilogue(progress)
         rounds = tuple(sender.rounds)

@@ -13,7 +13,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
 from dirtylog.sinks._bytes.extents import PackedExtents
 from dirtylog.sinks.migrate._frames import Packer
-from dirtylog.sinks.migrate.payloads import EXTENT, PAGES, RAW
+from dirtylog.sinks.migrate.payloads import EXTENT, PAGES, RAW, granules_of
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
 
 if TYPE_CHECKING:
@@ -48,20 +48,17 @@ class Serving:
         self.granule: int = granule
         self.nbytes: int = source.nbytes
         self.granules: int = -(-source.nbytes // granule)
-        extents = PackedExtents(lacks, source.nbytes).extents
-        runs = np.stack([extents[:, 0] // granule, -(-extents[:, 1] // granule)], axis=1)
         self.to_go: DirtyBitmap = DirtyBitmap(self.granules)
-        self.all: DirtyPages = DirtyPages.from_runs(runs, self.granules)
+        self.all: DirtyPages = granules_of(PackedExtents(lacks, source.nbytes).extents, granule, source.nbytes)
         self.to_go.merge(self.all)
         self.left: int = self.all.count
         self.at: int = 0
         self.frames: npt.NDArray[np.uint64] = np.zeros(self.granules, np.uint64)
         self.zeros: int = 0
         self.sent: int = 0
-        regions = [(each.start, each.view) for each in source.regions]
         nothing = np.zeros(0, np.int64)
         self.packer: Packer = Packer(
-            regions, source.nbytes, granule, np.zeros(0, np.uint8), nothing, nothing, max(_AT_ONCE, granule)
+            source.views(), source.nbytes, granule, np.zeros(0, np.uint8), nothing, nothing, max(_AT_ONCE, granule)
         )
         self.packer.remember(self.frames)
 

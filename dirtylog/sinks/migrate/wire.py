@@ -27,7 +27,18 @@ from dirtylog.sinks.migrate._postcopy import ODD, Faults
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["MAX_EXTENTS", "MAX_LAYOUT", "MAX_PART", "MAX_PAYLOAD", "Broken", "Channel", "Kind", "Refusal", "WireError"]
+__all__ = [
+    "LOOK",
+    "MAX_EXTENTS",
+    "MAX_LAYOUT",
+    "MAX_PART",
+    "MAX_PAYLOAD",
+    "Broken",
+    "Channel",
+    "Kind",
+    "Refusal",
+    "WireError",
+]
 
 MAGIC = b"dlog"
 VERSION = 3
@@ -39,7 +50,7 @@ HEADER_BYTES = _HEADER.size + _CRC.size
 MAX_EXTENTS = 4096
 _PIECE = 1 << 18
 # Seconds between two looks at whether a wait is still wanted.
-_LOOK = 0.1
+LOOK = 0.1
 # Bytes that are copied for one call rather than sent by a call of their own.
 _LARGE = 1 << 14
 MAX_PAYLOAD = 8 + 16 * MAX_EXTENTS + WINDOW
@@ -458,8 +469,8 @@ class Channel:
                         raise TimeoutError(f"timed out {doing}: the deadline is over")
                 if seconds is not None and seconds <= 0:
                     raise TimeoutError(f"timed out {doing}: {patience:g} s is over")
-                short = (self.look is not None or begins) and (seconds is None or seconds > _LOOK)
-                self._sock.settimeout(_LOOK if short else seconds)
+                short = (self.look is not None or begins) and (seconds is None or seconds > LOOK)
+                self._sock.settimeout(LOOK if short else seconds)
                 try:
                     return call()
                 except TimeoutError:

@@ -172,6 +172,10 @@ class Space:
             raise ValueError(f"the memory has {self.npages} pages; a snapshot has at most {footers.MAX_PAGES}")
         self._starts: list[int] = [region.start for region in self.regions]
 
+    def views(self) -> list[tuple[int, memoryview]]:
+        """Return where each region begins, and its bytes."""
+        return [(region.start, region.view) for region in self.regions]
+
     def rows(self) -> tuple[Row, ...]:
         """Return what the footer says of the regions."""
         return tuple(region.row() for region in self.regions)

@@ -18,31 +18,22 @@ from libc.stdint cimport INT64_MAX, int64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcmp, memcpy
 from posix.types cimport off_t
+from posix.unistd cimport close
+
+from dirtylog.sinks.snapshot._files cimport DIGEST_AT, DIGEST_BYTES, TRAILER_BYTES, dl_open_regular, dl_read_all
 
 __all__ = ["RunTable", "check_runs", "diff_header", "follow_diffs"]
 
-# What stands at the end of a file, and where the footer's offset and its digest lie there.
 cdef enum:
-    TRAILER_BYTES = 64
-    SMALL_FOOTER = 4096
+    # Where the footer's offset lies in the trailer.
     OFFSET_AT = 16
-    DIGEST_AT = 40
-    DIGEST_BYTES = 16
+    SMALL_FOOTER = 4096
     ALIGNMENT = 4096
     # The layouts, see layout.py.
     PLAIN = 2
     PACKED = 3
     # A footer that is read in one go; a longer one is read in blocks.
     MAX_TAIL = 1048576
-
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-
-
-cdef extern from "sinks/snapshot/_files.h" nogil:
-    int dl_open_regular(const char *path, off_t *size)
-    int dl_read_all(int fd, char *target, size_t nbytes, off_t offset)
 
 
 cdef bytes footer_of(const char *path, Py_ssize_t room):

@@ -16,25 +16,12 @@ from libc.errno cimport ENODATA, ENOENT, errno
 from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memcmp
 from posix.types cimport off_t
+from posix.unistd cimport close
 
 from dirtylog._bits.copying cimport HeldBuffer, check_plain, extents_pointer, hold
+from dirtylog.sinks.snapshot._files cimport DIGEST_AT, DIGEST_BYTES, TRAILER_BYTES, dl_open_regular, dl_read_all
 
 __all__ = ["Memory", "read_parts"]
-
-# What stands at the end of a file, and where its digest lies there.
-cdef enum:
-    TRAILER_BYTES = 64
-    DIGEST_AT = 40
-    DIGEST_BYTES = 16
-
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-
-
-cdef extern from "sinks/snapshot/_files.h" nogil:
-    int dl_open_regular(const char *path, off_t *size)
-    int dl_read_all(int fd, char *target, size_t nbytes, off_t offset)
 
 
 cdef extern from *:

@@ -431,6 +431,16 @@ def test_frames_of_somebody_who_lies_end_the_line_and_are_not_laid(extent):
     assert (guarded.end() == 9).all()
 
 
+def test_what_has_changed_in_pages_that_never_came_is_not_laid():
+    guarded = Guarded(64)
+    guarded.channel.send(Kind.DELTAS, PAGES.pack(1, 0), EXTENT.pack(0, PAGE), bytes(PAGE))
+    assert guarded.hang_up() == ODD
+    assert guarded.faults.left == 64
+    guarded.line()
+    guarded.give(*range(64))
+    assert (guarded.end() == 9).all()
+
+
 def test_the_kernel_waits_for_pages_as_well_where_it_may():
     guarded = Guarded(64)
     if guarded.faults.user_mode_only:

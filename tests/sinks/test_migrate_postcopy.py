@@ -419,21 +419,20 @@ def test_what_was_asked_for_on_a_line_that_broke_is_asked_for_again():
 
 
 @pytest.mark.parametrize(
-    "extent", [(PAGE, 1), (64 * PAGE, PAGE), (-PAGE, PAGE), (0, 1 << 40), (1, PAGE), ((1 << 63) - 1, 2)]
+    ("kind", "extent"),
+    [
+        (Kind.PAGES, (PAGE, 1)),
+        (Kind.PAGES, (64 * PAGE, PAGE)),
+        (Kind.PAGES, (-PAGE, PAGE)),
+        (Kind.PAGES, (0, 1 << 40)),
+        (Kind.PAGES, (1, PAGE)),
+        (Kind.PAGES, ((1 << 63) - 1, 2)),
+        (Kind.DELTAS, (0, PAGE)),
+    ],
 )
-def test_frames_of_somebody_who_lies_end_the_line_and_are_not_laid(extent):
+def test_frames_of_somebody_who_lies_end_the_line_and_are_not_laid(kind, extent):
     guarded = Guarded(64)
-    guarded.channel.send(Kind.PAGES, PAGES.pack(1, 0), EXTENT.pack(*extent), bytes(PAGE))
-    assert guarded.hang_up() == ODD
-    assert guarded.faults.left == 64
-    guarded.line()
-    guarded.give(*range(64))
-    assert (guarded.end() == 9).all()
-
-
-def test_what_has_changed_in_pages_that_never_came_is_not_laid():
-    guarded = Guarded(64)
-    guarded.channel.send(Kind.DELTAS, PAGES.pack(1, 0), EXTENT.pack(0, PAGE), bytes(PAGE))
+    guarded.channel.send(kind, PAGES.pack(1, 0), EXTENT.pack(*extent), bytes(PAGE))
     assert guarded.hang_up() == ODD
     assert guarded.faults.left == 64
     guarded.line()

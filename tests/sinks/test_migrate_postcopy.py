@@ -74,6 +74,8 @@ class Relay:
         self.waiting, self.cuts, self.threads = queue.Queue(), [], []
         # Whether nothing goes forth from DONE on until `free` is set.
         self.holds = False
+        # The word, forth or back, that is lost with its line.
+        self.loses = None
         self.free = threading.Event()
         self.free.set()
 
@@ -100,12 +102,16 @@ class Relay:
                 if far in ready:
                     if not (data := far.recv(1 << 16)):
                         break
+                    if data[5] == self.loses:
+                        break
                     if self.holds and data[5] == Kind.DONE:
                         self.free.clear()
                     near.sendall(data)
                 if near in ready:
                     most = 1 << 16 if cut is None else min(1 << 16, cut - forth)
                     if not (data := near.recv(most)):
+                        break
+                    if data[5] == self.loses:
                         break
                     self.free.wait(30)
                     far.sendall(data)

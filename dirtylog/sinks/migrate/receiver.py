@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["receive"]
 
+# When a copy is started that lacks pages.
+_When = Literal["at-once", "filled"]
 # Bytes of pages between two looks at what is due.
 TAKEN_AT_ONCE = 1 << 22
 _OF_PAGES = (Kind.PAGES, Kind.DELTAS, Kind.ZEROS)
@@ -144,6 +146,7 @@ class _Copy:
     # What the sender said first on a line that it came on by itself.
     hello: bytes | None = None
     postcopy: bool = False
+    when: _When = "at-once"
     faults: Faults | None = None
     started: bool = False
 
@@ -155,8 +158,12 @@ class _Copy:
         """Come to a stage, and record it before anything is said that depends on it."""
         self.stage = stage
         if self.record is not None:
-            # Not complete, and of no use to anybody but this call.
-            name = "ready" if stage == _Stage.HAVE and self.faults is not None else stage.name.lower()
+            name = stage.name.lower()
+            if stage == _Stage.HAVE and self.faults is not None:
+                # Not complete, and of no use to anybody but this call.
+                name = "ready"
+            elif stage == _Stage.FAULTS and self.when == "filled":
+                name = "fills"
             self.record.set(name)
 
     def run(self) -> None:
@@ -328,6 +335,9 @@ class _Copy:
             self.channel.refuse("another session is being received here")
             self.channel.broken = True
             raise WireError("a sender of another session, or of other memory, came in place of the one that was lost")
+        elif said != self.agreed and self.stage == _Stage.HAVE and self.faults is not None:
+            # It would run, and wait for ever where it lacks pages. Given up, the source may go on.
+            raise WireError("the copy lacks pages, and who comes for the right alone has none of them: it is given up")
         else:
             self.filling.resumed()
         first, nonce = self.filling.parts[0], secrets.token_bytes(16)
@@ -346,9 +356,14 @@ class _Copy:
     def check_postcopy(self) -> None:
         """Refuse a sender that would let the copy run before it has everything, where that cannot be."""
         if not self.postcopy:
-            raise WireError("the sender lets the copy run before it is complete; here it may not: pass postcopy=True")
+            raise WireError(
+                "the sender lets the copy run before it is complete; here it may not: pass postcopy=True (--postcopy)"
+            )
         if self.arrived is not None:
-            raise WireError("the copy is to be kept before it runs (arrived=), and would run before it is complete")
+            raise WireError(
+                "the copy is to be kept before it may run (arrived=), and with postcopy it may before it is complete: "
+                "send without postcopy"
+            )
         if not self.channel.plain:
             raise WireError("postcopy needs a plain socket (socket.socket itself, no TLS): tunnel it, as ssh -L does")
 
@@ -357,22 +372,20 @@ class _Copy:
         filling = self.filling
         assert filling is not None
         words, target = filling.lacking.peek().words, filling.target
-        self.faults = Faults(target.views(), target.nbytes, filling.granule, words, self.agreed[:16])
+        try:
+            self.faults = Faults(target.views(), target.nbytes, filling.granule, words, self.agreed[:16])
+        except OSError as error:
+            raise WireError(f"{error.strerror}: send without postcopy") from error
 
     def fill(self) -> None:
-        """Let the copy run, and answer its faults until nothing is lacking."""
+        """Answer the copy's faults until nothing is lacking; it is started first, or when it has everything."""
         faults, filling = self.faults, self.filling
         assert faults is not None
         assert filling is not None
         faults.start()
         self.channel.lend(faults)
-        if not self.started:
-            self.started = True
-            try:
-                if self.start is not None:
-                    self.start(self.result)
-            except Exception as problem:
-                self.problem = problem
+        if self.when == "at-once":
+            self.begin()
         before = filling.lacking.count()
         while (why := faults.wait(0.1)) == GOES_ON:
             if self.progress is not None and self.problem is None:
@@ -384,7 +397,22 @@ class _Copy:
         if why != FILLED:
             self.channel.lent(why)
         faults.release()
-        self.move(_Stage.RUNS)
+        try:
+            self.move(_Stage.RUNS)
+        except Exception as problem:
+            self.problem = self.problem or problem
+        if self.when == "filled":
+            self.begin()
+
+    def begin(self) -> None:
+        """Start the copy, once."""
+        started, self.started = self.started, True
+        if self.start is not None and not started:
+            try:
+                self.start(self.result)
+            except Exception as problem:
+                # The right is here all the same.
+                self.problem = self.problem or problem
 
     def pages(self) -> None:
         """Receive pages until all are there, verified and kept; then say so."""
@@ -437,6 +465,8 @@ class _Copy:
             assert self.faults is not None
             # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
             self.faults.stop()
+            if self.when == "filled":
+                self.give_up(error, expected)
             lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
             if expected:
                 raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
@@ -474,6 +504,20 @@ class _Copy:
         number = self.filling.number if self.filling else 0
         raise MigrationError(f"migration failed in round {number}: {error}", session=self.session) from error
 
+    def give_up(self, error: BaseException, expected: bool) -> None:
+        """Say that a copy that was to run when it was filled never will; raises what the caller is told."""
+        assert self.faults is not None
+        left = self.faults.left
+        # Durable before anybody is told: whoever reads it lets the source go on.
+        self.move(_Stage.GONE)
+        lost = (
+            f"the copy was given up before it ran, lacking {left} pages: the source may go on; session {self.session}"
+        )
+        if expected:
+            raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
+        error.add_note(lost)
+        raise error
+
 
 def receive(
     sock: socket.socket,
@@ -490,6 +534,7 @@ def receive(
     progress: Callable[[int, int], object] | None = None,
     another: Callable[[], socket.socket] | None = None,
     postcopy: bool = False,
+    run: Literal["at-once", "filled"] = "at-once",
     control: Control | None = None,
 ) -> Any:
     """Receive the memory that :func:`send` sends from the other end.
@@ -532,7 +577,12 @@ def receive(
     postcopy : bool
         Let a sender with `postcopy` start the copy before it has everything: `start` is called at once, and threads
         that touch what is lacking wait for it. `out` must be private anonymous memory that begins with a page of the
-        system's, as :func:`dirtylog.zeros` makes it; by default it is.
+        system's, as :func:`dirtylog.zeros` makes it; by default it is. `sock` must be plain: no TLS of ours, which
+        needs the GIL that a thread may hold while it waits for a page; tunnel it, as ``ssh -L`` does.
+    run : {"at-once", "filled"}
+        When `start` is called with postcopy. ``"filled"``: when nothing is lacking any more, for programs whose system
+        calls would meet what is (see Notes). Nobody may use the memory before. If the line is lost for good the copy
+        is given up, and the source may go on.
     control : Control, optional
         Says how far it is, and cancels it as long as the copy is not complete, from any thread. Its bandwidth is the
         sender's matter.
@@ -560,20 +610,24 @@ def receive(
     :class:`Listener` with :class:`Keys`.
 
     With postcopy `start` is called in this thread, and should only begin what uses the memory. System calls on what is
-    lacking answer EFAULT where this process may not have a userfaultfd for the kernel's own faults
-    (``vm.unprivileged_userfaultfd``): make them when `receive` has returned, or start the program only then. A child of
-    a fork has none of the memory until then. A line is replaced by the interpreter: a thread that holds the GIL while
-    it waits for a page, as access to one element of an array does, keeps `reconnect` from being called.
+    lacking answer EFAULT where this process may not have a userfaultfd for the kernel's own faults: without
+    CAP_SYS_PTRACE, unless ``vm.unprivileged_userfaultfd`` is 1. Make such calls when `receive`
+    has returned, or let the program run then: ``run="filled"``. A child of a fork has none of the memory until then. A
+    line is replaced by the interpreter: a thread that holds the GIL while it waits for a page, as access to one element
+    of an array does, keeps `reconnect` from being called. :func:`dirtylog.track` takes mprotect while the memory fills,
+    and does not report what is filled; open it again afterwards for userfaultfd.
     """
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be 1 or more")
+    if run not in get_args(_When):
+        raise ValueError(f"run is {run!r}; it must be 'at-once' or 'filled'")
     channel = Channel(sock, deadline)
     if out is not None and not callable(out):
         # Refused before anything is said.
         Space(out, 4096, writable=True)
     control = control or Control()
     copy = _Copy(channel, out, limit, max_rounds, state, arrived, start, progress, reconnect, journal, another, control)
-    copy.postcopy = postcopy
+    copy.postcopy, copy.when = postcopy, run
     try:
         copy.run()
     except BaseException as error:

@@ -300,7 +300,8 @@ class _Attempt:
         elif isinstance(error, (OSError, WireError)) and self.serving is not None and self.stage == _Stage.DONE:
             raise MigrationError(
                 f"the copy runs, and the line to it broke while it lacked {self.serving.left} of "
-                f"{self.serving.granules} pages ({error}): it waits for them and the source must not run",
+                f"{self.serving.granules} pages ({error}): it waits for them and the source must not run, "
+                "unless the copy's own status is gone",
                 rounds,
                 session=self.record.session,
             ) from error

@@ -38,6 +38,11 @@ _STAGES: dict[tuple[str, str], tuple[bool | None, str]] = {
     ("copy", "have"): (None, "the copy is complete and was not told to run: settle(), or ask the source's end"),
     ("copy", "ready"): (False, "the copy lacks pages and was not told to run"),
     ("copy", "faults"): (True, "the copy runs, and lacks pages that only the source has: keep both ends"),
+    ("copy", "fills"): (
+        False,
+        "the copy runs when it has everything, and lacks pages that only the source has: keep both ends; if this one's "
+        "receive has ended, nothing ran here, and the source may go on",
+    ),
     ("copy", "gone"): (False, "the copy was given up before it was told to run; the source has the right"),
     ("copy", "runs"): (True, "the copy has the right to run"),
 }
@@ -54,7 +59,7 @@ class Status:
     end : str
         "source" or "copy": whose view it is.
     stage : str
-        Of a source: live, given, serves, done. Of a copy: part, have, ready, gone, faults, runs.
+        Of a source: live, given, serves, done. Of a copy: part, have, ready, gone, fills, faults, runs.
     """
 
     session: str
@@ -107,7 +112,7 @@ def check_no_copy(session: str, journal: str | os.PathLike[str] | None) -> None:
         The journal's file is damaged.
     """
     recorded = _recorded(session, "copy", journal)
-    if recorded is not None and recorded.stage in ("have", "ready", "faults", "runs"):
+    if recorded is not None and recorded.stage in ("have", "ready", "fills", "faults", "runs"):
         raise WireError(
             f"session {session} was received here before: {recorded.advice}. A new migration has a session of its own"
         )

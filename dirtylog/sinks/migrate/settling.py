@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from dirtylog.sinks.migrate.payloads import COMPLETE, HELLO, READY, RUNS
+from dirtylog.sinks.migrate.payloads import COMPLETE, FAULTS, HELLO, READY, RUNS
 from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.sessions import Record, Status, status
 from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
@@ -71,14 +71,15 @@ def _as_source(channel: Channel, session: str, record: Record) -> None:
     channel.send(Kind.HELLO, HELLO.pack(raw, 0, 0, 0, 0, 0, 0))
     _, answer = channel.receive(Kind.READY, counted=False)
     stage = READY.unpack(answer)[0] if answer.nbytes == READY.size else None
-    if stage not in (COMPLETE, RUNS):
+    if stage not in (COMPLETE, FAULTS, RUNS):
         raise WireError("the other end does not hold a complete copy: another receiver may answer there")
     if stage == COMPLETE:
         channel.send(Kind.RUN, raw)
     _, answer = channel.receive(Kind.DONE, counted=False)
     if answer != raw:
         raise WireError("the copy answers for another session")
-    record.set("done")
+    # What lacks pages has the right, and the pages are not here to be given.
+    record.set("serves" if stage == FAULTS else "done")
 
 
 def _as_copy(channel: Channel, session: str, record: Record) -> None:

@@ -4,18 +4,20 @@ Start ``dirtylog migrate receive`` first; it says where it listens. Then ``dirty
 migrate send ADDRESS`` sends what --snapshot, --checkpoint or --pid names; a process
 is held still for the last round. With --demo, threads write into memory meanwhile.
 An address that others can reach needs certificates: --tls-cert, --tls-key, --tls-ca.
+With --postcopy at both ends the copy may run before it has everything.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.commands._arrivals import add_arrivals, arrays_of, arrival_of, digest_of, nbytes_of
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._origins import add_origins, origin_of
+from dirtylog.commands._postcopy import Times, add_postcopy_receive, add_postcopy_send, check_pages, check_postcopy
 from dirtylog.commands._refusal import refusing
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-rounds", type=at_least(1, int), default=30, metavar="N", help="live rounds before giving up (30)"
     )
     send.add_argument("--force", action="store_true", help="then pause and send the rest, however long it takes")
+    add_postcopy_send(send)
     send.add_argument("--compress", action="store_true", help="with zstd")
     send.add_argument("--channels", type=at_least(1, int), default=1, metavar="N", help="connections side by side (1)")
     send.add_argument(
@@ -81,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="port 0: any; unix:PATH (127.0.0.1:0)",
     )
     add_arrivals(receive)
+    add_postcopy_receive(receive)
     receive.add_argument(
         "--limit", type=at_least(1, int), default=4096, metavar="MIB", help="largest memory to take in (4096)"
     )
@@ -194,9 +198,13 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
 
     from dirtylog.sinks.migrate import Control, MigrationError, Policy, send
 
+    check_postcopy(args)
     with refusing():
         policy = Policy(downtime=args.downtime, max_rounds=args.max_rounds, force=args.force)
-    with origin_of(args) as origin, _connect(args) as sock, origin.running():
+    with origin_of(args) as origin, ExitStack() as line:
+        check_pages(args, origin.observer.page_size)
+        sock = line.enter_context(_connect(args))
+        line.enter_context(origin.running())
         try:
             result = send(
                 sock,
@@ -209,13 +217,14 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
                 compress=args.compress,
                 channels=args.channels,
                 another=lambda: _connect(args),
+                postcopy=args.postcopy,
                 deadline=args.deadline,
                 control=Control(args.bandwidth and args.bandwidth * (1 << 20)),
                 reconnect=_reconnect(args),
                 journal=args.journal,
             )
         except MigrationError as error:
-            show_rounds(error.rounds)
+            show_rounds(error.rounds, args.postcopy is not None)
             raise
         return {"backend": origin.backend, "digest": origin.digest(), **asdict(result)}
 
@@ -245,15 +254,20 @@ def _accept(args: argparse.Namespace, listener: Listener) -> socket.socket:
 def _receive(args: argparse.Namespace) -> dict[str, Any]:
     from dirtylog.sinks.migrate import receive
 
+    check_postcopy(args)
     seen = [0, 0]
     # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.
     with arrival_of(args) as arrival, _listening(args) as listener, _accept(args, listener) as sock:
+        times = Times(arrival.start)
         memory = receive(
             sock,
             out=arrival.out,
             state=arrival.take_state,
-            arrived=arrival.arrived,
-            start=arrival.start,
+            # A copy that may run before it is complete is kept nowhere: there is nothing to do before it may.
+            arrived=None if args.postcopy else arrival.arrived,
+            start=times.start,
+            postcopy=args.postcopy,
+            run=args.when or "at-once",
             limit=args.limit << 20,
             deadline=args.deadline,
             reconnect=(lambda breaks: listener.accept(args.reconnect)) if args.reconnect else None,
@@ -261,18 +275,21 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
             another=lambda: listener.accept(args.timeout),
             progress=lambda *at: seen.__setitem__(slice(None), at),
         )
+        times.complete()
         answer = {"digest": digest_of(memory), "memory_bytes": nbytes_of(memory), "arrays": list(arrays_of(memory))}
-        return {**answer, "rounds": seen[0], "page_bytes": seen[1], "written": arrival.path}
+        answer |= {"rounds": seen[0], "page_bytes": seen[1], "written": arrival.path}
+        return {**answer, "ran_after": times.ran, "complete_after": times.whole} if args.postcopy else answer
 
 
-def show_rounds(rounds: Any) -> None:
-    """Print what each round did, for people."""
+def show_rounds(rounds: Any, postcopy: bool = False) -> None:
+    """Print what each round did, for people; with postcopy the copy runs during the last."""
     from dirtylog.commands import _terminal
 
     size, time = _terminal.bytes_text, _terminal.seconds_text
     columns = ["round", "pages", "zero", "sent", "time", "per second", "dirtied", "downtime"]
+    last = " (postcopy)" if postcopy else " (paused)"
     rows = [
-        [f"{r.number}{' (paused)' if r.final else ''}", str(r.pages), str(r.zero_pages), size(r.wire_bytes),
+        [f"{r.number}{last if r.final else ''}", str(r.pages), str(r.zero_pages), size(r.wire_bytes),
          time(r.seconds), size(r.bandwidth), str(r.dirtied), "-" if r.final else time(r.expected_downtime)]
         for r in rounds
     ]  # fmt: skip
@@ -294,10 +311,13 @@ def run(args: argparse.Namespace) -> int:
     if args.end == "send":
         from dirtylog.sinks.migrate import Round
 
-        show_rounds([Round(**each) for each in answer["rounds"]])
+        show_rounds([Round(**each) for each in answer["rounds"]], args.postcopy is not None)
         print(f"paused for {_terminal.seconds_text(answer['downtime'])} of {_terminal.seconds_text(answer['seconds'])}")
     else:
         print(f"{_terminal.bytes_text(answer['memory_bytes'])} in {answer['rounds']} rounds")
+        if args.postcopy:
+            ran, whole = (_terminal.seconds_text(answer[each]) for each in ("ran_after", "complete_after"))
+            print(f"the copy was let run after {ran} and complete after {whole}")
     if answer["digest"] is not None:
         print(f"digest {answer['digest']}")
     return 0

@@ -97,6 +97,8 @@ class Tracker(Resource):
                     return name, self._engine_for(name, mappings)
                 except OSError as error:
                     why = error.strerror or str(error)
+                    if name == "userfaultfd" and error.errno == EBUSY:
+                        why += " (another userfaultfd has this memory: that of a migration which fills it, say)"
             self.refused[name] = why
         others = [repr(name) for name in BACKENDS if name != backend]
         raise BackendUnavailable(backend, self.refused[backend], f"try backend={' or '.join(others)}, or 'auto'")

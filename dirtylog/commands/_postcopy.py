@@ -55,7 +55,7 @@ def check_postcopy(args: argparse.Namespace) -> None:
     Misunderstood
         It names the options and the way out.
     """
-    if args.postcopy in (None, False):
+    if args.postcopy is None or args.postcopy is False:
         if getattr(args, "when", None) is not None:
             raise Misunderstood(f"--run {args.when} is about --postcopy; leave it out, or add --postcopy")
         return

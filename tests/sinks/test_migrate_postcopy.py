@@ -179,6 +179,13 @@ def test_a_copy_that_runs_at_once_has_all_of_it_in_the_end(postcopy, page_size, 
     assert status(result.session, end="copy").stage == "runs"
 
 
+def test_a_copy_that_lacks_nothing_has_a_last_round_as_well():
+    source = Source(64)
+    result, copy = migrated(source, postcopy=2, progress=None)
+    assert [(each.final, each.pages) for each in result.rounds] == [(False, 64), (False, 0), (True, 0)]
+    assert (copy.answer == source.memory).all()
+
+
 def test_several_channels_and_compression_carry_the_live_rounds():
     source, relay = Source(), Relay()
     live = {"postcopy": 1, "channels": 3, "another": relay.connect, "compress": True}

@@ -85,7 +85,6 @@ class Interrupted(Copy):
 
 def test_an_interrupt_gives_it_up_as_well(session, monkeypatch):
     source, relay = Source(), Relay()
-    relay.holds = True
 
     def interrupted(channel, faults):
         raise KeyboardInterrupt
@@ -95,7 +94,6 @@ def test_an_interrupt_gives_it_up_as_well(session, monkeypatch):
         copy = Interrupted(relay.accept(), postcopy=True, run="filled")
         with pytest.raises(MigrationError):
             send(here, source.memory, source.observer, postcopy=0, session=session)
-    relay.free.set()
     copy.join()
     relay.join()
     assert "the copy was given up before it ran" in copy.answer.__notes__[0]

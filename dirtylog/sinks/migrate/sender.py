@@ -504,9 +504,9 @@ def send(
             rest = rest | take(epoch.pages)
             if callable(state):
                 sender.state = encode_state(state())
-            if postcopy is None:
+            if postcopy is None or not rest:
                 attempt.round(rest, final=True)
-            elif rest:
+            else:
                 attempt.postpone(rest)
             attempt.commit()
             switched = finished = clock()

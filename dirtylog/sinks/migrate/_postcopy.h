@@ -58,7 +58,7 @@ struct dl_postcopy {
     pthread_mutex_t lock;
     pthread_cond_t moved;
     struct dl_postcopy_line next;
-    int has_next, stop, why, filled;
+    int has_next, stop, why, filled, runs;
     int64_t left;     /* granules that are missing */
     uint64_t applied; /* frames since the switch */
     /* The thread's own. */
@@ -279,23 +279,30 @@ static inline void dl_postcopy_rouse(struct dl_postcopy *p)
 /* Put bytes, or zeros, where nothing is; 0, or -errno. */
 static inline int dl_postcopy_place(struct dl_postcopy *p, unsigned char *place, const unsigned char *from, size_t left)
 {
+    size_t most = left;
     while (left) {
+        size_t length = left < most ? left : most;
         int64_t done;
         int failed;
         if (from) {
-            struct uffdio_copy copy = {.dst = (uint64_t)(uintptr_t)place, .src = (uint64_t)(uintptr_t)from, .len = left};
+            struct uffdio_copy copy = {.dst = (uint64_t)(uintptr_t)place, .src = (uint64_t)(uintptr_t)from, .len = length};
             failed = ioctl(p->uffd, UFFDIO_COPY, &copy);
             done = copy.copy;
         } else {
-            struct uffdio_zeropage zero = {.range = {(uint64_t)(uintptr_t)place, left}};
+            struct uffdio_zeropage zero = {.range = {(uint64_t)(uintptr_t)place, length}};
             failed = ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero);
             done = zero.zeropage;
         }
         if (!failed)
-            return 0;
+            done = (int64_t)length;
         if (done <= 0) {
             if (errno == EAGAIN)
                 continue;
+            if (errno == ENOENT && length > p->page_bytes) {
+                /* More than one mapping: somebody has protected a part of it, a tracker say. Page by page. */
+                most = p->page_bytes;
+                continue;
+            }
             /* Somebody has unmapped it, or put something else there: it is theirs. */
             if (errno != EEXIST && errno != ENOENT)
                 return -errno;
@@ -474,6 +481,10 @@ static inline void dl_postcopy_end(struct dl_postcopy *p)
 static void *dl_postcopy_run(void *argument)
 {
     struct dl_postcopy *p = argument;
+    pthread_mutex_lock(&p->lock);
+    p->runs = 1;
+    pthread_cond_broadcast(&p->moved);
+    pthread_mutex_unlock(&p->lock);
     while (p->left) {
         struct pollfd ready[3] = {
             {.fd = p->bell, .events = POLLIN},
@@ -506,16 +517,24 @@ static void *dl_postcopy_run(void *argument)
     return NULL;
 }
 
-/* 0, or -errno. No signal of the program's is handled in it. */
+/* 0, or -errno. No signal of the program's is handled in it. Its own faults are not blocked, and it has begun when this
+ * returns, since a thread that begins blocks them: whoever looks for one that a store to protected memory would end, as
+ * a tracker does, finds none. */
 static inline int dl_postcopy_start(struct dl_postcopy *p)
 {
     sigset_t all, before;
     int error;
     sigfillset(&all);
+    sigdelset(&all, SIGSEGV);
+    sigdelset(&all, SIGBUS);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     error = pthread_create(&p->thread, NULL, dl_postcopy_run, p);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     p->started = !error;
+    pthread_mutex_lock(&p->lock);
+    while (!error && !p->runs)
+        pthread_cond_wait(&p->moved, &p->lock);
+    pthread_mutex_unlock(&p->lock);
     return -error;
 }
 

@@ -36,19 +36,23 @@ def test_memory_that_is_written_goes_over_while_the_copy_may_run(migrated, round
         pytest.skip(str(error))
     received, sent = migrated(["--demo", "--size", 4, "--postcopy", rounds], ["--postcopy", *when])
     assert received["digest"] == sent["digest"]
-    assert [each["final"] for each in sent["rounds"]] == [False] * rounds + [True]
+    # Fewer live rounds where nothing is written.
+    finals = [each["final"] for each in sent["rounds"]]
+    assert finals == [False] * (len(finals) - 1) + [True]
+    assert len(finals) in (range(2, rounds + 2) if rounds else [1])
     assert 0 < received["ran_after"] <= received["complete_after"]
 
 
+@pytest.mark.parametrize("rounds", [0, 3])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.usefixtures("guards")
-def test_snapshots_and_checkpoints_go_with_their_arrays(migrated, tmp_path, channels):
+def test_snapshots_and_checkpoints_go_with_their_arrays(migrated, tmp_path, channels, rounds):
     arrays = {"w": np.random.default_rng(3).random((300, 70)), "b": np.arange(30)}
     snapshot.save(tmp_path / "snapshot", arrays, state={"step": 1})
     with Checkpoint(tmp_path / "checkpoint", arrays, sync=False) as checkpoint:
         checkpoint.save(step=4)
     for origin in ("snapshot", "checkpoint"):
-        words = [f"--{origin}", tmp_path / origin, "--postcopy", 1, "--channels", channels]
+        words = [f"--{origin}", tmp_path / origin, "--postcopy", rounds, "--channels", channels]
         received, sent = migrated(words, ["--postcopy"])
         assert received["digest"] == sent["digest"]
         assert received["arrays"] == ["w", "b"]

@@ -171,7 +171,8 @@ def test_a_copy_that_runs_at_once_has_all_of_it_in_the_end(postcopy, page_size, 
     source = Source(6 if page_size > 1 << 16 else 64, page_size, cut)
     result, copy = migrated(source, postcopy=postcopy)
     assert (copy.answer == source.memory).all()
-    assert len(result.rounds) == postcopy + 1
+    # What is written after the first round has been collected is for the last.
+    assert len(result.rounds) == min(postcopy, 1) + 1
     assert result.rounds[-1].final
     assert result.rounds[-1].pages == (source.npages if postcopy == 0 else 2)
     assert source.paused
@@ -182,7 +183,7 @@ def test_a_copy_that_runs_at_once_has_all_of_it_in_the_end(postcopy, page_size, 
 def test_a_copy_that_lacks_nothing_has_a_last_round_as_well():
     source = Source(64)
     result, copy = migrated(source, postcopy=2, progress=None)
-    assert [(each.final, each.pages) for each in result.rounds] == [(False, 64), (False, 0), (True, 0)]
+    assert [(each.final, each.pages) for each in result.rounds] == [(False, 64), (True, 0)]
     assert (copy.answer == source.memory).all()
 
 

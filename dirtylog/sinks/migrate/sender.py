@@ -486,6 +486,9 @@ def send(
             control._check()
             if postcopy is None and last.expected_downtime <= policy.downtime:
                 break
+            if postcopy is not None and not rest:
+                # Another live round would be empty, which the copy takes for no progress.
+                break
             if postcopy is None and len(sender.rounds) >= policy.max_rounds:
                 if policy.force:
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import pickle
 import threading
 import uuid
 from collections import Counter
@@ -98,12 +99,15 @@ class ShardedArray:
         about = {"transaction": uuid.uuid4().hex, "epoch": 0, "pages": 0, "exact": True}
         base = session.commit(f"create {name}", metadata={ATTRIBUTE: about})
         try:
-            zarr.open_array(repo.writable_session(branch).fork().store, path=name, mode="r")
-        except FileNotFoundError:
+            fork = repo.writable_session(branch).fork()
+            if not engine.same_process:
+                fork = pickle.loads(pickle.dumps(fork))  # as it travels
+            zarr.open_array(fork.store, path=name, mode="r")
+        except Exception as error:
             raise ValueError(
-                "what is sent to a worker does not see the repository: it is in memory; use a directory that all "
-                "workers have, or an object store"
-            ) from None
+                "what is sent to a worker does not see the repository: it is in memory, or cannot be read; use a "
+                "directory that all workers have, or an object store"
+            ) from error
         self._begin(engine, repo, name, branch, sizes, kind, extents, timeout)
         self._spawn_all(base, shards, False)
 

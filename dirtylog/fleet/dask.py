@@ -128,7 +128,12 @@ class Dask:
     Notes
     -----
     The actors live as long as the client: where it dies, restore the array from the store.
+
+    Icechunk from version 2 on has threads from the moment when it is imported: a worker process that is forked from one
+    that has imported it waits for ever. Dask starts workers by "spawn" unless it is told otherwise.
     """
+
+    same_process = False
 
     def __init__(self, client: Any) -> None:
         try:

@@ -23,7 +23,15 @@ class Handle(Protocol):
 
 
 class Engine(Protocol):
-    """Somebody who runs objects in several places."""
+    """Somebody who runs objects in several places.
+
+    Attributes
+    ----------
+    same_process : bool
+        Whether what they are given is the thing itself, and not a copy that was pickled.
+    """
+
+    same_process: bool
 
     def places(self) -> Sequence[Hashable]:
         """List where objects can live, now."""

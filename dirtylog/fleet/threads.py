@@ -36,6 +36,8 @@ class Threads:
     A context manager: closes its threads at the end, not the shards.
     """
 
+    same_process = True
+
     def __init__(self, count: int = 2) -> None:
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"count is {count!r}; it must be at least 1")

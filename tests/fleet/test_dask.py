@@ -65,9 +65,11 @@ def expected_after(steps, shards):
 def processes():
     """Processes that have imported what a worker and a coordinator need: a hundred are started."""
     pytest.importorskip("distributed")
-    pytest.importorskip("icechunk")
+    icechunk = pytest.importorskip("icechunk")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dirtylog.fleet.dask", "distributed", "icechunk", "zarr"])
+    # Icechunk 2 begins its threads when it is imported, and a child of that process would wait for them for ever.
+    alone = ["icechunk"] if icechunk.__version__.startswith("1.") else []
+    context.set_forkserver_preload(["dirtylog.fleet.dask", "distributed", "zarr", *alone])
     before = os.environ.get("OPENBLAS_NUM_THREADS")
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a pool of threads would make each fork one of a process with threads
     from multiprocessing.forkserver import ensure_running
@@ -222,7 +224,7 @@ def one_moment_each(repo, committed):
 
 
 @pytest.mark.parametrize(
-    ("seed", "epochs"), [(3, 20), pytest.param(4, 100, marks=pytest.mark.stress)], ids=["twenty", "a hundred"]
+    ("seed", "epochs"), [(4, 100), pytest.param(3, 1000, marks=pytest.mark.stress)], ids=["a hundred", "a thousand"]
 )
 def test_epochs_outlive_workers_and_coordinators_that_are_killed_at_random(processes, cluster, tmp_path, seed, epochs):
     repo = repository(tmp_path)

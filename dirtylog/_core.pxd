@@ -9,8 +9,9 @@ from dirtylog._bits.pages cimport DirtyPages
 cdef class DirtyBitmap:
     cdef dl_bitmap bits             # valid as long as the object lives; never changes
     cdef readonly uint64_t page_size
-    cdef Block word_block           # what bits.words and bits.summary point into
+    cdef Block word_block           # what bits.words, bits.summary and bits.top point into
     cdef Block summary_block
+    cdef Block top_block
     cdef DirtyPages nothing         # the answer of a harvest that finds nothing: one for all of them
     cdef object __weakref__
     cdef object myself              # a weak reference, for the answers

@@ -18,13 +18,12 @@ from dirtylog._bits.batch cimport (
     dl_merge_sparse,
 )
 from dirtylog._bits.bitmap cimport (
-    DL_GROUP_WORDS,
-    DL_LINE_WORDS,
     dl_groups_for,
     dl_mark,
     dl_mark_range,
+    dl_top_words_for,
 )
-from dirtylog._bits.bits cimport dl_bit, dl_ffs, dl_tail_mask, dl_words_for
+from dirtylog._bits.bits cimport dl_bit, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
     FEW,
     Block,
@@ -40,7 +39,7 @@ from dirtylog._bits.pages cimport DirtyPages, pages_bare, pages_fill, pages_give
 from dirtylog._bits.sets cimport dl_scatter
 from dirtylog._bits.signals cimport dl_raised, dl_signals_raise
 from dirtylog._bits.simd cimport DL_CLEAR, DL_CLEAR_QUIESCENT, DL_LEAVE
-from dirtylog._bits.taking cimport clear_pages, take_pages
+from dirtylog._bits.taking cimport clear_pages, count_pages, take_pages
 from dirtylog._bits.words cimport check_apart
 
 from dirtylog._bits.blocks import simd_missing, simd_path, simd_paths
@@ -60,6 +59,12 @@ from dirtylog._bits.words import (
 cdef extern from "Python.h":
     # With NULL for the exception a number past the range is cut to its end, which no page reaches.
     Py_ssize_t PyNumber_AsSsize_t(object number, PyObject *exception) except? -1
+
+
+cdef enum:
+    # From here on a bitmap has a top. Below, the summary is 8 KiB or less and read in a tenth of a microsecond, and
+    # each mark would pay for a look at the top.
+    TOP_PAGES = 1 << 26
 
 
 __all__ = [
@@ -103,7 +108,8 @@ cdef class DirtyBitmap:
 
     Marking is a full memory barrier (I3): mark after the store to the page.
     A summary bitmap, one bit for each 512 pages, makes a harvest cost what is
-    dirty (I4); memory is 1.002 bits per page.
+    dirty (I4); memory is 1.002 bits per page. From 2^26 pages on there is one
+    more level, a bit for each 2^18 pages.
 
     References
     ----------
@@ -131,13 +137,17 @@ cdef class DirtyBitmap:
         npages, page_size = check_geometry(npages, page_size)
         cdef Block words = block_new(dl_words_for(npages), True)
         cdef Block summary = block_new(dl_groups_for(npages), True)
+        cdef Block top = block_new(dl_top_words_for(npages), True) if npages >= TOP_PAGES else no_words
         self.page_size = page_size
         self.bits.npages = npages
         self.bits.words = words.words
         self.bits.summary = summary.words
+        if npages >= TOP_PAGES:
+            self.bits.top = top.words
         self.nothing = pages_of_nothing(npages, page_size)
         self.word_block = words
         self.summary_block = summary
+        self.top_block = top
 
     @staticmethod
     def from_buffer(buffer, npages=None, page_size=4096) -> DirtyBitmap:
@@ -386,29 +396,9 @@ cdef class DirtyBitmap:
 
     def count(self) -> int:
         """Return how many pages are dirty; a moment's view while others mark."""
-        cdef uint64_t total = 0
-        cdef uint64_t nwords = dl_words_for(self.bits.npages)
-        cdef uint64_t group, lines, start, end
+        cdef uint64_t total
         with nogil:
-            if self.bits.summary == NULL:
-                # I7: whoever shares the memory may set bits past the last page; they are not ours.
-                total = kernels.popcount(self.bits.words, self.bits.npages // 64)
-                if self.bits.npages % 64:
-                    lines = dl_load_relaxed(self.bits.words + nwords - 1) & dl_tail_mask(self.bits.npages)
-                    total += kernels.popcount(&lines, 1)
-            else:
-                group = 0
-                while True:
-                    group = kernels.next_nonzero(self.bits.summary, group, dl_groups_for(self.bits.npages))
-                    if group == dl_groups_for(self.bits.npages):
-                        break
-                    lines = dl_load_relaxed(self.bits.summary + group)
-                    while lines:
-                        start = group * DL_GROUP_WORDS + dl_ffs(lines) * <uint64_t>DL_LINE_WORDS
-                        end = start + DL_LINE_WORDS
-                        total += kernels.popcount(self.bits.words + start, (end if end < nwords else nwords) - start)
-                        lines &= lines - 1
-                    group += 1
+            total = count_pages(&self.bits)
         return total
 
     # ---- harvest
@@ -450,7 +440,7 @@ cdef class DirtyBitmap:
         Notes
         -----
         The order is I4's: the summary first, then the words it names. O(dirty), plus one bit
-        for each 512 pages of the range; O(npages) over foreign memory.
+        for each 512 pages of the range, of large bitmaps for each 2^18; O(npages) over foreign memory.
 
         Thread safety with `quiescent`: whoever has paused the others must have heard from them that they stand still
         (a join, a lock, an answer), so that their marks are seen here. They may go on when the call has returned.
@@ -556,7 +546,7 @@ cdef class DirtyBitmap:
     def __sizeof__(self):
         size = object.__sizeof__(self)
         if self.bits.summary != NULL:
-            size += (self.word_block.nwords + self.summary_block.nwords) * 8
+            size += (self.word_block.nwords + self.summary_block.nwords + self.top_block.nwords) * 8
         return size
 
     def __repr__(self):

@@ -104,8 +104,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     *_refuted("summary", PROMPT, "SKIP_WHEN_LEAF_IS_SET"),
     # I4: a third level over the summary.
-    *_holds("third_level", LOSS, PROMPT, variant="as planned"),
-    *_holds("third_level", LOSS, macros=("HARVESTERS=2",), variant="as planned, 2 harvesters"),
+    *_holds("third_level", LOSS, PROMPT, variant="as built"),
+    *_holds("third_level", LOSS, macros=("HARVESTERS=2",), variant="as built, 2 harvesters"),
     *_refuted(
         "third_level",
         LOSS,

@@ -24,27 +24,29 @@ static inline size_t dl_check_batch(const int64_t *pages, size_t n, uint64_t npa
 }
 
 /* Mark pages, those of one word that follow each other at once. Returns n, or the place of one that
- * another thread has changed to be out of range since all were checked. */
-static inline size_t dl_mark_batch(const struct dl_bitmap *bitmap, const int64_t *pages, size_t n)
+ * another thread has changed to be out of range since all were checked. Out of line, where its loop has the registers for
+ * itself. */
+__attribute__((noinline, unused)) static size_t dl_mark_batch(const struct dl_bitmap *bitmap, const int64_t *pages, size_t n)
 {
+    const struct dl_bitmap levels = *bitmap; /* in registers, whatever the marks do to memory */
     uint64_t current = 0, mask = 0;
     size_t i = 0;
     dl_batch_begin();
     for (; i < n; i++) {
         if (i + DL_AHEAD_MARKS < n)
-            __builtin_prefetch(bitmap->words + dl_batch_page(pages, i + DL_AHEAD_MARKS) / DL_WORD_PAGES, 1);
+            __builtin_prefetch(levels.words + dl_batch_page(pages, i + DL_AHEAD_MARKS) / DL_WORD_PAGES, 1);
         uint64_t page = dl_batch_page(pages, i);
-        if (page >= bitmap->npages)
+        if (page >= levels.npages)
             break;
         if (page / DL_WORD_PAGES != current && mask) {
-            dl_batch_mark(bitmap, current, mask);
+            dl_batch_mark(&levels, current, mask);
             mask = 0;
         }
         current = page / DL_WORD_PAGES;
         mask |= dl_bit(page);
     }
     if (mask)
-        dl_batch_mark(bitmap, current, mask);
+        dl_batch_mark(&levels, current, mask);
     return i;
 }
 

@@ -10,12 +10,14 @@ cdef extern from "dirtylog/bitmap.h" nogil:
         uint64_t *words
         uint64_t *summary
         uint64_t npages
+        uint64_t *top
 
     cdef struct dl_taken:
         uint64_t group
         uint64_t lines
 
     uint64_t dl_groups_for(uint64_t npages)
+    uint64_t dl_top_words_for(uint64_t npages)
     void dl_mark(const dl_bitmap *bitmap, uint64_t page)
     void dl_mark_mask(const dl_bitmap *bitmap, uint64_t word, uint64_t mask)
     void dl_mark_range(const dl_bitmap *bitmap, uint64_t first, uint64_t count)

@@ -49,6 +49,47 @@ static inline uint64_t dl_end_group(const struct dl_parts *parts)
     return parts->end_line / DL_GROUP_LINES + (parts->end_line % DL_GROUP_LINES != 0);
 }
 
+/* The first group of [group, end) whose summary is not zero; `end` if there is none. It takes nothing: relaxed loads, a
+ * moment's view. What it passes over has been marked since, or another harvest beside this one is taking it (I4). */
+static inline uint64_t dl_next_group(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t group, uint64_t end)
+{
+    if (!b->top)
+        return k->next_nonzero(b->summary, group, end);
+    while (group < end) {
+        uint64_t span = group / DL_SPAN_GROUPS;
+        uint64_t word = k->next_nonzero(b->top, span / DL_WORD_PAGES, dl_top_words_for(b->npages));
+        struct dl_part part = dl_part_first(word * DL_WORD_PAGES > span ? word * DL_WORD_PAGES : span, dl_spans_for(b->npages));
+        uint64_t spans = part.mask ? dl_load_relaxed(&b->top[word]) & part.mask : 0;
+        uint64_t first = spans ? word * DL_WORD_PAGES + dl_ffs(spans) : (word + 1) * DL_WORD_PAGES;
+        if (first > span)
+            group = first * DL_SPAN_GROUPS;
+        uint64_t stop = (first + 1) * DL_SPAN_GROUPS < end ? (first + 1) * DL_SPAN_GROUPS : end;
+        if (spans && group < end && (group = k->next_nonzero(b->summary, group, stop)) < stop)
+            return group;
+    }
+    return end;
+}
+
+/* The pages that are dirty; a moment's view while others mark. */
+static inline uint64_t dl_count_pages(const struct dl_kernels *k, const struct dl_bitmap *b)
+{
+    uint64_t nwords = dl_words_for(b->npages), groups = dl_groups_for(b->npages), pages = 0;
+    if (!b->summary) {
+        /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
+        uint64_t whole = b->npages / DL_WORD_PAGES;
+        pages = k->popcount(b->words, whole);
+        if (whole < nwords)
+            pages += (uint64_t)__builtin_popcountll(dl_load_relaxed(&b->words[whole]) & dl_tail_mask(b->npages));
+        return pages;
+    }
+    for (uint64_t group = dl_next_group(k, b, 0, groups); group < groups; group = dl_next_group(k, b, group + 1, groups))
+        for (uint64_t lines = dl_load_relaxed(&b->summary[group]); lines; lines &= lines - 1) {
+            uint64_t at = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
+            pages += k->popcount(b->words + at, nwords - at < DL_LINE_WORDS ? nwords - at : DL_LINE_WORDS);
+        }
+    return pages;
+}
+
 struct dl_basket {
     const struct dl_kernels *k;
     uint64_t *numbers, *masks; /* sparse: entries, as many as `capacity` */

@@ -79,24 +79,85 @@ DL_INLINE uint64_t group_part(uint64_t group, uint64_t first_line, uint64_t end_
     return lines;
 }
 
+/* Note and take the lines of groups [group, end), of a line of the summary at most; returns how many groups have some. */
+DL_INLINE size_t take_groups(const struct dl_bitmap *b, uint64_t group, uint64_t end, uint64_t first_line, uint64_t end_line,
+                             struct dl_taken *taken, int clear, uint64_t *nlines, dl_line_mask_fn line_mask)
+{
+    size_t n = 0;
+    for (unsigned mask = words_mask(b->summary, group, end, line_mask); mask; mask &= mask - 1) {
+        uint64_t at = group + (uint64_t)__builtin_ctz(mask);
+        uint64_t part = group_part(at, first_line, end_line);
+        uint64_t lines = clear ? dl_summary_take(b, at, part) : dl_load_relaxed(&b->summary[at]) & part;
+        taken[n].group = at;
+        taken[n].lines = lines;
+        n += lines != 0;
+        *nlines += (uint64_t)__builtin_popcountll(lines);
+    }
+    return n;
+}
+
+/* The lowest `n` bits of `bits`. */
+DL_INLINE uint64_t lowest_bits(uint64_t bits, size_t n)
+{
+    uint64_t rest = bits;
+    for (; rest && n; n--)
+        rest &= rest - 1;
+    return bits ^ rest;
+}
+
+/* I4: the top before the summary. No more spans are taken at once than there is room for the groups of, so that none is
+ * left with its top bit taken and its summary not. A span of which the range has a part keeps its top bit. */
+DL_INLINE size_t take_spans_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
+                                 struct dl_taken *taken, size_t room, int clear, uint64_t *nlines,
+                                 dl_line_mask_fn line_mask)
+{
+    uint64_t group = *next, end = (end_line + DL_GROUP_LINES - 1) / DL_GROUP_LINES;
+    uint64_t first_span = (first_line + DL_SPAN_LINES - 1) / DL_SPAN_LINES;
+    /* The last span may be shorter than others, and is whole all the same. */
+    uint64_t end_span = end_line == dl_lines_for(b->npages) ? dl_spans_for(b->npages) : end_line / DL_SPAN_LINES;
+    size_t n = 0;
+    while (group < end && n + DL_SPAN_GROUPS <= room) {
+        uint64_t span = group / DL_SPAN_GROUPS;
+        if (span < first_span || span >= end_span) {
+            uint64_t stop = (span + 1) * DL_SPAN_GROUPS;
+            n += take_groups(b, group, stop < end ? stop : end, first_line, end_line, taken + n, clear, nlines, line_mask);
+            group = stop;
+            continue;
+        }
+        uint64_t word = next_nonzero_body(b->top, span / DL_WORD_PAGES, dl_words_for(end_span), line_mask);
+        uint64_t from = word * DL_WORD_PAGES > span ? word * DL_WORD_PAGES : span;
+        struct dl_part part = dl_part_first(from, end_span);
+        group = ((word + 1) * DL_WORD_PAGES < end_span ? (word + 1) * DL_WORD_PAGES : end_span) * DL_SPAN_GROUPS;
+        if (!part.mask) /* nothing up to the last of them */
+            continue;
+        uint64_t all = dl_load_relaxed(&b->top[word]) & part.mask;
+        uint64_t spans = lowest_bits(all, (room - n) / DL_SPAN_GROUPS);
+        if (spans != all)
+            group = (word * DL_WORD_PAGES + dl_ffs(all ^ spans)) * DL_SPAN_GROUPS;
+        if (clear && spans)
+            spans = dl_top_take(b, word, spans);
+        for (; spans; spans &= spans - 1) {
+            uint64_t at = (word * DL_WORD_PAGES + dl_ffs(spans)) * DL_SPAN_GROUPS, stop = at + DL_SPAN_GROUPS;
+            n += take_groups(b, at, stop < end ? stop : end, first_line, end_line, taken + n, clear, nlines, line_mask);
+        }
+    }
+    *next = group;
+    return n;
+}
+
 /* I4: the summary before the words. Eight groups are tested at once; `taken` has
  * room for eight more whenever there is another turn. */
 DL_INLINE size_t take_summary_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
                                    struct dl_taken *taken, size_t room, int clear, uint64_t *nlines,
                                    dl_line_mask_fn line_mask)
 {
+    if (b->top)
+        return take_spans_body(b, first_line, end_line, next, taken, room, clear, nlines, line_mask);
     uint64_t group = *next, end = (end_line + DL_GROUP_LINES - 1) / DL_GROUP_LINES;
     size_t n = 0;
     for (; group < end && n + DL_LINE_WORDS <= room; group += DL_LINE_WORDS) {
-        for (unsigned mask = words_mask(b->summary, group, end, line_mask); mask; mask &= mask - 1) {
-            uint64_t at = group + (uint64_t)__builtin_ctz(mask);
-            uint64_t part = group_part(at, first_line, end_line);
-            uint64_t lines = clear ? dl_summary_take(b, at, part) : dl_load_relaxed(&b->summary[at]) & part;
-            taken[n].group = at;
-            taken[n].lines = lines;
-            n += lines != 0;
-            *nlines += (uint64_t)__builtin_popcountll(lines);
-        }
+        uint64_t stop = group + DL_LINE_WORDS;
+        n += take_groups(b, group, stop < end ? stop : end, first_line, end_line, taken + n, clear, nlines, line_mask);
     }
     *next = group;
     return n;

@@ -9,4 +9,5 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
                            DirtyPages nothing)
 # Clear the bits of pages, as many as `bits` has. Needs no memory, so it cannot fail.
 cdef void clear_pages(const dl_bitmap *bits, DirtyPages pages) noexcept
+cdef uint64_t count_pages(const dl_bitmap *bits) noexcept nogil
 cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out, int clear) noexcept nogil

@@ -40,6 +40,8 @@ cdef extern from "_bits/harvest.h" nogil:
     dl_parts dl_foreign_parts_of(uint64_t npages, uint64_t first, uint64_t end)
     uint64_t dl_first_group(const dl_parts *parts)
     uint64_t dl_end_group(const dl_parts *parts)
+    uint64_t dl_next_group(const dl_kernels *k, const dl_bitmap *b, uint64_t group, uint64_t end)
+    uint64_t dl_count_pages(const dl_kernels *k, const dl_bitmap *b)
     void dl_take_part(dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
     void dl_take_range(dl_basket *basket, const dl_bitmap *b, const dl_parts *parts, const dl_taken *taken,
                        size_t ntaken)
@@ -54,6 +56,8 @@ cdef enum:
     FEW_GROUPS = 256
     # Words that are scanned without giving up the GIL: as many as take no longer than that does.
     SCANNED = 512
+    # Of the summary where a top tells which lines of it are worth a look: a bit for each DL_LINE_WORDS.
+    SCANNED_BY_TOP = SCANNED * 64 * DL_LINE_WORDS
 
 
 cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) noexcept:
@@ -63,6 +67,16 @@ cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) 
     with nogil:
         start = kernels.next_nonzero(words, start, end)
     return start
+
+
+cdef uint64_t next_group(const dl_bitmap *bits, uint64_t group, uint64_t end) noexcept:
+    """Return the first group of lines in [group, end) that may be dirty, or `end`."""
+    cdef uint64_t scanned = SCANNED if bits.top == NULL else SCANNED_BY_TOP
+    if end - group <= scanned:
+        return dl_next_group(kernels, bits, group, end)
+    with nogil:
+        group = dl_next_group(kernels, bits, group, end)
+    return group
 
 
 cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, int clear,
@@ -86,7 +100,7 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     cdef uint64_t groups = dl_end_group(&parts)
     cdef bint whole = parts.head_end == first and parts.tail_first == end
     if whole:
-        group = next_nonzero(bits.summary, group, groups)
+        group = next_group(bits, group, groups)
         if group >= groups and nothing is not None:
             dl_harvest_end()
             return nothing
@@ -128,6 +142,11 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
             free(taken)
     pages_fill(pages, dense, numbers, masks, basket.entries)
     return pages
+
+
+cdef uint64_t count_pages(const dl_bitmap *bits) noexcept nogil:
+    """Return how many pages are dirty, and take none."""
+    return dl_count_pages(kernels, bits)
 
 
 cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out, int clear) noexcept nogil:

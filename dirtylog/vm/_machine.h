@@ -192,7 +192,8 @@ static inline void dl_log_free(struct dl_memslot *slot)
     memset(&slot->log, 0, sizeof slot->log);
 }
 
-/* KVM's bitmap of double length, each half padded to whole lines. */
+/* KVM's bitmap of double length, each half padded to whole lines. It has no top: an architecture of another package
+ * marks it too, compiled with whatever header there was. */
 static inline int dl_log_alloc(struct dl_memslot *slot)
 {
     uint64_t half = dl_lines_for(slot->npages) * DL_LINE_WORDS, groups = dl_groups_for(slot->npages);

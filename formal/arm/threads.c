@@ -10,6 +10,8 @@
 /* Two words of one line: page 0 is in the first one, page 64 in the second. */
 #define BITMAP const struct dl_bitmap bitmap = {words, summary, 2 * DL_WORD_PAGES}
 #define SECOND DL_WORD_PAGES
+/* One word, under a summary and a top. */
+#define BITMAP_OF_THREE const struct dl_bitmap bitmap = {words, summary, DL_WORD_PAGES, top}
 /* The program's own accesses. */
 #define WRITE(i) dl_store_relaxed(&pages[i], 1)
 #define READ(i) dl_load_relaxed(&pages[i])
@@ -212,64 +214,34 @@ THREAD(clear_without_end)
     return 1 | READ(0) << 1;
 }
 
-/* ---- a third level: one top bit for a line of summary words, as the headers would have it */
+/* ---- a third level: one top bit for a line of summary words */
 
-static inline void top_mark(uint64_t *top)
-{
-    if (!(dl_load_seq_cst(top) & 1))
-        dl_fetch_or(top, 1);
-}
-
-/* The fence behind the read-modify-write: the summary is looked at by plain loads. */
-static inline uint64_t top_take(uint64_t *top)
-{
-    uint64_t taken = dl_load_relaxed(top) & 1 ? dl_fetch_and(top, ~UINT64_C(1)) & 1 : 0;
-    dl_fence_after_rmw();
-    return taken;
-}
-
-THREAD(mark_three) { BITMAP; WRITE(0); dl_mark(&bitmap, 0); top_mark(top); return 0; }
-THREAD(range_three) { BITMAP; WRITE(0); dl_mark_range(&bitmap, 0, DL_WORD_PAGES); top_mark(top); return 0; }
-THREAD(batch_three)
-{
-    BITMAP;
-    WRITE(0);
-    dl_batch_begin();
-    dl_batch_mark(&bitmap, 0, 1);
-    top_mark(top);
-    return 0;
-}
-
-static inline uint64_t harvest_leaf(uint64_t *words, uint64_t *summary)
-{
-    uint64_t taken = 0;
-    if (dl_load_relaxed(summary) && dl_exchange(summary, 0)) {
-        dl_fence_seq_cst();
-        taken = dl_harvest_word(&words[0]);
-    }
-    return taken;
-}
+THREAD(mark_three) { BITMAP_OF_THREE; WRITE(0); dl_mark(&bitmap, 0); return 0; }
+THREAD(range_three) { BITMAP_OF_THREE; WRITE(0); dl_mark_range(&bitmap, 0, DL_WORD_PAGES); return 0; }
+THREAD(batch_three) { BITMAP_OF_THREE; WRITE(0); dl_batch_begin(); dl_batch_mark(&bitmap, 0, 1); return 0; }
 
 THREAD(harvest_three)
 {
-    uint64_t taken = top_take(top) ? harvest_leaf(words, summary) : 0;
-    dl_harvest_end();
-    return REPORT(0, taken);
+    BITMAP_OF_THREE;
+    uint64_t out[1];
+    dl_harvest(&bitmap, out);
+    return REPORT(0, out[0]);
 }
 
 THREAD(mark_three_and_tell)
 {
-    BITMAP;
+    BITMAP_OF_THREE;
     dl_mark(&bitmap, 0);
-    top_mark(top);
     DL_STORE(&pages[1], 1, RELEASE);
     return 0;
 }
 THREAD(harvest_three_when_told)
 {
+    BITMAP_OF_THREE;
+    uint64_t out[1];
     uint64_t told = DL_LOAD(&pages[1], ACQUIRE);
-    uint64_t taken = top_take(top) ? harvest_leaf(words, summary) : 0;
-    return told << 1 | (taken & 1);
+    dl_harvest(&bitmap, out);
+    return told << 1 | (out[0] & 1);
 }
 
 /* The top's load in any order with the summary's mark. */
@@ -299,13 +271,24 @@ THREAD(top_loaded_early)
 /* Where another marker has set the summary bit, his way to the top is waited for. */
 THREAD(mark_three_and_skip)
 {
+    BITMAP_OF_THREE;
     dl_fetch_or(&words[0], 1);
     if (!(dl_load_seq_cst(&summary[0]) & 1)) {
         dl_fetch_or(&summary[0], 1);
-        top_mark(top);
+        dl_top_mark_span(&bitmap, 0);
     }
     DL_STORE(&pages[1], 1, RELEASE);
     return 0;
+}
+
+static inline uint64_t harvest_leaf(uint64_t *words, uint64_t *summary)
+{
+    uint64_t taken = 0;
+    if (dl_load_relaxed(summary) && dl_exchange(summary, 0)) {
+        dl_fence_seq_cst();
+        taken = dl_harvest_word(&words[0]);
+    }
+    return taken;
 }
 
 THREAD(harvest_without_top_fence)

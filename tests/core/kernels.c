@@ -51,22 +51,24 @@ static void run(const struct dl_kernels *k, const uint64_t *words, size_t from, 
     k->take_dense(answer->left, n, answer->dense, clear);
 }
 
-/* The header's own harvests, which have no vector code: everything, of memory with a summary and without. */
-static int header_differs(const uint64_t *words, uint64_t npages, int own)
+/* The header's own harvests, which have no vector code: everything, of memory with one level, two, and three. */
+static int header_differs(const uint64_t *words, uint64_t npages, int levels)
 {
+    int own = levels > 1;
     static uint64_t left[2][WORDS + DL_LINE_WORDS] __attribute__((aligned(64))), out[2][WORDS + 1];
-    uint64_t summary[2][1] = {{0}, {0}}, pages[2];
+    uint64_t summary[2][1] = {{0}, {0}}, top[2][1] = {{0}, {0}}, pages[2];
     memset(left, 0, sizeof left);
     memset(out, 7, sizeof out);
     for (int quiescent = 0; quiescent < 2; quiescent++) {
-        struct dl_bitmap bitmap = {left[quiescent], own ? summary[quiescent] : NULL, npages};
+        struct dl_bitmap bitmap = {left[quiescent], own ? summary[quiescent] : NULL, npages,
+                                   levels > 2 ? top[quiescent] : NULL};
         for (uint64_t word = 0; word < dl_words_for(npages); word++)
             if (words[word])
                 dl_mark_mask(&bitmap, word, own && word == npages / 64 ? words[word] & dl_tail_mask(npages) : words[word]);
         pages[quiescent] = (quiescent ? dl_harvest_quiescent : dl_harvest)(&bitmap, out[quiescent]);
     }
     return pages[0] != pages[1] || memcmp(left[0], left[1], sizeof left[0]) || memcmp(out[0], out[1], sizeof out[0]) ||
-           summary[0][0] || summary[1][0];
+           summary[0][0] || summary[1][0] || top[0][0] || top[1][0];
 }
 
 int main(void)
@@ -80,8 +82,8 @@ int main(void)
             unsigned kind = draw() % 5;
             for (size_t i = 0; i < n; i++)
                 words[i] = draw_word(kind);
-            for (int own = 0; n && own < 2; own++)
-                if (header_differs(words, 64 * n - draw() % 64, own)) {
+            for (int levels = 1; n && levels <= 3; levels++)
+                if (header_differs(words, 64 * n - draw() % 64, levels)) {
                     printf("the header's harvests differ in round %u, %zu words of kind %u\n", round, n, kind);
                     return 1;
                 }

@@ -133,7 +133,7 @@ def compiler(arm):
 
 @pytest.mark.usefixtures("compiler")
 def test_what_is_right_holds_and_what_is_wrong_is_refuted(arm, capsys):
-    names = ("batch, set", "batch, clear, set", "no fence *", "test instead of fetch-or")
+    names = ("batch, set", "batch, clear, set", "three levels, mark, *", "no fence *", "test instead of fetch-or")
     assert arm.main.main([part for name in names for part in ("--only", name)]) == 0
     assert "refuted" in capsys.readouterr().out
 

@@ -11,6 +11,8 @@
  * Arguments: rounds a thread, and with KERNELS the path whose kernels harvest, as DirtyBitmap does, in place of the
  * header's dl_harvest. Prints the counts; exit status 1 if a write was lost.
  *
+ * TWO_LEVELS leaves out the top, which otherwise has one bit.
+ *
  * BROKEN_MARK and BROKEN_HARVEST replace one operation by a plain one: the test of this test.
  */
 #include <pthread.h>
@@ -29,7 +31,12 @@
 
 static uint64_t words[LINES * DL_LINE_WORDS] __attribute__((aligned(64)));
 static uint64_t summary[DL_LINE_WORDS] __attribute__((aligned(64)));
-static const struct dl_bitmap bitmap = {words, summary, PAGES};
+#ifdef TWO_LEVELS
+#define top NULL
+#else
+static uint64_t top[DL_LINE_WORDS] __attribute__((aligned(64)));
+#endif
+static const struct dl_bitmap bitmap = {words, summary, PAGES, top};
 
 static uint64_t content[PAGES]; /* owned: plain; shared: relaxed */
 static uint64_t replica[PAGES];
@@ -149,7 +156,7 @@ static void copy_word(uint64_t word, uint64_t mask)
 #ifdef KERNELS
 static const struct dl_kernels *kernels;
 
-/* The four steps of DirtyBitmap.harvest: summary, fence, leaves. */
+/* The steps of DirtyBitmap.harvest: top and fence, summary, fence, leaves. */
 static uint64_t harvest_by_kernels(uint64_t *out)
 {
     struct dl_taken taken[2 * DL_LINE_WORDS];

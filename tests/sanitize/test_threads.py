@@ -62,8 +62,9 @@ def compiler(request, tmp_path_factory):
     return request.param
 
 
-def test_marks_ranges_batches_and_harvests_race_with_nothing_and_lose_nothing(compiler, tmp_path):
-    program, built = build(tmp_path, compiler, "-fsanitize=thread")
+@pytest.mark.parametrize("levels", [["-DTWO_LEVELS"], []], ids=["two levels", "three levels"])
+def test_marks_ranges_batches_and_harvests_race_with_nothing_and_lose_nothing(compiler, tmp_path, levels):
+    program, built = build(tmp_path, compiler, "-fsanitize=thread", *levels)
     assert (built.returncode, built.stderr) == (0, "")
     done = run(program, WATCHED)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,9 +1,14 @@
-/* A dirty bitmap with an optional summary level: mark while others harvest.
+/* A dirty bitmap with optional summary levels: mark while others harvest.
  *
  * `words` holds one bit a page. `summary`, where there is one, holds one bit
  * for each 64-byte line of words (512 pages), so that a harvest reads only
- * lines in which something was marked. Memory that others mark without knowing
- * the summary (a kernel, a vhost-user back end) has none.
+ * lines in which something was marked. `top`, where there is one, holds one
+ * bit for each 64-byte line of the summary (2^18 pages), so that a harvest of
+ * a large bitmap reads only those lines of its summary. Memory that others
+ * mark without knowing these levels (a kernel, a vhost-user back end) has none.
+ *
+ * Whoever marks a bitmap has to know all of its levels: a summary under a top
+ * is marked by programs alone that were compiled with this header.
  *
  * No function here checks bounds: the caller has.
  */
@@ -20,6 +25,7 @@ struct dl_bitmap {
     uint64_t *words;   /* dl_words_for(npages), 64-byte aligned where there is a summary */
     uint64_t *summary; /* NULL: none */
     uint64_t npages;
+    uint64_t *top; /* NULL: none; only over a summary. The last one, so that {words, summary, npages} has none */
 };
 
 /* Lines that a harvest has taken: the 64 lines from 64 * group on. */
@@ -30,9 +36,15 @@ struct dl_taken {
 
 #define DL_GROUP_LINES 64u
 #define DL_GROUP_WORDS (DL_GROUP_LINES * DL_LINE_WORDS)
+/* A span is what one top bit stands for: a line of summary words, with all that is below them. */
+#define DL_SPAN_GROUPS DL_LINE_WORDS
+#define DL_SPAN_LINES (DL_SPAN_GROUPS * DL_GROUP_LINES)
+#define DL_SPAN_WORDS (DL_SPAN_LINES * DL_LINE_WORDS)
 
 static inline uint64_t dl_lines_for(uint64_t npages) { return (dl_words_for(npages) + DL_LINE_WORDS - 1) / DL_LINE_WORDS; }
 static inline uint64_t dl_groups_for(uint64_t npages) { return (dl_lines_for(npages) + DL_GROUP_LINES - 1) / DL_GROUP_LINES; }
+static inline uint64_t dl_spans_for(uint64_t npages) { return (dl_groups_for(npages) + DL_SPAN_GROUPS - 1) / DL_SPAN_GROUPS; }
+static inline uint64_t dl_top_words_for(uint64_t npages) { return dl_words_for(dl_spans_for(npages)); }
 
 /* ---- marking ------------------------------------------------------------ */
 
@@ -46,10 +58,33 @@ static inline void dl_summary_mark(const struct dl_bitmap *b, uint64_t group, ui
         dl_fetch_or(&b->summary[group], lines);
 }
 
+/* One bit of a level, which is nearly always set. What follows a locked instruction waits for it, so that each
+ * instruction counts: the test is one, and what is for a clear bit alone is kept (`__asm__`) from being done before it. */
+static inline void dl_level_mark(uint64_t *level, uint64_t bit)
+{
+    if (__builtin_expect(!(dl_load_seq_cst(&level[bit / DL_WORD_PAGES]) >> (bit % DL_WORD_PAGES) & 1), 0)) {
+        __asm__("" : "+r"(bit));
+        dl_fetch_or(&level[bit / DL_WORD_PAGES], dl_bit(bit));
+    }
+}
+
+/* I4, one level up: pairs with dl_top_take(). The summary bits below were set
+ * before, or seen to be set (seq_cst, both), so when the load still sees the top
+ * bit, the harvester takes the top after that, and looks at the summary after
+ * taking it. Also where the summary bit was set already: who set it may not have
+ * come to the top yet, and a mark that has returned must not wait for him. */
+static inline void dl_top_mark_span(const struct dl_bitmap *b, uint64_t span)
+{
+    if (b->top)
+        dl_level_mark(b->top, span);
+}
+
 static inline void dl_summary_mark_word(const struct dl_bitmap *b, uint64_t word)
 {
-    if (b->summary)
-        dl_summary_mark(b, word / DL_GROUP_WORDS, UINT64_C(1) << (word / DL_LINE_WORDS % DL_GROUP_LINES));
+    if (!b->summary)
+        return;
+    dl_level_mark(b->summary, word / DL_LINE_WORDS);
+    dl_top_mark_span(b, word / DL_SPAN_WORDS);
 }
 
 /* Every line that words [first, last] touch. */
@@ -60,6 +95,8 @@ static inline void dl_summary_mark_words(const struct dl_bitmap *b, uint64_t fir
     struct dl_part part = dl_part_first(first / DL_LINE_WORDS, last / DL_LINE_WORDS + 1);
     for (; part.mask; dl_part_next(&part))
         dl_summary_mark(b, part.word, part.mask);
+    for (uint64_t span = first / DL_SPAN_WORDS; span <= last / DL_SPAN_WORDS && b->top; span++)
+        dl_level_mark(b->top, span);
 }
 
 /* I3: fetch_or is a full barrier between the caller's store to the page and
@@ -128,11 +165,38 @@ static inline uint64_t dl_summary_take(const struct dl_bitmap *b, uint64_t group
     return mask == DL_ALL_PAGES ? dl_exchange(summary, 0) : dl_fetch_and(summary, ~mask) & mask;
 }
 
-/* I5: a harvest that cannot go on gives the lines back, unread. */
+/* Take the spans of `spans` in one word of the top; returns which were set. A
+ * harvest may take a span's bit only if it takes the summary of the whole span
+ * next: one of a part leaves it, since the rest still needs it.
+ *
+ * I4: pairs with the load of dl_top_mark_span(). The fence comes before any summary
+ * word of those spans is looked at with a relaxed load, as below the summary. */
+static inline uint64_t dl_top_take(const struct dl_bitmap *b, uint64_t word, uint64_t spans)
+{
+    uint64_t taken = dl_fetch_and(&b->top[word], ~spans) & spans;
+    dl_fence_after_rmw();
+    return taken;
+}
+
+/* For a harvest of everything that has come to `group`: whether it may pass over the DL_SPAN_GROUPS groups from there on.
+ * If not, it has taken their top bit. */
+static inline int dl_span_is_clean(const struct dl_bitmap *b, uint64_t group)
+{
+    uint64_t span = group / DL_SPAN_GROUPS;
+    if (!b->top || group % DL_SPAN_GROUPS)
+        return 0;
+    return !(dl_load_relaxed(&b->top[span / DL_WORD_PAGES]) & dl_bit(span)) ||
+           !dl_top_take(b, span / DL_WORD_PAGES, dl_bit(span));
+}
+
+/* I5: a harvest that cannot go on gives the lines back, unread. The top after the
+ * summary, as whoever marks (I4): another harvester may be at it meanwhile. */
 static inline void dl_summary_untake(const struct dl_bitmap *b, const struct dl_taken *taken, size_t n)
 {
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         dl_fetch_or(&b->summary[taken[i].group], taken[i].lines);
+        dl_top_mark_span(b, taken[i].group / DL_SPAN_GROUPS);
+    }
 }
 
 /* I3: the last step of every harvest: no page is read before its bit is seen to be taken. A batch tests before
@@ -210,6 +274,10 @@ __attribute__((always_inline)) static inline uint64_t dl_harvest_all(const struc
     } else {
         memset(out, 0, nwords * sizeof *out);
         for (uint64_t group = 0; group < dl_groups_for(b->npages); group++) {
+            if (dl_span_is_clean(b, group)) {
+                group += DL_SPAN_GROUPS - 1;
+                continue;
+            }
             if (!dl_load_relaxed(&b->summary[group]))
                 continue;
             uint64_t lines = dl_summary_take(b, group, DL_ALL_PAGES);

@@ -21,7 +21,7 @@
 #define DIRTYLOG_API_VERSION 1u
 #define DIRTYLOG_API_CAPSULE "dirtylog._C_API"
 
-struct dl_bitmap; /* opaque */
+struct dl_bitmap; /* opaque: marked by these functions alone, which know all of its levels */
 typedef struct dl_bitmap dirtylog_bitmap;
 
 struct dirtylog_api {

@@ -118,7 +118,7 @@ int main(int argc, char **argv)
     action.sa_handler = arrives;
     sigaction(number, &action, NULL);
     for (int i = 0; i < VCPUS; i++) {
-        bitmaps[i] = (struct dl_bitmap){words[i], summary[i], PAGES};
+        bitmaps[i] = (struct dl_bitmap){words[i], summary[i], PAGES, NULL};
         slots[i] = (struct dl_ring_slot){&bitmaps[i], (uint32_t)i};
         vcpus[i].ring = (struct dl_ring){vcpus[i].entries, ENTRIES, 0, 0};
         dl_runner_init(&vcpus[i].runner);

@@ -88,7 +88,9 @@ def test_what_is_only_reserved_is_neither_read_nor_kept(puppet, tmp_path):
     held = held_pages(puppet.pid, regions, about.npages)
     region = next(region for region in regions if region.start == shared)
     inside = held & dl.DirtyPages.from_runs([[region.first_page, 4096]], about.npages)
-    assert inside.indices().tolist() == [region.first_page + 7]
+    # Where nothing was written, the kernel says to root alone: to others all of it may hold something.
+    looked_into = os.access(f"/proc/{puppet.pid}/map_files/{region.start:x}-{region.end:x}", os.R_OK)
+    assert inside.indices().tolist() == [region.first_page + page for page in ([7] if looked_into else range(4096))]
     assert snapshot.restore(about.path)[(region.first_page + 7) * PAGE + 7] == 1
 
 

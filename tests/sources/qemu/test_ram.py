@@ -49,8 +49,9 @@ def test_a_guests_memory_in_a_shared_file_is_compared(tmp_path, firmware):
 
             assert until_written(qmp, harvest) == set(WRITTEN)
             assert (copy == memory).all()
+        # Of a round, which begins again after 256: the pages that it has come to are one ahead of the others.
         numbers = memory[BEGIN : BEGIN + 64 * PAGE : 2 * PAGE]
-        assert numbers.all()
+        assert set(numbers - numbers[-1]) <= {0, 1}
 
 
 def test_a_guests_own_memory_is_watched_from_outside(tmp_path, firmware):

@@ -70,16 +70,17 @@ def compare_copy(memory, fraction, rng, rounds=31):
     target = np.ones_like(memory)
     count = int(npages * fraction)
     copied, gathered = [], []
-    for turn in range(rounds):
-        # In turns, so that both meet the same neighbours on the machine, and elsewhere in memory each time, so that
-        # neither finds its bytes in a cache.
+    for _ in range(rounds):
+        # In turns, so that all meet the same neighbours on the machine, and elsewhere in memory each time, so that
+        # none finds its bytes in a cache, of which some processors have half a gigabyte.
         dirty = DirtyPages.from_indices(rng.choice(npages, count, replace=False), npages)
         packed = PackedExtents(dirty, memory.nbytes)
         windows = iter(packed.windows())
-        start = (turn * dirty.nbytes) % (memory.nbytes - dirty.nbytes + 1)
-        block = slice(start, start + dirty.nbytes)
+        block, another = (
+            slice(start, start + dirty.nbytes) for start in (rng.integers(npages - count + 1, size=2) * 4096).tolist()
+        )
 
-        def straight(begin, end, part, block=block):
+        def straight(begin, end, part, block=another):
             np.copyto(part, memory[block][begin:end])
 
         def scattered(begin, end, part, windows=windows):
@@ -91,9 +92,8 @@ def compare_copy(memory, fraction, rng, rounds=31):
             lambda copy=straight, total=packed.total: in_windows(copy, total),
             lambda copy=scattered, total=packed.total: in_windows(copy, total),
         ]
-        # Either goes first as often as the other: what the first leaves in the caches and the TLB helps the second.
-        order = range(4) if turn % 2 else reversed(range(4))
-        taken = {way: seconds(ways[way], 1) for way in order}
+        # Any goes first: what one leaves in the caches and the TLB helps the next.
+        taken = {way: seconds(ways[way], 1) for way in rng.permutation(4).tolist()}
         copied.append(taken[0] / taken[1])
         gathered.append(taken[2] / taken[3])
     for what, ratios in (("page copy", copied), ("what a save gathers", gathered)):

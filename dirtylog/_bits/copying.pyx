@@ -2,8 +2,8 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """Copies extents of pages from memory to memory without the GIL.
 
-An extent is a row ``(offset, length)`` in bytes. A *plain* buffer holds each extent at its own offset; a *packed* one
-holds them one after the other.
+An extent is a row ``(offset, length)`` in bytes; those of one call do not overlap, and are copied in any order. A *plain*
+buffer holds each extent at its own offset; a *packed* one holds them one after the other.
 """
 
 cimport cython
@@ -16,9 +16,10 @@ __all__ = ["copy_extents", "gather", "scatter"]
 
 cdef extern from "_bits/stream.h" nogil:
     int64_t DL_STREAM_BYTES
-    void dl_stream_copy(char *target, const char *source, size_t nbytes, const char *next, size_t next_bytes) noexcept
-    void dl_stream_end() noexcept
-    void dl_fetch(const char *next, size_t next_bytes) noexcept
+    struct dl_copier:
+        int streaming, held
+    void dl_copier_copy(dl_copier *copier, char *target, const char *source, size_t nbytes) noexcept
+    void dl_copier_end(dl_copier *copier) noexcept
 
 
 @cython.final
@@ -94,27 +95,20 @@ cdef int check_packed(const int64_t *extents, Py_ssize_t n, Py_ssize_t nbytes) e
 # ---- memory to memory -----------------------------------------------------------------------------------------------
 
 cdef void move(char *target, const char *source, const int64_t *extents, Py_ssize_t n, bint target_packed,
-               bint source_packed) noexcept nogil:
+               bint source_packed, bint streaming) noexcept nogil:
     cdef Py_ssize_t i
     cdef int64_t packed = 0
     cdef int64_t offset, length
+    cdef dl_copier copier
+    copier.streaming = streaming
+    copier.held = 0
     for i in range(n):
         offset = extents[2 * i]
         length = extents[2 * i + 1]
-        if not source_packed and i + 1 < n:
-            dl_fetch(source + extents[2 * i + 2], <size_t>extents[2 * i + 3])
-        memcpy(target + (packed if target_packed else offset), source + (packed if source_packed else offset),
-               <size_t>length)
+        dl_copier_copy(&copier, target + (packed if target_packed else offset),
+                       source + (packed if source_packed else offset), <size_t>length)
         packed += length
-
-
-cdef void stream(char *target, const char *source, const int64_t *extents, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, after
-    for i in range(n):
-        after = min(i + 1, n - 1)
-        dl_stream_copy(target + extents[2 * i], source + extents[2 * i], <size_t>extents[2 * i + 1],
-                       source + extents[2 * after], <size_t>extents[2 * after + 1])
-    dl_stream_end()
+    dl_copier_end(&copier)
 
 
 def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
@@ -152,10 +146,8 @@ def copy_extents(source, target, const int64_t[:, ::1] extents) -> int:
     cdef int64_t total
     with nogil:
         total = total_length(rows, n)
-        if total >= DL_STREAM_BYTES:
-            stream(to, origin, rows, n)
-        else:
-            move(to, origin, rows, n, False, False)
+        # Past the caches where the copy would displace everything else.
+        move(to, origin, rows, n, False, False, total >= DL_STREAM_BYTES)
     return total
 
 
@@ -170,7 +162,7 @@ def gather(source, const int64_t[:, ::1] extents, packed) -> None:
     cdef char *to = written.start()
     cdef const char *origin = read.start()
     with nogil:
-        move(to, origin, rows, n, True, False)
+        move(to, origin, rows, n, True, False, False)
 
 
 def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
@@ -184,4 +176,4 @@ def scatter(packed, const int64_t[:, ::1] extents, target) -> None:
     cdef char *to = written.start()
     cdef const char *origin = read.start()
     with nogil:
-        move(to, origin, rows, n, False, True)
+        move(to, origin, rows, n, False, True, False)

@@ -168,7 +168,7 @@ static inline int dl_sort_page(const unsigned char *now, size_t length, int64_t 
     }
     memcpy(whole, now, length);
     if (held || (before && (copies->pages[place] < 0 ? copies->older >= 0 : copies->frames[place] < copies->older))) {
-        dl_stream_copy((char *)before, (const char *)whole, length, NULL, 0);
+        dl_stream_copy((char *)before, (const char *)whole, length);
         copies->pages[place] = number;
     }
     return DL_PAGE_WHOLE;

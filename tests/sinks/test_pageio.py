@@ -61,6 +61,30 @@ def test_gather_and_scatter_are_each_others_reverse():
     assert (target == want).all()
 
 
+@pytest.mark.parametrize("where", [0, 1, 16, 48, 63])
+@pytest.mark.parametrize("total", [6 << 20, 1 << 20], ids=["past the caches", "through the caches"])
+def test_extents_of_every_length_and_alignment_are_moved_whatever_they_are_copied_with(where, total):
+    # Several pages are copied at once: each in its turn meets others, shorter and longer, and those at the end remain.
+    rng = np.random.default_rng(where)
+    lengths = rng.choice([1, 63, 64, 65, 2047, 2048, 2111, 4095, 4096, 4097, 8191, 12288], total // 3000)
+    lengths[: len(lengths) % 4] = 4096
+    gaps = rng.choice([0, 1, 16, 64, 4096], len(lengths))
+    extents = np.column_stack([np.cumsum(gaps + lengths) - lengths, lengths])
+    source = rng.integers(0, 256, extents[-1].sum() + 64, np.uint8)[where:]
+    target = np.full(len(source) + 64, 7, np.uint8)[where : where + len(source)]
+    taken = np.zeros(len(source), bool)
+    for offset, length in extents:
+        taken[offset : offset + length] = True
+    copying.copy_extents(source, target, extents)
+    assert (target == np.where(taken, source, 7)).all()
+    packed = np.zeros(lengths.sum(), np.uint8)
+    copying.gather(source, extents, packed)
+    assert (packed == source[taken]).all()
+    target[:] = 7
+    copying.scatter(packed, extents, target)
+    assert (target == np.where(taken, source, 7)).all()
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_file_gets_and_gives_the_extents_at_their_offsets(tmp_path, packed):
     source = memory(3)

@@ -497,7 +497,7 @@ static inline void dl_take_pages(struct dl_taking *t, const unsigned char *data)
     struct dl_granule g = {0};
     while (dl_next_granule(t, &g)) {
         if (g.held)
-            dl_stream_copy((char *)g.place, (const char *)data, g.held, NULL, 0);
+            dl_stream_copy((char *)g.place, (const char *)data, g.held);
         data += g.length;
     }
     dl_stream_end();

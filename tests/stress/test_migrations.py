@@ -20,7 +20,7 @@ from dirtylog.sinks.migrate._postcopy import Faults
 
 pytestmark = pytest.mark.stress
 
-NPAGES = 256
+NPAGES = 2048
 RUNS = 200
 SESSION = "5" * 32
 # What the two journals may say together. Of a source that nobody knows nothing was given away.
@@ -47,6 +47,8 @@ POSTCOPY = {
     ("given", "gone"): "the source may go on: the copy never may",
     ("given", "faults"): "the program is lost, if the copy lacks pages: start it again from a snapshot",
     ("serves", "faults"): "the program is lost, if the copy lacks pages: start it again from a snapshot",
+    ("done", "faults"): "the program ended with the copy's process, which had everything",
+    ("done", "fills"): "the source may go on, if it is there still: the copy did not run, and its memory is gone",
     ("given", "fills"): "the source may go on: the copy did not run, and its memory is gone",
     ("serves", "fills"): "the source may go on: the copy did not run, and its memory is gone",
     ("serves", "gone"): "the source may go on: the copy never may",
@@ -145,7 +147,7 @@ def guards():
     [
         ({}, {}, TABLE),
         ({"postcopy": 0}, {"postcopy": True}, POSTCOPY),
-        ({"postcopy": 1}, {"postcopy": True, "run": "filled"}, POSTCOPY),
+        ({"postcopy": 0}, {"postcopy": True, "run": "filled"}, POSTCOPY),
     ],
     ids=["precopy", "postcopy", "filled"],
 )

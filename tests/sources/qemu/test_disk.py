@@ -237,7 +237,7 @@ def test_a_command_without_an_answer_loses_nothing_and_stops_nothing(machine, tm
         with QemuDisk(deaf, "disk", PAGE, nbd=machine.nbd, scratch=scratch) as disk:
             deaf.arm(at, done)
             pending = set()
-            for page in range(1 if held else 2):
+            for page in range(2 if done and not held else 1):
                 machine.writer.write(page * PAGE, 512, 1)
                 pending.add(page)
                 with suppress(TimeoutError):
@@ -262,7 +262,7 @@ def test_a_command_without_an_answer_loses_nothing_and_stops_nothing(machine, tm
         assert scratch is None or not scratch.exists()
         if not reached:
             break
-    assert at > 15
+    assert at >= 10
 
 
 def test_arguments_that_will_not_do_are_named(machine, disk):

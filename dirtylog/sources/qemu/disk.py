@@ -77,7 +77,7 @@ class QemuDisk(Resource):
     scratch : path-like, optional
         File for QEMU to write, which must not exist: blocks of the disk are copied there before the guest overwrites
         them, so that `read` gives what they held at the moment of the last harvest. Without it `read` gives what they
-        hold now.
+        hold now. If there is no room left for it, QEMU fails the guest's writes.
 
     Attributes
     ----------

@@ -240,7 +240,7 @@ def back_up(
     moment : bool, default True
         Copy what the disk held at one moment, as after a power cut. QEMU must be able to write a scratch file in
         `directory`, which takes as much as the guest overwrites meanwhile; without room for
-        it QEMU fails the guest's writes. Without it each page is copied as it is
+        it QEMU fails the guest's writes. With False each page is copied as it is
         when it is reached, and the backup is of no one moment unless the guest is paused.
     nbd : path-like or (str, int), optional
         Where QEMU's NBD server listens, if one runs already.

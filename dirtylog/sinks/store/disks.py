@@ -178,7 +178,7 @@ def back_up(
     moment : bool, default True
         Copy what the disk held at one moment, as after a power cut. QEMU must be able to write a scratch file in
         `scratch`, which takes as much as the guest overwrites meanwhile; without room for
-        it QEMU fails the guest's writes. Without it each chunk is copied as it is when
+        it QEMU fails the guest's writes. With False each chunk is copied as it is when
         it is reached, and the backup is of no one moment unless the guest is paused.
     scratch : path-like, optional
         A directory: that for temporary files by default.

@@ -105,6 +105,7 @@ def harvest_words(words, out=None, *, bint quiescent=False) -> np.ndarray:
     except BaseException:
         bits.words = source.words
         bits.summary = NULL
+        bits.top = NULL
         bits.npages = 64 * source.nwords
         with nogil:
             dl_merge_dense(kernels, &bits, target.words, target.nwords, 0)

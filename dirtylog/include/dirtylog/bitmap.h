@@ -10,6 +10,9 @@
  * Whoever marks a bitmap has to know all of its levels: a summary under a top
  * is marked by programs alone that were compiled with this header.
  *
+ * Initialize the whole struct, as {0} or an initializer does, before you assign
+ * its members: a `top` left as memory was is taken for one, and written to.
+ *
  * No function here checks bounds: the caller has.
  */
 #ifndef DIRTYLOG_BITMAP_H

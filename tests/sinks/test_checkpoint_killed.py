@@ -44,8 +44,10 @@ def kill_and_look(training, directory, words):
 
 def test_a_training_run_killed_at_random_moments_restores_to_one_step(tmp_path, training):
     rng = np.random.default_rng(5)
-    looked = sum(kill_and_look(training, tmp_path / str(i), int(rng.integers(5, 60))) for i in range(5))
-    assert looked > 0
+    looked = runs = 0
+    while runs < 5 or not looked:  # on a busy machine the program may say much before its first checkpoint
+        runs += 1
+        looked += kill_and_look(training, tmp_path / str(runs), int(rng.integers(5, 60 * runs)))
 
 
 @pytest.mark.stress

@@ -2,14 +2,13 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """Copies extents of pages from memory to memory without the GIL.
 
-An extent is a row ``(offset, length)`` in bytes; those of one call do not overlap, and are copied in any order. A *plain*
-buffer holds each extent at its own offset; a *packed* one holds them one after the other.
+An extent is a row ``(offset, length)`` in bytes; those of one call do not overlap, and are copied in any order. A
+*plain* buffer holds each extent at its own offset; a *packed* one holds them one after the other.
 """
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t
-from libc.string cimport memcpy
 
 __all__ = ["copy_extents", "gather", "scatter"]
 

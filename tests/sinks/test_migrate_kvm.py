@@ -5,8 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,13 +80,21 @@ def go_on():
         print(json.dumps({"before": before, "after": rcx}), flush=True)
 
 
-def test_a_running_guest_migrates_into_another_process_and_goes_on():
+@contextmanager
+def departing(destination):
+    """Run a guest here until the block ends, and beside it the process in which `destination`.go_on() takes it in."""
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", "from tests.sinks import test_migrate_kvm as t; t.go_on()"],
+        [sys.executable, "-c", f"from tests.sinks import {destination} as t; t.go_on()"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *(p for p in sys.path if p)])},
     )  # fmt: skip
+
+    def answer():
+        output, complaint = process.communicate(timeout=100)
+        assert process.returncode == 0, complaint
+        return json.loads(output)
+
     with process, kvm.Kvm() as system, system.create_vm() as vm:
         vm.set_memory_region(0, 0, NPAGES)
         memory = vm.memory(0)
@@ -98,20 +108,25 @@ def test_a_running_guest_migrates_into_another_process_and_goes_on():
         port = int(process.stdout.readline())
         with socket.create_connection(("127.0.0.1", port), timeout=100) as sock:
             guest = Running(vcpu)
+            observer = Patient(log.observer("migration"), guest, memory.view("<u4")[START * PAGE // 4 :])
             try:
-                # It never rests, so that the last round is forced.
-                policy = Policy(downtime=0.0, max_rounds=4, force=True)
-                observer = Patient(log.observer("migration"), guest, memory.view("<u4")[START * PAGE // 4 :])
-                result = send(sock, memory, observer, policy=policy, pause=guest.stop)
+                yield SimpleNamespace(
+                    sock=sock, vcpu=vcpu, guest=guest, memory=memory, observer=observer, answer=answer
+                )
             finally:
                 guest.stop()
-            state = vcpu.get_regs()
-            sock.sendall(json.dumps(asdict(state)).encode() + b"\n")
-        check_memory(memory, state.rcx)
-        output, complaint = process.communicate(timeout=100)
-        assert process.returncode == 0, complaint
+
+
+def test_a_running_guest_migrates_into_another_process_and_goes_on():
+    with departing("test_migrate_kvm") as here:
+        # It never rests, so that the last round is forced.
+        policy = Policy(downtime=0.0, max_rounds=4, force=True)
+        result = send(here.sock, here.memory, here.observer, policy=policy, pause=here.guest.stop)
+        state = here.vcpu.get_regs()
+        here.sock.sendall(json.dumps(asdict(state)).encode() + b"\n")
+        check_memory(here.memory, state.rcx)
+        answer = here.answer()
     assert len(result.rounds) == 5
     assert all(r.dirtied for r in result.rounds[:-1])
-    answer = json.loads(output)
     assert answer["before"] == state.rcx
     assert answer["after"] > state.rcx + COUNT // 2

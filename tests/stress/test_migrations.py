@@ -23,28 +23,26 @@ pytestmark = pytest.mark.stress
 NPAGES = 2048
 RUNS = 200
 SESSION = "5" * 32
-# What the two journals may say together. Of a source that nobody knows nothing was given away.
-TABLE = {
+# What the two journals may say together, whatever the kind. Of a source that nobody knows nothing was given away.
+BOTH = {
     ("live", None): "restart the source, or go on",
     ("live", "part"): "restart the source, or go on",
     ("live", "gone"): "restart the source, or go on",
-    ("live", "have"): "the source has the right; drop the copy",
-    ("given", "have"): "settle, or let the durable copy run",
-    ("given", "runs"): "the copy runs",
     ("given", "gone"): "the source may go on: the copy never may",
+    ("given", "runs"): "the copy runs",
     ("done", "runs"): "the copy runs",
     (None, None): "nothing has begun",
     (None, "part"): "nothing was given away",
     (None, "gone"): "nothing was given away",
 }
-# The same of a copy that runs before it has everything, or that is to run when it has.
-POSTCOPY = {
-    ("live", None): "restart the source, or go on",
-    ("live", "part"): "restart the source, or go on",
-    ("live", "gone"): "restart the source, or go on",
+TABLE = BOTH | {
+    ("live", "have"): "the source has the right; drop the copy",
+    ("given", "have"): "settle, or let the durable copy run",
+}
+# Of a copy that runs before it has everything, or that is to run when it has.
+POSTCOPY = BOTH | {
     ("live", "ready"): "restart the source, or go on",
     ("given", "ready"): "the source may go on: the copy was not told to run, and its memory is gone",
-    ("given", "gone"): "the source may go on: the copy never may",
     ("given", "faults"): "the program is lost, if the copy lacks pages: start it again from a snapshot",
     ("serves", "faults"): "the program is lost, if the copy lacks pages: start it again from a snapshot",
     ("done", "faults"): "the program ended with the copy's process, which had everything",
@@ -52,12 +50,7 @@ POSTCOPY = {
     ("given", "fills"): "the source may go on: the copy did not run, and its memory is gone",
     ("serves", "fills"): "the source may go on: the copy did not run, and its memory is gone",
     ("serves", "gone"): "the source may go on: the copy never may",
-    ("given", "runs"): "the copy runs",
     ("serves", "runs"): "the copy runs",
-    ("done", "runs"): "the copy runs",
-    (None, None): "nothing has begun",
-    (None, "part"): "nothing was given away",
-    (None, "gone"): "nothing was given away",
 }
 
 

@@ -53,8 +53,12 @@ def named():
     allocated.set()
     signal.pause()
 allocated = threading.Event()
-threading.Thread(target=named, daemon=True).start()
+thread = threading.Thread(target=named, daemon=True)
+thread.start()
 allocated.wait()
+# One that runs does not tell its stack pointer. pause, or ppoll where there is none:
+while open(f"/proc/self/task/{thread.native_id}/syscall").read().split()[0] not in ("34", "73"):
+    pass
 """
 
 

@@ -3,8 +3,9 @@
     python -m docs.pictures                     # all of them, about half a minute
     python -m docs.pictures heat-map            # one
 
-Needs the extras cli, plot, trace and bench, and chromium for the report. The pictures are checked in, for a reader
-has no time to make them. Each is a dark card of its own, so that it reads the same on a light page and on a dark one.
+Needs the extras cli, plot, trace and bench, tmux for top, and chromium for the report. The pictures are checked in, for
+a reader has no time to make them. Each is a dark card of its own, so that it reads the same on a light page and on a
+dark one.
 """
 
 from __future__ import annotations
@@ -187,8 +188,9 @@ def read(descriptor: int) -> bytes:
         return b""
 
 
-def terminal(name: str, title: str, *command: str) -> None:
-    """Run a command and draw what it prints."""
+def terminal(name: str, title: str, command: str, lines: list[str], columns: int = COLUMNS) -> None:
+    """Draw a terminal in which a command was given, with the lines that it shows, colours included."""
+    from rich.ansi import AnsiDecoder
     from rich.console import Console
     from rich.terminal_theme import TerminalTheme
     from rich.text import Text
@@ -208,17 +210,62 @@ def terminal(name: str, title: str, *command: str) -> None:
             (226, 232, 240),
         ],
     )
-    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, legacy_windows=False)
-    console.print(Text.assemble(("$ ", "bold green"), (" ".join(command), "bold")))
-    for line in printed(*command).splitlines():
-        console.print(Text.from_ansi(line), no_wrap=True, crop=True)
+    console = Console(record=True, width=columns, file=io.StringIO(), force_terminal=True, legacy_windows=False)
+    console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
+    for text in AnsiDecoder().decode("\n".join(lines)):  # a style goes on in the next line until it is changed
+        console.print(text, no_wrap=True, crop=True)
     template = TERMINAL.replace("{title}", title)
     write(name, console.export_svg(theme=theme, code_format=template, unique_id="t"))
 
 
 def info() -> None:
     """What `dirtylog info` says of this machine."""
-    terminal("info.svg", "The output of dirtylog info: which facilities this machine offers", "dirtylog", "info")
+    title = "The output of dirtylog info: which facilities this machine offers"
+    terminal("info.svg", title, "dirtylog info", printed("dirtylog", "info").splitlines())
+
+
+def top() -> None:
+    """A training program under `dirtylog top`, in tmux: all its regions, and one of its arrays from near."""
+    columns, lines = 112, 20
+    with tempfile.TemporaryDirectory() as directory:
+        socket_path, program = f"{directory}/agent", Path(directory) / "training.py"
+        program.write_text(TRAINING.replace("range(4)", "range(1000)"))
+        command = [sys.executable, "-m", "dirtylog.agent", "--socket", socket_path, str(program)]
+        with subprocess.Popen(command) as training:
+            tmux = ["tmux", "-L", f"dirtylog-pictures-{os.getpid()}"]
+
+            def ask(*words: str) -> str:
+                return subprocess.run([*tmux, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+            def shown(*texts: str) -> list[str]:
+                """Wait for a picture that has these words in it, and some looks more; return it."""
+                deadline = time.monotonic() + 60
+                while not all(text in ask("capture-pane", "-p") for text in texts):
+                    if time.monotonic() > deadline:
+                        raise RuntimeError(f"top did not show {texts}: {ask('capture-pane', '-p')}")
+                    time.sleep(0.1)
+                time.sleep(4)
+                return ask("capture-pane", "-p", "-e").rstrip().splitlines()
+
+            try:
+                while not os.path.exists(socket_path):
+                    time.sleep(0.05)
+                watch = [sys.executable, "-m", "dirtylog", "top", str(training.pid), "--agent", socket_path]
+                size = ["-x", str(columns), "-y", str(lines)]
+                ask("new-session", "-d", *size, "env", "-u", "COLUMNS", *watch, "--interval", "0.5")
+                said = "dirtylog top training --agent training.sock"
+                regions = shown("weights", "moment")
+                regions = [line.replace(f"{training.pid}:", "training:") for line in regions]
+                title = "dirtylog top: regions of a program by what they write per second, each with a strip of where"
+                terminal("top.svg", title, said, regions, columns)
+                ask("send-keys", "Down")
+                ask("send-keys", "Enter")
+                near = shown("a character is")
+                title = "dirtylog top, one region from near: where in it is written now, and where lately"
+                terminal("top-near.svg", title, said, near, columns)
+            finally:
+                subprocess.run([*tmux, "kill-server"], check=False)
+                training.kill()
 
 
 # ---- one chart ------------------------------------------------------------------------------------------
@@ -449,6 +496,7 @@ def report() -> None:
 PICTURES: dict[str, Callable[[], None]] = {
     "heat-map": heat_map,
     "info": info,
+    "top": top,
     "harvest": harvest,
     "price-of-writers": price_of_writers,
     "child-saves": child_saves,

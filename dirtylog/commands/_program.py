@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Protocol
@@ -33,6 +33,8 @@ __all__ = [
     "add_agent_argument",
     "add_program_arguments",
     "add_watch_arguments",
+    "command_of",
+    "machine_text",
     "names_of",
     "record_program",
     "report_file",
@@ -272,15 +274,25 @@ def about(args: argparse.Namespace, pid: int) -> dict[str, str]:
     """Say what is recorded, when, and on what kind of machine; its name is nobody's business."""
     if args.pid is None:
         python, words = _words(args)
-        words = [*(["python"] if python else []), *words]
+        command = _shown([*(["python"] if python else []), *words])
     else:
-        words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]]
+        command = command_of(pid)
+    return {"command": command, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine_text()}
+
+
+def command_of(pid: int) -> str:
+    """Return the command line of a process that runs, as much of it as people want to see."""
+    return _shown([os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]])
+
+
+def _shown(words: Sequence[str]) -> str:
+    return shlex.join(words).encode(errors="replace").decode()[:500]
+
+
+def machine_text() -> str:
+    """Say what kind of machine this is."""
     system = platform.uname()
-    return {
-        "command": shlex.join(words).encode(errors="replace").decode()[:500],
-        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{system.system} {system.release}, {system.machine}, {os.cpu_count()} CPUs",
-    }
+    return f"{system.system} {system.release}, {system.machine}, {os.cpu_count()} CPUs"
 
 
 def _watch_running(

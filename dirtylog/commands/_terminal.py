@@ -122,9 +122,17 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, one_line: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: int = 1,
+    one_line: bool = False,
+    chosen: int | None = None,
 ) -> Any:
-    """Lay out a table for rich, which must be installed; with `one_line`, cells are cut rather than wrapped."""
+    """Lay out a table for rich, which must be installed.
+
+    With `one_line`, cells are cut rather than wrapped; the row of number `chosen` stands out.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -138,8 +146,8 @@ def table(
     )
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number < left else "right", no_wrap=one_line or number == 0)
-    for row in rows:
-        made.add_row(*map(Text, row))
+    for number, row in enumerate(rows):
+        made.add_row(*map(Text, row), style="reverse" if number == chosen else None)
     return made
 
 

@@ -1,49 +1,50 @@
-"""Show live which memory of a running process is written, and how fast.
+"""Show live which memory of running processes is written, and how fast.
 
-The process is attached to from outside and goes on undisturbed; it needs no
+The processes are attached to from outside and go on undisturbed; they need no
 preparation. PROCESS is a process id, or a name if one process has it.
 
-Keys: q quits, f freezes the picture and goes on, s sorts by rate, size or
-address, a shows all regions or those that were written.
+Keys: the arrows choose a region, Enter looks at it from near, Escape goes back;
+s sorts by rate, size or address, a shows all regions or those that were written,
+f freezes the picture and goes on, d writes the last minute to a trace, q quits.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.commands import _terminal
+from dirtylog.commands._looks import ASCII_BARS, BARS, WINDOWS, Look, Row, Watcher
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
-from dirtylog.commands._program import names_of
-from dirtylog.commands._refusal import refusing
+from dirtylog.commands._program import command_of, machine_text, names_of
+from dirtylog.commands._refusal import Misunderstood, refusing
 from dirtylog.commands._screen import keys_until, raw_keys
-from dirtylog.commands._terminal import printable
+from dirtylog.errors import BackendUnavailable, DirtyLogError
 
 if TYPE_CHECKING:
-    from dirtylog import DirtyPages, Process
-    from dirtylog.sources.process import Region
-    from dirtylog.sources.process.naming import Names
+    from rich.console import Console
 
 __all__ = ["add_arguments", "run"]
 
-WINDOWS = (1.0, 10.0, 60.0)
 SORTS = ("rate", "size", "address")
-# From nothing written to every page written.
-BARS = "·▁▂▃▄▅▆▇█"
-ASCII_BARS = ".:-=+*#%@"
+COLUMNS = ("region", "where", "per second", "working set", "size", "address")
+# What a list has around its rows: the heading, the table's lines, the keys and a note.
+AROUND = 7
+# The characters that it takes to show so many columns, with regions' names of 28.
+WIDTHS = {120: 6, 104: 5, 0: 4}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("process", help="process id, or the name of the one process that has it")
+    parser.add_argument(
+        "process", nargs="+", metavar="PROCESS", help="process id, or the name of the one process that has it"
+    )
     parser.add_argument(
         "--interval", type=more_than(0, float, LONGEST), default=1.0, metavar="SECONDS", help="time between looks (1)"
     )
@@ -53,126 +54,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print each look as JSON, one line each")
     parser.add_argument("--all", action="store_true", help="watch every writable mapping, also those below 1 MiB")
-    parser.add_argument("--follow", action="store_true", help="watch its children too, as they come")
+    parser.add_argument("--follow", action="store_true", help="watch their children too, as they come")
     parser.add_argument(
         "--agent", metavar="SOCKET", help="where the program's agent listens: it hands over, and names its arrays"
     )
-    parser.add_argument("--trust-shared", action="store_true", help="watch shared memory through this process alone")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One region at one look: where it is, and what of it was written in the last interval."""
-
-    name: str
-    start: int
-    nbytes: int
-    bytes_per_second: float
-    working_set_bytes: int
-    strip: str
-    pid: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What one look saw; sizes in bytes, times in seconds."""
-
-    seconds: float
-    nbytes: int
-    bytes_per_second: float
-    exact: bool
-    working_sets: dict[str, int]
-    rows: tuple[Row, ...]
-
-
-class Watcher:
-    """Harvests a process, and remembers as much as the longest working set needs."""
-
-    def __init__(self, process: Process, bars: str, names: Names, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._process = process
-        self._names = names
-        self._bars = bars
-        self._history: deque[tuple[float, DirtyPages]] = deque()
-        self._last = clock()
-        process.harvest()
-
-    def look(self) -> Look:
-        """Harvest, and say what it means."""
-        pages = self._process.harvest()
-        now = self._clock()
-        seconds, self._last = now - self._last, now
-        self._history.append((now, pages))
-        while self._history and self._history[0][0] < now - max(WINDOWS):
-            self._history.popleft()
-        sets = {window: self._written_since(now - window, pages) for window in WINDOWS}
-        regions = self._names(self._process.regions)
-        rows = tuple(self._row(region, pages, sets[max(WINDOWS)], seconds) for region in regions)
-        return Look(
-            seconds,
-            pages.nbytes,
-            pages.nbytes / seconds if seconds > 0 else 0.0,
-            pages.exact,
-            {f"{window:g}": written.nbytes for window, written in sets.items()},
-            rows,
-        )
-
-    def _written_since(self, moment: float, pages: DirtyPages) -> DirtyPages:
-        for when, earlier in self._history:
-            if when > moment:
-                pages |= earlier
-        return pages
-
-    def _row(self, region: Region, pages: DirtyPages, recent: DirtyPages, seconds: float) -> Row:
-        from dirtylog import DirtyPages
-        from dirtylog._bits.strip import density
-
-        inside = DirtyPages.from_runs([[region.first_page, region.npages]], pages.npages, pages.page_size)
-        own, lately = pages & inside, recent & inside
-        shifted = own.runs() - [region.first_page, 0]
-        shares = density(DirtyPages.from_runs(shifted, region.npages, pages.page_size), 24)
-        # The least share that shows: a page that was written is to be seen, however large the region is.
-        marks = [self._bars[-int(-share * (len(self._bars) - 1) // 1)] for share in shares]
-        name = printable(region.name or region.kind)
-        return Row(
-            name if region.pid in (0, self._process.pid) else f"{region.pid}: {name}",
-            region.start,
-            region.npages * pages.page_size,
-            own.nbytes / seconds if seconds > 0 else 0.0,
-            lately.nbytes,
-            "".join(marks),
-            region.pid,
-        )
+    parser.add_argument("--trust-shared", action="store_true", help="watch shared memory through these processes alone")
 
 
 def run(args: argparse.Namespace) -> int:
     """Attach, and draw until told to stop."""
     from dirtylog import attach
 
-    pid = find_process(args.process)
+    pids = list(dict.fromkeys(map(find_process, args.process)))
+    if args.agent is not None and len(pids) > 1:
+        raise Misunderstood(
+            "--agent is about one process, and several were named; leave it out, or watch that one alone"
+        )
     looks = 1 if args.once else args.count
-    select = "all" if args.all else "large"
     with ExitStack() as stack:
-        with refusing():
-            process = stack.enter_context(
-                attach(
-                    pid,
-                    select=select,
-                    handover=args.agent,
-                    trust_shared=args.trust_shared,
-                    follow_children=args.follow,
+        processes = []
+        for pid in pids:
+            with refusing():
+                process = stack.enter_context(
+                    attach(
+                        pid,
+                        select="all" if args.all else "large",
+                        handover=args.agent,
+                        trust_shared=args.trust_shared,
+                        follow_children=args.follow,
+                    )
                 )
-            )
-            names = stack.enter_context(names_of(pid, args.agent))
-        watcher = Watcher(process, BARS if _terminal.encodes(BARS) else ASCII_BARS, names)
+                processes.append((process, stack.enter_context(names_of(pid, args.agent))))
+        about = [command_of(pid) for pid in pids], time.time()
+        watcher = Watcher(processes, BARS if _terminal.encodes(BARS) else ASCII_BARS)
+        name = ", ".join(args.process)
         if args.json or args.once or not sys.stdout.isatty():
-            _print(watcher, args, looks)
+            _print(watcher, name, args, looks)
         else:
-            _draw(watcher, process, args, looks)
+            _draw(watcher, Screen(name, pids, *about), args, looks)
     return 0
 
 
-def _print(watcher: Watcher, args: argparse.Namespace, looks: int | None) -> None:
+def _print(watcher: Watcher, name: str, args: argparse.Namespace, looks: int | None) -> None:
     """One look after the other, as JSON or as tables."""
     done = 0
     while looks is None or done < looks:
@@ -180,54 +103,187 @@ def _print(watcher: Watcher, args: argparse.Namespace, looks: int | None) -> Non
         look = watcher.look()
         done += 1
         if args.json:
-            _terminal.show_json_line(asdict(look))
+            _terminal.show_json_line(look.as_dict())
         else:
-            _terminal.show_table(heading(args.process, look), COLUMNS, cells(look, "rate", False), left=2)
+            _terminal.show_table(heading(name, look), COLUMNS, cells(listed(look, "rate", False)), left=2)
 
 
-def _draw(watcher: Watcher, process: Process, args: argparse.Namespace, looks: int | None) -> None:
+def _draw(watcher: Watcher, screen: Screen, args: argparse.Namespace, looks: int | None) -> None:
     """Draw on the whole screen."""
     try:
         from rich.live import Live
     except ImportError:
-        _print(watcher, args, looks)
+        _print(watcher, screen.name, args, looks)
         return
-    from rich.console import Group
-    from rich.text import Text
-
-    sort, everything, frozen, done = 0, False, False, 0
-    look: Look | None = None
-    begin = time.monotonic()
-
-    def picture() -> Any:
-        if look is None:
-            return Text(f"attached to process {process.pid}; the first look comes in {args.interval:g} s")
-        keys = f"q quit   f {'go on' if frozen else 'freeze'}   s sort by {SORTS[sort - 2]}   a all regions"
-        return Group(
-            _terminal.table(
-                heading(args.process, look), COLUMNS, cells(look, SORTS[sort], everything), left=2, one_line=True
-            ),
-            Text(keys, style="dim"),
-        )
-
-    with raw_keys() as listening, Live(picture(), auto_refresh=False, screen=listening) as live:
+    begin, done = time.monotonic(), 0
+    waiting = f"attached to {screen.name}; the first look comes in {args.interval:g} s"
+    with raw_keys() as listening, Live(waiting, auto_refresh=False, screen=listening) as live:
         while looks is None or done < looks:
             begin += args.interval
             for key in keys_until(begin, listening):
-                if key in "qQ":
+                if not screen.press(key):
                     return
-                frozen ^= key in "fF "
-                everything ^= key in "aA"
-                sort = (sort + (key in "sS")) % len(SORTS)
-                live.update(picture(), refresh=True)
-            latest = watcher.look()
+                if screen.look is not None:
+                    live.update(screen.picture(live.console), refresh=True)
+            screen.see(watcher.look())
             done += 1
-            if not frozen:
-                look = latest
-                live.update(picture(), refresh=True)
+            live.update(screen.picture(live.console), refresh=True)
 
 
-COLUMNS = ("region", "where", "per second", "working set", "size", "address")
+class Screen:
+    """What is shown of the looks: which region, in which order, from how near.
+
+    Parameters
+    ----------
+    name : str
+        What the user called the processes.
+    pids : sequence of int
+        Their ids.
+    commands : sequence of str
+        Their command lines, for a trace.
+    started : float
+        When the watch began, in seconds since 1970.
+    """
+
+    def __init__(self, name: str, pids: list[int], commands: list[str], started: float) -> None:
+        self.name = name
+        self._pids, self._commands, self._started = pids, commands, started
+        self.look: Look | None = None
+        self._latest: Look | None = None
+        self._sort = 0
+        self._everything = self._frozen = self._near = False
+        # The chosen region, by process and address, wherever the next look has it in the list.
+        self._chosen: tuple[int, int] | None = None
+        self._note = ""
+
+    def see(self, look: Look) -> None:
+        """Show another look, unless the picture is frozen."""
+        self._latest = look
+        if not self._frozen or self.look is None:
+            self.look = look
+
+    def press(self, key: str) -> bool:
+        """Do what a key says; return whether to go on."""
+        key = key.lower()
+        if key == "q":
+            return False
+        self._note = ""
+        if key in ("f", " "):
+            self._frozen = not self._frozen
+            self.look = self.look if self._frozen else self._latest
+        elif key == "a":
+            self._everything = not self._everything
+        elif key == "s":
+            self._sort = (self._sort + 1) % len(SORTS)
+        elif key in ("up", "k", "down", "j"):
+            self._choose(-1 if key in ("up", "k") else 1)
+        elif key in ("enter", "right"):
+            self._choose(0)
+            self._near = self._chosen is not None
+        elif key in ("escape", "left"):
+            self._near = False
+        elif key == "d" and self.look is not None:
+            self._note = self._dump(self.look)
+        return True
+
+    def _rows(self) -> list[Row]:
+        return listed(self.look, SORTS[self._sort], self._everything) if self.look is not None else []
+
+    def _place(self, rows: list[Row]) -> int | None:
+        """Where the chosen region is in the list; None if it is gone, or none was chosen."""
+        return next((i for i, row in enumerate(rows) if (row.pid, row.start) == self._chosen), None)
+
+    def _choose(self, step: int) -> None:
+        rows = self._rows()
+        at = self._place(rows)
+        if rows:
+            row = rows[0] if at is None else rows[min(max(at + step, 0), len(rows) - 1)]
+            self._chosen = row.pid, row.start
+
+    def _dump(self, look: Look) -> str:
+        """Write what was seen in the longest window as a trace; return what there is to say of that."""
+        from dirtylog.sinks.trace import Recorder
+        from dirtylog.sinks.trace.names import placed_names
+
+        name = f"top-{self._pids[0]}-{time.strftime('%Y%m%d-%H%M%S')}.trace"
+        try:
+            with Recorder(name, 0, os.sysconf("SC_PAGESIZE")) as recorder:
+                for seconds, pages in look.epochs():
+                    recorder.write(seconds, pages)
+                recorder.regions.update(placed_names(look.places()))
+                recorder.about.update(
+                    command="; ".join(self._commands),
+                    started=time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self._started)),
+                    machine=machine_text(),
+                    watched=f"the last {recorder.epochs} looks of dirtylog top",
+                )
+        except (BackendUnavailable, DirtyLogError, OSError) as error:
+            return f"no trace: {error}"
+        return f"{recorder.epochs} looks are in {name}: dirtylog report {name}"
+
+    def picture(self, console: Console) -> Any:
+        """Lay out what is shown; there was a look."""
+        from rich.console import Group
+        from rich.text import Text
+
+        assert self.look is not None
+        rows = self._rows()
+        at = self._place(rows)
+        width, height = console.size
+        going = "go on" if self._frozen else "freeze"
+        if self._near and at is not None:
+            parts = _close_up(self.look, rows[at], width, height)
+            keys = f"q quit  f {going}  ↑↓ other region  Esc all regions  d trace"
+        else:
+            room = max(height - AROUND, 1)
+            first = min(max((at or 0) - room + 1, 0), max(len(rows) - room, 0))
+            columns = COLUMNS[: next(count for least, count in WIDTHS.items() if width >= least)]
+            shown = [line[: len(columns)] for line in cells(rows[first : first + room])]
+            chosen = None if at is None else at - first
+            parts = [
+                Text(heading(self.name, self.look), "bold", no_wrap=True, overflow="ellipsis"),
+                _terminal.table("", columns, shown, left=2, one_line=True, chosen=chosen),
+            ]
+            more = f"  {first + 1} to {first + len(shown)} of {len(rows)}" if len(rows) > len(shown) else ""
+            keys = (
+                f"q quit  f {going}  s sort by {SORTS[self._sort - len(SORTS) + 1]}  a all regions  "
+                f"↑↓ Enter one region  d trace{more}"
+            )
+        lines = [Text(keys if _terminal.encodes(keys) else keys.replace("↑↓", "j/k"), "dim", no_wrap=True)]
+        return Group(*parts, *lines, Text(_terminal.printable(self._note), "yellow"))
+
+
+def _close_up(look: Look, row: Row, width: int, height: int) -> list[Any]:
+    """Lay out one region from near."""
+    from rich.text import Text
+
+    text = _terminal.bytes_text
+    margin = 15  # an address and a space
+    columns = max(min(width - margin, 128), 8)
+    detail = look.detail(row, max(min(height - 9, 32), 1), columns)
+    sets = ", ".join(f"{window} s: {text(size)}" for window, size in detail.working_sets.items())
+    drawn = [
+        Text(f"{row.name} at {row.start:#x}, {text(row.nbytes)}", "bold", no_wrap=True),
+        Text(f"{text(row.bytes_per_second)} per second; working set of the last {sets}", no_wrap=True),
+        Text(
+            f"a character is {text(detail.cell_bytes)}; faint: not in this look, but in the last {max(WINDOWS):g} s",
+            "dim",
+            no_wrap=True,
+        ),
+        Text(""),
+    ]
+    for address, now, lately in detail.lines:
+        line = Text(no_wrap=True)
+        line.append(f"{address:#x} ".rjust(margin), "dim")
+        for new, old in zip(now, lately, strict=True):
+            empty = new in (BARS[0], ASCII_BARS[0])
+            line.append(old if empty else new, "dim" if empty else "bold green")
+        drawn.append(line)
+    highest = max(detail.rates, default=0.0)
+    bars = BARS if _terminal.encodes(BARS) else ASCII_BARS
+    marks = "".join(bars[-int(-rate / highest * (len(bars) - 1) // 1)] if highest else bars[0] for rate in detail.rates)
+    drawn += [Text(""), Text(f"look by look, at most {text(highest)} per second", "dim", no_wrap=True), Text(marks)]
+    return drawn
 
 
 def heading(name: str, look: Look) -> str:
@@ -235,18 +291,23 @@ def heading(name: str, look: Look) -> str:
     text = _terminal.bytes_text
     sets = ", ".join(f"{window} s: {text(size)}" for window, size in look.working_sets.items())
     bound = "" if look.exact else "at most "
-    return f"{name}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}"
+    ended = f"; ended: {', '.join(map(str, look.ended))}" if look.ended else ""
+    return f"{name}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}{ended}"
 
 
-def cells(look: Look, sort: str, everything: bool) -> list[list[str]]:
-    """The regions as rows of a table: those that were ever written, or all."""
+def listed(look: Look, sort: str, everything: bool) -> list[Row]:
+    """The regions in order: those that were ever written, or all."""
     order = {
         "rate": lambda row: (-row.bytes_per_second, -row.working_set_bytes),
         "size": lambda row: (-row.nbytes,),
-        "address": lambda row: (row.start,),
+        "address": lambda row: (row.pid, row.start),
     }[sort]
+    return sorted((row for row in look.rows if everything or row.working_set_bytes), key=order)
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The regions as lines of a table."""
     text = _terminal.bytes_text
-    shown = [row for row in look.rows if everything or row.working_set_bytes]
     return [
         [
             row.name if len(row.name) <= 28 else "..." + row.name[-25:],
@@ -256,7 +317,7 @@ def cells(look: Look, sort: str, everything: bool) -> list[list[str]]:
             text(row.nbytes),
             f"{row.start:#x}",
         ]
-        for row in sorted(shown, key=order)
+        for row in rows
     ]
 
 
@@ -281,9 +342,9 @@ def find_process(text: str) -> int:
             found.append(int(pid))
     if len(found) == 1:
         return found[0]
+    if not found:
+        raise ProcessLookupError(errno.ESRCH, f"no process is called {text!r}; pass its id")
+    ids = " ".join(map(str, sorted(found)))
     raise ProcessLookupError(
-        3,
-        f"no process is called {text!r}; pass its id"
-        if not found
-        else f"{len(found)} processes are called {text!r}: {', '.join(map(str, sorted(found)))}; pass one of the ids",
+        errno.ESRCH, f"{len(found)} processes are called {text!r}; pass the ids of those that are meant: {ids}"
     )

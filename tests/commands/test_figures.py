@@ -13,8 +13,8 @@ from ..sources.test_process import PAGE, Puppet, attach
 
 pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
 
+from dirtylog.commands._looks import Watcher
 from dirtylog.commands.profile import report_text
-from dirtylog.commands.top import Watcher
 from dirtylog.sinks.profile import Sampler
 from dirtylog.sinks.report import report_html
 from dirtylog.sinks.trace import Recorder, Trace
@@ -105,7 +105,7 @@ def test_top_says_the_same_look_by_look(steady):
     now = [0.0]
     steady.written[0] = 0
     with attach(steady.pid, select=steady.select) as process:
-        watcher = Watcher(process, "01", Names(process.pid), lambda: now[0])
+        watcher = Watcher([(process, Names(process.pid))], "01", lambda: now[0])
         rates = []
         for now[0] in MOMENTS[:-2]:
             steady.write_until(now[0])

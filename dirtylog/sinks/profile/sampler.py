@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
 from dirtylog.sinks.profile import own_memory
 from dirtylog.sinks.profile.account import Account, Part, Profile
+from dirtylog.sinks.trace.names import placed_names
 
 if TYPE_CHECKING:
     from dirtylog.sources.process import Process, Region
@@ -89,23 +89,8 @@ class Sampler:
 
         Where pages had several names, as memory was named better or mapped anew, the last counts.
         """
-        named: dict[str, tuple[int, int]] = {}
-        for key, place in self._latest().items():
-            name = f"{self._called[key]} at {key[2]:#x}"
-            named[name if name not in named else f"{name}, page {place[0]}"] = place
-        return named
-
-    def _latest(self) -> dict[_Key, tuple[int, int]]:
-        taken: list[tuple[int, int]] = []
-        latest: dict[_Key, tuple[int, int]] = {}
-        for key in sorted(self._places, key=lambda key: -self._seen[key]):
-            first, npages = self._places[key]
-            at = bisect.bisect(taken, (first, first))
-            before = taken[at - 1][1] if at else 0
-            if before <= first and (at == len(taken) or first + npages <= taken[at][0]):
-                taken.insert(at, (first, first + npages))
-                latest[key] = (first, npages)
-        return {key: latest[key] for key in self._places if key in latest}
+        latest = sorted(self._places, key=lambda key: -self._seen[key])
+        return placed_names((self._called[key], key[2], *self._places[key]) for key in latest)
 
     @property
     def seconds(self) -> float:

@@ -1,16 +1,42 @@
-"""What regions of a trace are called where there is little room: in pictures, and wherever a thing lies in parts."""
+"""What regions of a trace are called: each by its place, and where there is little room by less."""
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["short_names", "size_text", "without_address"]
+__all__ = ["placed_names", "short_names", "size_text", "without_address"]
 
 # Regions of these names have nothing in common but that.
 NAMELESS = ("", "anonymous")
 _PLACED = re.compile(r"(.*?) at 0x([0-9a-f]+)(?:, page \d+)?", re.DOTALL)
+
+
+def placed_names(places: Iterable[tuple[str, int, int, int]]) -> dict[str, tuple[int, int]]:
+    """Name ranges of pages for a trace, none of which holds a page of another.
+
+    Parameters
+    ----------
+    places : iterable of (str, int, int, int)
+        Name, address in bytes, first page, and count. Where two have pages in common, the first one counts.
+
+    Examples
+    --------
+    >>> placed_names([("heap", 0x5000, 0, 4), ("heap", 0x9000, 2, 4), ("heap", 0x9000, 4, 2)])
+    {'heap at 0x5000': (0, 4), 'heap at 0x9000': (4, 2)}
+    """
+    taken: list[tuple[int, int]] = []
+    named: dict[str, tuple[int, int]] = {}
+    for name, address, first, npages in places:
+        at = bisect.bisect(taken, (first, first))
+        before = taken[at - 1][1] if at else 0
+        if before <= first and (at == len(taken) or first + npages <= taken[at][0]):
+            taken.insert(at, (first, first + npages))
+            placed = f"{name} at {address:#x}"
+            named[placed if placed not in named else f"{placed}, page {first}"] = first, npages
+    return named
 
 
 def without_address(name: str) -> str:

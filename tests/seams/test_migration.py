@@ -329,8 +329,10 @@ def test_a_receiver_whose_last_word_is_lost_has_the_right_to_run_all_the_same():
     assert migration.calls == ["pause"]
 
 
-def test_zero_pages_commit_no_memory_at_the_receiver():
+@pytest.mark.parametrize("given", [False, True], ids=["memory of its own", "memory that it is given"])
+def test_zero_pages_commit_no_memory_at_the_receiver(given):
     nbytes = 64 << 20
+    out = dl.zeros(nbytes, np.uint8) if given else None
     memory = np.zeros(nbytes, np.uint8)
     memory[:4096] = 1
     bitmap = dl.DirtyBitmap(nbytes // 4096)
@@ -338,7 +340,7 @@ def test_zero_pages_commit_no_memory_at_the_receiver():
     log.attach(bitmap)
     here, there = socket.socketpair()
     received = []
-    thread = threading.Thread(target=lambda: received.append(receive(there)))
+    thread = threading.Thread(target=lambda: received.append(receive(there, out=out)))
     thread.start()
     with here, there:
         send(here, memory, log.observer("migration"))

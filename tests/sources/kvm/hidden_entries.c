@@ -32,8 +32,11 @@ struct vcpu {
     unsigned nhidden;
     uint32_t push, reset;
     uint64_t written, allowed, again, other;
-    int at_door, lingers; /* between the call and the guest, where a signal finds nothing to interrupt */
+    int at_door; /* between the call and the guest, where a signal finds nothing to interrupt */
+    int lingers; /* there: UNTIL_ASKED, or UNTIL_LET_GO */
 };
+
+enum { UNTIL_ASKED = 1, UNTIL_LET_GO };
 
 static struct vcpu vcpus[VCPUS];
 static __thread volatile sig_atomic_t interrupted;
@@ -60,7 +63,7 @@ static int enter_guest(struct vcpu *vcpu)
 {
     if (__atomic_load_n(&vcpu->lingers, __ATOMIC_ACQUIRE)) {
         __atomic_store_n(&vcpu->at_door, 1, __ATOMIC_RELEASE);
-        while (!interrupted)
+        while (!interrupted || __atomic_load_n(&vcpu->lingers, __ATOMIC_ACQUIRE) == UNTIL_LET_GO)
             sched_yield();
         __atomic_store_n(&vcpu->lingers, 0, __ATOMIC_RELEASE);
     }
@@ -90,6 +93,16 @@ static int played(int fd, unsigned long request, ...)
         for (; vcpus[i].entries[vcpus[i].reset % ENTRIES].flags & DL_RING_RESET; vcpus[i].reset++, freed++)
             __atomic_store_n(&vcpus[i].entries[vcpus[i].reset % ENTRIES].flags, 0, __ATOMIC_RELEASE);
     return freed;
+}
+
+/* Make it leave the guest, and return when it stands at the door of the next run. */
+static void stand_at_door(struct vcpu *vcpu, int until)
+{
+    vcpu->at_door = 0;
+    __atomic_store_n(&vcpu->lingers, until, __ATOMIC_RELEASE);
+    dl_left_wait(&vcpu->runner, dl_left_ask(&vcpu->runner, vcpu->run, number));
+    while (!__atomic_load_n(&vcpu->at_door, __ATOMIC_ACQUIRE))
+        sched_yield();
 }
 
 static void *run(void *argument)
@@ -135,11 +148,7 @@ int main(int argc, char **argv)
         for (int i = 0; i < VCPUS; i++) {
             /* Every third round one of them is asked while it stands at the door. */
             if (kicks && round % 3 == 0 && (uint64_t)i == round % VCPUS) {
-                vcpus[i].at_door = 0;
-                __atomic_store_n(&vcpus[i].lingers, 1, __ATOMIC_RELEASE);
-                dl_left_wait(&vcpus[i].runner, dl_left_ask(&vcpus[i].runner, vcpus[i].run, number));
-                while (!__atomic_load_n(&vcpus[i].at_door, __ATOMIC_ACQUIRE))
-                    sched_yield();
+                stand_at_door(&vcpus[i], UNTIL_ASKED);
             } else {
                 __atomic_store_n(&vcpus[i].allowed, round * PAGES_A_ROUND, __ATOMIC_RELEASE);
                 while (__atomic_load_n(&vcpus[i].written, __ATOMIC_ACQUIRE) < round * PAGES_A_ROUND)
@@ -161,7 +170,13 @@ int main(int argc, char **argv)
         missed += reset != drained;
     }
     for (int i = 0; i < VCPUS; i++) {
+        /* A harvest's question and a kick of the same run: it ends, whichever of them came first. */
+        if (kicks) {
+            stand_at_door(&vcpus[i], UNTIL_LET_GO);
+            dl_left_ask(&vcpus[i].runner, vcpus[i].run, number);
+        }
         dl_kick(&vcpus[i].runner, vcpus[i].run, number);
+        __atomic_store_n(&vcpus[i].lingers, UNTIL_ASKED, __ATOMIC_RELEASE);
         pthread_join(threads[i], NULL);
         if (!vcpus[i].other || (kicks && vcpus[i].again < ROUNDS) || vcpus[i].run[DL_RUN_IMMEDIATE_EXIT])
             return 2;

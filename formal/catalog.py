@@ -247,4 +247,8 @@ CHECKS: tuple[Check, ...] = (
     *_refuted("postcopy", BOTH, "LOST_LINE_REVIVES_THE_SOURCE", "READY_COPY_RUNS", "GIVES_UP_WHILE_IT_RUNS"),
     *_refuted("postcopy", LOSS, "GUARD_ENDS_WITH_THE_LINE"),
     *_refuted("postcopy", NEITHER, "SENT_COUNTS_AS_APPLIED"),
+    # One that runs when it has everything.
+    *_holds("postcopy", LOSS, BOTH, NEITHER, macros=("FILLED",), variant="filled first"),
+    *_refuted("postcopy", BOTH, "STARTS_WHILE_IT_FILLS", "RUNS_BEFORE_IT_IS_RECORDED", macros=("FILLED",)),
+    *_refuted("postcopy", NEITHER, "GIVEN_UP_WHEN_FILLED", "RECORDED_AS_RUNNING", macros=("FILLED",)),
 )

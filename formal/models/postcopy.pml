@@ -6,15 +6,21 @@
  *
  * Variants: LOST_LINE_REVIVES_THE_SOURCE, READY_COPY_RUNS, GIVES_UP_WHILE_IT_RUNS, GUARD_ENDS_WITH_THE_LINE,
  * SENT_COUNTS_AS_APPLIED.
+ *
+ * With FILLED the copy runs when nothing is missing any more. Until then its journal says that it fills, and it may be
+ * given up or killed: the source goes on, on its word or on that of the user, who reads the journal of a copy that has ended.
+ *
+ * Variants of that: LOST_LINE_REVIVES_THE_SOURCE, SENT_COUNTS_AS_APPLIED, STARTS_WHILE_IT_FILLS,
+ * RUNS_BEFORE_IT_IS_RECORDED, GIVEN_UP_WHEN_FILLED, RECORDED_AS_RUNNING.
  */
 #define NEVER 9
 
-mtype = { RUN, PAGE, ready, faults, gone };
+mtype = { RUN, PAGE, ready, faults, fills, runs, gone };
 
 chan forth[2] = [3] of { mtype, byte };
 byte line, copy_at;                       /* the newest line, and the one that the copy is on */
 mtype stage = ready;                      /* the copy's, in its journal */
-bool source_runs, copy_runs;
+bool source_runs, copy_runs, dead;        /* what has run once has done something that stays; dead: the copy's process */
 bool there[2], written[2], filled, guarded = true;
 byte value[2];                            /* 0: never came, 1: the source's, 2: the program's */
 byte frame[2], sent, applied;
@@ -25,10 +31,24 @@ byte frame[2], sent, applied;
 #define RUNS(who) who = true
 #endif
 
+#ifdef FILLED
+#define HAS_THE_RIGHT (stage == fills || stage == runs || stage == faults)
+#define NEVER_RUNS (stage == gone || (dead && (stage == ready || stage == fills)))
+#ifdef RECORDED_AS_RUNNING
+#define WHILE_IT_FILLS faults
+#else
+#define WHILE_IT_FILLS fills
+#endif
+#else
+#define HAS_THE_RIGHT (stage == faults)
+#define NEVER_RUNS (stage == gone)
+#define WHILE_IT_FILLS faults
+#endif
+
 inline go(page)
 {
     atomic {
-        at == line && frame[page] == NEVER && stage != gone && nfull(forth[at]) ->
+        at == line && frame[page] == NEVER && !NEVER_RUNS && nfull(forth[at]) ->
         printf("page %d goes over line %d\n", page, at);
         forth[at]!PAGE(page);
         frame[page] = sent;
@@ -41,11 +61,11 @@ proctype source()
     byte at;
 again:
     /* The word of a copy that has ended is in its journal. */
-    atomic { copy_at == line || stage == gone || filled -> at = line; printf("the source comes on line %d\n", at) };
+    atomic { copy_at == line || NEVER_RUNS || filled -> at = line; printf("the source comes on line %d\n", at) };
     if
     :: filled -> goto over
-    :: stage == gone -> RUNS(source_runs); goto over
-    :: stage != gone && !filled
+    :: NEVER_RUNS -> RUNS(source_runs); goto over
+    :: !NEVER_RUNS && !filled
     fi;
     atomic {
 #ifndef SENT_COUNTS_AS_APPLIED
@@ -56,15 +76,15 @@ again:
     };
     if
     :: atomic { stage == ready && at == line && nfull(forth[at]) -> forth[at]!RUN(0); printf("the right is given\n") }
-    :: stage == faults
-    :: stage == gone -> RUNS(source_runs); goto over
+    :: HAS_THE_RIGHT
+    :: NEVER_RUNS -> RUNS(source_runs); goto over
     :: at != line -> goto lost
     fi;
     do
     :: go(0)
     :: go(1)
     :: filled -> goto over
-    :: stage == gone -> RUNS(source_runs); goto over
+    :: NEVER_RUNS -> RUNS(source_runs); goto over
     :: at != line -> goto lost
     od;
 lost:
@@ -89,20 +109,41 @@ proctype copy()
 #ifdef GUARD_ENDS_WITH_THE_LINE
        guarded = false
 #endif
-#ifdef GIVES_UP_WHILE_IT_RUNS
+#ifdef FILLED
+    :: atomic { (stage == ready || stage == WHILE_IT_FILLS) && !filled -> stage = gone; printf("the copy is given up\n") }; break
+    :: atomic { stage != gone && !filled -> dead = true; printf("the copy's process is killed, its journal says %e\n", stage) };
+       break
+#elif defined(GIVES_UP_WHILE_IT_RUNS)
     :: atomic { !filled -> stage = gone; printf("the copy is given up\n") }; break
 #else
     :: atomic { stage == ready -> stage = gone; printf("the copy is given up\n") }; break
 #endif
-    :: atomic { copy_at == line && forth[copy_at]?[RUN, _] -> forth[copy_at]?RUN(_); stage = faults }; RUNS(copy_runs)
+    :: atomic { copy_at == line && forth[copy_at]?[RUN, _] -> forth[copy_at]?RUN(_); stage = WHILE_IT_FILLS };
+#if !defined(FILLED) || defined(STARTS_WHILE_IT_FILLS)
+       RUNS(copy_runs)
+#endif
     :: atomic {
-           copy_at == line && stage == faults && forth[copy_at]?[PAGE, _] -> forth[copy_at]?PAGE(page);
+           copy_at == line && stage == WHILE_IT_FILLS && forth[copy_at]?[PAGE, _] -> forth[copy_at]?PAGE(page);
            applied++;
            printf("page %d is laid\n", page);
            value[page] = 1;
            there[page] = true
        }
-    :: atomic { there[0] && there[1] -> filled = true; printf("nothing is missing\n") }; break
+    :: atomic { there[0] && there[1] -> filled = true; printf("nothing is missing\n") };
+#ifdef FILLED
+#ifdef GIVEN_UP_WHEN_FILLED
+       if :: atomic { stage = gone; printf("the copy is given up\n") }; break :: skip fi;
+#endif
+#ifdef RUNS_BEFORE_IT_IS_RECORDED
+       RUNS(copy_runs);
+       if :: atomic { dead = true; printf("the copy's process is killed, its journal says %e\n", stage) }; break :: skip fi;
+       stage = runs;
+#else
+       atomic { stage = runs; printf("the copy's journal says that it runs\n") };
+       RUNS(copy_runs);
+#endif
+#endif
+       break
     :: timeout -> break
     od
 }

@@ -357,6 +357,7 @@ PUBLIC = {
         "DirtyLimit",
         "Keys",
         "Listener",
+        "ListenerProcess",
         "MigrationError",
         "NotConverging",
         "Policy",

@@ -15,7 +15,6 @@ from dirtylog.errors import DirtyLogError
 __all__ = ["Times", "add_postcopy_receive", "add_postcopy_send", "check_pages", "check_postcopy"]
 
 _KEPT = ("out", "snapshot", "checkpoint")
-_TLS = ("tls_cert", "tls_key", "tls_ca", "tls_name", "tls_psk_file")
 
 
 def add_postcopy_send(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +58,6 @@ def check_postcopy(args: argparse.Namespace) -> None:
         if getattr(args, "when", None) is not None:
             raise Misunderstood(f"--run {args.when} is about --postcopy; leave it out, or add --postcopy")
         return
-    given = [_option(name) for name in _TLS if getattr(args, name) is not None]
-    if given:
-        raise Misunderstood(
-            f"--postcopy needs a plain line, and {', '.join(given)} asks for TLS, which Python does with the GIL that "
-            "a thread may hold while it waits for a page; leave it out and tunnel the line at both ends: "
-            "ssh -L PORT:127.0.0.1:PORT HOST"
-        )
     if args.end == "send":
         if args.pid is not None:
             raise Misunderstood(

@@ -233,13 +233,15 @@ def _send(args: argparse.Namespace) -> dict[str, Any]:
 def _listening(args: argparse.Namespace) -> Iterator[Listener]:
     """Listen, and say where; whoever is hung up on is named."""
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.migrate import Listener
+    from dirtylog.sinks.migrate import Listener, ListenerProcess
 
     def refused(name: str, why: str) -> None:
         _terminal.show_note(f"hung up on {name}: {why}")
 
     with _keys(args) as keys:
-        listener = Listener(args.listen, keys, insecure=args.insecure, timeout=args.timeout, refused=refused)
+        # A copy that runs may hold the GIL while it waits for a page.
+        kind = ListenerProcess if args.postcopy else Listener
+        listener = kind(args.listen, keys, insecure=args.insecure, timeout=args.timeout, refused=refused)
     with listener:
         _terminal.show_note(f"listening on {_shown(listener.address)}")
         yield listener

@@ -1,6 +1,7 @@
 """``dirtylog migrate --postcopy``: what it moves, and what does not go with it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,18 @@ def test_snapshots_and_checkpoints_go_with_their_arrays(migrated, tmp_path, chan
 
 
 @pytest.mark.usefixtures("guards")
+@pytest.mark.parametrize("when", [[], ["--run", "filled"]])
+def test_it_goes_over_tls(migrated, tmp_path, when):
+    keys = Path(__file__).parents[1] / "sinks" / "certificates"
+    snapshot.save(tmp_path / "here", np.random.default_rng(3).integers(0, 256, 300 * PAGE, np.uint8))
+    ends = [["--tls-cert", keys / f"{end}.pem", "--tls-ca", keys / "authority.pem"] for end in ("sender", "receiver")]
+    words = ["--snapshot", tmp_path / "here", "--postcopy", 0, "--channels", 2]
+    received, sent = migrated([*words, *ends[0]], ["--postcopy", *when, *ends[1]])
+    assert received["digest"] == sent["digest"]
+    assert 0 < received["ran_after"] <= received["complete_after"]
+
+
+@pytest.mark.usefixtures("guards")
 def test_a_receiver_takes_memory_without_it_as_well(migrated, tmp_path):
     snapshot.save(tmp_path / "here", np.ones(3 * PAGE, np.uint8))
     received, sent = migrated(["--snapshot", tmp_path / "here"], ["--postcopy"])
@@ -76,9 +89,6 @@ def test_a_journal_names_a_copy_that_waits_to_be_filled(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("send HERE --demo --postcopy 0 --tls-cert a --tls-ca b", r"--tls-cert, --tls-ca asks for TLS.*ssh -L"),
-        ("send HERE --demo --postcopy 0 --tls-psk-file a", r"--tls-psk-file asks for TLS.*ssh -L"),
-        ("receive --postcopy --tls-cert a --tls-ca b", r"--tls-cert, --tls-ca asks for TLS.*ssh -L"),
         ("send HERE --pid 4711 --postcopy 1", r"of --pid 4711 memory goes without registers.*leave --postcopy out"),
         ("send HERE --demo --postcopy 1 --force", r"--force is about rounds.*leave it out"),
         ("receive --postcopy --out there", r"--out there is complete and on the disk.*leave --postcopy out at both"),

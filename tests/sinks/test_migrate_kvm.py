@@ -80,12 +80,17 @@ def go_on():
         print(json.dumps({"before": before, "after": rcx}), flush=True)
 
 
+def plain(port):
+    """Connect to this port."""
+    return socket.create_connection(("127.0.0.1", port), timeout=100)
+
+
 @contextmanager
-def departing(destination):
+def departing(destination, go_on="go_on()", connect=plain):
     """Run a guest here until the block ends, and beside it the process in which `destination`.go_on() takes it in."""
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from tests.sinks import {destination} as t; t.go_on()"],
+        [sys.executable, "-c", f"from tests.sinks import {destination} as t; t.{go_on}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *(p for p in sys.path if p)])},
     )  # fmt: skip
@@ -106,7 +111,7 @@ def departing(destination):
         vcpu.enter_flat32(0)
         vcpu.set_regs(kvm.Regs(rip=0, rsi=START * PAGE, rcx=1))
         port = int(process.stdout.readline())
-        with socket.create_connection(("127.0.0.1", port), timeout=100) as sock:
+        with connect(port) as sock:
             guest = Running(vcpu)
             observer = Patient(log.observer("migration"), guest, memory.view("<u4")[START * PAGE // 4 :])
             try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import queue
@@ -22,6 +23,8 @@ from dirtylog.sinks.migrate._postcopy import ODD, Faults
 from dirtylog.sinks.migrate.payloads import EXTENT, PAGES
 from dirtylog.sinks.migrate.wire import Channel, Kind
 from dirtylog.sources.memory import probe
+
+from .. import warm
 
 PAGE = 4096
 NPAGES = 512
@@ -346,7 +349,7 @@ def test_a_sender_that_cannot_says_so_before_anything_is_sent():
             with pytest.raises(ValueError, match=message):
                 send(here, source.memory, source.observer, **options)
         source = Source(8)
-        with Other(fileno=here.detach()) as other, pytest.raises(ValueError, match="needs a plain socket"):
+        with Other(fileno=here.detach()) as other, pytest.raises(ValueError, match="descriptor tells what has come"):
             send(other, source.memory, source.observer, postcopy=0)
 
 
@@ -469,6 +472,45 @@ def test_the_kernel_waits_for_pages_as_well_where_it_may():
         guarded.give(*range(64))
         thread.join()
     assert bytes(guarded.end()[7, :4]) == b"abc\x09"
+
+
+# As whoever has no capabilities: read(2) and write(2) of what has not come, then a touch of it.
+UNPRIVILEGED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from tests.sinks.test_migrate_postcopy import PAGE, Guarded
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+guarded = Guarded(64)
+if not guarded.faults.user_mode_only:
+    print("the kernel's faults are covered")
+    sys.exit()
+here, there = os.pipe()
+os.write(there, b"abc")
+said = []
+for call in (lambda: os.readv(here, [guarded.memory[7 * PAGE :][:3]]), lambda: os.write(there, guarded.memory[:3])):
+    try:
+        said.append(call())
+    except OSError as error:
+        said.append(error.errno)
+thread = guarded.touch(40)
+said.append(guarded.wanted()[0] // PAGE)
+guarded.give(*range(64))
+thread.join()
+guarded.end()
+said += [os.readv(here, [guarded.memory[7 * PAGE :][:3]]), bytes(guarded.memory[7 * PAGE :][:4])]
+print(*said)
+"""
+
+
+def test_system_calls_answer_efault_where_the_process_may_not_have_the_kernels_faults():
+    done = warm.run(UNPRIVILEGED, str(Path(__file__).parents[2]))
+    assert done.returncode == 0, done.stderr
+    if "covered" in done.stdout:
+        pytest.skip("this system lets every process have the kernel's faults (vm.unprivileged_userfaultfd)")
+    # Nobody was asked for pages 7 and 0, nothing is lost of what was read, and all is well once it is filled.
+    assert done.stdout.split(" ", 3) == [str(errno.EFAULT), str(errno.EFAULT), "40", "3 b'abc\\t'\n"]
 
 
 def test_a_child_gets_none_of_it_meanwhile():

@@ -4,7 +4,7 @@ import secrets
 
 import pytest
 
-from dirtylog.sinks.migrate import MigrationError, receive, sessions, settle, status
+from dirtylog.sinks.migrate import MigrationError, receive, receiver, sessions, settle, status
 from dirtylog.sinks.migrate.wire import Channel, Kind
 
 from .test_migrate_postcopy import Copy, Relay, Source, guarded, migrated, send
@@ -37,8 +37,8 @@ def test_a_copy_is_started_at_once_or_when_it_has_everything(run, stage, session
 def test_a_line_that_is_lost_before_a_copy_is_filled_gives_it_up_and_the_source_may_go_on(session, tmp_path):
     source, relay = Source(), Relay()
     relay.cuts = [500_000]
-    receiver = {"run": "filled", "journal": tmp_path}
-    outcome, copy = migrated(source, relay=relay, session=session, receiver=receiver)
+    options = {"run": "filled", "journal": tmp_path}
+    outcome, copy = migrated(source, relay=relay, session=session, receiver=options)
     assert "unless the copy's own status is gone" in str(outcome)
     assert "the copy was given up before it ran" in str(copy.answer)
     assert copy.started.empty()
@@ -58,16 +58,16 @@ def test_the_journal_of_a_copy_that_waits_to_be_filled_does_not_say_that_it_runs
         relay.free.set()
 
     relay.holds = True
-    receiver = {"run": "filled", "journal": tmp_path, "progress": looks}
-    migrated(source, relay=relay, session=session, receiver=receiver)
+    options = {"run": "filled", "journal": tmp_path, "progress": looks}
+    migrated(source, relay=relay, session=session, receiver=options)
     assert (stages[0].stage, stages[0].may_run) == ("fills", False)
 
 
 def test_a_line_that_is_replaced_fills_it_all_the_same(session):
     source, relay = Source(1024), Relay()
     relay.cuts = [300_000, 700_000]
-    receiver = {"run": "filled", "reconnect": relay.accept}
-    result, copy = migrated(source, relay=relay, reconnect=relay.connect, session=session, receiver=receiver)
+    options = {"run": "filled", "reconnect": relay.accept}
+    result, copy = migrated(source, relay=relay, reconnect=relay.connect, session=session, receiver=options)
     assert result.breaks == 2
     assert (copy.answer == source.memory).all()
 
@@ -99,6 +99,26 @@ def test_an_interrupt_gives_it_up_as_well(session, monkeypatch):
     assert "the copy was given up before it ran" in copy.answer.__notes__[0]
     assert status(session, end="copy").stage == "gone"
     assert copy.started.empty()
+
+
+@pytest.mark.parametrize("run", ["at-once", "filled"])
+def test_an_interrupt_when_it_has_everything_leaves_it_the_right_to_run(run, session, monkeypatch):
+    source, relay, interrupts = Source(), Relay(), [KeyboardInterrupt]
+    move = receiver._Copy.move
+
+    def interrupted(copy, stage):
+        if stage == receiver._Stage.RUNS and interrupts:
+            raise interrupts.pop()
+        move(copy, stage)
+
+    monkeypatch.setattr(receiver._Copy, "move", interrupted)
+    with relay.connect() as here:
+        copy = Interrupted(relay.accept(), postcopy=True, run=run)
+        send(here, source.memory, source.observer, postcopy=0, session=session)
+    copy.join()
+    relay.join()
+    assert "the copy has the right to run, and the source has not" in copy.answer.__notes__[0]
+    assert [status(session, end=end).stage for end in ("source", "copy")] == ["done", "runs"]
 
 
 @pytest.mark.parametrize("run", ["at-once", "filled"])

@@ -1,15 +1,15 @@
 """A real guest goes on in another process on memory that is still filling, and finds what it had written."""
 
 import json
-import socket
 from dataclasses import asdict
 
 import pytest
 
-from dirtylog.sinks.migrate import receive, send
+from dirtylog.sinks.migrate import ListenerProcess, connect, receive, send
 from dirtylog.sources import kvm
 
 from .guest import Running
+from .test_migrate_door import certificate
 from .test_migrate_kvm import COUNT, NPAGES, PAGE, START, check_memory, departing
 from .test_migrate_postcopy import guarded
 
@@ -20,15 +20,18 @@ pytestmark = [
 ]
 
 
-def go_on():
+def arriving(tls):
+    """Say where to connect to, and return who did."""
+    # Before a guest runs: what does TLS is a process of its own.
+    with ListenerProcess(("127.0.0.1", 0), certificate("receiver") if tls else None, timeout=100) as listener:
+        print(listener.address[1], flush=True)
+        return listener.accept(100)
+
+
+def go_on(tls):
     """Be the destination: run the guest before its memory is here, and check what it wrote here and there."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        print(server.getsockname()[1], flush=True)
-        server.settimeout(100)
-        sock, _ = server.accept()
     guests = []
-    with sock, kvm.Kvm() as system, system.create_vm() as vm:
-        sock.settimeout(100)
+    with arriving(tls) as sock, kvm.Kvm() as system, system.create_vm() as vm:
         vm.set_memory_region(0, 0, NPAGES)
         memory = vm.memory(0)
         vcpu = vm.create_vcpu()
@@ -50,9 +53,12 @@ def go_on():
         print(json.dumps({"after": rcx}), flush=True)
 
 
-@pytest.mark.parametrize("rounds", [0, 2])
-def test_a_guest_goes_on_while_its_memory_comes(rounds):
-    with departing("test_migrate_postcopy_kvm") as here:
+@pytest.mark.parametrize(("rounds", "tls"), [(0, False), (2, False), (0, True)])
+def test_a_guest_goes_on_while_its_memory_comes(rounds, tls):
+    def connects(port):
+        return connect(("127.0.0.1", port), certificate("sender") if tls else None, timeout=100)
+
+    with departing("test_migrate_postcopy_kvm", f"go_on({tls})", connects) as here:
         while not here.observer.first[0]:
             pass
         result = send(

@@ -61,6 +61,16 @@ def test_what_is_written_while_memory_fills_is_reported_and_what_is_filled_is_no
         copy.answer[1000 * PAGE] += 1
         assert list(tracker.harvest()) == [1000]
         copy.answer[1000 * PAGE] -= 1
+        # The other kind takes over, and between the two nothing is missed.
+        try:
+            second = dl.track(copy.answer, "userfaultfd")
+        except BackendUnavailable:
+            second = tracker
+        copy.answer[1001 * PAGE] += 1
+        assert list(tracker.harvest()) == [1000, 1001]
+    with second:
+        copy.answer[1001 * PAGE] -= 1
+        assert second is tracker or list(second.harvest()) == [1001]
     expected = source.memory.copy()
     expected[np.array(WRITTEN) * PAGE + 7] = 0
     assert (copy.answer == expected).all()

@@ -13,6 +13,7 @@ from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.door import Keys, Listener, connect
 from dirtylog.sinks.migrate.limit import DirtyLimit
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
+from dirtylog.sinks.migrate.porter import ListenerProcess
 from dirtylog.sinks.migrate.receiver import receive
 from dirtylog.sinks.migrate.sender import send
 from dirtylog.sinks.migrate.sessions import Status, status
@@ -23,6 +24,7 @@ __all__ = [
     "DirtyLimit",
     "Keys",
     "Listener",
+    "ListenerProcess",
     "MigrationError",
     "NotConverging",
     "Policy",

@@ -422,6 +422,9 @@ class Listener:
     pending connection with TLS, and a few hundred bytes without.
     """
 
+    # Of the Unix socket that goes away with this.
+    _path: str | None
+
     def __init__(
         self,
         address: Address,
@@ -435,13 +438,10 @@ class Listener:
     ) -> None:
         if pending < 1:
             raise ValueError(f"pending is {pending}; it must be 1 or more")
-        self._keys = keys or Keys()
-        self._visitors: dict[int, _Visitor] = {}
+        keys = keys or Keys()
+        family, where = _resolve(address, keys, insecure)
         self._timeout, self._pending, self._refused, self._clock = timeout, pending, refused, clock
-        family, where = _resolve(address, self._keys, insecure)
-        self._context = self._keys._context(server=True)
-        self._server = socket.socket(family, socket.SOCK_STREAM)
-        self._path: str | None = None
+        self._hold(socket.socket(family, socket.SOCK_STREAM), keys)
         try:
             if family == socket.AF_UNIX:
                 # Linux gives the file this mode, less the umask: nobody else can connect, from the first moment on.
@@ -458,6 +458,17 @@ class Listener:
             self._server.setblocking(False)
         except BaseException:
             self.close()
+            raise
+
+    def _hold(self, server: socket.socket, keys: Keys) -> None:
+        """Begin with a socket, and with nobody."""
+        self._server, self._keys = server, keys
+        self._visitors: dict[int, _Visitor] = {}
+        self._path = None
+        try:
+            self._context = keys._context(server=True)
+        except BaseException:
+            server.close()
             raise
 
     def __enter__(self) -> Self:
@@ -552,7 +563,7 @@ class Listener:
             _set_options(sock)
             if self._context is not None:
                 sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            name = "a Unix socket" if self._path is not None else f"{peer[0]}:{peer[1]}"
+            name = "a Unix socket" if self._server.family == socket.AF_UNIX else f"{peer[0]}:{peer[1]}"
             visitor = _Visitor(sock, _admit(sock, self._keys.token), self._clock() + self._timeout, name)
             selector.register(sock, selectors.EVENT_READ)
             self._visitors[sock.fileno()] = visitor

@@ -365,7 +365,10 @@ class _Copy:
                 "send without postcopy"
             )
         if not self.channel.plain:
-            raise WireError("postcopy needs a plain socket (socket.socket itself, no TLS): tunnel it, as ssh -L does")
+            raise WireError(
+                "postcopy needs a plain socket (socket.socket itself): with TLS take one of a ListenerProcess, which "
+                "does it in a process of its own"
+            )
 
     def guard(self) -> None:
         """Let nobody see what is lacking before it is there."""
@@ -462,16 +465,7 @@ class _Copy:
         """End as what there is demands; raises what the caller is told, or returns where the copy may run."""
         expected = isinstance(error, (OSError, WireError))
         if self.stage == _Stage.FAULTS:
-            assert self.faults is not None
-            # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
-            self.faults.stop()
-            if self.when == "filled":
-                self.give_up(error, expected)
-            lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
-            if expected:
-                raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
-            error.add_note(lost)
-            raise error
+            self.fail_faulting(error, expected)
         if self.faults is not None and self.stage != _Stage.RUNS:
             self.faults.release()
         if self.stage == _Stage.RUNS:
@@ -503,6 +497,29 @@ class _Copy:
             raise error
         number = self.filling.number if self.filling else 0
         raise MigrationError(f"migration failed in round {number}: {error}", session=self.session) from error
+
+    def fail_faulting(self, error: BaseException, expected: bool) -> None:
+        """End a copy that has the right to run and may lack pages; raises, or returns where it lacks none."""
+        assert self.faults is not None
+        # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
+        self.faults.stop()
+        if not self.faults.left:
+            # The source has heard so, or will: nothing turns this into a failure.
+            self.faults.release()
+            try:
+                self.move(_Stage.RUNS)
+            except Exception as problem:
+                error.add_note(f"the journal could not be written ({type(problem).__name__}: {problem})")
+            if expected:
+                self.begin()
+            return
+        if self.when == "filled":
+            self.give_up(error, expected)
+        lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
+        if expected:
+            raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
+        error.add_note(lost)
+        raise error
 
     def give_up(self, error: BaseException, expected: bool) -> None:
         """Say that a copy that was to run when it was filled never will; raises what the caller is told."""
@@ -577,8 +594,9 @@ def receive(
     postcopy : bool
         Let a sender with `postcopy` start the copy before it has everything: `start` is called at once, and threads
         that touch what is lacking wait for it. `out` must be private anonymous memory that begins with a page of the
-        system's, as :func:`dirtylog.zeros` makes it; by default it is. `sock` must be plain: no TLS of ours, which
-        needs the GIL that a thread may hold while it waits for a page; tunnel it, as ``ssh -L`` does.
+        system's, as :func:`dirtylog.zeros` makes it; by default it is. `sock` must be plain: TLS by this interpreter
+        needs the GIL that a thread may hold while it waits for a page. :class:`ListenerProcess` does TLS in a process
+        of its own, and hands out plain sockets.
     run : {"at-once", "filled"}
         When `start` is called with postcopy. ``"filled"``: when nothing is lacking any more, for programs whose system
         calls would meet what is (see Notes). Nobody may use the memory before. If the line is lost for good the copy
@@ -615,7 +633,7 @@ def receive(
     has returned, or let the program run then: ``run="filled"``. A child of a fork has none of the memory until then. A
     line is replaced by the interpreter: a thread that holds the GIL while it waits for a page, as access to one element
     of an array does, keeps `reconnect` from being called. :func:`dirtylog.track` takes mprotect while the memory fills,
-    and does not report what is filled; open it again afterwards for userfaultfd.
+    and does not report what is filled; afterwards open another one for userfaultfd, and then close the first.
     """
     if max_rounds < 1:
         raise ValueError(f"max_rounds is {max_rounds}; it must be 1 or more")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -381,9 +382,9 @@ def send(
         first round on, of larger memory the pages that go again.
     postcopy : int, optional
         Live rounds after which the copy runs before it has everything; 0: at once. What it touches first goes first,
-        the rest meanwhile. `memory` must be this process's own, and the socket plain: no TLS of ours. From the switch
-        on only the copy may run, and it needs the source until `send` returns: a line that is lost stops it where it
-        lacks pages, until `reconnect` gives another one.
+        the rest meanwhile. `memory` must be this process's own. From the switch on only the copy may run, and it needs
+        the source until `send` returns: a line that is lost stops it where it lacks pages, until `reconnect` gives
+        another one.
     deadline : float, optional
         Give up when the whole migration takes more seconds than this.
     control : Control, optional
@@ -543,5 +544,5 @@ def _check_postcopy(rounds: int, source: Source, channel: Channel) -> None:
         raise ValueError("postcopy sends memory of this process alone; send that of another one with its last round")
     if source.page_size < mmap.PAGESIZE:
         raise ValueError(f"the observer's page_size is {source.page_size}; postcopy takes {mmap.PAGESIZE} or more")
-    if not channel.plain:
-        raise ValueError("postcopy needs a plain socket (socket.socket itself, no TLS): tunnel it, as ssh -L does")
+    if not channel.plain and not isinstance(channel.sock, ssl.SSLSocket):
+        raise ValueError("postcopy needs a socket whose descriptor tells what has come: socket.socket or ssl.SSLSocket")

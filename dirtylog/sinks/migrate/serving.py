@@ -89,7 +89,7 @@ class Serving:
             channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         while True:
             # With nothing left to send it waits for what is said.
-            while not self.left or poll.poll(0):
+            while not self.left or channel.has_more or poll.poll(0):
                 kind, payload = channel.receive(Kind.WANT, Kind.FILLED, counted=False)
                 if kind == Kind.FILLED:
                     if payload != session:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -236,6 +237,11 @@ class Channel:
         # It may be gone already. Not SSLSocket's own method, which would go on without TLS.
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, how)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether bytes that have come wait in this process, where no poll of the descriptor sees them."""
+        return bool(self._kept) or (isinstance(self._sock, ssl.SSLSocket) and self._sock.pending() > 0)
 
     def digest(self) -> bytes:
         """Return the digest over the sender's frames so far."""

@@ -349,7 +349,17 @@ PUBLIC = {
     "dirtylog.fleet.traces": ["Machine", "Migrating", "Saves", "Saving", "Sweep", "sweep"],
     "dirtylog.agent": ["hand_over", "listen"],
     "dirtylog.sources.process": ["Area", "Process", "Region", "attach"],
-    "dirtylog.sources.qemu": ["DirtyRate", "MeasuredRate", "NbdClient", "PeerError", "QemuDisk", "Qmp", "QmpError"],
+    "dirtylog.sources.qemu": [
+        "DirtyRate",
+        "GuestRange",
+        "MeasuredRate",
+        "NbdClient",
+        "PeerError",
+        "QemuDisk",
+        "Qmp",
+        "QmpError",
+        "guest_memory",
+    ],
     "dirtylog.sources.shared": ["SharedLog"],
     "dirtylog.sources.vhost": ["VhostBackend", "VhostRequest"],
     "dirtylog.sinks.migrate": [

@@ -1,11 +1,32 @@
-"""What the commands that talk to QEMU share: how an address is written, and its own dirty rate."""
+"""What the commands that talk to QEMU share: how an address is written, its guest's memory, and its own dirty rate."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-__all__ = ["address", "meter_guest"]
+if TYPE_CHECKING:
+    from dirtylog.sources.qemu import GuestRange
+
+__all__ = ["add_guest_argument", "address", "guest_at", "meter_guest"]
+
+
+def add_guest_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the monitor that says where a guest's memory is."""
+    parser.add_argument(
+        "--qmp",
+        metavar="ADDRESS",
+        help="the monitor of a QEMU that runs: its guest's memory alone, numbered by guest address",
+    )
+
+
+def guest_at(qmp: str) -> list[GuestRange]:
+    """Ask a monitor where its guest's memory is."""
+    from dirtylog.sources.qemu import Qmp, guest_memory
+
+    with Qmp(address(qmp)) as monitor:
+        return guest_memory(monitor)
 
 
 def address(text: str) -> str | tuple[str, int]:

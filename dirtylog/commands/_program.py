@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal, Protocol
 
+from dirtylog.commands._monitor import add_guest_argument, guest_at
 from dirtylog.commands._numbers import LONGEST, more_than
 from dirtylog.commands._refusal import Misunderstood, refusing
 from dirtylog.commands._terminal import show_note
@@ -115,6 +116,7 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     add_watch_arguments(parser)
     parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
     add_agent_argument(parser)
+    add_guest_argument(parser)
     parser.add_argument(
         "--arrays", action="store_true", help="name the arrays of a Python program: a thread of ours in it is asked"
     )
@@ -230,6 +232,8 @@ def watch(
         return _watch_running(args, begin, done)
     if args.agent is not None:
         raise Misunderstood("--agent is about a running process; name one by --pid")
+    if args.qmp is not None:
+        raise Misunderstood("--qmp is about a QEMU that runs; name its process by --pid")
     return _watch_started(args, begin, done)
 
 
@@ -248,7 +252,9 @@ def record_program(
     def begin(process: Process, names: Names) -> Sampler:
         recorder.about.update(about(args, process.pid))
         recorder.about["watched"] = (
-            "private memory that can be written, without stacks"
+            "a guest's memory, by guest address"
+            if args.qmp is not None
+            else "private memory that can be written, without stacks"
             if args.pid is None
             else "private memory that can be written, from 1 MiB on, without stacks"
         )
@@ -303,7 +309,10 @@ def _watch_running(
 
     with ExitStack() as stack:
         with refusing():
-            process = stack.enter_context(attach(args.pid, handover=args.agent, follow_children=True))
+            select = guest_at(args.qmp) if args.qmp is not None else "large"
+            process = stack.enter_context(
+                attach(args.pid, select, handover=args.agent, follow_children=args.qmp is None)
+            )
             names = stack.enter_context(names_of(args.pid, args.agent))
         sampling = begin(process, names)
         looks = Looks(process)

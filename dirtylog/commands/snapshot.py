@@ -12,6 +12,8 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from dirtylog.commands._monitor import add_guest_argument, guest_at
+
 __all__ = ["add_arguments", "run"]
 
 PAGE_SIZE = 4096
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=("all", "large", "guest"),
             help="which of its memory: all that is writable (default), mappings of 1 MiB and more, or a guest's RAM",
         )
+        add_guest_argument(command)
         command.add_argument("--epoch", type=int, metavar="N", help="epoch number to note")
         command.add_argument("--replace", action="store_true", help="take the place of a snapshot of that name")
         writes(command)
@@ -109,9 +112,11 @@ def _check_origin(args: argparse.Namespace) -> None:
 
     if (args.image is None) == (args.pid is None):
         raise Misunderstood("name an image, or a running process by --pid: one of them")
-    given = [f"--{name}" for name in ("freeze", "select") if getattr(args, name) is not None]
+    given = [f"--{name}" for name in ("freeze", "select", "qmp") if getattr(args, name) is not None]
     if args.pid is None and given:
         raise Misunderstood(f"{given[0]} is about a running process; name one by --pid")
+    if args.qmp is not None and args.select is not None:
+        raise Misunderstood("--qmp names a guest's memory alone; leave out --select")
     if args.pid is not None and args.action == "diff" and args.bitmap is not None:
         raise Misunderstood("--bitmap is about an image; the memory of a process is compared with the parent")
     if args.pid is not None and args.action == "save" and args.page_size != PAGE_SIZE:
@@ -122,7 +127,8 @@ def _act_on_process(args: argparse.Namespace, progress: Any) -> Any:
     from dirtylog.sinks.snapshot.processes import diff_process, save_process
 
     how = {
-        "select": args.select or "all", "freeze": args.freeze, "epoch": args.epoch,
+        "select": guest_at(args.qmp) if args.qmp is not None else args.select or "all",
+        "freeze": args.freeze, "epoch": args.epoch,
         "sync": not args.no_sync, "replace": args.replace, "progress": progress,
     }  # fmt: skip
     if args.action == "save":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dirtylog.commands import _terminal
 from dirtylog.commands._looks import ASCII_BARS, BARS, WINDOWS, Look, Row, Watcher
+from dirtylog.commands._monitor import add_guest_argument, guest_at
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._program import command_of, machine_text, names_of
 from dirtylog.commands._refusal import Misunderstood, refusing
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--agent", metavar="SOCKET", help="where the program's agent listens: it hands over, and names its arrays"
     )
+    add_guest_argument(parser)
     parser.add_argument("--trust-shared", action="store_true", help="watch shared memory through these processes alone")
 
 
@@ -66,10 +68,13 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog import attach
 
     pids = list(dict.fromkeys(map(find_process, args.process)))
-    if args.agent is not None and len(pids) > 1:
-        raise Misunderstood(
-            "--agent is about one process, and several were named; leave it out, or watch that one alone"
-        )
+    for option in ("agent", "qmp"):
+        if getattr(args, option) is not None and len(pids) > 1:
+            raise Misunderstood(
+                f"--{option} is about one process, and several were named; leave it out, or watch that one alone"
+            )
+    if args.qmp is not None and (args.all or args.follow):
+        raise Misunderstood("--qmp names a guest's memory alone, of one process; leave out --all and --follow")
     looks = 1 if args.once else args.count
     with ExitStack() as stack:
         processes = []
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
                 process = stack.enter_context(
                     attach(
                         pid,
-                        select="all" if args.all else "large",
+                        guest_at(args.qmp) if args.qmp is not None else "all" if args.all else "large",
                         handover=args.agent,
                         trust_shared=args.trust_shared,
                         follow_children=args.follow,

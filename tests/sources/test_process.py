@@ -707,3 +707,59 @@ def test_address_space_reserved_by_the_terabyte_is_left_out_until_it_is_used(pup
     # Who chooses areas by hand gets them whole, or a word why not.
     with attach(puppet.pid, select=lambda area: area.kind == "anonymous") as process:
         assert ["of page tables" in why for area, why in process.skipped.items() if area.start <= reserved < area.end]
+
+
+# ---- page numbers that are given -----------------------------------------------------------------------
+
+
+def test_places_are_watched_alone_and_numbered_as_they_say(puppet):
+    one, two = puppet.do("new(16)"), puppet.do("new(16)")
+    places = [(one + 2 * PAGE, one + 6 * PAGE, 1000), (two, two + 4 * PAGE, 10)]
+    with attach(puppet.pid, select=places) as process:
+        assert process.npages == 1004
+        assert [(region.start, region.first_page, region.npages) for region in process.regions] == [
+            (two, 10, 4),
+            (one + 2 * PAGE, 1000, 4),
+        ]
+        process.harvest()
+        puppet.do(f"poke({one}, 0, 1, 2, 5, 6, 7)")
+        puppet.do(f"poke({two}, 0, 3, 4)")
+        dirty = process.harvest()
+        assert dirty.indices().tolist() == [10, 13, 1000, 1003]
+        assert (process.read(dirty)[:, 7] == 1).all()
+
+
+def test_memory_that_is_mapped_anew_at_a_place_is_reported_whole_under_its_numbers(puppet):
+    address = puppet.do("new(16)")
+    with attach(puppet.pid, select=[(address, address + 16 * PAGE, 7)]) as process:
+        process.harvest()
+        puppet.do(f"libc.munmap({address}, 16 * PAGE)")
+        assert process.harvest().count == 0
+        assert puppet.do(f"new(16, at={address})") == address
+        assert process.harvest().indices().tolist() == list(range(7, 23))
+
+
+@pytest.mark.parametrize(
+    ("places", "error", "words"),
+    [
+        ([], ValueError, "empty sequence"),
+        ([(PAGE, PAGE, 0)], ValueError, "not one or more whole pages"),
+        ([(PAGE, 2 * PAGE + 1, 0)], ValueError, "not one or more whole pages"),
+        ([(PAGE, 2 * PAGE, -1)], ValueError, "not one or more whole pages"),
+        ([(PAGE, 3 * PAGE, 0), (2 * PAGE, 4 * PAGE, 9)], ValueError, "overlap"),
+        ([(PAGE, 3 * PAGE, 0), (4 * PAGE, 6 * PAGE, 1)], ValueError, "overlap"),
+        ([(PAGE, 2 * PAGE)], ValueError, "unpack"),
+        ([(PAGE, 2.0 * PAGE, 0)], TypeError, "integer"),
+        ([(1 << 20, 2 << 20, 0)], dl.DirtyLogError, "no writable memory from 0x100000 to 0x200000"),
+    ],
+)
+def test_places_that_cannot_be_are_refused(puppet, places, error, words):
+    attach(puppet.pid).close()
+    with pytest.raises(error, match=words):
+        dl.attach(puppet.pid, select=places)
+
+
+def test_places_are_not_those_of_children(puppet):
+    address = puppet.do("new(16)")
+    with pytest.raises(ValueError, match="follow no children"):
+        dl.attach(puppet.pid, select=[(address, address + PAGE, 0)], follow_children=True)

@@ -8,7 +8,7 @@ writable mappings, numbered as the regions in the snapshot's state say; pages th
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dirtylog.sources.process import Area, Region
 from dirtylog.sources.process._remote import PAGE_SIZE, read_memory
 from dirtylog.sources.process.contents import held_pages, stretches
 from dirtylog.sources.process.freezing import frozen
-from dirtylog.sources.process.regions import choose, mappings, subtract
+from dirtylog.sources.process.regions import Select, choose, mappings, places_of, subtract
 
 __all__ = ["Memory", "diff_process", "process_of", "save_process"]
 
@@ -156,6 +156,24 @@ def _number(areas: list[tuple[int, int, Area]], before: list[Region], npages: in
     return numbered
 
 
+def _number_by(places: Sequence[tuple[int, int, int]], areas: Sequence[Area], pid: int) -> list[Region]:
+    """Give the parts of mappings that lie in places the numbers that these say."""
+    return [
+        Region(
+            max(low, area.start),
+            min(high, area.end),
+            first + (max(low, area.start) - low) // PAGE_SIZE,
+            (min(high, area.end) - max(low, area.start)) // PAGE_SIZE,
+            area.kind,
+            area.name,
+            pid,
+        )
+        for area in areas
+        for low, high, first in places
+        if low < area.end and area.start < high
+    ]
+
+
 @contextmanager
 def _held(pid: int, freeze: str | None) -> Iterator[None]:
     with frozen(pid, freeze) if freeze else nullcontext():
@@ -166,7 +184,7 @@ def save_process(
     path: StrPath,
     pid: int,
     *,
-    select: str | Callable[[Area], bool] = "all",
+    select: Select = "all",
     freeze: str | None = None,
     epoch: int | None = None,
     sync: bool = True,
@@ -181,8 +199,9 @@ def save_process(
         As for :func:`~dirtylog.sinks.snapshot.save`.
     pid : int
         The process, which needs no preparation.
-    select : {"all", "large", "guest"} or callable
-        Which of its memory, as for :func:`dirtylog.attach`; by default all that is writable.
+    select : {"all", "large", "guest"}, callable, or sequence of (int, int, int)
+        Which of its memory, as for :func:`dirtylog.attach`; by default all that is writable. With
+        places, the snapshot's pages are numbered as they say.
     freeze : {"ptrace", "cgroup"}, optional
         Hold it still meanwhile (:func:`dirtylog.sources.process.freezing.frozen`), so that
         the snapshot is of one moment. Without, it runs on, and the pages are of different
@@ -206,13 +225,18 @@ def save_process(
     nothing but stopping it with it.
     """
     name = checked_path(path)
-    pick = choose(pid, select)
+    pick, places = choose(pid, select), places_of(select)
     with _held(pid, freeze):
         areas = pick(mappings(pid))
-        found = stretches(pid, areas)
-        pages = sum(end - start for start, end, _ in found) // PAGE_SIZE
-        npages = pages + max(pages, _LEAST_SPARE)
-        memory = Memory(pid, _number(found, [], npages, pid), npages)
+        if places:
+            regions = _number_by(places, areas, pid)
+            npages = max(region.first_page + region.npages for region in regions)
+        else:
+            found = stretches(pid, areas)
+            pages = sum(end - start for start, end, _ in found) // PAGE_SIZE
+            npages = pages + max(pages, _LEAST_SPARE)
+            regions = _number(found, [], npages, pid)
+        memory = Memory(pid, regions, npages)
         how = How(epoch, "xxh3_128", sync, replace, None, memory.state(freeze), progress)
         return write(name, memory, held_pages(pid, memory.regions, npages), None, how)
 
@@ -222,7 +246,7 @@ def diff_process(
     pid: int,
     *,
     parent: StrPath,
-    select: str | Callable[[Area], bool] = "all",
+    select: Select = "all",
     freeze: str | None = None,
     epoch: int | None = None,
     sync: bool = True,
@@ -265,10 +289,19 @@ def diff_process(
         )
     there = flat_bytes(restore(parent, search=search))
     filled = DirtyPages._all(above.npages, PAGE_SIZE, exact=True) - zero_pages(there, PAGE_SIZE)
-    pick = choose(pid, select)
+    pick, places = choose(pid, select), places_of(select)
     with _held(pid, freeze):
-        found = stretches(pid, pick(mappings(pid)))
-        memory = Memory(pid, _number(found, known[1], above.npages, pid), above.npages)
+        areas = pick(mappings(pid))
+        if places:
+            regions = _number_by(places, areas, pid)
+            if max(region.first_page + region.npages for region in regions) > above.npages:
+                raise DirtyLogError(
+                    f"the places of process {pid} reach past the {above.npages} pages of {above.path}; save a full one "
+                    "again"
+                )
+        else:
+            regions = _number(stretches(pid, areas), known[1], above.npages, pid)
+        memory = Memory(pid, regions, above.npages)
         how = How(epoch, "xxh3_128", sync, replace, None, memory.state(freeze), progress)
         link, vouch = parent_link(name, parent, memory, how, search)
         pages = _different(memory, there, filled)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from operator import index
 from pathlib import Path
@@ -18,7 +17,7 @@ from dirtylog.sources.process._remote import Watch, inject
 from dirtylog.sources.process.handover import receive
 from dirtylog.sources.process.members import Member, end_keeper, tracers
 from dirtylog.sources.process.process import Process
-from dirtylog.sources.process.regions import Area, choose
+from dirtylog.sources.process.regions import Select, choose, places_of
 
 if TYPE_CHECKING:
     import socket
@@ -127,7 +126,7 @@ def _descriptor_of(pid: int, patience: float) -> tuple[int, float]:
 
 def attach(
     pid: int,
-    select: str | Callable[[Area], bool] = "large",
+    select: Select = "large",
     *,
     handover: str | os.PathLike[str] | socket.socket | None = None,
     spare: int | None = None,
@@ -147,11 +146,13 @@ def attach(
     ----------
     pid : int
         The process.
-    select : {"large", "all", "guest"} or callable
+    select : {"large", "all", "guest"}, callable, or sequence of (int, int, int)
         Which of its memory: ``"large"``, writable mappings of at least 1 MiB but
         the stacks; ``"all"``, every writable mapping; ``"guest"``, the RAM
-        of the virtual machine that it runs; or a function of an area (`start`,
-        `end`, `kind`, `name`) that says whether to watch it.
+        of the virtual machine that it runs; a function of an area (`start`,
+        `end`, `kind`, `name`) that says whether to watch it; or places, each with
+        start and end, addresses in bytes, and the page number that the first of its
+        pages has, such as :func:`dirtylog.sources.qemu.guest_memory` returns.
     handover : path or socket, optional
         A Unix socket where the process listens (:mod:`dirtylog.agent`), or a
         connected one: it then hands its descriptor over by itself, and is
@@ -187,7 +188,8 @@ def attach(
         ESRCH: no such process. EPERM: it may not be traced; the message says
         what would help.
     DirtyLogError
-        It is being traced, filters system calls, or does not stop.
+        It is being traced, filters system calls, or does not stop; or it has no
+        memory where `select` names some.
     BackendUnavailable
         The kernel or the architecture lacks what is needed.
     ValueError, TypeError
@@ -225,6 +227,8 @@ def attach(
     pid = index(pid)
     if pid < 1:
         raise ValueError(f"pid is {pid}; process ids are 1 and more")
+    if follow_children and places_of(select):
+        raise ValueError("the places of select are of one process, and so are their page numbers: follow no children")
 
     def child(pid: int) -> Member:
         return enter(pid, select, patience=patience, force=force)[0]
@@ -245,7 +249,7 @@ def attach(
 
 def enter(
     pid: int,
-    select: str | Callable[[Area], bool],
+    select: Select,
     *,
     handover: str | os.PathLike[str] | socket.socket | None = None,
     patience: float = 1.0,
@@ -265,7 +269,8 @@ def enter(
     else:
         descriptor, pagemap = receive(handover, pid)
         stopped = 0.0
-    return Member(pid, watch_of(pid, descriptor, pagemap), pick, sparse=select in ("large", "all")), stopped
+    watch = watch_of(pid, descriptor, pagemap)
+    return Member(pid, watch, pick, sparse=select in ("large", "all"), places=places_of(select)), stopped
 
 
 def adopt(pid: int, patience: float = 1.0) -> tuple[int, int]:

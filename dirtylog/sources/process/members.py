@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,18 +36,29 @@ class Member:
     sparse : bool
         Watch large mappings only where they hold something: page numbers need not
         follow addresses.
+    places : list of (int, int, int)
+        Start and end, addresses in bytes, and the number of the first page: where page numbers
+        are given. Empty where they are not.
     keeper : int
         A process of ours that shares the memory and never runs, so that what was
         written last can be asked for after the process has ended; or 0.
     """
 
     def __init__(
-        self, pid: int, watch: Watch, pick: Callable[[list[Area]], list[Area]], *, sparse: bool, keeper: int = 0
+        self,
+        pid: int,
+        watch: Watch,
+        pick: Callable[[list[Area]], list[Area]],
+        *,
+        sparse: bool,
+        places: Sequence[tuple[int, int, int]] = (),
+        keeper: int = 0,
     ) -> None:
         self.pid: int = pid
         self.watch: Watch = watch
         self.pick: Callable[[list[Area]], list[Area]] = pick
         self.sparse: bool = sparse
+        self.places: Sequence[tuple[int, int, int]] = places
         self.keeper: int = keeper
         # A copy of its parent's memory that was not looked at yet.
         self.forked = False
@@ -67,6 +78,13 @@ class Member:
         if text != self._text:
             self._text, self._areas = text, parsed(self.watch.pid, text)
         return self._areas
+
+    def number_at(self, address: int) -> int | None:
+        """The page number that an address is given; None where numbers are not given."""
+        for start, end, first in self.places:
+            if start <= address < end:
+                return first + (address - start) // PAGE_SIZE
+        return None
 
     def left(self) -> bool:
         """Whether the process has ended, or has executed another program."""

@@ -51,6 +51,10 @@ class Numbering:
             f"attach again, with spare={2 * (self.npages + npages)}"
         )
 
+    def place(self, first: int, npages: int) -> None:
+        """Take numbers that are given: nobody else has them, and nobody is told whether they were somebody's."""
+        self.used = max(self.used, first + npages)
+
     def release(self, first: int, npages: int) -> None:
         """Take back the pages of a stretch that is gone."""
         self._free.append((first, npages))

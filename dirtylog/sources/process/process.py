@@ -97,6 +97,9 @@ class Process(Resource):
         spans = (span for area in chosen for span in worth_watching({}, first, area.start, area.end, area))
         pages = sum(end - start for start, end in spans) // PAGE_SIZE
         room = max(pages, _LEAST_SPARE) if spare is None else spare
+        if first.places:  # what is given has all its numbers
+            pages = max(number + (end - start) // PAGE_SIZE for start, end, number in first.places)
+            room = spare or 0
         if room < 0:
             raise ValueError(f"spare is {spare}; it must be 0 pages or more")
         self.npages: int = pages + room

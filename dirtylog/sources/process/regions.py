@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import index
 from pathlib import Path
 
 from dirtylog.errors import DirtyLogError
 
-__all__ = ["Area", "Region", "choose", "guest_areas", "mappings", "parsed"]
+__all__ = ["Area", "Region", "Select", "choose", "guest_areas", "mappings", "parsed", "places_of"]
 
 LARGE = 1 << 20
 THREAD_STACK = "[thread stack]"
@@ -139,25 +141,82 @@ def _alike(a: Area, b: Area) -> bool:
     return (a.writable, a.shared, a.name) == (b.writable, b.shared, b.name)
 
 
-def choose(pid: int, select: str | Callable[[Area], bool]) -> Callable[[list[Area]], list[Area]]:
+# Which memory of a process: by a word, by a function of an area, or by addresses and the page numbers they get.
+Select = str | Callable[[Area], bool] | Sequence[tuple[int, int, int]]
+
+
+def places_of(select: Select) -> list[tuple[int, int, int]]:
+    """Return the places of a selection by addresses, ascending; none of another.
+
+    Raises
+    ------
+    ValueError
+        A place is empty or not whole pages, or two have addresses or page numbers in common.
+    TypeError
+        They are not triples of numbers.
+    """
+    if isinstance(select, str) or callable(select):
+        return []
+    size = os.sysconf("SC_PAGESIZE")
+    places = sorted((index(start), index(end), index(first)) for start, end, first in select)
+    if not places:
+        raise ValueError("select is an empty sequence of places; there is nothing to watch")
+    for start, end, first in places:
+        if not 0 <= start < end or start % size or end % size or first < 0:
+            raise ValueError(
+                f"place ({start:#x}, {end:#x}, {first}) is not one or more whole pages of {size} bytes, with a number "
+                "of 0 or more"
+            )
+    numbers = sorted((first, first + (end - start) // size) for start, end, first in places)
+    for spans in ([place[:2] for place in places], numbers):
+        for (low, high), (after, _) in pairwise(spans):
+            if after < high:
+                raise ValueError(f"two places of select overlap, at {max(low, after):#x}: each page has one number")
+    return places
+
+
+def _at_places(pid: int, places: list[tuple[int, int, int]]) -> Callable[[list[Area]], list[Area]]:
+    """Pick what holds places, all of which must be there: the addresses of another process would find nothing."""
+
+    def pick(areas: list[Area]) -> list[Area]:
+        return [
+            area
+            for area in areas
+            if area.writable and any(start < area.end and area.start < end for start, end, _ in places)
+        ]
+
+    there = [(area.start, area.end) for area in pick(mappings(pid))]
+    for start, end, _ in places:
+        for low, high in subtract((start, end), there):
+            raise DirtyLogError(
+                f"process {pid} has no writable memory from {low:#x} to {high:#x}, which select names; are these the "
+                "addresses of another process?"
+            )
+    return pick
+
+
+def choose(pid: int, select: Select) -> Callable[[list[Area]], list[Area]]:
     """Return the function that picks the areas to watch out of a process's mappings.
 
     Parameters
     ----------
     pid : int
         The process.
-    select : {"large", "all", "guest"} or callable
+    select : {"large", "all", "guest"}, callable, or sequence of (int, int, int)
         ``"large"``: writable memory of at least 1 MiB but the stacks;
         ``"all"``: every writable mapping; ``"guest"``: a virtual machine's RAM;
-        or a function of an area that says whether to watch it.
+        a function of an area that says whether to watch it; or places: start and end,
+        addresses in bytes, and the number of the first page.
 
     Raises
     ------
     ValueError
         No such selection.
     DirtyLogError
-        ``"guest"``, and there is nothing that looks like one.
+        ``"guest"``, and there is nothing that looks like one; or a place is not there.
     """
+    if places := places_of(select):
+        return _at_places(pid, places)
     if callable(select):
         return lambda areas: [area for area in areas if area.writable and select(area)]
     if select == "large":
@@ -180,7 +239,7 @@ def choose(pid: int, select: str | Callable[[Area], bool]) -> Callable[[list[Are
             if area.writable
             and any(start <= area.start < end or area.start <= start < area.end for start, end in spans)
         ]
-    raise ValueError(f"select is {select!r}; choose 'large', 'all', 'guest' or a function of an area")
+    raise ValueError(f"select is {select!r}; choose 'large', 'all', 'guest', a function of an area, or places")
 
 
 def guest_areas(pid: int, areas: list[Area]) -> list[Area]:

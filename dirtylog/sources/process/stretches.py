@@ -56,8 +56,11 @@ _never_twice = count()
 def worth_watching(skipped: dict[Area, str], member: Member, start: int, end: int, area: Area) -> list[tuple[int, int]]:
     """Leave out what a program has reserved and not touched: to protect a page takes 8 bytes of page tables.
 
-    What it touches later is new memory then, and reported as such.
+    What it touches later is new memory then, and reported as such. Where page numbers are given, these are cut out.
     """
+    if member.places:
+        inside = [(max(start, low), min(end, high)) for low, high, _ in member.places]
+        return [(low, high) for low, high in inside if low < high]
     if end - start < RESERVED or not member.sparse or area.shared or area.kind == "file":
         if why := cannot_hold(end - start):
             skipped[area] = why
@@ -181,7 +184,12 @@ class Stretches:
             None,
         )
         npages = (end - start) // PAGE_SIZE
-        first, used = self._numbers.allocate(npages)
+        given = member.number_at(start)
+        if given is None:
+            first, used = self._numbers.allocate(npages)
+        else:
+            self._numbers.place(given, npages)
+            first, used = given, True  # what is mapped there anew is under the numbers of what was there
         if before and before.first_page + before.npages == first and before.told == told:
             before.end = end
         else:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Sampling",
-    "add_agent_argument",
+    "add_memory_arguments",
     "add_program_arguments",
     "add_watch_arguments",
     "command_of",
@@ -91,10 +91,16 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_agent_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare where a running program's agent listens."""
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how the memory of a process is got at, and what counts of memory that processes share."""
     parser.add_argument(
         "--agent", metavar="SOCKET", help="where the agent of --pid listens: it hands over, and names its arrays"
+    )
+    parser.add_argument(
+        "--trust-shared",
+        action="store_true",
+        help="watch shared memory through the processes that are watched; otherwise all of it counts as written, "
+        "for others may write it",
     )
 
 
@@ -115,7 +121,7 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the program to run, or the process to watch, and how often to look at it."""
     add_watch_arguments(parser)
     parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
-    add_agent_argument(parser)
+    add_memory_arguments(parser)
     add_guest_argument(parser)
     parser.add_argument(
         "--arrays", action="store_true", help="name the arrays of a Python program: a thread of ours in it is asked"
@@ -311,7 +317,13 @@ def _watch_running(
         with refusing():
             select = guest_at(args.qmp) if args.qmp is not None else "large"
             process = stack.enter_context(
-                attach(args.pid, select, handover=args.agent, follow_children=args.qmp is None)
+                attach(
+                    args.pid,
+                    select,
+                    handover=args.agent,
+                    follow_children=args.qmp is None,
+                    trust_shared=args.trust_shared,
+                )
             )
             names = stack.enter_context(names_of(args.pid, args.agent))
         sampling = begin(process, names)
@@ -398,7 +410,7 @@ def _watch_started(
         # Unless nothing says where the program's own code begins, or a module of ours begins first.
         at_most = FIRST_LINES if begins and not naming else SET_UP
         try:
-            program = launch([*python, *naming, *words], begins=begins, before=before)
+            program = launch([*python, *naming, *words], begins=begins, before=before, trust_shared=args.trust_shared)
         except BackendUnavailable as error:
             if not python:
                 raise BackendUnavailable(
@@ -406,7 +418,14 @@ def _watch_started(
                 ) from error
             show_note(f"dirtylog: {error.probed}; so the program hands its memory over by itself")
             at_most = FIRST_LINES
-            program = launch_helping(python, words, naming=naming[1:-1], before=before, why=error.probed)
+            program = launch_helping(
+                python,
+                words,
+                naming=naming[1:-1],
+                before=before,
+                why=error.probed,
+                trust_shared=args.trust_shared,
+            )
         if theirs is not None:
             theirs.close()  # so that its end is seen by who asks
         stack.enter_context(program)

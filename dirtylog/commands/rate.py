@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dirtylog.commands._fleet import add_fleet_arguments, check_no_fleet, sweep_fleet
 from dirtylog.commands._monitor import meter_guest
 from dirtylog.commands._numbers import more_than
-from dirtylog.commands._program import add_agent_argument, add_watch_arguments, record_program
+from dirtylog.commands._program import add_memory_arguments, add_watch_arguments, record_program
 from dirtylog.commands._refusal import Misunderstood
 from dirtylog.commands._terminal import printable
 from dirtylog.commands._trace import add_migration_arguments, show_forecasts
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --qmp: how QEMU measures; all but page-sampling need KVM",
     )
     parser.add_argument("--seconds", type=int, default=1, help="with --qmp: how long, from 1 to 60 (1)")
-    add_agent_argument(parser)
+    add_memory_arguments(parser)
     add_watch_arguments(parser)
     add_fleet_arguments(parser)
 

@@ -447,6 +447,27 @@ def test_modules_code_and_commands_run_too(launch, tmp_path, words):
     assert "dirtied per second" in (tmp_path / "report").read_text()
 
 
+SHARES = """
+import mmap, os
+memory = mmap.mmap(-1, 16 << 20)
+memory[::4096] = b"1" * 4096
+for child in range(2):
+    if not os.fork():
+        memory[child * 4096] = 7
+        os._exit(0)
+    os.wait()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("trust", [[], ["--trust-shared"]], ids=["by default", "if it is trusted"])
+def test_memory_that_is_shared_is_an_upper_bound_unless_those_who_are_watched_are_all(launch, trust):
+    result = launch(SHARES, options=["--json", "--interval", "1000", *trust])
+    profile = json.loads(result.stderr)
+    assert profile["exact"] is bool(trust)
+    assert profile["dirtied_bytes"] >= 16 << 20
+
+
 def test_a_program_that_another_has_become_is_in_the_trace(launch):
     """What was written before the exec, and after it: a page is counted wherever it was."""
     after = "import os, mmap; m = mmap.mmap(-1, 700 * 4096, 2); m[:] = b'1' * len(m); os._exit(0)"

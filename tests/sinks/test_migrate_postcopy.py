@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import MigrationError, receive, send, serving, status
+from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
+from dirtylog.sinks.migrate import Control, MigrationError, receive, send, serving, status
 from dirtylog.sinks.migrate._frames import ENDED
 from dirtylog.sinks.migrate._postcopy import ODD, Faults
 from dirtylog.sinks.migrate.payloads import EXTENT, PAGES
 from dirtylog.sinks.migrate.wire import Channel, Kind
+from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sources.memory import probe
 
 from .. import warm
+from .test_migrate_control import Clock
 
 PAGE = 4096
 NPAGES = 512
@@ -310,6 +312,75 @@ def test_what_is_called_while_the_copy_runs_does_not_end_it():
     assert len(calls) == 1
     assert status(result.session, end="copy").stage == "runs"
     assert (copy.started.get() == source.memory).all()
+
+
+def test_what_the_copy_waits_for_goes_at_once_and_the_background_keeps_to_the_limit():
+    source, relay, control, found = Source(), Relay(), Control(), []
+    relay.holds = True
+
+    def use(memory):
+        # Nothing has come so far. From here on the background would take days.
+        control.bandwidth = 1.0
+        relay.free.set()
+        for page in (NPAGES - 1, 450, 400):
+            at = page * PAGE
+            found.append(LIBC.memcmp(memory.ctypes.data + at, source.memory.ctypes.data + at, PAGE))
+        control.bandwidth = None
+
+    result, copy = migrated(source, use, relay, control=control)
+    assert found == [0, 0, 0]
+    assert (copy.answer == source.memory).all()
+    # How far it is can be seen from outside.
+    assert (control.nbytes, control.round) == (result.nbytes, len(result.rounds))
+    assert control.wire_bytes >= result.wire_bytes - 4096
+
+
+class Poll:
+    """A poll that hears nothing, and whose time is a clock's."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def poll(self, milliseconds):
+        self.clock.now += milliseconds / 1000
+        return []
+
+
+def test_the_background_waits_as_long_as_the_limit_says():
+    clock, here = Clock(), socket.socketpair()
+    control = Control(1000, clock=clock, sleep=clock.sleep)
+    memory = Source(64).memory
+    space = Space(memory, PAGE)
+    served = serving.Serving(space, PAGE, DirtyPages.from_runs([(0, 64)], 64), control)
+    with here[0], here[1]:
+        channel = Channel(here[0])
+        channel.pace = control._note
+        assert not served._hears(channel, Poll(clock))
+        assert clock.now == 0
+        served._asked(channel, memoryview(EXTENT.pack(63 * PAGE, PAGE)))
+        assert not served._hears(channel, Poll(clock))
+        assert clock.now * 1000 == pytest.approx(control.wire_bytes)
+        assert control.wire_bytes > PAGE
+
+
+@pytest.mark.parametrize("end", ["source", "copy"])
+def test_a_deadline_that_is_over_when_the_copy_runs_ends_neither(end, monkeypatch):
+    source, relay = Source(), Relay()
+    relay.cuts = [500_000, None]
+    send_frame = Channel.send
+
+    def late(channel, kind, *parts, **options):
+        send_frame(channel, kind, *parts, **options)
+        if kind == (Kind.RUN if end == "source" else Kind.DONE) and channel._deadline is not None:
+            channel._deadline = 0
+
+    monkeypatch.setattr(Channel, "send", late)
+    deadlines = {"deadline": 1000.0} if end == "source" else {}
+    receiver = {"reconnect": relay.accept} | ({"deadline": 1000.0} if end == "copy" else {})
+    result, copy = migrated(source, relay=relay, reconnect=relay.connect, receiver=receiver, **deadlines)
+    assert not isinstance(result, Exception), result
+    assert result.breaks == 1
+    assert (copy.answer == source.memory).all()
 
 
 @pytest.mark.parametrize(

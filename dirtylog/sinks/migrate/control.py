@@ -26,7 +26,8 @@ class Control:
     ----------
     bandwidth : float, optional
         Bytes per second that may go over the line; None: as fast as it can. A frame has up to 1 MiB and goes at once:
-        the timeouts of both ends have to allow for the waits between frames.
+        the timeouts of both ends have to allow for the waits between frames. With postcopy, what a copy that runs waits
+        for goes at once, and the background makes up for it.
 
     Attributes
     ----------
@@ -153,6 +154,18 @@ class Control:
                     break
             self._sleep(min(left, _NAP))
         with self._lock:
+            self.wire_bytes += nbytes
+
+    def _left(self) -> float:
+        """Return the seconds until more may go."""
+        with self._lock:
+            return 0.0 if self._bandwidth is None else max(self._due - self._clock(), 0.0)
+
+    def _note(self, nbytes: int) -> None:
+        """Note bytes that go at once: what may wait comes later for them."""
+        with self._lock:
+            if self._bandwidth is not None:
+                self._due = max(self._due, self._clock()) + nbytes / self._bandwidth
             self.wire_bytes += nbytes
 
     def _came(self, number: int, nbytes: int, wire_bytes: int) -> None:

@@ -452,6 +452,8 @@ class _Copy:
             raise WireError("the right to run is for another session")
         try:
             if self.faults is not None:
+                # What ends from here on takes the program with it.
+                self.channel.forget_deadline()
                 self.move(_Stage.FAULTS)
                 return
             self.move(_Stage.RUNS)
@@ -527,6 +529,8 @@ class _Copy:
         left = self.faults.left
         # Durable before anybody is told: whoever reads it lets the source go on.
         self.move(_Stage.GONE)
+        # Nobody has seen the memory.
+        self.faults.release()
         lost = (
             f"the copy was given up before it ran, lacking {left} pages: the source may go on; session {self.session}"
         )
@@ -579,7 +583,7 @@ def receive(
     max_rounds : int
         Refuse more rounds than this.
     deadline : float, optional
-        Give up when the whole migration takes more seconds than this.
+        Give up when the whole migration takes more seconds than this; with postcopy, up to the switch.
     reconnect : callable, optional
         Called when the line breaks, with how many times it has; returns the socket of the sender that came again,
         which is closed for you, or raises what ends the migration:

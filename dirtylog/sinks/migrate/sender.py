@@ -173,13 +173,14 @@ class _Attempt:
     def postpone(self, pages: DirtyPages) -> None:
         """Send these pages when the copy runs."""
         assert isinstance(self.sender.source, Space)
-        self.serving = Serving(self.sender.source, self.sender.granule, pages)
+        self.serving = Serving(self.sender.source, self.sender.granule, pages, self.control)
 
     def serve(self) -> None:
         """Send a copy that runs what it lacks, over as many lines as it takes."""
         serving = self.serving
         assert serving is not None
         begin = self.sender.clock(), self.sender.bytes_sent
+        self.control.round += 1
         try:
             self.record.set("serves")
         except Exception as problem:
@@ -216,6 +217,9 @@ class _Attempt:
             # Recorded before it is said. Until then whatever breaks takes it back: RUN comes after both lines.
             self.record.set("given")
             self.stage = _Stage.GIVEN
+        if self.serving is not None:
+            # What ends from here on takes the program with it.
+            self.sender.channel.forget_deadline()
         self.sender.channel.send(Kind.RUN, self.sender.session)
 
     def hear(self) -> None:
@@ -386,7 +390,7 @@ def send(
         the source until `send` returns: a line that is lost stops it where it lacks pages, until `reconnect` gives
         another one.
     deadline : float, optional
-        Give up when the whole migration takes more seconds than this.
+        Give up when the whole migration takes more seconds than this; with `postcopy`, up to the switch.
     control : Control, optional
         Limits its bandwidth, says how far it is, and cancels it, from any thread.
     reconnect : callable, optional

@@ -13,8 +13,9 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import DirtyBitmap
 from dirtylog.sinks._bytes.extents import PackedExtents
 from dirtylog.sinks.migrate._frames import Packer
+from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.payloads import EXTENT, PAGES, RAW, granules_of
-from dirtylog.sinks.migrate.wire import Channel, Kind, WireError
+from dirtylog.sinks.migrate.wire import LOOK, Channel, Kind, WireError
 
 if TYPE_CHECKING:
     from dirtylog.sinks.snapshot.space import Space
@@ -41,9 +42,12 @@ class Serving:
         Bytes of what is lacking or not.
     lacks : DirtyPages
         In pages of the source.
+    control : Control
+        Limits what goes in the background, and is told how far this is.
     """
 
-    def __init__(self, source: Space, granule: int, lacks: DirtyPages) -> None:
+    def __init__(self, source: Space, granule: int, lacks: DirtyPages, control: Control) -> None:
+        self.control: Control = control
         self.pages: DirtyPages = lacks
         self.granule: int = granule
         self.nbytes: int = source.nbytes
@@ -85,11 +89,13 @@ class Serving:
         """Send until the copy says that it has everything."""
         poll = select.poll()
         poll.register(channel.sock, select.POLLIN)
+        # What the copy waits for goes at once, whatever the limit; the background makes up for it.
+        channel.pace = self.control._note
         if channel.sock.family != socket.AF_UNIX:
             channel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         while True:
             # With nothing left to send it waits for what is said.
-            while not self.left or channel.has_more or poll.poll(0):
+            while not self.left or self._hears(channel, poll):
                 kind, payload = channel.receive(Kind.WANT, Kind.FILLED, counted=False)
                 if kind == Kind.FILLED:
                     if payload != session:
@@ -97,6 +103,16 @@ class Serving:
                     return
                 self._asked(channel, payload)
             self._background(channel)
+
+    def _hears(self, channel: Channel, poll: select.poll) -> bool:
+        """Whether the copy has said something; as long as nothing more may go in the background, wait for that."""
+        while not channel.has_more:
+            wait = min(self.control._left(), LOOK)
+            if poll.poll(1000 * wait):
+                return True
+            if not wait:
+                return False
+        return True
 
     def _asked(self, channel: Channel, payload: memoryview) -> None:
         if payload.nbytes != EXTENT.size:
@@ -132,4 +148,5 @@ class Serving:
                     channel.send(Kind.PAGES, PAGES.pack(number, RAW), table, data)
             self.zeros += zeros
             self.sent += nbytes
+            self.control._sent(nbytes)
         return part.count

@@ -238,6 +238,10 @@ class Channel:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, how)
 
+    def forget_deadline(self) -> None:
+        """Take as long as it takes, from here on and on every line that follows."""
+        self._deadline = None
+
     @property
     def has_more(self) -> bool:
         """Whether bytes that have come wait in this process, where no poll of the descriptor sees them."""

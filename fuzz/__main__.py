@@ -94,7 +94,21 @@ def with_own(options: argparse.Namespace) -> int:
 def main() -> int:
     """Run one target; the exit status is 1 where something was found."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
-    names = ("words", "pickle", "shared", "ring", "footer", "snapshot", "trace", "migration", "nbd", "qmp", "vhost")
+    names = (
+        "words",
+        "pickle",
+        "shared",
+        "ring",
+        "footer",
+        "snapshot",
+        "trace",
+        "migration",
+        "postcopy",
+        "answers",
+        "nbd",
+        "qmp",
+        "vhost",
+    )
     parser.add_argument("target", choices=names)
     parser.add_argument("--seconds", type=float, default=60, help="how long (default: %(default)s)")
     parser.add_argument("--runs", type=int, help="end after so many inputs instead (own)")

@@ -9,7 +9,7 @@ os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 from fuzz.files import Footer, Snapshot, TraceFile
 from fuzz.guard import Guard
 from fuzz.sets import Pickle, Ring, SharedFile, Words
-from fuzz.streams import Device, Migration, Monitor, Nbd
+from fuzz.streams import Answers, Device, Migration, Monitor, Nbd, Postcopy
 from fuzz.target import Target
 
 __all__ = ["CORPUS", "TARGETS", "Examiner", "corpus_of"]
@@ -17,7 +17,21 @@ __all__ = ["CORPUS", "TARGETS", "Examiner", "corpus_of"]
 CORPUS = Path(__file__).parent / "corpus"
 TARGETS: dict[str, type[Target]] = {
     target.name: target
-    for target in (Words, Pickle, SharedFile, Ring, Footer, Snapshot, TraceFile, Migration, Nbd, Monitor, Device)
+    for target in (
+        Words,
+        Pickle,
+        SharedFile,
+        Ring,
+        Footer,
+        Snapshot,
+        TraceFile,
+        Migration,
+        Postcopy,
+        Answers,
+        Nbd,
+        Monitor,
+        Device,
+    )
 }
 
 

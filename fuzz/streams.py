@@ -11,14 +11,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dirtylog.sinks.migrate import MigrationError, receive, sessions
-from dirtylog.sinks.migrate.payloads import HELLO, PAGES, RAW, ROUND, ZSTD
+from dirtylog import DirtyBitmap, DirtyLog
+from dirtylog.sinks.migrate import MigrationError, receive, send, sessions
+from dirtylog.sinks.migrate.payloads import EXTENT, HELLO, PAGES, RAW, READY, ROUND, ZSTD
 from dirtylog.sinks.migrate.wire import HEADER_BYTES, VERSION, Kind
 from dirtylog.sources.qemu import NbdClient, PeerError, Qmp, QmpError
 from dirtylog.sources.vhost import MAX_PAYLOAD, MAX_REGIONS, VhostBackend, VhostRequest
 from fuzz.target import Target, Wrong
 
-__all__ = ["Device", "Migration", "Monitor", "Nbd"]
+__all__ = ["Answers", "Device", "Migration", "Monitor", "Nbd", "Postcopy"]
 
 LIMIT = 1 << 20
 _HEADER = struct.Struct("<4sBBHIQ")
@@ -107,6 +108,96 @@ class Migration(Target):
         arrays = answer.values() if isinstance(answer, dict) else [answer]
         if sum(memoryview(each).nbytes for each in arrays) > LIMIT:
             raise Wrong("more memory was made than the limit allows")
+
+
+class Postcopy(Migration):
+    """`receive` of a copy that is filled when it has the right to run: what is lacking, and what brings it."""
+
+    name = "postcopy"
+
+    def seeds(self) -> Iterator[bytes]:
+        """Yield migrations of three pages: all of them lacking, and after a live round one that was written since."""
+        nbytes = 3 * 4096 - 7
+        memory = (np.arange(nbytes) % 251).astype(np.uint8).tobytes()
+        hello = (Kind.HELLO, HELLO.pack(bytes(16), nbytes, 4096, RAW, 0, 1, 0))
+        whole = np.array([[0, nbytes]], "<i8").tobytes()
+        ends = [(Kind.END, b"digest"), (Kind.RUN, bytes(16))]
+        parts = np.array([[0, 4096], [8192, nbytes - 8192]], "<i8").tobytes()
+        zeros = np.array([[4096, 4096]], "<i8").tobytes()
+        pages = (Kind.PAGES, PAGES.pack(2, RAW) + parts + memory[:4096] + memory[8192:])
+        yield from self.both([hello, (Kind.LACKING, whole), (Kind.STATE, b"7"), *ends, pages, (Kind.ZEROS, zeros)])
+        live = [(Kind.ROUND, ROUND.pack(1)), (Kind.PAGES, PAGES.pack(1, RAW) + whole + memory)]
+        yield from self.both([hello, *live, (Kind.LACKING, parts), *ends, pages])
+
+    def read(self, data: bytes) -> object:
+        """Receive into new memory, which is not looked at before it is filled."""
+        sessions._known.clear()
+        with self.here, self.there:
+            return receive(self.here, limit=LIMIT, state=lambda state: None, postcopy=True, run="filled")
+
+
+class Answers(Migration):
+    """`send`: what a copy says, of a migration and of one with postcopy."""
+
+    name = "answers"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = (np.arange(3 * 4096) % 251).astype(np.uint8)
+        self.log = DirtyLog()
+        self.log.attach(DirtyBitmap(3))
+
+    def send(self, sock: socket.socket, postcopy: bool) -> object:
+        """Send three pages."""
+        observer = self.log.observer("migration")
+        try:
+            return send(sock, self.memory, observer, session="0" * 32, postcopy=0 if postcopy else None)
+        finally:
+            observer.close()
+
+    def seeds(self) -> Iterator[bytes]:
+        """Yield what a copy did say."""
+        for postcopy in (False, True):
+            digest = self.digest(postcopy)
+            said = [(Kind.READY, READY.pack(0, 0, 0, bytes(16))), (Kind.HAVE, digest), (Kind.DONE, bytes(16))]
+            if postcopy:
+                said += [(Kind.WANT, EXTENT.pack(8192, 4096)), (Kind.WANT, EXTENT.pack(0, 1)), (Kind.FILLED, bytes(16))]
+            for one in self.both(said):
+                yield (b"p" if postcopy else b"-") + one
+
+    def digest(self, postcopy: bool) -> bytes:
+        """Return that of what is sent: always the same."""
+        sessions._known.clear()
+        self.here, self.there = socket.socketpair()
+        with self.here, self.there:
+            self.there.sendall(frame(Kind.READY, READY.pack(0, 0, 0, bytes(16)), 0))
+            self.there.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(MigrationError):
+                self.send(self.here, postcopy)
+            self.here.close()
+            sent = b""
+            while part := self.there.recv(1 << 16):
+                sent += part
+        at = 0
+        while sent[at + 5] != Kind.END:
+            at += HEADER_BYTES + _HEADER.unpack_from(sent, at)[5]
+        return sent[at + HEADER_BYTES :][:32]
+
+    def prepare(self, data: bytes) -> bytes:
+        """Make frames of what follows the first byte."""
+        super().prepare(data[1:])
+        return data
+
+    def read(self, data: bytes) -> object:
+        """Send, as a process that has sent nothing before."""
+        sessions._known.clear()
+        with self.here, self.there:
+            return self.send(self.here, data[:1] == b"p")
+
+    def judge(self, data: bytes, answer: object) -> None:
+        """Whatever is said, the memory is the source's own."""
+        if not (self.memory == np.arange(3 * 4096) % 251).all():
+            raise Wrong("the source's memory was written")
 
 
 class Spoken(Target):

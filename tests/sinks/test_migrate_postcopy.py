@@ -79,6 +79,7 @@ class Relay:
         self.waiting, self.cuts, self.threads = queue.Queue(), [], []
         # Whether nothing goes forth from DONE on until `free` is set.
         self.holds = False
+        self.held = threading.Event()
         # The word, forth or back, that is lost with its line.
         self.loses = None
         self.free = threading.Event()
@@ -111,6 +112,7 @@ class Relay:
                         break
                     if self.holds and data[5] == Kind.DONE:
                         self.free.clear()
+                        self.held.set()
                     near.sendall(data)
                 if near in ready:
                     most = 1 << 16 if cut is None else min(1 << 16, cut - forth)
@@ -321,6 +323,7 @@ def test_what_the_copy_waits_for_goes_at_once_and_the_background_keeps_to_the_li
     def use(memory):
         # Nothing has come so far. From here on the background would take days.
         control.bandwidth = 1.0
+        relay.held.wait(30)
         relay.free.set()
         for page in (NPAGES - 1, 450, 400):
             at = page * PAGE

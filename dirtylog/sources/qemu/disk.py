@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
-import shutil
-import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -22,35 +19,15 @@ from dirtylog._bits.pages import DirtyPages, check_geometry
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._channel import Address, PeerError
 from dirtylog.sources._resource import Resource
+from dirtylog.sources.qemu.content import Content
+from dirtylog.sources.qemu.exports import Exports
 from dirtylog.sources.qemu.nbd import NbdClient
+from dirtylog.sources.qemu.node import Actions, Node
 from dirtylog.sources.qemu.qmp import Qmp, QmpError
 
 __all__ = ["QemuDisk"]
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,99}")
-_Actions = list[tuple[str, dict[str, Any]]]
-# What the name of a directory begins with in which an NBD server listens for one QemuDisk.
-_SERVED = "dirtylog-nbd-"
-
-
-def _is_served(export: str) -> bool:
-    """Whether an export is of an NBD server that a QemuDisk has started, whose process lives."""
-    directory = export.partition("-x-")[2]
-    if not directory.startswith(_SERVED):
-        return False
-    try:
-        descriptor = os.open(
-            os.path.join(tempfile.gettempdir(), directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        return False
-    except OSError:  # it is locked, or another user's
-        return True
-    return False
 
 
 class QemuDisk(Resource):
@@ -151,34 +128,32 @@ class QemuDisk(Resource):
             )
         self.node: str = node
         self.name: str = name
-        self._qmp, self._persistent = qmp, bool(persistent)
+        self._node, self._persistent = Node(qmp, node), bool(persistent)
         # Re-entrant for a finalizer; a harvest within a harvest is the log's to refuse.
         self._lock = threading.RLock()
-        self._nbd, self._nbd_directory, self._nbd_lock = nbd, "", -1
-        # QEMU's node names have at most 31 bytes, bitmaps and exports more.
-        self._overlay = f"dirtylog-{zlib.crc32(name.encode()):08x}"
-        self._scratch = None if scratch is None else os.path.abspath(os.fspath(scratch))
-        self._moment = False
-        self._reader: NbdClient | None = None
         self._number = -1
         self.lease: int = 0
         # Frozen bitmaps: not handed out yet; handed out in these leases, which are not released.
         self._unread: list[str] = []
         self._owed: dict[str, set[int]] = {}
-        # Whether QEMU has been asked for something and nobody knows whether it is done; bitmaps that this removes.
-        self._unanswered = False
+        # Bitmaps that go with what QEMU has been asked for, and nobody knows whether it is done.
         self._leaving: set[str] = set()
         self._lost = ""
         image, _ = self._look()
         self.size: int = int(image)
         self.npages: int = check_geometry(-(-self.size // self.page_size), self.page_size)[0]
+        # QEMU's node names have at most 31 bytes, bitmaps and exports more.
+        self._prefix, self._overlay = f"{name}-x-", f"dirtylog-{zlib.crc32(name.encode()):08x}"
+        self._exports = Exports(self._node, self._prefix, self.size, nbd)
+        file = None if scratch is None else os.path.abspath(os.fspath(scratch))
+        self._content = Content(self._node, self._exports, self.size, self._prefix, self._overlay, file)
         try:
             if nbd is None:
-                self._serve()
+                self._exports.serve()
             self._tidy()
             self.resumed: bool = self._resume(self._look()[1], since)
         except BaseException:
-            self._stop_serving()
+            self._exports.stop()
             raise
         self._closed = False
 
@@ -199,51 +174,21 @@ class QemuDisk(Resource):
 
     # What is there --------------------------------------------------------------------------------------------------
 
-    def _ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Give a command. If no answer comes, what became of it is looked for at the next harvest."""
-        before, self._unanswered = self._unanswered, True
-        try:
-            answer = self._qmp.execute(command, arguments)
-        except QmpError:
-            self._unanswered = before
-            raise
-        self._unanswered = before
-        return answer
-
-    def _wait(self, event: str, suits: Callable[[dict[str, Any]], bool]) -> None:
-        before, self._unanswered = self._unanswered, True
-        self._qmp.wait(event, suits)
-        self._unanswered = before
-
-    def _node(self) -> dict[str, Any]:
-        """Return what QEMU says of the disk."""
-        for each in self._ask("query-named-block-nodes", {"flat": True}):
-            if each.get("node-name") == self.node:
-                return dict(each)
-        raise DirtyLogError(f"there is no node {self.node!r}; query-named-block-nodes lists those that there are")
-
     def _look(self) -> tuple[int, list[dict[str, Any]]]:
         """Return the size of the disk, and its bitmaps of our name, the oldest first."""
-        node = self._node()
+        node = self._node.describe()
         pattern = re.compile(re.escape(self.name) + r"-(\d{1,18})")
         ours = [each for each in node.get("dirty-bitmaps", []) if pattern.fullmatch(each.get("name", ""))]
         ours.sort(key=lambda bitmap: int(bitmap["name"].rpartition("-")[2]))
         return node["image"]["virtual-size"], ours
 
     def _tidy(self) -> None:
-        """End what a process that died has left in QEMU: its exports, its copy-before-write job, its scratch nodes."""
-        mine = f"{self.name}-x-"
-        for export in self._ask("query-block-exports"):
-            if export["id"] in (f"{mine}bits", f"{mine}read") and export["node-name"] in (self.node, self._overlay):
-                self._end_export(export["id"])
-        for job in self._ask("query-jobs"):
-            if job["id"] == f"{mine}job":
-                self._end_job(job["id"])
-            elif job["id"] == f"{mine}create":
-                self._end_creation()
-        self._drop_overlay()
-        if f"{mine}peek" in [each.get("name") for each in self._node().get("dirty-bitmaps", [])]:
-            self._transaction([("block-dirty-bitmap-remove", {"name": f"{mine}peek"})])
+        """End what a process that died has left in QEMU: its exports, what held a moment, its copy of bitmaps."""
+        self._exports.tidy(("bits", "read"), (self.node, self._overlay))
+        self._content.tidy()
+        copy = f"{self._prefix}peek"
+        if copy in [each.get("name") for each in self._node.describe().get("dirty-bitmaps", [])]:
+            self._node.transaction([("block-dirty-bitmap-remove", {"name": copy})])
 
     def _resume(self, bitmaps: list[dict[str, Any]], since: str | None) -> bool:
         """Go on with the bitmaps that are there, or begin with one."""
@@ -264,21 +209,21 @@ class QemuDisk(Resource):
                 "the bitmaps are not those that dirtylog leaves: the last one should be recording, and no other"
             )
         stale = names if self._lost else names[: names.index(since)] if since is not None else []
-        self._transaction([("block-dirty-bitmap-remove", {"name": name}) for name in stale])
+        self._node.transaction([("block-dirty-bitmap-remove", {"name": name}) for name in stale])
         kept = [name for name in names if name not in stale]
         if not kept:
             # A number that no bitmap had: whoever noted one that is lost would take a later one of its name for it, and
             # what was written before that one would be in no answer.
             self._number = secrets.randbelow(10**17) if self._lost else self._number + 1
-            self._transaction([self._adding(self.bitmap)])
+            self._node.transaction([self._adding(self.bitmap)])
         self._unread = kept[:-1]
         return bool(kept)
 
     def _settle(self) -> None:
         """Find out what QEMU has done of that of which no answer came: as the next process would, of this one (I5)."""
-        if not self._unanswered:
+        if not self._node.unanswered:
             return
-        self._let_go()
+        self._content.let_go()
         self._tidy()
         bitmaps = self._look()[1]
         names = [each["name"] for each in bitmaps]
@@ -286,107 +231,19 @@ class QemuDisk(Resource):
         # What was handed out and is not released yet is reported once more.
         self._owed = {}
         self._resume(bitmaps, gone[0] if gone else names[0])
-        self._leaving, self._unanswered = set(), False
+        self._leaving, self._node.unanswered = set(), False
 
     def _adding(self, name: str, **more: Any) -> tuple[str, dict[str, Any]]:
         about = {"name": name, "granularity": self.page_size, "persistent": self._persistent, **more}
         return ("block-dirty-bitmap-add", about)
 
-    def _transaction(self, actions: _Actions) -> None:
-        """Do all of it at one moment, or nothing. What is about bitmaps is about those of our node."""
-        told = []
-        for kind, about in actions:
-            told.append({"type": kind, "data": {"node": self.node, **about} if "bitmap" in kind else about})
-        if told:
-            self._ask("transaction", {"actions": told})
-
-    # Exports --------------------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        """Start QEMU's NBD server for us alone."""
-        directory = tempfile.mkdtemp(prefix=_SERVED)
-        path = os.path.join(directory, "nbd")
-        start = ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
-        try:
-            # Held for as long as this process lives: so others know whether the server is anybody's.
-            self._nbd_lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._nbd_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            try:
-                self._ask(*start)
-            except QmpError as error:
-                ids = [each["id"] for each in self._ask("query-block-exports") if each["type"] == "nbd"]
-                if "already running" not in error.description or not ids or not all("-x-" in each for each in ids):
-                    error.add_note("pass nbd=, the address at which QEMU's NBD server listens, if it runs already")
-                    raise
-                if any(map(_is_served, ids)):
-                    error.add_note("it is that of another QemuDisk, which is in use: wait for its end")
-                    raise
-                # Of a process that died: its exports are the only ones.
-                self._ask("nbd-server-stop")
-                self._ask(*start)
-        except QmpError:
-            # QEMU's server, if it has one, is somebody else's.
-            self._close_nbd_lock()
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
-        except BaseException:
-            self._nbd_directory = directory
-            raise
-        self._nbd, self._nbd_directory = path, directory
-        # By which the next process knows the server, if this one dies.
-        export = f"{self.name}-x-{os.path.basename(directory)}"
-        self._ask("block-export-add", {"type": "nbd", "id": export, "node-name": self.node, "name": export})
-
-    def _close_nbd_lock(self) -> None:
-        lock, self._nbd_lock = self._nbd_lock, -1
-        if lock >= 0:
-            os.close(lock)
-
-    def _stop_serving(self) -> None:
-        if self._nbd_directory:
-            with contextlib.suppress(OSError, DirtyLogError, ValueError):
-                self._qmp.execute("nbd-server-stop")
-            self._close_nbd_lock()
-            shutil.rmtree(self._nbd_directory, ignore_errors=True)
-            self._nbd_directory = ""
-
-    def _export(self, what: str, node: str, bitmap: str | None = None) -> NbdClient:
-        """Export a node, to read, and open the export."""
-        export = f"{self.name}-x-{what}"
-        about: dict[str, Any] = {"type": "nbd", "id": export, "node-name": node, "name": export}
-        contexts = []
-        if bitmap is not None:
-            about["bitmaps"] = [bitmap]
-            contexts = [f"qemu:dirty-bitmap:{bitmap}"]
-        else:
-            contexts = ["base:allocation"]
-        self._ask("block-export-add", about)
-        try:
-            assert self._nbd is not None
-            client = NbdClient(self._nbd, export, contexts)
-            if client.size != self.size:
-                client.close()
-                raise DirtyLogError(
-                    f"the disk {self.node!r} was resized from {self.size} to {client.size} bytes; detach it, make "
-                    "another QemuDisk, and begin with a full copy"
-                )
-            return client
-        except BaseException:
-            self._end_export(export)
-            raise
-
-    def _end_export(self, export: str) -> None:
-        self._ask("block-export-del", {"id": export, "mode": "hard"})
-        # Until then its bitmap is busy.
-        self._wait("BLOCK_EXPORT_DELETED", lambda data: data.get("id") == export)
-
     def _read_bitmap(self, bitmap: str) -> DirtyPages:
-        client = self._export("bits", self.node, bitmap)
+        client = self._exports.open("bits", self.node, bitmap)
         try:
             with client:
                 extents = client.extents(client.contexts[0])
         finally:
-            self._end_export(f"{self.name}-x-bits")
+            self._exports.end("bits")
         dirty = extents[(extents[:, 2] & 1) != 0]
         ends = dirty[:, 0] + dirty[:, 1]
         if (dirty[:, 0] % self.page_size).any() or (ends[ends != self.size] % self.page_size).any():
@@ -444,28 +301,25 @@ class QemuDisk(Resource):
         """Begin a bitmap and freeze the one that records, at one moment; with a scratch file, hold that moment."""
         recording = self.bitmap
         successor = f"{self.name}-{self._number + 1}"
-        actions: _Actions = [self._adding(successor), ("block-dirty-bitmap-disable", {"name": recording})]
-        self._thaw()
-        if self._scratch is not None:
-            self._prepare_scratch()
-            device = {"device": self.node, "job-id": f"{self.name}-x-job", "target": self._overlay}
-            actions.append(("blockdev-backup", {**device, "sync": "none"}))
-        self._unanswered = True
+        actions: Actions = [self._adding(successor), ("block-dirty-bitmap-disable", {"name": recording})]
+        self._content.thaw()
+        actions += self._content.hold()
+        self._node.unanswered = True
         try:
-            self._transaction(actions)
+            self._node.transaction(actions)
             self._unread.append(recording)
         except QmpError:
-            self._unanswered = False
+            self._node.unanswered = False
             _, bitmaps = self._look()
             sound = [each["name"] for each in bitmaps if not each.get("inconsistent")]
             if {recording, *self._unread} <= set(sound):
-                self._thaw()
+                self._content.thaw()
                 raise
             # Somebody has removed it: nobody knows what was written.
             self._lost = f"the bitmap {recording!r} is not there any more"
-            self._transaction([actions[0], *actions[2:]])
+            self._node.transaction([actions[0], *actions[2:]])
         self._number += 1
-        self._unanswered = False
+        self._node.unanswered = False
 
     def _join(self) -> None:
         """Keep what was handed out in one frozen bitmap, the oldest: whoever noted its name finds all that is since."""
@@ -474,20 +328,20 @@ class QemuDisk(Resource):
         self.lease += 1
         oldest, *newer = [*self._owed, *self._unread]
         if newer:
-            actions: _Actions = [("block-dirty-bitmap-merge", {"target": oldest, "bitmaps": newer})]
+            actions: Actions = [("block-dirty-bitmap-merge", {"target": oldest, "bitmaps": newer})]
             actions += [("block-dirty-bitmap-remove", {"name": name}) for name in newer]
             self._removing(newer, actions)
         self._owed = {oldest: {self.lease}.union(*self._owed.values())}
         self._unread = []
-        self._unanswered = False
+        self._node.unanswered = False
 
-    def _removing(self, names: Iterable[str], actions: _Actions) -> None:
+    def _removing(self, names: Iterable[str], actions: Actions) -> None:
         """Do what removes bitmaps; that it is done is known when the caller says so."""
-        self._leaving, self._unanswered = set(names), True
+        self._leaving, self._node.unanswered = set(names), True
         try:
-            self._transaction(actions)
+            self._node.transaction(actions)
         except QmpError:
-            self._leaving, self._unanswered = set(), False
+            self._leaving, self._node.unanswered = set(), False
             raise
 
     def release_lease(self, lease: int) -> None:
@@ -507,7 +361,7 @@ class QemuDisk(Resource):
         with self._lock:
             if self.closed or self._inherited:  # the child of a fork holds nothing of QEMU's
                 return
-            if self._unanswered:
+            if self._node.unanswered:
                 # What is not handed out yet may have been joined to what was: the next harvest reports both.
                 return
             for name, leases in list(self._owed.items()):
@@ -515,7 +369,7 @@ class QemuDisk(Resource):
                 if not leases:
                     self._removing([name], [("block-dirty-bitmap-remove", {"name": name})])
                     del self._owed[name]
-                    self._unanswered = False
+                    self._node.unanswered = False
 
     def peek(self) -> DirtyPages:
         """Copy what the next harvest would report, and clear nothing.
@@ -534,8 +388,8 @@ class QemuDisk(Resource):
             self._settle()
             if self._lost:
                 return DirtyPages._all(self.npages, self.page_size, exact=False)
-            copy = f"{self.name}-x-peek"
-            self._transaction(
+            copy = f"{self._prefix}peek"
+            self._node.transaction(
                 [
                     self._adding(copy, disabled=True, persistent=False),
                     ("block-dirty-bitmap-merge", {"target": copy, "bitmaps": [*self._unread, self.bitmap]}),
@@ -544,8 +398,8 @@ class QemuDisk(Resource):
             try:
                 return self._read_bitmap(copy)
             finally:
-                if not self._unanswered:  # else it may be in use, and goes with what else is left
-                    self._transaction([("block-dirty-bitmap-remove", {"name": copy})])
+                if not self._node.unanswered:  # else it may be in use, and goes with what else is left
+                    self._node.transaction([("block-dirty-bitmap-remove", {"name": copy})])
 
     # Content --------------------------------------------------------------------------------------------------------
 
@@ -604,72 +458,7 @@ class QemuDisk(Resource):
 
     def _client(self) -> NbdClient:
         self._check_open()
-        if self._reader is None:
-            self._reader = self._export("read", self._overlay if self._moment else self.node)
-        return self._reader
-
-    def _prepare_scratch(self) -> None:
-        """Make an empty overlay of the disk, for what the guest is about to overwrite."""
-        assert self._scratch is not None
-        mine = f"{self.name}-x-"
-        with open(self._scratch, "xb"):
-            self._moment = True
-        self._ask("blockdev-add", {"driver": "file", "filename": self._scratch, "node-name": f"{self._overlay}-file"})
-        about = {"driver": "qcow2", "file": f"{self._overlay}-file", "size": self.size}
-        self._ask("blockdev-create", {"job-id": f"{mine}create", "options": about})
-        if error := self._end_creation():
-            raise QmpError("blockdev-create", "GenericError", error)
-        overlay = {"driver": "qcow2", "node-name": self._overlay, "file": f"{self._overlay}-file", "backing": self.node}
-        self._ask("blockdev-add", overlay)
-
-    def _end_creation(self) -> str:
-        """Wait until the empty overlay is made; return what went wrong."""
-        name = f"{self.name}-x-create"
-        while True:
-            (job,) = [each for each in self._ask("query-jobs") if each["id"] == name]
-            if job["status"] == "concluded":
-                break
-            self._wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == name)
-        self._ask("job-dismiss", {"id": name})
-        return str(job.get("error", ""))
-
-    def _end_job(self, job: str) -> None:
-        self._ask("block-job-cancel", {"device": job, "force": True})
-        self._wait("JOB_STATUS_CHANGE", lambda data: data.get("id") == job and data.get("status") == "null")
-
-    def _drop_overlay(self) -> None:
-        """Remove the scratch nodes, those that are there."""
-        nodes = {each.get("node-name") for each in self._ask("query-named-block-nodes", {"flat": True})}
-        for left in (self._overlay, f"{self._overlay}-file"):
-            if left in nodes:
-                self._ask("blockdev-del", {"node-name": left})
-
-    def _thaw(self) -> None:
-        """Let go of the moment, and of the export that reads."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-            self._end_export(f"{self.name}-x-read")
-        if not self._moment:
-            return
-        job = f"{self.name}-x-job"
-        if any(each["id"] == job for each in self._ask("query-jobs")):
-            self._end_job(job)
-        self._drop_overlay()
-        self._drop_scratch()
-
-    def _drop_scratch(self) -> None:
-        if self._moment and self._scratch is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._scratch)
-        self._moment = False
-
-    def _let_go(self) -> None:
-        """Forget the reader and the moment, whatever QEMU still has of them."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-        self._drop_scratch()
+        return self._content.client()
 
     def forget(self) -> None:
         """Stop tracking: remove the bitmaps of this name from the disk, and close.
@@ -682,8 +471,8 @@ class QemuDisk(Resource):
         with self._lock:
             self._check_open()
             self._settle()
-            self._thaw()
-            self._transaction([("block-dirty-bitmap-remove", {"name": each["name"]}) for each in self._look()[1]])
+            self._content.thaw()
+            self._node.transaction([("block-dirty-bitmap-remove", {"name": each["name"]}) for each in self._look()[1]])
             self.close()
 
     def _release(self) -> None:
@@ -691,7 +480,7 @@ class QemuDisk(Resource):
             return
         # QEMU keeps what was not committed, and goes on recording. If it has gone, there is nothing to give back.
         with contextlib.suppress(OSError, DirtyLogError, ValueError):
-            self._thaw()
+            self._content.thaw()
         with contextlib.suppress(OSError):
-            self._drop_scratch()
-        self._stop_serving()
+            self._content.drop_scratch()
+        self._exports.stop()

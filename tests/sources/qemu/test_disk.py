@@ -162,12 +162,12 @@ def test_what_a_process_that_died_has_left_is_tidied_up(machine, tmp_path):
     machine.writer.write(0, 512, 1)
     died.harvest()
     died.read(0)
-    died._reader.close()
+    died._content._reader.close()
     with QemuDisk(machine.qmp, "disk", PAGE, nbd=machine.nbd) as disk:
         assert machine.qmp.execute("query-jobs") == []
         assert numbers(disk.harvest()) == [0]
         assert disk.read(0)[:3].tolist() == [1, 1, 1]
-    died._reader, died._moment = None, False
+    died._content._reader, died._content._held = None, False
     died.close()
 
 
@@ -179,7 +179,7 @@ def test_it_starts_a_server_of_its_own_where_none_runs(tmp_path):
             with QemuDisk(qmp, "disk", PAGE, persistent=False) as disk:
                 assert not disk.harvest()
                 assert not disk.read(0).any()
-                directory = disk._nbd_directory
+                directory = disk._exports._directory
             assert not os.path.exists(directory)
         with QemuDisk(qmp, "disk", PAGE, persistent=False, name="one") as disk:
             disk.read(0)
@@ -189,11 +189,11 @@ def test_it_starts_a_server_of_its_own_where_none_runs(tmp_path):
             assert not disk.harvest()  # its server is there still
             disk.read(0)
             # As if the first one had died: its server, and its export, are there still.
-            disk._close_nbd_lock()
+            disk._exports._unlock()
             with QemuDisk(qmp, "disk", PAGE, persistent=False, name="one") as other:
                 assert not other.harvest()
-            disk._reader.close()
-            disk._reader, disk._nbd_directory = None, ""
+            disk._content._reader.close()
+            disk._content._reader, disk._exports._directory = None, ""
         disk_of_another = {"type": "nbd", "id": "theirs", "node-name": "disk", "name": "theirs"}
         qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(tmp_path / "other")}}})
         qmp.execute("block-export-add", disk_of_another)

@@ -64,6 +64,9 @@ struct pm_scan_arg {
 #define PAGE_IS_SWAPPED (UINT64_C(1) << 4)
 #define PAGE_IS_PFNZERO (UINT64_C(1) << 5)
 #endif
+#ifndef PAGE_IS_GUARD
+#define PAGE_IS_GUARD (UINT64_C(1) << 8)
+#endif
 
 /* Regions that one ioctl may report: 192 KiB. */
 #define DL_SCAN_VECTOR 8192
@@ -154,6 +157,21 @@ static inline int dl_pagemap_empty(int pagemap, uint64_t *at, uint64_t end, stru
         .category_mask = PAGE_IS_SWAPPED,
         .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
         .return_mask = PAGE_IS_SWAPPED,
+    };
+
+    return dl_pagemap_step(pagemap, at, &arg);
+}
+
+/* 1 where there is a guard, whose reading raises SIGSEGV; 0 without, or -errno: EINVAL before Linux 6.15. */
+static inline int dl_pagemap_guard(int pagemap, uint64_t *at, uint64_t end)
+{
+    struct page_region region;
+    struct pm_scan_arg arg = {
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)&region,
+        .vec_len = 1,
+        .category_mask = PAGE_IS_GUARD,
+        .return_mask = PAGE_IS_GUARD,
     };
 
     return dl_pagemap_step(pagemap, at, &arg);

@@ -291,6 +291,34 @@ def test_compared_memory_that_was_unmapped_raises_instead_of_ending_the_process(
         libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(4 * PAGE))
 
 
+GUARD_INSTALL, GUARD_REMOVE = 102, 103
+
+
+@pytest.mark.parametrize("how", ["mprotect", "guard"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_compared_memory_that_may_not_be_read_for_a_while_raises_and_loses_nothing(how, shared):
+    memory = mmap.mmap(-1, 8 * PAGE, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE))
+    array = np.frombuffer(memory, np.uint8)
+    array[:] = 1
+    middle = ctypes.c_void_p(array.ctypes.data + 3 * PAGE), ctypes.c_size_t(2 * PAGE)
+    with dl.track(array, "compare") as t:
+        array[3 * PAGE] = array[7 * PAGE] = 2
+        if how == "mprotect":
+            assert libc.mprotect(*middle, 0) == 0
+        elif tuple(map(int, os.uname().release.split(".")[:2])) < (6, 15) or libc.madvise(*middle, GUARD_INSTALL):
+            pytest.skip("the kernel has no guards in memory, or does not tell where they are")
+        for call in (t.harvest, t.peek):
+            with pytest.raises(dl.DirtyLogError, match="may not be read now"):
+                call()
+        if how == "mprotect":
+            assert libc.mprotect(*middle, 3) == 0
+            assert t.harvest().indices().tolist() == [3, 7]
+        else:
+            assert libc.madvise(*middle, GUARD_REMOVE) == 0
+            # A guard takes what was there: private memory is zero now, and shared memory what it was.
+            assert t.harvest().indices().tolist() == ([3, 7] if shared else [3, 4, 7])
+
+
 @pytest.mark.parametrize("what", ["harvest", "close"])
 def test_a_signal_handler_may_collect_or_close_the_tracker_that_it_interrupts(monkeypatch, what):
     """Its lock is held by the thread that the handler runs in."""

@@ -205,7 +205,7 @@ class Layer:
 
     def state(self) -> Any:
         """Read the user's state."""
-        text = os.pread(self.descriptor, self.footer.state, self.place.state)
+        text = footers.read_whole(self.descriptor, self.place.state, self.footer.state, self.path)
         return footers.decode_state(text, self.path)
 
     def blocks(self) -> Iterator[npt.NDArray[np.int64]]:
@@ -242,7 +242,8 @@ class Layer:
             read_extents(self.descriptor, part, places, packed=True, name=self.path)
             begin += size
             if not expected:
-                expected = os.pread(self.descriptor, min(footers.BLOCK, self.place.state - at), at)
+                length = min(footers.BLOCK, self.place.state - at)
+                expected = footers.read_whole(self.descriptor, at, length, self.path)
                 at += len(expected)
             use(part, extents, digest(part) == expected[:DIGEST_BYTES])
             expected = expected[DIGEST_BYTES:]

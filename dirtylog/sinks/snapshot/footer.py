@@ -53,6 +53,7 @@ __all__ = [
     "page_blocks",
     "plain_name",
     "read",
+    "read_whole",
     "regions_of",
     "trailer",
     "values",
@@ -406,7 +407,8 @@ def _validated(body: dict[str, Any]) -> Footer:
     return Footer(**{**body, "regions": regions_of(body["regions"], nbytes, page_size, body["named"])})
 
 
-def _read(descriptor: int, offset: int, length: int, name: str) -> bytes:
+def read_whole(descriptor: int, offset: int, length: int, name: str) -> bytes:
+    """Read so many bytes of a file. One call may bring fewer: that is neither its end nor damage."""
     parts, left = [], length
     while left:
         part = os.pread(descriptor, left, offset)
@@ -464,7 +466,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
     if size < TRAILER.size + 16:
         raise SnapshotError(f"{name}: the footer cannot be used: {size} bytes are not a snapshot, or one was cut short")
     start = max(size - TAIL, 0)
-    tail = _read(descriptor, start, size - start, name)
+    tail = read_whole(descriptor, start, size - start, name)
     raw = tail[-TRAILER.size :]
     magic, version, offset, header, length, expected, end = TRAILER.unpack(raw)
     try:
@@ -481,7 +483,7 @@ def read(descriptor: int, name: str) -> tuple[Footer, Place]:
         def part(at: int, length: int) -> bytes:
             if descriptor < 0:
                 return tail[at - offset : at - offset + length]
-            return _read(descriptor, at, length, name)
+            return read_whole(descriptor, at, length, name)
 
         digest = hashlib.blake2b(raw[:40], digest_size=DIGEST_BYTES)
         for at in range(offset, offset + length, BLOCK):
@@ -560,7 +562,7 @@ def _runs(footer: Footer, at: int, block: bytes) -> npt.NDArray[np.int64]:
 
 def page_blocks(descriptor: int, footer: Footer, offset: int, name: str) -> Iterator[npt.NDArray[np.int64]]:
     """Read the set of held pages from `offset` in blocks of runs, ascending, none of them empty."""
-    for at, block in _set_blocks(footer, offset, lambda at, length: _read(descriptor, at, length, name)):
+    for at, block in _set_blocks(footer, offset, lambda at, length: read_whole(descriptor, at, length, name)):
         runs = _runs(footer, at, block)
         if len(runs):
             yield runs

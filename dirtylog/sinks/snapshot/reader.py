@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW
 from dirtylog.sinks._bytes.pageio import data_extents, read_extents
+from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import (
     ChainMovedError,
     Info,
@@ -243,7 +243,7 @@ def _not_zero(layer: Layer, staging: memoryview) -> Iterator[str]:
     packed = place.layout is Layout.PACKED
     if not packed:
         yield from _not_holes(layer, staging)
-    behind = os.pread(layer.descriptor, place.offset - place.data, place.data)
+    behind = footers.read_whole(layer.descriptor, place.data, place.offset - place.data, layer.path)
     if any(behind):
         last = max(int(block[-1].sum()) for block in layer.blocks()) - 1 if packed else footer.npages - 1
         yield f"{layer.path}: pages {last} to {last}: there is data behind the last page"

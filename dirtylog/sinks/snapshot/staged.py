@@ -256,7 +256,10 @@ class Staged:
         """Give the file its name. If this raises an error of the file system, there is none of that name from here."""
         directory = -1
         try:
-            if self.sync:
+            if not self.sync:
+                # A network file system may tell of a write that failed when a descriptor of the file is closed.
+                os.close(os.dup(self.descriptor))
+            else:
                 os.fsync(self.descriptor)
                 # Opened and tried beforehand: what this file system cannot do is said while nothing has changed.
                 directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -287,7 +290,8 @@ class Staged:
             raise OSError(error.errno, os.strerror(error.errno or errno.EIO), self.path) from None
         finally:
             if directory >= 0:
-                os.close(directory)
+                with contextlib.suppress(OSError):
+                    os.close(directory)
 
     def close(self) -> None:
         """Remove what was not published; does nothing a second time."""
@@ -296,7 +300,9 @@ class Staged:
         # First, and once: a part file that cannot be removed, now or ever, keeps no descriptor and no room.
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            # Closed it is, whatever the answer. What was published is there, and of the rest nothing is wanted.
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         # A child by fork has a copy of this object, and leaves the file to its parent.
         # After an interrupt in the middle of a rename the part file is simply not there any more.
         if not self.published and self.owner == os.getpid():

@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -108,6 +109,8 @@ class Recorder:
                 self._partial, self._schema, compression="zstd", write_page_checksum=True
             )
         except OSError as error:
+            # It may be there: what was written first found no room.
+            self._partial.unlink(missing_ok=True)
             if error.errno is None:
                 raise
             # pyarrow names the file that nobody asked for.
@@ -188,10 +191,18 @@ class Recorder:
             # or the new one, never an empty file.
             _sync(self._partial)
             self._partial.replace(self._path)
-            sync_directory(self._path.parent)
         except BaseException:
             self.abort()
             raise
+        # From here on it is there: nothing that fails may say otherwise, nor may a warning that is an error.
+        try:
+            sync_directory(self._path.parent)
+        except OSError as error:
+            with suppress(RuntimeWarning):
+                warnings.warn(
+                    f"{self._path} is written, but its directory could not be synced ({error.strerror}): a power cut "
+                    "may take it back", RuntimeWarning, stacklevel=2,
+                )  # fmt: skip
 
     def _header(self) -> str:
         """Return what the file says of itself: with the names of the largest regions, if all are more than is read."""

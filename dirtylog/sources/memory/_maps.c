@@ -12,6 +12,8 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "sources/_pagemap.h"
+
 /* Declared here under a name of our own, because the distribution's headers may be older or newer. */
 struct query {
     uint64_t size, flags, address;
@@ -147,11 +149,33 @@ int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visito
     return error ? error : answer;
 }
 
+static int refuse_unreadable(const struct dl_mapping *mapping, const char *name, void *context)
+{
+    return mapping->permissions[0] == 'r' ? 0 : -EACCES;
+}
+
+int dl_maps_readable(uint64_t start, uint64_t end)
+{
+    int pagemap, found = 0;
+
+    if (dl_maps_walk(start, end, 0, refuse_unreadable, NULL) == -EACCES)
+        return -EACCES;
+    pagemap = open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC);
+    if (pagemap < 0)
+        return 0;
+    while (found == 0 && start < end)
+        found = dl_pagemap_guard(pagemap, &start, end);
+    close(pagemap);
+    return found > 0 ? -EACCES : 0;
+}
+
 #else
 
 int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
 {
     return -ENOSYS;
 }
+
+int dl_maps_readable(uint64_t start, uint64_t end) { return 0; }
 
 #endif

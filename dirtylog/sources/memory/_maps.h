@@ -24,4 +24,8 @@ typedef int dl_mapping_visitor(const struct dl_mapping *mapping, const char *nam
  * The visitor's last answer, or -errno when the kernel does not tell. */
 int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context);
 
+/* 0, or -EACCES when part of what is mapped in [start, end) may not be read: a mapping without that permission, or a
+ * guard (MADV_GUARD_INSTALL, which no list of mappings shows; Linux 6.15 tells). 0 where the kernel tells nothing. */
+int dl_maps_readable(uint64_t start, uint64_t end);
+
 #endif /* DIRTYLOG_MAPS_H */

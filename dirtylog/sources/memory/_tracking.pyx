@@ -28,6 +28,7 @@ cdef extern from "sources/memory/_maps.h" nogil:
         uint32_t minor
     ctypedef int dl_mapping_visitor(const dl_mapping *mapping, const char *name, void *context) noexcept nogil
     int dl_maps_walk(uint64_t start, uint64_t end, int with_names, dl_mapping_visitor *visit, void *context)
+    int dl_maps_readable(uint64_t start, uint64_t end)
 
 
 cdef extern from "sources/memory/_spans.h" nogil:
@@ -191,6 +192,27 @@ def mappings(uint64_t start, uint64_t end):
     if error < 0:
         raise OSError(-error, strerror(-error).decode())
     return found
+
+
+def check_permissions(uint64_t start, uint64_t end):
+    """Refuse memory that may not be read.
+
+    Parameters
+    ----------
+    start, end : int
+        Addresses in bytes, of whole pages.
+
+    Raises
+    ------
+    OSError
+        EACCES: part of it is mapped without that permission, or is a guard.
+    """
+    cdef int error
+
+    with nogil:
+        error = dl_maps_readable(start, end)
+    if error < 0:
+        raise OSError(-error, strerror(-error).decode())
 
 
 @cython.final

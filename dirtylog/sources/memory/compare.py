@@ -25,6 +25,7 @@ class Compare:
 
     def __init__(self, pinned: _tracking.PinnedPages, owed: Owed, edges: Sequence[int]) -> None:
         self._where = pinned.address, pinned.nbytes, pinned.page_size
+        self._pages = pinned.first, pinned.end
         # All of it once; later, where files end.
         _backing.check_readable(*self._where)
         self._edges = edges
@@ -61,8 +62,9 @@ class Compare:
     def _check(self) -> None:
         if self._closed:
             raise OSError(EBADF, "closed")
-        # A file that was cut behind the mapping would raise SIGBUS, unmapped memory SIGSEGV.
+        # A file that was cut behind the mapping would raise SIGBUS; unmapped or forbidden memory SIGSEGV.
         _backing.check_readable(*self._where, self._edges)
+        _tracking.check_permissions(*self._pages)
 
     def close(self) -> None:
         """Let go of the memory."""

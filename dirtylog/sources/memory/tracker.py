@@ -6,7 +6,7 @@ import mmap
 import operator
 import signal
 import warnings
-from errno import EBADF, EBUSY, ECHILD, EFAULT
+from errno import EACCES, EBADF, EBUSY, ECHILD, EFAULT
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, SupportsIndex
 
@@ -292,6 +292,11 @@ class Tracker(Resource):
                 "tracker, put the handler back and track again"
             )
         where = f"{self.npages} pages from address {self._pinned.address:#x}"
+        if error.errno == EACCES:
+            return DirtyLogError(
+                f"{where} may not be read now (mprotect or a guard), and comparing them would end the process; "
+                "harvest when they are readable again: what is written until then is reported then"
+            )
         return DirtyLogError(
             f"{where} can no longer be tracked by {self.backend} ({error.strerror}): they were unmapped, moved or "
             "replaced; take everything as written, close this tracker and track the memory where it is now"
@@ -396,8 +401,9 @@ def track(buffer: Trackable, backend: str = "auto") -> Tracker:
     content again is clean. If it went there and back while the caller copied it,
     the caller has content that no later harvest reports; let writers rest while
     you copy, or choose another back end. A harvest of memory whose file was cut
-    raises `DirtyLogError`; a file that is cut while the harvest reads still ends
-    the process by SIGBUS.
+    raises `DirtyLogError`, and so does one of memory that may not be read for a
+    while; a file that is cut while the harvest reads still ends the process by
+    SIGBUS.
 
     References
     ----------

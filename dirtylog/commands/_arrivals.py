@@ -24,6 +24,14 @@ def add_arrivals(parser: argparse.ArgumentParser) -> None:
         "--snapshot", metavar="FILE", help="write a snapshot: arrays by name, and what was sent beside them"
     )
     group.add_argument("--checkpoint", metavar="DIR", help="write the next checkpoint of a directory")
+    group.add_argument(
+        "--exec",
+        dest="program",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="last: start a program with the memory, whose path is put in the place of {memory} in its words; what was "
+        "sent beside it is a JSON text at {about}",
+    )
 
 
 def arrays_of(memory: Any) -> dict[str, Any]:
@@ -56,6 +64,8 @@ class Arrival:
     path: str | None = None
     out: Any = None
     state: Any = None
+    # What it was started with; it has the memory for its own.
+    program: Any = None
 
     def take_state(self, state: Any) -> None:
         """Remember what was sent beside the memory."""
@@ -207,7 +217,7 @@ class _NextCheckpoint(_SnapshotFile):
 
 
 def arrival_of(args: argparse.Namespace) -> Arrival:
-    """Return what takes the memory in, as the command line says."""
+    """Return what takes the memory in, as the command line says; of a program that is started see `_new_process`."""
     if args.out is not None:
         return OutFile(args.out)
     if args.snapshot is not None:

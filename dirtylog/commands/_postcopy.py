@@ -67,6 +67,11 @@ def check_postcopy(args: argparse.Namespace) -> None:
         if args.force:
             raise Misunderstood("--force is about rounds that do not converge, and --postcopy needs none; leave it out")
         return
+    if args.program is not None:
+        raise Misunderstood(
+            "--exec shares the memory with a program, and what --postcopy lacks is kept back from this process alone; "
+            "leave --postcopy out at both ends"
+        )
     kept = next((name for name in _KEPT if getattr(args, name) is not None), None)
     if kept is not None:
         raise Misunderstood(

@@ -10,6 +10,7 @@ With --postcopy at both ends the copy may run before it has everything.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from dirtylog.commands._refusal import refusing
 
 if TYPE_CHECKING:
     import socket
+    import subprocess
 
     from dirtylog.sinks.migrate import Keys, Listener
     from dirtylog.sinks.migrate.door import Address
@@ -254,12 +256,14 @@ def _accept(args: argparse.Namespace, listener: Listener) -> socket.socket:
 
 
 def _receive(args: argparse.Namespace) -> dict[str, Any]:
+    from dirtylog.commands._new_process import NewProcess
     from dirtylog.sinks.migrate import receive
 
     check_postcopy(args)
     seen = [0, 0]
     # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.
-    with arrival_of(args) as arrival, _listening(args) as listener, _accept(args, listener) as sock:
+    where = arrival_of(args) if args.program is None else NewProcess(args.program)
+    with where as arrival, _listening(args) as listener, _accept(args, listener) as sock:
         times = Times(arrival.start)
         memory = receive(
             sock,
@@ -278,7 +282,14 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
             progress=lambda *at: seen.__setitem__(slice(None), at),
         )
         times.complete()
-        answer = {"digest": digest_of(memory), "memory_bytes": nbytes_of(memory), "arrays": list(arrays_of(memory))}
+        # A program that was started writes by now.
+        digest = None if arrival.program else digest_of(memory)
+        answer = {
+            "digest": digest,
+            "program": arrival.program,
+            "memory_bytes": nbytes_of(memory),
+            "arrays": list(arrays_of(memory)),
+        }
         answer |= {"rounds": seen[0], "page_bytes": seen[1], "written": arrival.path}
         return {**answer, "ran_after": times.ran, "complete_after": times.whole} if args.postcopy else answer
 
@@ -304,9 +315,11 @@ def run(args: argparse.Namespace) -> int:
     from dirtylog.commands import _terminal
 
     answer = {"send": _send, "receive": _receive, "settle": _status, "status": _status}[args.end](args)
+    # Of a program that was started with the memory, its end is the end of this, and its exit code.
+    program = answer.pop("program", None)
     if args.json:
         _terminal.show_json(answer)
-        return 0
+        return _end(program)
     if "may_run" in answer:
         print(f"{answer['end']}: {answer['stage']}: {answer['advice']}")
         return 0
@@ -322,4 +335,14 @@ def run(args: argparse.Namespace) -> int:
             print(f"the copy was let run after {ran} and complete after {whole}")
     if answer["digest"] is not None:
         print(f"digest {answer['digest']}")
-    return 0
+    return _end(program)
+
+
+def _end(program: subprocess.Popen[bytes] | None) -> int:
+    """Wait for a program that was started; return what a shell says of its end: of a signal, 128 more."""
+    if program is None:
+        return 0
+    # Before it says more itself.
+    sys.stdout.flush()
+    status = program.wait()
+    return status if status >= 0 else 128 - status

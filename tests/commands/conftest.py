@@ -23,7 +23,7 @@ def migrated(tmp_path, monkeypatch, capsys):
 
         def receive():
             try:
-                run(migrate, "receive", "--listen", f"unix:{tmp_path / 'line'}", *arrival, "--json")
+                run(migrate, "receive", "--listen", f"unix:{tmp_path / 'line'}", "--json", *arrival)
             except Exception as error:
                 failures.append(error)
                 listening.put(repr(error))

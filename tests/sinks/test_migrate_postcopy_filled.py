@@ -39,14 +39,19 @@ def test_a_copy_is_started_at_once_or_when_it_has_everything(run, stage, session
 def test_a_line_that_is_lost_before_a_copy_is_filled_gives_it_up_and_the_source_may_go_on(session, tmp_path):
     source, relay = Source(), Relay()
     relay.cuts = [500_000]
-    memory = dl.zeros(source.memory.nbytes, np.uint8)
-    options = {"run": "filled", "journal": tmp_path, "out": memory}
+
+    def room(nbytes):
+        # Nowhere to be printed: that would wait for what never comes.
+        source.room = dl.zeros(nbytes, np.uint8)
+        return source.room
+
+    options = {"run": "filled", "journal": tmp_path, "out": room}
     outcome, copy = migrated(source, relay=relay, session=session, receiver=options)
     assert "unless the copy's own status is gone" in str(outcome)
     assert "the copy was given up before it ran" in str(copy.answer)
     assert copy.started.empty()
     # Nobody waits for what is missing any more.
-    assert "dc" not in flags_of(memory.ctypes.data)
+    assert "dc" not in flags_of(source.room.ctypes.data)
     for journal in (None, tmp_path):
         known = status(session, end="copy", journal=journal)
         assert (known.stage, known.may_run) == ("gone", False)

@@ -703,7 +703,9 @@ def _room(
     result, space = room(nbytes, page_size, said[HELLO.size :], made, limit)
     if postcopy and out is not None:
         _check_private(space)
-    return result, Filling(space, page_size, codec, channels or 1, fresh=out is None, postcopy=postcopy)
+    # A command's way to make room knows that it is zero; of anybody else's nobody does.
+    fresh = out is None or getattr(out, "zeros", None) is True
+    return result, Filling(space, page_size, codec, channels or 1, fresh=fresh, postcopy=postcopy)
 
 
 def _pages(nbytes: int) -> Memory:

@@ -60,6 +60,7 @@ struct pm_scan_arg {
 #define PM_SCAN_WP_MATCHING (UINT64_C(1) << 0)
 #define PM_SCAN_CHECK_WPASYNC (UINT64_C(1) << 1)
 #define PAGE_IS_WRITTEN (UINT64_C(1) << 1)
+#define PAGE_IS_FILE (UINT64_C(1) << 2)
 #define PAGE_IS_PRESENT (UINT64_C(1) << 3)
 #define PAGE_IS_SWAPPED (UINT64_C(1) << 4)
 #define PAGE_IS_PFNZERO (UINT64_C(1) << 5)
@@ -145,8 +146,8 @@ static inline int dl_pagemap_populated(int pagemap, uint64_t *at, uint64_t end, 
     return dl_pagemap_step(pagemap, at, &arg);
 }
 
-/* Private anonymous pages without contents: neither swapped out, nor present, unless as the system's page of zeros, put
- * there by a read. At most `room` regions. */
+/* Private pages without contents of their own: neither swapped out, nor present, unless as the system's page of zeros or
+ * as the file's, put there by a read. At most `room` regions. */
 static inline int dl_pagemap_empty(int pagemap, uint64_t *at, uint64_t end, struct page_region *vector, uint64_t room)
 {
     struct pm_scan_arg arg = {
@@ -155,8 +156,23 @@ static inline int dl_pagemap_empty(int pagemap, uint64_t *at, uint64_t end, stru
         .vec_len = room,
         .category_inverted = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
         .category_mask = PAGE_IS_SWAPPED,
-        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
+        .category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO | PAGE_IS_FILE,
         .return_mask = PAGE_IS_SWAPPED,
+    };
+
+    return dl_pagemap_step(pagemap, at, &arg);
+}
+
+/* Private pages that are there and are no file's: copies of their own. */
+static inline int dl_pagemap_copies(int pagemap, uint64_t *at, uint64_t end, struct page_region *vector)
+{
+    struct pm_scan_arg arg = {
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)vector,
+        .vec_len = DL_SCAN_VECTOR,
+        .category_inverted = PAGE_IS_FILE,
+        .category_mask = PAGE_IS_PRESENT | PAGE_IS_FILE,
+        .return_mask = PAGE_IS_PRESENT,
     };
 
     return dl_pagemap_step(pagemap, at, &arg);

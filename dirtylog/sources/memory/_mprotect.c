@@ -256,9 +256,9 @@ static int check_mapping(const struct dl_mapping *mapping, const char *name, voi
     return 0;
 }
 
-static int is_anonymous(const struct dl_mapping *mapping, const char *name, void *context)
+static int is_shared(const struct dl_mapping *mapping, const char *name, void *context)
 {
-    return mapping->inode != 0 || mapping->permissions[3] != 'p';
+    return mapping->permissions[3] != 'p';
 }
 
 /* Lock held. Pages of tracked memory that are gone may have been moved onto other tracked pages, which
@@ -298,7 +298,7 @@ static void check_mappings(uint64_t first, uint64_t end)
 
 /* Lock held. Private memory that nobody stored to and that has lost its contents all the same
  * (MADV_DONTNEED, MREMAP_DONTUNMAP): a protected page that was not empty when it was protected and is
- * now. It is marked in every span, and open where a store has marked it already. With `learn`, empty pages
+ * now, or was a copy and shows its file again. It is marked in every span, and open where a store has marked it already. With `learn`, empty pages
  * are only written down. Needs PAGEMAP_SCAN (Linux 6.7); without it such pages go unseen. */
 static void check_contents(struct dl_span *self, int pagemap, uint64_t first, uint64_t end, int learn)
 {
@@ -327,7 +327,7 @@ static void check_contents(struct dl_span *self, int pagemap, uint64_t first, ui
 
 static int open_pagemap(const struct dl_span *span)
 {
-    return span->anonymous ? open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC) : -1;
+    return span->private ? open("/proc/thread-self/pagemap", O_RDONLY | O_CLOEXEC) : -1;
 }
 
 /* A stretch at a time: the lock is given back in between, because stores wait for it. */
@@ -489,7 +489,7 @@ static int protect_span(struct dl_span *span)
         dl_words_clear(other->open, first - other->first, end - other->first);
         count_splits(other);
     }
-    span->anonymous = dl_maps_walk(span->first * page_bytes, span->end * page_bytes, 0, is_anonymous, NULL) == 0;
+    span->private = dl_maps_walk(span->first * page_bytes, span->end * page_bytes, 0, is_shared, NULL) == 0;
     pagemap = open_pagemap(span);
     if (pagemap >= 0) {
         check_contents(span, pagemap, span->first, span->end, 1);

@@ -25,7 +25,7 @@ struct dl_span *dl_span_new(uint64_t first, uint64_t npages)
     span->end = first + npages;
     span->words = (uint64_t *)(memory + header);
     span->open = span->words + nwords;
-    span->empty = span->open + nwords;
+    span->empty = span->copied = span->open + nwords;
     span->mapped = bytes;
     return span;
 }

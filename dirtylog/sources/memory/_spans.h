@@ -22,8 +22,10 @@ struct dl_span {
     int coarse;           /* mprotect: pages were opened that nobody wrote */
     unsigned generation;  /* the engine's count of forks when the span was opened */
     uint64_t *open;       /* mprotect: pages that are writable now */
-    uint64_t *empty;      /* mprotect: pages that had no contents when they were protected */
-    int anonymous;        /* mprotect: private memory without a file, where a lost page can be told */
+    uint64_t *empty;      /* mprotect: pages that had no contents of their own when they were protected */
+    int private;          /* mprotect: private memory, where a lost page can be told */
+    int file;             /* userfaultfd: private pages of a file are in it, of which the protection outlives the copy */
+    uint64_t *copied;     /* userfaultfd: pages that were copies of their own at the last look; where `empty` is */
     uint64_t splits;      /* mprotect: about how many mappings the open pages cost */
     uint64_t mapped;      /* bytes that hold this struct and its words */
 };

@@ -17,6 +17,7 @@
  * formal/models/deposits.pml is this file's model.
  */
 #define _GNU_SOURCE
+#include "_maps.h"
 #include "_registry.h"
 
 #include <errno.h>
@@ -192,6 +193,64 @@ static int walk(struct dl_span *span, uint64_t *words, int take)
     return answer;
 }
 
+/* MADV_DONTNEED takes away the copy that a store to a private page of a file has made, and the file shows again. Unlike
+ * that of anonymous memory, its protection stays, and the scan passes over it. */
+static int is_private_file(const struct dl_mapping *mapping, const char *name, void *context)
+{
+    return mapping->inode != 0 && mapping->permissions[3] == 'p';
+}
+
+/* Those of [first, end), pages of the span, that were copies: none of them is one now. */
+static int drop_copies(struct dl_span *span, uint64_t *words, int take, uint64_t first, uint64_t end)
+{
+    struct dl_part part = dl_part_first(first, end);
+    int dropped = 0;
+
+    for (; part.mask; dl_part_next(&part)) {
+        uint64_t mask = part.mask & span->copied[part.word];
+
+        if (words)
+            words[part.word] |= mask;
+        if (take)
+            span->copied[part.word] &= ~mask;
+        dropped |= mask != 0;
+    }
+    return dropped;
+}
+
+/* Lock held. Pages that were copies and are none: taken away, or swapped out, which nobody can tell apart where they are
+ * protected (I6). Each span keeps account of its own. Nothing, one such page, or -errno. */
+static int look_for_dropped(struct dl_span *span, uint64_t *words, int take)
+{
+    uint64_t at = span->first * page_bytes, end = span->end * page_bytes, done = 0;
+    int dropped = 0;
+
+    while (at < end) {
+        int found = dl_pagemap_copies(ours.pagemap, &at, end, vector);
+
+        if (found < 0)
+            return found;
+        for (int i = 0; i < found; i++) {
+            uint64_t first = (vector[i].start >> page_shift) - span->first;
+            uint64_t stop = ((vector[i].end + page_bytes - 1) >> page_shift) - span->first;
+
+            dropped |= drop_copies(span, words, take, done, first);
+            if (take)
+                dl_words_set(span->copied, first, stop);
+            done = stop;
+        }
+    }
+    return dropped | drop_copies(span, words, take, done, span->end - span->first);
+}
+
+/* Lock held. Where the kernel does not tell how the memory is mapped, a file may be in it: the looks cost time, no more. */
+static void learn_copies(struct dl_span *span)
+{
+    span->file = dl_maps_walk(span->first * page_bytes, span->end * page_bytes, 0, is_private_file, NULL) != 0;
+    if (span->file)
+        (void)look_for_dropped(span, NULL, 1);
+}
+
 /* Lock held. What was written to the span's memory is unknown, for every other tracker of it: a scan that
  * failed may have taken pages that it did not tell of (I6). */
 static void doubt(const struct dl_span *span)
@@ -218,6 +277,8 @@ static int start_over(struct dl_span *span)
         error = dl_span_whole(span, page_bytes);
     if (error < 0)
         span->dead = -error;
+    else
+        learn_copies(span);
     return error;
 }
 
@@ -290,6 +351,11 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
         answer = DL_LOST;
         dl_words_set(words, 0, npages);
     }
+    if (span->file) {
+        error = look_for_dropped(span, words, take);
+        if (error > 0)
+            answer = DL_LOST;
+    }
     if (span->huge && answer == DL_DIRTY)
         answer = DL_LOST;
     if (span->pending) {
@@ -346,6 +412,8 @@ static int uffd_open(struct dl_span *span, uint64_t page_size, enum dl_step *ste
                 error = walk(span, NULL, 1);
                 if (error < 0)
                     doubt(span);
+                else
+                    learn_copies(span);
             }
             if (error < 0)
                 forget(span);

@@ -400,10 +400,17 @@ def _watch_started(
             # From its first step on: it may say that it is ready before `launch` returns.
             _remote.pass_signals(process.pid)
             if asking is None:
-                names.append(Names(process.pid))
+                names.append(Names(process.pid, memory_of=lambda: process.memory_of))
             else:
                 connection = Connection(asking, process.pid, PATIENCE)
-                names.append(Names(process.pid, connection.arrays, spent=lambda: connection.spent))
+                names.append(
+                    Names(
+                        process.pid,
+                        connection.arrays,
+                        spent=lambda: connection.spent,
+                        memory_of=lambda: process.memory_of,
+                    )
+                )
             sampling.append(begin(process, names[0]))
 
         begins = _begins(words, naming) if python else []

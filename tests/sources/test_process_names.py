@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 import socket
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,9 +13,10 @@ import pytest
 import dirtylog as dl
 from dirtylog.sources.process import Region, inside, naming
 from dirtylog.sources.process.handover import Connection
+from dirtylog.sources.process.launch import launch
 from dirtylog.sources.process.naming import Names
 
-from .test_process import PAGE, Puppet
+from .test_process import PAGE, Puppet, attach
 
 MIB = 1 << 20
 ARRAYS = """\
@@ -235,6 +237,35 @@ def test_a_segment_of_mimalloc_is_told_by_its_size():
         segment = -(-start // (32 * MIB)) * 32 * MIB
         memory[segment - start + 32 : segment - start + 40] = (32 * MIB).to_bytes(8, "little")
         assert naming._allocator(os.getpid(), region, {}) == "mimalloc"
+
+
+def test_what_a_region_was_called_is_kept_when_its_process_has_ended():
+    """Also if the last look brings regions that are new: all of them are looked at again then, and nothing is there."""
+    with Puppet() as puppet:
+        puppet.do(f"exec({THREAD!r}, globals())")
+        names = Names(puppet.pid)
+        with attach(puppet.pid, select="all") as process:
+            regions = process.regions
+            before = names(regions)
+        puppet.process.kill()
+        puppet.process.wait()
+        new = Region(1 << 40, (1 << 40) + PAGE, 1, 1, "anonymous", "", puppet.pid)
+        assert {"glibc arena", "pymalloc"} <= {region.name for region in before}
+        assert names([*regions, new]) == [*before, replace(new, name="anonymous")]
+
+
+def test_a_program_that_ended_before_the_first_look_is_read_through_what_keeps_its_memory():
+    code = "kept = [object() for _ in range(99_999)]; import os; os._exit(0)"
+    try:
+        program = launch([sys.executable, "-c", code])
+    except dl.BackendUnavailable as missing:
+        pytest.skip(str(missing))
+    with program:
+        while program.poll() is None:
+            program.wait(60)
+        program.process.harvest()
+        names = Names(program.pid, memory_of=lambda: program.process.memory_of)
+        assert "pymalloc" in {region.name for region in names(program.process.regions)}
 
 
 def test_pieces_cover_a_region_once_and_a_page_of_two_arrays_is_the_firsts():

@@ -70,7 +70,7 @@ class Sampler:
         if names is None:
             from dirtylog.sources.process.naming import Names
 
-            names = Names(process.pid)
+            names = Names(process.pid, memory_of=lambda: process.memory_of)
         self._names = names
         # Where each stretch was, what it was called last, and in which sample; also after it is gone.
         self._places: dict[_Key, tuple[int, int]] = {}

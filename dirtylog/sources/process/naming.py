@@ -46,6 +46,9 @@ class Names:
     spent : callable, optional
         Seconds of CPU time that the program's answers took it so far, as
         :attr:`dirtylog.sources.process.handover.Connection.spent` says; by default, what they took here.
+    memory_of : callable, optional
+        Returns the process in whose ``/proc`` the memory of `pid` is, as
+        :attr:`dirtylog.Process.memory_of` says: one that keeps it after the end, say. By default `pid`.
 
     Notes
     -----
@@ -60,6 +63,7 @@ class Names:
         arrays: Callable[[], Sequence[Found]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         spent: Callable[[], float] | None = None,
+        memory_of: Callable[[], int] | None = None,
     ) -> None:
         self._pid = pid
         self._ask = arrays
@@ -67,6 +71,7 @@ class Names:
         self._again = self._began = clock()
         self._waited = 0.0
         self._spent = spent or (lambda: self._waited)
+        self._memory_of = memory_of or (lambda: pid)
         self._asking = True
         self._arrays: list[Found] = []
         self._looked_at: dict[tuple[int, int, int], str] = {}
@@ -108,9 +113,10 @@ class Names:
         return self._looked_at.get(self._key(region)) or _plain(region)
 
     def _look_at(self, regions: Sequence[Region], pid: int) -> None:
-        """Tell what new regions of one process are."""
+        """Tell what regions of one process are: the new ones, and once more what others hold by now."""
+        memory = self._memory_of() if pid == self._pid else pid
         try:
-            areas = mappings(pid)
+            areas = mappings(memory)
             guest = {(area.start, area.end) for area in guest_areas(pid, areas)}
         except OSError:
             areas, guest = [], set()
@@ -119,12 +125,16 @@ class Names:
         gaps = {area.start: area.end for area in areas if not area.writable}
         for region in regions:
             name = _plain(region)
+            if not any(area.start <= region.start < area.end for area in areas):
+                # It is gone, or its process is: what it was known as is all that can be said.
+                self._looked_at.setdefault(self._key(region), name)
+                continue
             if any(start <= region.start < end for start, end in guest):
                 name = f"guest RAM ({name})" if region.name else "guest RAM"
             elif region.kind == "stack":
                 name = self._stacks.get((region.pid, region.start), name)
             elif region.kind == "anonymous" and not region.name:
-                name = _allocator(pid, region, gaps) or name
+                name = _allocator(memory, region, gaps) or name
             self._looked_at[self._key(region)] = name
 
     def _find_stacks(self, pid: int, regions: Sequence[Region]) -> None:

@@ -160,6 +160,11 @@ def _words(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     words = words[named:]
     if not words or (words[0] in ("-m", "-c") and len(words) < 2):
         raise Misunderstood("there is no program to watch: name one after the options, or a running process by --pid")
+    if not named and words[0].startswith("-") and words[0] not in ("-m", "-c"):
+        raise Misunderstood(
+            f"{words[0]!r} stands where the program is to be named: options come before it, and before a trace's name; "
+            f"if the program is called so, write -- {words[0]}"
+        )
     if words[0] not in ("-m", "-c") and (named or not _is_python(words[0])):
         return [], words
     return [sys.executable, *_own_options()], words

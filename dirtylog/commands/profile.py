@@ -94,7 +94,7 @@ def report_text(profile: Profile) -> str:
             [
                 [f"{s.every:g} s", bytes_text(s.mean_bytes), bytes_text(s.max_bytes), str(s.count)]
                 if s.count
-                else [f"{s.every:g} s", "-", "-", "the program ended sooner"]
+                else [f"{s.every:g} s", "-", "-", "watched for less"]
                 for s in profile.snapshots
             ],
         ),

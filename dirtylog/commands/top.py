@@ -296,8 +296,9 @@ def heading(name: str, look: Look) -> str:
     text = _terminal.bytes_text
     sets = ", ".join(f"{window} s: {text(size)}" for window, size in look.working_sets.items())
     bound = "" if look.exact else "at most "
+    small = "" if look.rows else "; none of its mappings has 1 MiB: --all watches smaller ones too"
     ended = f"; ended: {', '.join(map(str, look.ended))}" if look.ended else ""
-    return f"{name}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}{ended}"
+    return f"{name}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}{ended}{small}"
 
 
 def listed(look: Look, sort: str, everything: bool) -> list[Row]:

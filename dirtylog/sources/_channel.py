@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from dirtylog.errors import DirtyLogError
 
-__all__ = ["Address", "Channel", "PeerError", "receive_with"]
+__all__ = ["Address", "Channel", "PeerError", "connected", "receive_with"]
 
 Address = str | os.PathLike[str] | tuple[str, int] | socket.socket
 
@@ -22,7 +22,8 @@ class PeerError(DirtyLogError):
     __module__ = "dirtylog.sources.qemu"
 
 
-def _connected(address: Address, timeout: float) -> socket.socket:
+def connected(address: Address, timeout: float) -> socket.socket:
+    """Return a socket that is connected to an address, which errors name; one that is given is returned as it is."""
     if isinstance(address, socket.socket):
         return address
     if isinstance(address, tuple):
@@ -85,7 +86,7 @@ class Channel:
             raise ValueError(f"timeout is {timeout}; it must be a number of seconds, more than 0")
         self.timeout = timeout
         self.peer = peer
-        self._socket = _connected(address, timeout)
+        self._socket = connected(address, timeout)
         self._end = time.monotonic() + timeout
 
     @contextmanager

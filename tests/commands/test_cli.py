@@ -320,3 +320,15 @@ def test_a_whole_number_that_no_float_holds_is_read_and_held_to_its_bounds():
     assert at_least(1, int)("9" * 400) == 10**400 - 1
     with pytest.raises(ArgumentTypeError, match=r"too large; it must be at most 10$"):
         at_least(1, int, 10)("9" * 400)
+
+
+@pytest.mark.parametrize("option", ["--pid", "--duration", "-x"])
+def test_an_option_in_the_place_of_the_program_is_said_to_be_there(option, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["record", "trace", option, "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{option!r} stands where the program is to be named" in said
+    assert cli.main(["record", "trace", "--", option, "1"]) in (1, 3)  # a program that is called so
+    assert "stands where" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

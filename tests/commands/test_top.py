@@ -360,6 +360,12 @@ def test_a_list_longer_than_the_window_moves_with_the_chosen_region():
     assert "address" not in drawn(screen, width=80)
 
 
+def test_a_process_with_small_mappings_alone_is_said_to_have_them():
+    look = _looks.Look(1.0, 0, 0.0, True, {}, ())
+    assert "--all watches smaller ones too" in top.heading("it", look)
+    assert "--all" not in top.heading("it", _looks.Look(1.0, 0, 0.0, True, {}, (row("a", 0.0, 1, 1),)))
+
+
 def test_keys_are_told_from_what_a_terminal_sends():
     assert keys_in("s\x1b[A\x1b[1;5Bj\x1b[3~\r\x1b") == ["s", "up", "down", "j", "enter", "escape"]
 

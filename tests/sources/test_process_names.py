@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import re
 import socket
 import sys
 import threading
@@ -298,3 +299,10 @@ def test_what_a_program_says_is_not_believed_blindly(tmp_path):
             theirs.shutdown(socket.SHUT_WR)
             with pytest.raises(OSError, match=r"read|used|hung up"):
                 Connection(ours, 1).arrays()
+
+
+def test_where_no_agent_listens_is_named(tmp_path):
+    nowhere = str(tmp_path / "nobody")
+    for ask in (lambda: dl.attach(os.getppid(), handover=nowhere), lambda: Connection(nowhere, os.getpid())):
+        with pytest.raises(FileNotFoundError, match=re.escape(nowhere)):
+            ask()

@@ -8,7 +8,7 @@ import socket
 import struct
 
 from dirtylog.errors import BackendUnavailable, DirtyLogError
-from dirtylog.sources._channel import receive_with
+from dirtylog.sources._channel import connected, receive_with
 from dirtylog.sources.process.inside import GREETING, LENGTH, MAGIC, NAMES, REFUSED, Found
 
 __all__ = ["Connection", "Found", "receive"]
@@ -38,9 +38,7 @@ def receive(where: str | os.PathLike[str] | socket.socket, pid: int, timeout: fl
     """
     if isinstance(where, socket.socket):
         return _take(where, pid, timeout)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(timeout)
-        connection.connect(os.fspath(where))
+    with connected(where, timeout) as connection:
         return _take(connection, pid, timeout)
 
 
@@ -96,10 +94,8 @@ class Connection:
         if isinstance(where, socket.socket):
             self._socket = where
             return
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket = connected(where, timeout)
         try:
-            self._socket.settimeout(timeout)
-            self._socket.connect(os.fspath(where))
             for descriptor in _take(self._socket, pid, timeout):
                 os.close(descriptor)
         except BaseException:

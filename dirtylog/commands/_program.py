@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import resource
 import shlex
 import signal
@@ -117,8 +118,8 @@ def names_of(pid: int, agent: str | None) -> Iterator[Names]:
         yield Names(pid, connection.arrays, spent=lambda: connection.spent)
 
 
-def add_program_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the program to run, or the process to watch, and how often to look at it."""
+def add_program_arguments(parser: argparse.ArgumentParser, before: str = "", about: str = "") -> None:
+    """Declare the program to run, a word before it, or the process to watch, and how often to look at it."""
     add_watch_arguments(parser)
     parser.add_argument("--pid", type=int, help="watch this running process, instead of a program started here")
     add_memory_arguments(parser)
@@ -128,7 +129,11 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE", help=argparse.SUPPRESS)
     parser.add_argument("-c", dest="code", nargs=argparse.REMAINDER, metavar="CODE", help=argparse.SUPPRESS)
-    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program, and its arguments")
+    words = f"{before} PROGRAM".lstrip()
+    parser.add_argument(
+        "program", nargs=argparse.REMAINDER, metavar=words, help=f"{about}the program, and its arguments"
+    )
+    parser.usage = re.sub(r"\s\.\.\.\s*$", f" {words} ...", parser.format_usage().removeprefix("usage: "))
     parser.description = f"{parser.description}\n{WORDS}"
 
 

@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dirtylog.commands._program import add_program_arguments, record_program
+from dirtylog.commands._refusal import Misunderstood
 from dirtylog.commands._terminal import printable
 
 if TYPE_CHECKING:
@@ -23,13 +24,17 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("trace", help="the Parquet file to write")
     parser.add_argument("--json", action="store_true", help="say what was recorded as JSON, on the error stream")
-    add_program_arguments(parser)
+    # The first of the program's words: as an argument of its own it would take the "--" that may come after it.
+    add_program_arguments(parser, before="TRACE", about="the Parquet file to write, ")
 
 
 def run(args: argparse.Namespace) -> int:
     """Watch the program and record it."""
+    words = args.program[args.program[:1] == ["--"] :]
+    if not words:
+        raise Misunderstood("there is no trace to write: name a file after the options, and then the program")
+    args.trace, args.program = words[0], words[1:]
 
     def report(sampler: Sampler, missed: str | None) -> None:
         if args.json:

@@ -447,6 +447,17 @@ def test_modules_code_and_commands_run_too(launch, tmp_path, words):
     assert "dirtied per second" in (tmp_path / "report").read_text()
 
 
+@pytest.mark.parametrize("words", [["profile", "--output", "report"], ["record", "trace"]], ids=lambda words: words[0])
+def test_after_two_dashes_a_command_is_run_whatever_its_name(attaching, unprofiled, tmp_path, words):
+    """As the kernel runs it, and not by our interpreter: a name that ends in .py is none of Python's then."""
+    pytest.importorskip("pyarrow", reason="pyarrow (extra: trace) is not installed")
+    command = tmp_path / "command.py"
+    command.write_text("#!/bin/sh\nexit 7\n")
+    command.chmod(0o755)
+    code = "import sys; from dirtylog import cli; sys.exit(cli.main())"
+    assert warm.run(code, *words, "--", "./command.py", cwd=tmp_path).returncode == 7
+
+
 SHARES = """
 import mmap, os
 memory = mmap.mmap(-1, 16 << 20)

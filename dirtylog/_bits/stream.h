@@ -105,6 +105,9 @@ static inline void dl_copy_held(struct dl_copier *c, int streaming)
     for (int i = 0; i < DL_AT_ONCE; i++) {
         size_t done = before[i] + together;
 
+        /* One that is longer than another still has whole lines: nobody has fetched those of its target. */
+        for (; streaming && c->nbytes[i] - done >= DL_STREAM_LINE; done += DL_STREAM_LINE)
+            dl_copy_line(c->to[i] + done, c->from[i] + done, streaming);
         memcpy(c->to[i], c->from[i], before[i]);
         memcpy(c->to[i] + done, c->from[i] + done, c->nbytes[i] - done);
     }
@@ -119,10 +122,13 @@ static inline void dl_copier_copy(struct dl_copier *c, char *target, const char 
 
         if (piece > nbytes)
             piece = nbytes;
-        if (c->streaming && (uintptr_t)target % DL_STREAM_LINE) {
-            /* What is no whole line goes through the caches, and would have all later stores wait for it. */
-            __builtin_prefetch(target, 1);
-            __builtin_prefetch(target + piece - 1, 1);
+        if (c->streaming) {
+            /* What is not a whole line goes through the caches, and would have all later stores wait for it. A whole line
+             * must not be fetched: a store past the caches would first have to drive it out of them. */
+            if ((uintptr_t)target % DL_STREAM_LINE)
+                __builtin_prefetch(target, 1);
+            if ((uintptr_t)(target + piece) % DL_STREAM_LINE)
+                __builtin_prefetch(target + piece - 1, 1);
         }
         c->to[c->held] = target;
         c->from[c->held] = source;

@@ -72,6 +72,17 @@ def test_the_slowest_observer_decides(log, source):
     assert source.released == [1, 2, 3, 4, 5]
 
 
+def test_what_one_observer_rolled_back_is_not_released_by_a_commit_of_another(log, source):
+    first, second = log.observer("first"), log.observer("second")
+    first.collect().__enter__().rollback()
+    with second.collect():
+        pass
+    assert source.released == []
+    with first.collect():
+        pass
+    assert source.released == [1, 2]
+
+
 def test_an_observer_that_comes_later_is_owed_nothing_of_what_was_before(log, source):
     first = log.observer("first")
     epoch = first.collect().__enter__()

@@ -173,12 +173,16 @@ def test_each_layout_says_where_the_bytes_are():
 # ---- made up --------------------------------------------------------------------------------------------------------
 
 
-def forge(path, layout, offset=None):
-    """Say of a file that it has another layout, or more or less data, with a digest that matches."""
+def digest_of(path):
+    return footers.TRAILER.unpack(path.read_bytes()[-64:])[5].hex().encode()
+
+
+def forge(path, layout, offset=None, parent=(b"", b"")):
+    """Say of a file that it has another layout, more or less data, or another parent, with a digest that matches."""
     raw = path.read_bytes()
     _, _, at, header, length, _, _ = footers.TRAILER.unpack(raw[-64:])
     offset = at if offset is None else offset
-    footer = raw[at : at + length]
+    footer = raw[at : at + length].replace(*parent) if any(parent) else raw[at : at + length]
     trailer, _ = footers.trailer(offset, header, [footer], layout)
     path.write_bytes(raw[: min(at, offset)].ljust(offset, b"\0") + footer + trailer)
 
@@ -206,7 +210,11 @@ def test_a_packed_file_that_is_shorter_or_longer_than_its_pages_is_refused(befor
 
 @pytest.mark.parametrize(("name", "layout"), [("s3", Layout.PLAIN), ("s2", Layout.PACKED)])
 def test_a_file_whose_layout_is_said_wrongly_is_refused(before, name, layout):
-    # The parent in the middle of the chain is looked at in C first.
+    # The parent in the middle of the chain is looked at in C first, and is the one that its child asks for.
     add(before, 3)
+    was = digest_of(before / name)
     forge(before / name, layout)
+    if name == "s2":
+        assert was in (before / "s3").read_bytes()
+        forge(before / "s3", Layout.PACKED, parent=(was, digest_of(before / name)))
     refused(before / "s3", f"{name}: the footer cannot be used: the data is not the")

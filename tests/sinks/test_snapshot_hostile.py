@@ -212,17 +212,21 @@ def test_runs_that_do_not_ascend_or_leave_the_memory_are_refused(tmp_path):
     offset, header = fields[2:4]
     at = offset + header
     assert np.frombuffer(raw[at : at + 32], "<i8").tolist() == [0, 1, 4000, 1]
+    assert raw[offset:at].count(b'"count":2') == 1
     far = 2**63 - 1
     for runs in (
         [4000, 1, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 4000, 2], [-1, 1, 4000, 1], [0, 1, npages, 1],
         [0, 1, npages - 1, 2], [0, 3, 4000, -1], [0, 1, 4000, far], [far, 1, far, 1],
     ):  # fmt: skip
-        forged = raw[offset:at] + np.array(runs, "<i8").tobytes() + raw[at + 32 : -64]
-        head = raw[-64:-24]
-        digest = hashlib.blake2b(head + forged, digest_size=16).digest()
-        (tmp_path / "base").write_bytes(raw[:offset] + forged + head + digest + footers.END)
-        with pytest.raises(SnapshotError, match="run"):
-            restore(tmp_path / "base")
+        # Announced are two pages, or as many as there are before the bad run.
+        for count in (b"2", b"1"):
+            forged = raw[offset:at].replace(b'"count":2', b'"count":' + count)
+            forged += np.array(runs, "<i8").tobytes() + raw[at + 32 : -64]
+            head = raw[-64:-24]
+            digest = hashlib.blake2b(head + forged, digest_size=16).digest()
+            (tmp_path / "base").write_bytes(raw[:offset] + forged + head + digest + footers.END)
+            with pytest.raises(SnapshotError, match="run"):
+                restore(tmp_path / "base")
 
 
 BOMB = """

@@ -120,6 +120,19 @@ def test_what_was_written_last_is_the_newest_though_the_clock_was_put_back(tree,
     assert plain(entry.path for entry in catalog(tree.directory))[-2:] == ["a", "0"]
 
 
+def test_a_file_has_the_time_that_it_notes_where_the_clock_has_not_reached_that(tree, monkeypatch):
+    ahead = time.time_ns() + 3600 * 10**9
+    with monkeypatch.context() as future:
+        future.setattr(time, "time_ns", lambda: ahead)
+        tree.full("c")
+        os.utime(tree.directory / "c", ns=(ahead, ahead))
+    tree.full("b")
+    # Of the three, only this one tells the next that there is a later time than the clock's.
+    os.unlink(tree.directory / "c")
+    tree.full("a")
+    assert plain(entry.path for entry in catalog(tree.directory)) == ["b", "a"]
+
+
 def test_prune_leaves_what_it_does_not_understand_and_what_others_need(tree, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     tree.line("a", "b", "c", "d")

@@ -219,6 +219,11 @@ def test_a_recorder_on_a_full_disk_leaves_nothing(path):
     with pytest.raises(OSError, match="No space"):
         recorder.close()
     assert list(path.parent.iterdir()) == []
+    # What made a block fail is not hidden by what the disk says to that.
+    with pytest.raises(ZeroDivisionError), Recorder(path, NPAGES) as recorder:
+        recorder._writer = Full(recorder._writer)
+        _ = 1 / 0
+    assert list(path.parent.iterdir()) == []
 
 
 # ---- files from elsewhere ----------------------------------------------------------------------

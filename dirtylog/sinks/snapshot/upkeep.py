@@ -242,13 +242,10 @@ def _wanted(entries: Sequence[Entry], last: int | None, daily: int | None) -> se
     """Choose what is kept, from snapshots that can be restored, oldest first."""
     kept = {entry.path for entry in entries[len(entries) - min(last or 0, len(entries)) :]}
     days: dict[datetime.date, str] = {}
-    times: dict[str, float] = {}
     for entry in entries:
         if entry.info is not None:
-            # A clock that was put back makes no diff older than what it was taken over, nor lets it take that day.
-            moment = times[entry.path] = max(entry.info.time, times.get(entry.parent or "", 0.0))
-            # Later ones of a day take its place.
-            days[datetime.datetime.fromtimestamp(moment).date()] = entry.path
+            # Later ones of a day take its place. No diff notes a time before that of what it was taken over.
+            days[datetime.datetime.fromtimestamp(entry.info.time).date()] = entry.path
     newest = sorted(days, reverse=True)[: daily or 0]
     return kept | {days[day] for day in newest}
 

@@ -12,6 +12,7 @@ import pytest
 
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import info, rebase, restore, save, verify
+from dirtylog.sinks.snapshot._footers import check_runs
 from dirtylog.sinks.snapshot.footer import SnapshotError
 
 DATA = 64 * 4096
@@ -218,10 +219,11 @@ def test_runs_that_do_not_ascend_or_leave_the_memory_are_refused(tmp_path):
         [4000, 1, 0, 1], [0, 1, 1, 1], [0, 1, 0, 1], [0, 0, 4000, 2], [-1, 1, 4000, 1], [0, 1, npages, 1],
         [0, 1, npages - 1, 2], [0, 3, 4000, -1], [0, 1, 4000, far], [far, 1, far, 1],
     ):  # fmt: skip
+        block = np.array(runs, "<i8").tobytes()
+        assert check_runs(block, npages, -1) is None
         # Announced are two pages, or as many as there are before the bad run.
         for count in (b"2", b"1"):
-            forged = raw[offset:at].replace(b'"count":2', b'"count":' + count)
-            forged += np.array(runs, "<i8").tobytes() + raw[at + 32 : -64]
+            forged = raw[offset:at].replace(b'"count":2', b'"count":' + count) + block + raw[at + 32 : -64]
             head = raw[-64:-24]
             digest = hashlib.blake2b(head + forged, digest_size=16).digest()
             (tmp_path / "base").write_bytes(raw[:offset] + forged + head + digest + footers.END)

@@ -220,8 +220,9 @@ def test_a_recorder_on_a_full_disk_leaves_nothing(path):
         recorder.close()
     assert list(path.parent.iterdir()) == []
     # What made a block fail is not hidden by what the disk says to that.
-    with pytest.raises(ZeroDivisionError), Recorder(path, NPAGES) as recorder:
-        recorder._writer = Full(recorder._writer)
+    recorder = Recorder(path, NPAGES)
+    recorder._writer = Full(recorder._writer)
+    with pytest.raises(ZeroDivisionError), recorder:
         _ = 1 / 0
     assert list(path.parent.iterdir()) == []
 

@@ -9,6 +9,7 @@ changed: then write it anew.
 import argparse
 import fnmatch
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -107,10 +108,9 @@ def run_directory(directory: Path, tests: str) -> str:
         return f"hangs for {TIMEOUT} s"
     if done.returncode == 0:
         return ""
-    for line in done.stdout.splitlines():
-        if line.startswith(("FAILED ", "ERROR ")):
-            return line.split(" ")[1].split(" - ")[0]
-    return f"pytest ends with {done.returncode}"
+    # What a test has logged as an error begins alike.
+    found = re.search(r"^(?:FAILED|ERROR) (\S+::\S+)", done.stdout, re.MULTILINE)
+    return found[1] if found else f"pytest ends with {done.returncode}"
 
 
 def built(directory: Path, modules: tuple[str, ...]) -> dict[Path, bytes]:

@@ -246,14 +246,6 @@ def test_workers_are_found_while_the_client_asks_for_none(client, monkeypatch):
     assert len(Dask(client).places()) == 2
 
 
-def test_a_shard_is_not_waited_for_where_no_worker_is(client):
-    from dirtylog.fleet.dask import Dask
-
-    nobody = "tcp://127.0.0.1:1"
-    with pytest.raises(ConnectionError, match=f"the worker {nobody} is gone"):
-        Dask(client).spawn(nobody, dict).result(30)
-
-
 def test_a_shard_that_is_lost_is_heard_of_after_all_have_ended(client, repo):
     from dirtylog.fleet.dask import ShardedArray
 

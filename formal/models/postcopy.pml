@@ -119,8 +119,14 @@ proctype copy()
     :: atomic { stage == ready -> stage = gone; printf("the copy is given up\n") }; break
 #endif
     :: atomic { copy_at == line && forth[copy_at]?[RUN, _] -> forth[copy_at]?RUN(_); stage = WHILE_IT_FILLS };
-#if !defined(FILLED) || defined(STARTS_WHILE_IT_FILLS)
+#ifdef STARTS_WHILE_IT_FILLS
        RUNS(copy_runs)
+#endif
+#ifndef FILLED
+       if
+       :: RUNS(copy_runs)
+       :: atomic { stage = gone; printf("the copy is given up, and has not begun\n") }; break
+       fi
 #endif
     :: atomic {
            copy_at == line && stage == WHILE_IT_FILLS && forth[copy_at]?[PAGE, _] -> forth[copy_at]?PAGE(page);

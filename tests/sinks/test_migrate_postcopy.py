@@ -73,10 +73,12 @@ class Source:
 
 
 class Relay:
-    """Connections between two ends that can be held up and cut: forth, and so many bytes of it."""
+    """Connections between two ends that can be held up and cut: after so many bytes forth, or back."""
 
     def __init__(self):
         self.waiting, self.cuts, self.threads = queue.Queue(), [], []
+        # Of each connection after how much; and how much came back over all of them.
+        self.backs, self.back = [], 0
         # Whether nothing goes forth from DONE on until `free` is set.
         self.holds = False
         self.held = threading.Event()
@@ -101,24 +103,29 @@ class Relay:
 
     def run(self, near, far):
         cut = self.cuts.pop(0) if self.cuts else None
-        forth = 0
+        left = self.backs.pop(0) if self.backs else None
+        forth = back = 0
         with near, far, contextlib.suppress(OSError):
             while True:
                 ready, _, _ = select.select([near, far], [], [])
                 if far in ready:
-                    if not (data := far.recv(1 << 16)):
+                    if not (data := far.recv(1 << 16 if left is None else min(1 << 16, left - back))):
                         break
-                    if data[5] == self.loses:
+                    if self.loses is not None and data[5:6] == bytes([self.loses]):
                         break
-                    if self.holds and data[5] == Kind.DONE:
+                    if self.holds and data[5:6] == bytes([Kind.DONE]):
                         self.free.clear()
                         self.held.set()
                     near.sendall(data)
+                    back += len(data)
+                    self.back += len(data)
+                    if back == left:
+                        break
                 if near in ready:
                     most = 1 << 16 if cut is None else min(1 << 16, cut - forth)
                     if not (data := near.recv(most)):
                         break
-                    if data[5] == self.loses:
+                    if self.loses is not None and data[5:6] == bytes([self.loses]):
                         break
                     self.free.wait(30)
                     far.sendall(data)

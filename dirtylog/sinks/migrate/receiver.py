@@ -515,7 +515,8 @@ class _Copy:
             if expected:
                 self.begin()
             return
-        if self.when == "filled":
+        if not self.started:
+            # Nothing has run here, and the source may go on; it did not hear of the right, or asks.
             self.give_up(error, expected)
         lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
         if expected:
@@ -524,7 +525,7 @@ class _Copy:
         raise error
 
     def give_up(self, error: BaseException, expected: bool) -> None:
-        """Say that a copy that was to run when it was filled never will; raises what the caller is told."""
+        """Say that a copy that has the right to run and did not begin never will; raises what the caller is told."""
         assert self.faults is not None
         left = self.faults.left
         # Durable before anybody is told: whoever reads it lets the source go on.

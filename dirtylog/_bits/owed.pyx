@@ -146,7 +146,7 @@ cdef class Owed:
             Called with the answer when that is not exact, before it is handed out. If it raises, because warnings
             are errors, the answer is owed, and the next one is handed out without another warning.
         failure : callable, optional
-            Makes the exception to raise of an OSError that `source` raised.
+            Makes the exception to raise of an OSError with an errno that `source` raised.
 
         Returns
         -------
@@ -165,7 +165,8 @@ cdef class Owed:
         try:
             pages = source(*arguments)
         except OSError as error:
-            if failure is None:
+            # A source's own have a number. Without one it is somebody else's: a TimeoutError of a signal handler, say.
+            if failure is None or error.errno is None:
                 raise
             raise failure(error) from error
         return self.hand_out(pages, warn)

@@ -11,6 +11,8 @@ import pytest
 
 import dirtylog as dl
 from dirtylog._bits.owed import Owed, take_all
+from dirtylog.sinks import snapshot
+from dirtylog.sinks.snapshot import staged
 
 pytestmark = pytest.mark.thread_unsafe(reason="signals and traces belong to the process")
 PAGE = 4096
@@ -331,3 +333,28 @@ def test_a_harvest_of_rings_that_is_interrupted_anywhere_has_its_pages_in_the_ne
             vm.vcpus[0].touch([7])
             assert vm.harvest_rings()[0].indices().tolist() == ([7] if taken else [5, 7]), interrupt.where
         assert n > 10
+
+
+def _too_late(*_):
+    raise TimeoutError("the time is over")  # as a handler of SIGALRM does; it is an OSError
+
+
+def test_what_a_signal_handler_raises_is_not_taken_for_an_error_of_the_memory(monkeypatch):
+    array = dl.zeros((4, PAGE), "u1")
+    with dl.track(array, "compare") as tracker:
+        array[2] = 1
+        monkeypatch.setattr(tracker._engine, "_check", _too_late)
+        for call in (tracker.harvest, tracker.peek):
+            with pytest.raises(TimeoutError, match="the time is over"):
+                call()
+        monkeypatch.undo()
+        assert tracker.harvest().indices().tolist() == [2]
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "fsync"])
+def test_what_a_signal_handler_raises_is_not_taken_for_an_error_of_the_disk(monkeypatch, tmp_path, call):
+    monkeypatch.setattr(staged.os, call, _too_late)
+    with pytest.raises(TimeoutError, match="the time is over"):
+        snapshot.save(tmp_path / "base", dl.zeros(PAGE, "u1"))
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []

@@ -222,8 +222,8 @@ class Staged:
             os.ftruncate(self.descriptor, nbytes)
         except BaseException as error:
             self.close()
-            if isinstance(error, OSError):
-                raise OSError(error.errno or errno.EIO, os.strerror(error.errno or errno.EIO), path) from None
+            if isinstance(error, OSError) and error.errno is not None:
+                raise OSError(error.errno, os.strerror(error.errno), path) from None
             raise
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
@@ -233,7 +233,9 @@ class Staged:
             try:
                 done = os.pwrite(self.descriptor, left, offset)
             except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or errno.EIO), self.path) from None
+                if error.errno is None:  # a signal handler's TimeoutError, say
+                    raise
+                raise OSError(error.errno, os.strerror(error.errno), self.path) from None
             left, offset = left[done:], offset + done
 
     def _sync_directory(self, descriptor: int) -> None:
@@ -287,7 +289,9 @@ class Staged:
                     "a file of this name was written meanwhile (pass replace=True, or another name)",
                     self.path,
                 ) from None
-            raise OSError(error.errno, os.strerror(error.errno or errno.EIO), self.path) from None
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), self.path) from None
         finally:
             if directory >= 0:
                 with contextlib.suppress(OSError):

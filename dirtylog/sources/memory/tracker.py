@@ -257,6 +257,8 @@ class Tracker(Resource):
         try:
             pages = self._engine.collect(False)
         except OSError as error:
+            if error.errno is None:  # a signal handler's TimeoutError, say
+                raise
             raise self._failure(error) from error
         if exposed:
             pages = DirtyPages._all(self.npages, self.page_size, exact=False)

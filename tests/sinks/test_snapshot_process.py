@@ -1,6 +1,7 @@
 """Snapshots of another process's memory: what they hold, what they say, and that the process runs on."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -237,6 +238,32 @@ def test_a_control_group_is_frozen_and_thawed(group, puppet):
     finally:
         with contextlib.suppress(OSError):
             (home / "cgroup.procs").write_text(f"{puppet.pid}\n")
+
+
+@pytest.mark.parametrize(
+    ("pid", "error", "words"),
+    [
+        (2**22 + 1, ProcessLookupError, "there is no process"),
+        (0, ValueError, "process ids are 1 and more"),
+        (2, ValueError, "thread of the kernel"),
+    ],
+)
+@pytest.mark.parametrize("freeze", [None, "ptrace"])
+def test_what_is_no_process_with_memory_has_no_snapshot(pid, error, words, freeze, tmp_path):
+    if pid == 2 and Path("/proc/2/comm").exists() and Path("/proc/2/comm").read_text() != "kthreadd\n":
+        pytest.skip("the kernel's threads are not seen here: this is a container")
+    with pytest.raises(error, match=words):
+        save_process(tmp_path / "s", pid, freeze=freeze, sync=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_may_not_be_read_is_refused_with_what_it_would_take(puppet, tmp_path, monkeypatch):
+    def refused(pid):
+        raise PermissionError(errno.EACCES, "Permission denied", f"/proc/{pid}/maps")
+
+    monkeypatch.setattr("dirtylog.sinks.snapshot.processes.mappings", refused)
+    with pytest.raises(PermissionError, match="ptrace_scope is"):
+        save_process(tmp_path / "s", puppet.pid, sync=False)
 
 
 # ---- the command --------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from dirtylog.sinks.snapshot.reader import info, restore
 from dirtylog.sinks.snapshot.writer import How, parent_link, write
 from dirtylog.sources.process import Area, Region
 from dirtylog.sources.process._remote import PAGE_SIZE, read_memory
+from dirtylog.sources.process.attaching import not_permitted, status_of
 from dirtylog.sources.process.contents import held_pages, stretches
 from dirtylog.sources.process.freezing import frozen
 from dirtylog.sources.process.regions import Select, choose, mappings, places_of, subtract
@@ -180,6 +181,17 @@ def _held(pid: int, freeze: str | None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _permitted(pid: int) -> Iterator[None]:
+    """Say what it would take to read a process's memory, where that is not permitted."""
+    try:
+        yield
+    except PermissionError as error:
+        if not str(error.filename or "").startswith(f"/proc/{pid}/"):
+            raise
+        raise not_permitted(pid, error) from error
+
+
 def save_process(
     path: StrPath,
     pid: int,
@@ -225,8 +237,10 @@ def save_process(
     nothing but stopping it with it.
     """
     name = checked_path(path)
-    pick, places = choose(pid, select), places_of(select)
-    with _held(pid, freeze):
+    status_of(pid)
+    with _permitted(pid):
+        pick, places = choose(pid, select), places_of(select)
+    with _permitted(pid), _held(pid, freeze):
         areas = pick(mappings(pid))
         if places:
             regions = _number_by(places, areas, pid)
@@ -289,8 +303,10 @@ def diff_process(
         )
     there = flat_bytes(restore(parent, search=search))
     filled = DirtyPages._all(above.npages, PAGE_SIZE, exact=True) - zero_pages(there, PAGE_SIZE)
-    pick, places = choose(pid, select), places_of(select)
-    with _held(pid, freeze):
+    status_of(pid)
+    with _permitted(pid):
+        pick, places = choose(pid, select), places_of(select)
+    with _permitted(pid), _held(pid, freeze):
         areas = pick(mappings(pid))
         if places:
             regions = _number_by(places, areas, pid)

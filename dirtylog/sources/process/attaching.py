@@ -22,7 +22,7 @@ from dirtylog.sources.process.regions import Select, choose, places_of
 if TYPE_CHECKING:
     import socket
 
-__all__ = ["adopt", "attach", "enter", "watch_of"]
+__all__ = ["adopt", "attach", "enter", "not_permitted", "status_of", "watch_of"]
 
 
 def _status(pid: int) -> dict[str, str]:
@@ -33,16 +33,32 @@ def _status(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _check_target(status: dict[str, str], pid: int, force: bool) -> None:
-    """Refuse a target that attaching would harm, before anything is done to it."""
+def status_of(pid: int) -> dict[str, str]:
+    """Return what the kernel says of a process; refuse what is none, or has no memory.
+
+    Raises
+    ------
+    OSError
+        ESRCH: there is no such process, or it has ended.
+    ValueError
+        `pid` is no process id, a thread, or a thread of the kernel.
+    """
+    if pid < 1:
+        raise ValueError(f"pid is {pid}; process ids are 1 and more")
+    status = _status(pid)
     if status.get("Tgid", str(pid)) != str(pid):
         raise ValueError(f"{pid} is a thread of process {status['Tgid']}; pass the process's id")
-    if pid == os.getpid():
-        raise ValueError(f"{pid} is this process itself; dirtylog.track follows its own memory")
     if status.get("State", "").startswith(("Z", "X")):
         raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended already")
     if "VmSize" not in status:
         raise ValueError(f"{pid} is a thread of the kernel: it has no memory of its own")
+    return status
+
+
+def _check_target(status: dict[str, str], pid: int, force: bool) -> None:
+    """Refuse a target that attaching would harm, before anything is done to it."""
+    if pid == os.getpid():
+        raise ValueError(f"{pid} is this process itself; dirtylog.track follows its own memory")
     tracer = status.get("TracerPid", "0")
     if tracer != "0":
         raise DirtyLogError(
@@ -56,7 +72,8 @@ def _check_target(status: dict[str, str], pid: int, force: bool) -> None:
         )
 
 
-def _not_permitted(pid: int, error: OSError) -> PermissionError:
+def not_permitted(pid: int, error: OSError) -> PermissionError:
+    """Return the error that says what it would take to trace a process, or to read its memory, which takes the same."""
     try:
         scope = Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="utf-8").strip()
     except OSError:
@@ -113,7 +130,7 @@ def _descriptor_of(pid: int, patience: float) -> tuple[int, float]:
     if refused is None or refused.errno == errno.ESRCH:
         raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended")
     if refused.errno in (errno.EPERM, errno.EACCES) and "userfaultfd" not in (refused.strerror or ""):
-        raise _not_permitted(pid, refused)
+        raise not_permitted(pid, refused)
     if refused.errno == errno.ETIMEDOUT:
         raise DirtyLogError(
             f"no thread of process {pid} stopped within {patience:g} s: they are in uninterruptible sleep; "
@@ -225,8 +242,6 @@ def attach(
     >>> _ = other.communicate("end")
     """
     pid = index(pid)
-    if pid < 1:
-        raise ValueError(f"pid is {pid}; process ids are 1 and more")
     if follow_children and places_of(select):
         raise ValueError("the places of select are of one process, and so are their page numbers: follow no children")
 
@@ -256,13 +271,13 @@ def enter(
     force: bool = False,
 ) -> tuple[Member, float]:
     """Get at the memory of one process; return it, and the seconds for which a thread of it stood still."""
-    status = _status(pid)
+    status = status_of(pid)
     if handover is None:
         _check_target(status, pid, force)
     try:
         pick = choose(pid, select)
     except PermissionError as error:
-        raise _not_permitted(pid, error) from error
+        raise not_permitted(pid, error) from error
     if handover is None:
         descriptor, stopped = _descriptor_of(pid, patience)
         pagemap = -1

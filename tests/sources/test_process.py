@@ -158,6 +158,27 @@ def test_memory_that_is_mapped_later_is_watched_and_what_it_holds_is_reported(pu
         assert pages_at(process, process.harvest(), address, 700) == {2}
 
 
+@pytest.mark.parametrize("then", ["", "read", "written"])
+def test_a_page_of_a_file_whose_private_copy_is_taken_away_is_reported(puppet, tmp_path, then):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(512 * PAGE))
+    address = puppet.do(f"new(512, flags=mmap.MAP_PRIVATE, file=os.open({str(path)!r}, os.O_RDONLY))")
+    puppet.do(f"poke({address}, 20)")  # a copy from before
+    with attach(puppet.pid) as process:
+        puppet.do(f"poke({address}, 7, 9)")
+        assert pages_at(process, process.harvest(), address, 512) == {7, 9}
+        for page in (7, 20, 30):
+            puppet.do(f"call('madvise', ctypes.c_void_p({address + page * PAGE}), PAGE, mmap.MADV_DONTNEED)")
+        if then:
+            for page in (7, 20):
+                puppet.do(f"{'peek' if then == 'read' else 'poke'}({address}, {page})")
+        assert pages_at(process, process.peek(), address, 512) == {7, 20}
+        assert pages_at(process, process.harvest(), address, 512) == {7, 20}
+        assert pages_at(process, process.harvest(), address, 512) == set()
+        puppet.do(f"poke({address}, 7)")
+        assert pages_at(process, process.harvest(), address, 512) == {7}
+
+
 def test_memory_that_moves_is_reported_whole_where_it_is_now(puppet):
     address = puppet.do("new(512)")
     puppet.do(f"poke({address}, *range(512))")

@@ -41,6 +41,14 @@ cdef extern from "sources/_pagemap.h" nogil:
     int dl_uffd_unregister(int uffd, uint64_t start, uint64_t end)
     int dl_pagemap_scan(int pagemap, uint64_t *at, uint64_t end, int take, page_region *vector)
     int dl_pagemap_populated(int pagemap, uint64_t *at, uint64_t end, int swapped, page_region *vector)
+    int dl_pagemap_copies(int pagemap, uint64_t *at, uint64_t end, page_region *vector)
+
+
+# What a walk looks for.
+cdef enum Wanted:
+    WRITTEN
+    POPULATED
+    COPIES
 
 
 cdef extern from "<sys/ioctl.h>" nogil:
@@ -438,7 +446,7 @@ cdef class Watch:
         OSError, MemoryError, KeyboardInterrupt, ...
             Some of the pages may have been taken: count every area as written.
         """
-        return self.walk(areas, take, False, False)
+        return self.walk(areas, WRITTEN, take)
 
     def populated(self, const int64_t[:, ::1] areas not None, bint swapped):
         """Report the pages of private anonymous areas that may hold something else than zeros.
@@ -456,9 +464,24 @@ cdef class Watch:
         ndarray of int64, shape (m, 2)
             First page and count, ascending.
         """
-        return self.walk(areas, False, True, swapped)[0]
+        return self.walk(areas, POPULATED, swapped)[0]
 
-    cdef tuple walk(self, const int64_t[:, ::1] areas, bint take, bint populated, bint swapped):
+    def copies(self, const int64_t[:, ::1] areas not None):
+        """Report the pages of private areas of files that are copies of their own, made by a write.
+
+        Parameters
+        ----------
+        areas : ndarray of int64, shape (n, 3)
+            As for :meth:`scan`.
+
+        Returns
+        -------
+        ndarray of int64, shape (m, 2)
+            First page and count, ascending. Without what is swapped out.
+        """
+        return self.walk(areas, COPIES, False)[0]
+
+    cdef tuple walk(self, const int64_t[:, ::1] areas, Wanted wanted, bint how):
         cdef Py_ssize_t i, n = areas.shape[0]
         cdef size_t used = 0, room = DL_SCAN_VECTOR
         cdef uint64_t at, end, begin, first
@@ -486,15 +509,17 @@ cdef class Watch:
                             raise MemoryError
                         found = larger
                     with nogil:
-                        if populated:
-                            answer = dl_pagemap_populated(self.pagemap, &at, end, swapped, self.vector)
+                        if wanted == WRITTEN:
+                            answer = dl_pagemap_scan(self.pagemap, &at, end, how, self.vector)
+                        elif wanted == POPULATED:
+                            answer = dl_pagemap_populated(self.pagemap, &at, end, how, self.vector)
                         else:
-                            answer = dl_pagemap_scan(self.pagemap, &at, end, take, self.vector)
+                            answer = dl_pagemap_copies(self.pagemap, &at, end, self.vector)
                         for k in range(answer):
                             found[2 * used] = <int64_t>((self.vector[k].start - begin >> PAGE_SHIFT) + first)
                             found[2 * used + 1] = <int64_t>(self.vector[k].end - self.vector[k].start >> PAGE_SHIFT)
                             used += 1
-                    if answer == -EPERM and not populated:
+                    if answer == -EPERM and wanted == WRITTEN:
                         lost.append(i)
                         break
                     if answer < 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog._bits.pages import DirtyPages
 from dirtylog.sources._page_tables import cannot_hold
 from dirtylog.sources.process._remote import PAGE_SIZE
 from dirtylog.sources.process.contents import RESERVED, blocks_in_use
@@ -92,6 +93,8 @@ class Stretches:
         # What was let go of, and how many of these on the way to the last harvest, which may report pages of theirs.
         self.leaving: list[Region] = []
         self.left: int = 0
+        # Pages of files of which a process had copies of its own at the last look that took.
+        self._copied: dict[Member, DirtyPages] = {}
         self._numbers = numbers
         self._trust_shared = trust_shared
         self._ended = ended
@@ -145,12 +148,30 @@ class Stretches:
             if not self._watch_range(member, piece.start, piece.end, piece.area):
                 piece.told = False
             report.append(np.array([[piece.first_page, piece.npages]], np.int64))
-        return report
+        return report + self._taken_away(member, [piece for piece in told if piece.area.kind == "file"], take)
+
+    def _taken_away(self, member: Member, files: list[Piece], take: bool) -> Runs:
+        """Report pages that were copies and are none: the file shows again (MADV_DONTNEED), and no scan says so.
+
+        A copy that was swapped out looks like that too, and is reported once for it.
+        """
+        if not files:
+            return []
+        areas = np.array([(p.start, p.end, p.first_page) for p in files], np.int64)
+        now = self._pages(member.watch.copies(areas))
+        gone = self._copied.get(member, self._pages()) - now
+        if take:
+            self._copied[member] = now
+        return [(gone & self._pages([(p.first_page, p.npages) for p in files])).runs()]
+
+    def _pages(self, runs: npt.ArrayLike = ()) -> DirtyPages:
+        return DirtyPages.from_runs(np.asarray(runs, np.int64).reshape(-1, 2), self._numbers.npages, PAGE_SIZE)
 
     def drop(self, member: Member) -> None:
         """Let go of all that is a process's."""
         for piece in self.of(member):
             self._forget(member, (piece.start, piece.end))
+        self._copied.pop(member, None)
 
     def _watch_range(self, member: Member, start: int, end: int, area: Area) -> bool:
         """Register and arm a range; False, and the reason noted, when the kernel refuses it."""
@@ -194,6 +215,9 @@ class Stretches:
             before.end = end
         else:
             self.pieces.append(Piece(start, end, first, area, member, told))
+        if told and area.kind == "file":
+            copies = self._pages(member.watch.copies(where) + np.array([[first, 0]]))
+            self._copied[member] = self._copied.get(member, self._pages()) | copies
         if at_start:
             return []
         if own is not None and not used:

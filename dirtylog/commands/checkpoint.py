@@ -46,31 +46,38 @@ def _plain(value: Any) -> Any:
 
 def _list(args: argparse.Namespace) -> None:
     from dirtylog.commands import _terminal
-    from dirtylog.sinks.checkpoint import Checkpoint, directory
+    from dirtylog.sinks.checkpoint import directory
     from dirtylog.sinks.checkpoint.checkpoint import keeper
 
     if keeper(args.directory) is not directory:
         _list_of_store(args)
         return
     os.listdir(args.directory)  # an error if there is none
-    records = Checkpoint.history(args.directory)
+    found = directory.survey(args.directory)
     if args.json:
-        kept = [{"step": r.step, "time": r.time, **asdict(r.info), "state": None} for r in records]
+        kept = [
+            {"step": None, "path": path, "problem": problem}
+            if record is None
+            else {"step": record.step, "time": record.time, **asdict(record.info), "state": None, "problem": None}
+            for path, record, problem in found
+        ]
         _terminal.show_json({"action": "list", "checkpoints": kept})
         return
     _terminal.show_table(
         os.path.abspath(args.directory),
         ["step", "time", "kind", "pages", "on disk", "file"],
         [
-            (
+            ("?", "-", problem or "", "-", "-", os.path.basename(path))
+            if record is None
+            else (
                 "-" if record.step is None else str(record.step),
                 _terminal.time_text(record.time),
                 record.info.kind,
                 str(record.info.count),
                 _terminal.bytes_text(record.info.allocated),
-                os.path.basename(record.info.path),
+                os.path.basename(path),
             )
-            for record in records
+            for path, record, problem in found
         ]
         or [("none", "", "", "", "", "")],
         left=3,

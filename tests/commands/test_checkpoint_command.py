@@ -64,3 +64,14 @@ def test_what_is_not_there_is_one_error(directory, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["run"]
     assert cli.main(["checkpoint", "list", str(tmp_path)]) == 0
     assert "none" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_listed_beside_the_others(directory, capsys):
+    os.truncate(os.path.join(directory, "0000000002.ckpt"), 5000)
+    assert cli.main(["checkpoint", "list", directory, "--json"]) == 0
+    sound, damaged = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert (sound["step"], sound["problem"]) == (10, None)
+    assert damaged["path"].endswith("0000000002.ckpt")
+    assert "footer cannot be used" in damaged["problem"]
+    assert cli.main(["checkpoint", "list", directory]) == 0
+    assert "footer cannot be" in capsys.readouterr().out

@@ -291,6 +291,67 @@ def test_a_foreign_snapshot_among_the_checkpoints_is_refused_by_name(tmp_path):
         dl.Checkpoint.load(tmp_path)
 
 
+def cut(path):
+    os.truncate(path, os.path.getsize(path) - 1)
+
+
+@pytest.mark.parametrize("damaged", [1, 3, 5])
+def test_a_damaged_file_does_not_hide_the_steps_that_do_not_need_it(tmp_path, damaged):
+    these = arrays()
+    with open_checkpoint(tmp_path, these, full_every=1, keep=9) as checkpoint:
+        for step in range(5):
+            write(these, step)
+            checkpoint.save(step=step)
+    cut(tmp_path / directory.name_of(damaged))
+    # Steps 0, 2 and 4 are full, and each diff needs the one before.
+    lost = {1: {0, 1}, 3: {2, 3}, 5: {4}}[damaged]
+    for step in set(range(5)) - lost:
+        if damaged == 5:
+            with pytest.warns(
+                RuntimeWarning, match=r"0000000005.ckpt: .* is taken from 000000000\d.ckpt, which is older"
+            ):
+                found = dl.Checkpoint.load(tmp_path, step)
+        else:
+            found = dl.Checkpoint.load(tmp_path, step)
+        assert found["b"][-1] == step
+    for step in lost | {77}:
+        with pytest.raises(SnapshotError if step in lost else (SnapshotError, KeyError)):
+            dl.Checkpoint.load(tmp_path, step)
+    if damaged == 5:
+        with pytest.raises(SnapshotError, match=r"0000000005.ckpt"):
+            dl.Checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("harm", [os.unlink, cut])
+def test_after_the_last_file_was_harmed_the_save_after_the_next_stands_for_itself(tmp_path, harm):
+    these = arrays()
+    with open_checkpoint(tmp_path, these) as checkpoint:
+        write(these, 0)
+        harm(checkpoint.save(step=0).path)
+        write(these, 1)
+        with pytest.raises(SnapshotError, match=r"0000000001.ckpt"):
+            checkpoint.save(step=1)
+        assert checkpoint.save(step=1).kind == "full"
+        write(these, 2)
+        assert checkpoint.save(step=2).kind == "diff"
+    for name, array in dl.Checkpoint.load(tmp_path).items():
+        assert (array == these[name]).all()
+
+
+def test_two_that_save_to_one_directory_are_told_and_lose_nothing(tmp_path):
+    one, other = arrays(), arrays()
+    with open_checkpoint(tmp_path, one) as first, open_checkpoint(tmp_path, other) as second:
+        first.save(step=0)
+        second.save(step=10)
+        write(one, 1)
+        with pytest.raises(FileExistsError, match=r"somebody else has saved to this directory.*0000000002.ckpt"):
+            first.save(step=1)
+        first.save(step=1)
+    assert dl.Checkpoint.steps(tmp_path) == [0, 10, 1]
+    for name, array in dl.Checkpoint.load(tmp_path, 1).items():
+        assert (array == one[name]).all()
+
+
 # ---- what a program does to its arrays -------------------------------------------------------------------------------
 
 

@@ -177,6 +177,45 @@ def test_a_snapshot_is_not_overwritten_unless_asked(tmp_path):
     assert os.listdir(tmp_path) == ["base"]
 
 
+def test_where_nothing_is_to_be_replaced_it_is_written(tmp_path):
+    save(tmp_path / "s", b"x", replace=True)
+    assert bytes(restore(tmp_path / "s")) == b"x"
+
+
+@pytest.mark.parametrize("look", range(4))
+def test_a_file_that_is_removed_while_it_is_replaced_is_written_anew(tmp_path, monkeypatch, look):
+    # By whoever prunes, after any of the looks at it.
+    path = tmp_path / "s"
+    save(path, b"before")
+    looks = []
+
+    def looking(real):
+        def one(at, *arguments, **options):
+            answer = real(at, *arguments, **options)
+            if os.fspath(at) == str(path):
+                looks.append(at)
+                if len(looks) == look + 1:
+                    path.unlink()
+            return answer
+
+        return one
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    save(path, b"after", replace=True)
+    monkeypatch.undo()
+    assert bytes(restore(path)) == b"after"
+
+
+@pytest.mark.parametrize(
+    "make", [os.mkdir, lambda path: os.symlink("nothing", path), lambda path: os.symlink(path, path)]
+)
+def test_only_a_file_is_replaced(tmp_path, make):
+    make(tmp_path / "s")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        save(tmp_path / "s", b"x", replace=True)
+
+
 def test_a_foreign_file_is_not_overwritten_either(tmp_path):
     (tmp_path / "base").write_bytes(b"somebody's")
     with pytest.raises(FileExistsError):

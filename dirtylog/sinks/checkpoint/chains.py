@@ -112,10 +112,22 @@ class Chain:
             if self._moment == "fork" and until_taken is not None:
                 options["progress"] = lambda *_: until_taken.close()
             full = self._parent is None or layout != self._layout or self._diffs >= self._full_every
-            if full or self._parent is None:
-                info = snapshot.save(path, arrays, page_size=page_size, **options)
-            else:
-                info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
+            try:
+                if full or self._parent is None:
+                    info = snapshot.save(path, arrays, page_size=page_size, **options)
+                else:
+                    info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
+            except SnapshotError:
+                # What lies below was removed or damaged. The next stands for itself, or none would ever be saved again.
+                self._parent = None
+                raise
+            except FileExistsError as error:
+                raise FileExistsError(
+                    error.errno,
+                    "somebody else has saved to this directory meanwhile; give each Checkpoint a directory of its own "
+                    "(nothing is lost: these pages are in the next save)",
+                    path,
+                ) from None
             self._parent, self._layout = path, layout
             self._diffs = 0 if full else self._diffs + 1
             self._since, self._reached = since, reached

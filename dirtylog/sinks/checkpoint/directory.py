@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,12 +132,15 @@ def _note(state: Any, path: str) -> dict[str, Any]:
 
 
 def _kept_files(directory: str) -> list[str]:
-    """List the files that the newest says are kept, oldest first."""
+    """List the files that the newest that can be read says are kept, oldest first."""
     there = files(directory)
-    if not there:
-        return []
-    keep = about(there[-1])["keep"]
-    return there[-keep if keep else 0 :]
+    for path in reversed(there):
+        try:
+            keep = about(path)["keep"]
+        except SnapshotError:
+            continue
+        return there[-keep if keep else 0 :]
+    return there
 
 
 def kept(directory: str) -> list[tuple[int | None, str]]:
@@ -152,15 +156,35 @@ def find(directory: StrPath, step: int | None) -> str:
     KeyError
         There is none.
 
+    Warns
+    -----
+    RuntimeWarning
+        The step was found, but a newer file cannot be read, which may be of this step, too.
+
     Notes
     -----
-    Reads the footer of the newest, and for a step O(log files) more of each run of a program, newest first.
+    Reads the footer of the newest, and for a step O(log files) more of each run of a program, newest first; all of them
+    if one that it comes across is damaged.
     """
-    there = _kept_files(os.path.abspath(os.fspath(directory)))
+    path = os.path.abspath(os.fspath(directory))
+    there = files(path) if step is None else _kept_files(path)
     if there and step is None:
+        about(there[-1])
         return there[-1]
+    try:
+        found = None if step is None else _found(there, step)
+    except SnapshotError:
+        found = _found_beside_damage(there, step)
+    if found is not None:
+        return found
+    said = f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}")
+    steps = [str(number) for number in map(_step, there[-10:]) if number is not None]
+    raise KeyError(f"{said}; it has those of {', '.join(steps)}" if steps else said)
+
+
+def _found(there: list[str], step: int) -> str | None:
     end = len(there)
-    while end and step is not None:
+    while end:
         # Of one run of a program, and as long as its steps rise, what was reached rises from file to file.
         first = bisect.bisect_left(there, about(there[end - 1])["since"], 0, end, key=_number)
         at = bisect.bisect_left(there, step, first, end, key=lambda path: about(path)["reached"])
@@ -168,9 +192,35 @@ def find(directory: StrPath, step: int | None) -> str:
             return there[at]
         # The run before; whatever a file says, this comes to an end.
         end = min(first, end - 1)
-    said = f"{os.fspath(directory)} has no checkpoint" + ("" if step is None else f" of step {step}")
-    steps = [str(number) for number in map(_step, there[-10:]) if number is not None]
-    raise KeyError(f"{said}; it has those of {', '.join(steps)}" if steps else said)
+    return None
+
+
+def _found_beside_damage(there: list[str], step: int | None) -> str:
+    """Look at each file, newest first. Where none is of this step, one that cannot be read may have been."""
+    damage: SnapshotError | None = None
+    # Those that cannot be read, and the first file of the runs that are newer: within a run, steps only rise.
+    newer: list[tuple[SnapshotError, float]] = []
+    since = float("inf")
+    for path in reversed(there):
+        try:
+            noted = about(path)
+        except SnapshotError as error:
+            damage = damage or error
+            newer.append((error, since))
+            continue
+        since = min(since, noted["since"])
+        if noted["step"] != step:
+            continue
+        for damaged, first in newer:
+            if first > _number(path):
+                warnings.warn(
+                    f"{damaged}; step {step} is taken from {os.path.basename(path)}, which is older",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                break
+        return path
+    raise damage or KeyError(step)
 
 
 def _step(path: str) -> int | None:
@@ -180,8 +230,23 @@ def _step(path: str) -> int | None:
 
 def history(directory: StrPath) -> list[Record]:
     """List the checkpoints that are kept, oldest first."""
-    found = [snapshot.info(path) for path in _kept_files(os.path.abspath(os.fspath(directory)))]
-    return [Record(_noted(info)["step"], info.time, info) for info in found]
+    return [_record(path) for path in _kept_files(os.path.abspath(os.fspath(directory)))]
+
+
+def _record(path: str) -> Record:
+    info = snapshot.info(path)
+    return Record(_noted(info)["step"], info.time, info)
+
+
+def survey(directory: StrPath) -> list[tuple[str, Record | None, str | None]]:
+    """List the files that are kept, oldest first: path, and what it is, or why it cannot be read."""
+    found: list[tuple[str, Record | None, str | None]] = []
+    for path in _kept_files(os.path.abspath(os.fspath(directory))):
+        try:
+            found.append((path, _record(path), None))
+        except SnapshotError as error:
+            found.append((path, None, str(error).removeprefix(f"{path}: ")))
+    return found
 
 
 def steps(directory: StrPath) -> list[int]:

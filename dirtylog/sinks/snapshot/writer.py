@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,8 +141,22 @@ def check_target(path: str, how: How) -> None:
     if not how.replace and os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "a snapshot is not overwritten, for its diffs would lose their parent "
                               "(pass replace=True, or another name)", path)  # fmt: skip
-    if how.replace and os.path.lexists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} is not a regular file; only a file can be replaced")
+    if how.replace:
+        # One look: between two, whoever prunes may have removed it, and then it is no file because it is gone.
+        try:
+            replaceable = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:
+            replaceable = not os.path.islink(path)
+        if not replaceable:
+            raise ValueError(f"{path} is not a regular file; only a file can be replaced")
+
+
+def _is_file(path: str, name: str) -> bool:
+    """Say whether two names are of one file; no, if either is removed meanwhile."""
+    try:
+        return os.path.samefile(path, name)
+    except FileNotFoundError:
+        return False
 
 
 def seal(
@@ -387,9 +402,9 @@ def parent_link(
             f"{parent_path}: the parent has the arrays {[row[0] for row in theirs]} of {[row[2] for row in theirs]} "
             f"bytes; the memory has {[row[0] for row in source.rows()]} of {[row[5] for row in source.rows()]}"
         )
-    if how.replace and os.path.exists(name):
+    if how.replace:
         for link in above.links[: above.length]:
-            if os.path.exists(link.path) and os.path.samefile(link.path, name):
+            if _is_file(link.path, name):
                 raise ValueError(
                     f"{name!r} is an ancestor of its parent {parent_path!r}; replacing it would destroy the chain: "
                     "give the diff another name"

@@ -4,11 +4,13 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "_bits/cpuid.h"
 
 /* What is folded is of this many bytes at least, and a multiple of sixteen. */
 #define DL_CRC32_LEAST ((size_t)64)
+#define DL_CRC32_REVERSED 0xEDB88320U
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define DL_CRC32_FOLDS 1
@@ -79,6 +81,10 @@ static inline int dl_crc32_can_fold(void)
 #define DL_CRC32_WIDE ((size_t)256)
 #define DL_CRC32_BY_2048 0x01322d1430LL, 0x011542778aLL
 #define DL_FOLDING_WIDE __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
+/* How far ahead of a copy is fetched: what arrives while memory answers. */
+#define DL_CRC32_AHEAD ((size_t)1024)
+/* The compiler may not read it from memory again. */
+#define DL_READ_ONCE(value) __asm__ volatile("" : "+x"(value))
 
 static inline DL_FOLDING_WIDE __m256i dl_load_pair(const unsigned char *data)
 {
@@ -106,6 +112,44 @@ static DL_FOLDING_WIDE uint32_t dl_crc32_wide(const unsigned char *data, size_t 
     return dl_crc32_blocks(left, sizeof left, 0);
 }
 
+/* The same of bytes that are copied meanwhile, and read once: whatever somebody writes to `source`, the lanes have what
+ * `target` has. `opened` says that `lanes` hold what came before; otherwise `state` is of that. While the last bytes are
+ * copied those at `next` are fetched: the hardware stops at a page's end. */
+static DL_FOLDING_WIDE void dl_crc32_copy_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
+                                               const unsigned char *next, unsigned char *lanes, int opened,
+                                               uint32_t state)
+{
+    const __m256i by = _mm256_broadcastsi128_si256(_mm_set_epi64x(DL_CRC32_BY_2048));
+    __m256i lane[DL_CRC32_LANES];
+    size_t at = 0;
+    for (int i = 0; i < DL_CRC32_LANES; i++)
+        lane[i] = dl_load_pair(opened ? lanes + 32 * i : source + 32 * i);
+    if (!opened) {
+        for (int i = 0; i < DL_CRC32_LANES; i++) {
+            DL_READ_ONCE(lane[i]);
+            _mm256_storeu_si256((__m256i *)(void *)(target + 32 * i), lane[i]);
+        }
+        lane[0] = _mm256_xor_si256(lane[0], _mm256_zextsi128_si256(_mm_cvtsi32_si128((int)state)));
+        at = DL_CRC32_WIDE;
+    }
+    for (; at < nbytes; at += DL_CRC32_WIDE) {
+        size_t ahead = at + DL_CRC32_AHEAD;
+        const unsigned char *fetched = ahead < nbytes ? source + ahead : next + (ahead - nbytes);
+        for (size_t line = 0; line < DL_CRC32_WIDE; line += 64)
+            __builtin_prefetch(fetched + line);
+        for (int i = 0; i < DL_CRC32_LANES; i++) {
+            __m256i low = _mm256_clmulepi64_epi128(lane[i], by, 0x00);
+            __m256i high = _mm256_clmulepi64_epi128(lane[i], by, 0x11);
+            __m256i part = dl_load_pair(source + at + 32 * i);
+            DL_READ_ONCE(part);
+            _mm256_storeu_si256((__m256i *)(void *)(target + at + 32 * i), part);
+            lane[i] = _mm256_xor_si256(_mm256_xor_si256(low, high), part);
+        }
+    }
+    for (int i = 0; i < DL_CRC32_LANES; i++)
+        _mm256_storeu_si256((__m256i *)(void *)(lanes + 32 * i), lane[i]);
+}
+
 static inline int dl_crc32_can_fold_wide(void)
 {
     static const struct dl_feature avx2 = {"avx2", 7, 1, 5}, vpclmul = {"vpclmulqdq", 7, 2, 10};
@@ -126,6 +170,16 @@ static inline uint32_t dl_crc32_wide(const unsigned char *data, size_t nbytes, u
     return dl_crc32_blocks(data, nbytes, state);
 }
 
+static inline void dl_crc32_copy_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
+                                      const unsigned char *next, unsigned char *lanes, int opened, uint32_t state)
+{
+    (void)next;
+    (void)lanes;
+    (void)opened;
+    (void)state;
+    memcpy(target, source, nbytes);
+}
+
 static inline int dl_crc32_can_fold(void)
 {
     return 0;
@@ -141,6 +195,22 @@ static inline int dl_crc32_can_fold_wide(void)
 #define DL_CRC32_SLICES 8
 static uint32_t dl_crc32_table[DL_CRC32_SLICES][256];
 
+/* x^(2^n) modulo the polynomial, bits reversed. */
+#define DL_CRC32_X ((uint32_t)1 << 30)
+static uint32_t dl_crc32_powers[32];
+
+/* The product of two polynomials modulo the one of CRC-32, bits reversed. */
+static inline uint32_t dl_crc32_times(uint32_t a, uint32_t b)
+{
+    uint32_t product = 0;
+    for (uint32_t bit = (uint32_t)1 << 31; bit; bit >>= 1) {
+        if (a & bit)
+            product ^= b;
+        b = b >> 1 ^ (b & 1 ? DL_CRC32_REVERSED : 0);
+    }
+    return product;
+}
+
 /* What the CPU can, asked once: where it is virtual, asking takes longer than what is to be computed. */
 static int dl_crc32_folds, dl_crc32_folds_wide;
 
@@ -152,7 +222,7 @@ static inline void dl_crc32_prepare(void)
     for (uint32_t byte = 0; byte < 256; byte++) {
         uint32_t state = byte;
         for (int bit = 0; bit < 8; bit++)
-            state = state >> 1 ^ (state & 1 ? 0xEDB88320U : 0);
+            state = state >> 1 ^ (state & 1 ? DL_CRC32_REVERSED : 0);
         dl_crc32_table[0][byte] = state;
     }
     for (int slice = 1; slice < DL_CRC32_SLICES; slice++)
@@ -160,6 +230,9 @@ static inline void dl_crc32_prepare(void)
             uint32_t before = dl_crc32_table[slice - 1][byte];
             dl_crc32_table[slice][byte] = before >> 8 ^ dl_crc32_table[0][before & 255];
         }
+    dl_crc32_powers[0] = DL_CRC32_X;
+    for (int n = 1; n < 32; n++)
+        dl_crc32_powers[n] = dl_crc32_times(dl_crc32_powers[n - 1], dl_crc32_powers[n - 1]);
 }
 
 static inline uint32_t dl_crc32_bytes(const unsigned char *data, size_t nbytes, uint32_t state)
@@ -190,6 +263,50 @@ static inline uint32_t dl_crc32(const unsigned char *data, size_t nbytes, uint32
         done += blocks;
     }
     return ~dl_crc32_bytes(data + done, nbytes - done, state);
+}
+
+/* The CRC of bytes and `nbytes` more, fewer than 2^28, from the CRCs of both. */
+static inline uint32_t dl_crc32_join(uint32_t first, uint32_t then, size_t nbytes)
+{
+    for (int n = 3; nbytes; nbytes >>= 1, n++)
+        if (nbytes & 1)
+            first = dl_crc32_times(dl_crc32_powers[n], first);
+    return first ^ then;
+}
+
+/* The CRC of what is copied part by part. */
+struct dl_crc32_copied {
+    uint32_t state; /* the CRC of what came before the lanes, inverted */
+    int opened;     /* whether the lanes hold something */
+    unsigned char lanes[DL_CRC32_WIDE];
+};
+
+static inline void dl_crc32_begin(struct dl_crc32_copied *c)
+{
+    c->state = ~(uint32_t)0;
+    c->opened = 0;
+}
+
+/* The CRC of all that was copied since the beginning. */
+static inline uint32_t dl_crc32_end(struct dl_crc32_copied *c)
+{
+    if (c->opened)
+        c->state = dl_crc32_blocks(c->lanes, sizeof c->lanes, 0);
+    c->opened = 0;
+    return ~c->state;
+}
+
+/* Copy bytes that somebody may write to meanwhile; `next` is what may be copied after them. */
+static inline void dl_crc32_copy(struct dl_crc32_copied *c, unsigned char *target, const unsigned char *source,
+                                 size_t nbytes, const unsigned char *next)
+{
+    if (nbytes && nbytes % DL_CRC32_WIDE == 0 && dl_crc32_folds_wide) {
+        dl_crc32_copy_wide(target, source, nbytes, next, c->lanes, c->opened, c->state);
+        c->opened = 1;
+        return;
+    }
+    memcpy(target, source, nbytes);
+    c->state = ~dl_crc32(target, nbytes, dl_crc32_end(c));
 }
 
 #endif /* DIRTYLOG_CRC32_H */

@@ -44,9 +44,9 @@ static inline uint64_t dl_take_le(const unsigned char *data, int nbytes)
     return value;
 }
 
-/* The header of a frame, of which `behind` bytes stand behind it already, and `apart` bytes of `data` follow those. */
-static inline void dl_put_header(unsigned char *header, int kind, uint64_t sequence, size_t behind,
-                                 const unsigned char *data, size_t apart)
+/* The header of a frame, of which `behind` bytes stand behind it already, and `apart` bytes follow whose CRC is known. */
+static inline void dl_put_header(unsigned char *header, int kind, uint64_t sequence, size_t behind, uint32_t sum,
+                                 size_t apart)
 {
     memcpy(header, "dlog", 4);
     header[4] = DL_FRAME_VERSION;
@@ -57,7 +57,7 @@ static inline void dl_put_header(unsigned char *header, int kind, uint64_t seque
     uint32_t crc = dl_crc32(header, DL_FRAME_CHECKED, 0);
     crc = dl_crc32(header + DL_FRAME_HEADER, behind, crc);
     if (apart)
-        crc = dl_crc32(data, apart, crc);
+        crc = dl_crc32_join(crc, sum, apart);
     dl_put_le(header + DL_FRAME_CHECKED, crc, 4);
 }
 
@@ -145,6 +145,7 @@ struct dl_packing {
     /* A window: what is zero, what changed a little, what goes whole. */
     struct dl_rows zeros, deltas, whole;
     size_t nbytes, changed, filled;
+    struct dl_whole copy; /* of what goes whole */
     unsigned char *changes, *pages, *scratch;
 };
 
@@ -161,6 +162,19 @@ static inline const unsigned char *dl_packing_look(struct dl_packing *p, int64_t
         memcpy(p->scratch, region->data + (offset - region->start), held);
     memset(p->scratch + held, 0, length - held);
     return p->scratch;
+}
+
+/* What is to be looked at after the granule at `now`, of which there are `left` bytes with those that follow it. */
+static inline const unsigned char *dl_packing_next(const struct dl_packing *p, const unsigned char *now, size_t length,
+                                                   int64_t left)
+{
+    if (p->packed || (left > (int64_t)length && now != p->scratch))
+        return now + length;
+    if (left > (int64_t)length || p->row + 1 >= p->count)
+        return now;
+    int64_t offset = p->extents[2 * (p->row + 1)];
+    const struct dl_region *region = dl_region_of(&p->space, offset);
+    return offset < region->end ? region->data + (offset - region->start) : now;
 }
 
 static inline void dl_packing_went(struct dl_packing *p, struct dl_rows *table)
@@ -185,6 +199,7 @@ static inline int dl_pack_window(struct dl_packing *p)
 {
     p->zeros.count = p->zeros.granules = p->deltas.count = p->deltas.granules = 0;
     p->whole.count = p->whole.granules = p->nbytes = p->changed = p->filled = 0;
+    dl_crc32_begin(&p->copy.sum);
     while (p->row < p->count) {
         int64_t offset = p->extents[2 * p->row] + p->within;
         int64_t left = p->extents[2 * p->row + 1] - p->within;
@@ -192,12 +207,11 @@ static inline int dl_pack_window(struct dl_packing *p)
         if (p->nbytes && (p->nbytes + length > DL_FRAME_WINDOW || p->filled + length > p->room || p->changed > p->room))
             break;
         const unsigned char *now = dl_packing_look(p, offset, length);
-        /* The hardware stops fetching at a page's end. */
-        if (left > p->granule && now != p->scratch)
-            dl_fetch((const char *)now + length, length);
         size_t used = 0;
         int64_t number = dl_own_number(&p->share, offset / p->granule);
-        switch (dl_sort_page(now, length, number, &p->copies, p->changes + p->changed, &used, p->pages + p->filled)) {
+        p->copy.at = p->pages + p->filled;
+        p->copy.next = dl_packing_next(p, now, length, left);
+        switch (dl_sort_page(now, length, number, &p->copies, p->changes + p->changed, &used, &p->copy)) {
         case DL_PAGE_ZERO:
             dl_rows_add(&p->zeros, offset, (int64_t)length);
             break;
@@ -248,8 +262,9 @@ struct dl_sending {
 /* Of one window: three headers, prefixes and tables; deltas beside. */
 #define DL_FRAMES_OF_A_WINDOW(granules) (3 * (DL_FRAME_HEADER + DL_FRAME_PREFIX + DL_FRAME_EXTENT * (granules)))
 
+/* Its data is `nbytes` whose CRC is `sum`; copied behind the table, or sent from where it is: then `data` is NULL. */
 static inline void dl_put_frame(struct dl_sending *s, int kind, const struct dl_rows *table, const unsigned char *data,
-                                size_t nbytes, int apart)
+                                size_t nbytes, uint32_t sum)
 {
     unsigned char *header = s->out + s->used, *at = header + DL_FRAME_HEADER;
     if (kind != DL_FRAME_ZEROS) {
@@ -260,11 +275,11 @@ static inline void dl_put_frame(struct dl_sending *s, int kind, const struct dl_
     dl_put_table(at, table);
     at += DL_FRAME_EXTENT * table->count;
     size_t before = (size_t)(at - header) - DL_FRAME_HEADER;
-    dl_put_header(header, kind, s->sequence++, before, data, nbytes);
+    dl_put_header(header, kind, s->sequence++, before, sum, nbytes);
     memcpy(s->headers + DL_FRAME_HEADER * s->frames++, header, DL_FRAME_HEADER);
     s->used += DL_FRAME_HEADER + before;
     s->nbytes += DL_FRAME_HEADER + before + nbytes;
-    if (!apart && nbytes) {
+    if (data) {
         memcpy(s->out + s->used, data, nbytes);
         s->used += nbytes;
     }
@@ -284,9 +299,9 @@ static inline size_t dl_make_frames(struct dl_packing *p, struct dl_sending *s, 
         if (p->zeros.count)
             dl_put_frame(s, DL_FRAME_ZEROS, &p->zeros, NULL, 0, 0);
         if (p->deltas.count)
-            dl_put_frame(s, DL_FRAME_DELTAS, &p->deltas, p->changes, p->changed, 0);
+            dl_put_frame(s, DL_FRAME_DELTAS, &p->deltas, p->changes, p->changed, dl_crc32(p->changes, p->changed, 0));
         if (p->whole.count) {
-            dl_put_frame(s, DL_FRAME_PAGES, &p->whole, p->pages, p->filled, 1);
+            dl_put_frame(s, DL_FRAME_PAGES, &p->whole, NULL, p->filled, dl_crc32_end(&p->copy.sum));
             s->parts[1].iov_base = p->pages;
             s->parts[1].iov_len = p->filled;
             break;
@@ -494,13 +509,13 @@ static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *
 
 static inline void dl_take_pages(struct dl_taking *t, const unsigned char *data)
 {
+    struct dl_copier copier = {.streaming = 1};
     struct dl_granule g = {0};
     while (dl_next_granule(t, &g)) {
-        if (g.held)
-            dl_stream_copy((char *)g.place, (const char *)data, g.held);
+        dl_copier_copy(&copier, (char *)g.place, (const char *)data, g.held);
         data += g.length;
     }
-    dl_stream_end();
+    dl_copier_end(&copier);
 }
 
 static inline int dl_take_deltas(struct dl_taking *t, const unsigned char *data, size_t nbytes)
@@ -512,7 +527,7 @@ static inline int dl_take_deltas(struct dl_taking *t, const unsigned char *data,
             return DL_WRONG_NEVER;
     /* All of it, before the first byte is written. */
     for (g = (struct dl_granule){0}; dl_next_granule(t, &g);)
-        if (!dl_check_delta(data, nbytes, &at, g.length))
+        if (!dl_check_delta(data, nbytes, &at, g.place, g.length))
             return DL_WRONG_DELTAS;
     if (at != nbytes)
         return DL_WRONG_DELTAS;

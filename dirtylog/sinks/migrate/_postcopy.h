@@ -191,7 +191,7 @@ static inline void dl_postcopy_say(struct dl_postcopy *p, int kind, const unsign
 {
     unsigned char *header = p->out + p->used;
     memcpy(header + DL_FRAME_HEADER, data, nbytes);
-    dl_put_header(header, kind, p->line.sent++, nbytes, NULL, 0);
+    dl_put_header(header, kind, p->line.sent++, nbytes, 0, 0);
     p->used += DL_FRAME_HEADER + nbytes;
 }
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import os
 import socket
+import threading
 
 import numpy as np
 import pytest
@@ -95,6 +97,44 @@ def test_a_delta_makes_the_new_page_of_the_old_one(data):
     kept = [i for i in range(npages) if kinds[i] != ZERO]
     assert all((cache.data[i * PAGE :][:PAGE] == new[i * PAGE :][:PAGE]).all() for i in kept)
     assert len(changes) <= PAGE * 3 // 4 * kinds.count(DELTA)
+
+
+def number(value):
+    made = []
+    while value >= 128:
+        made.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*made, value])
+
+
+def delta(old, new):
+    """Return what a delta of a page is: a change ends where five bytes, or all that are left, are as they were."""
+    differ = [a != b for a, b in zip(old, new, strict=True)]
+    made, start = b"", 0
+    while start < len(new):
+        at = differ.index(True, start) if True in differ[start:] else len(new)
+        end = at
+        while any(differ[end : end + 5]):
+            end += 1
+        made += number(at - start) + number(end - at) + bytes(new[at:end])
+        start = end
+    return made
+
+
+@given(st.lists(st.tuples(st.integers(0, PAGE - 1), st.integers(1, 80)), max_size=12))
+def test_a_change_ends_where_enough_bytes_are_as_they_were(changes):
+    new = page()
+    for start, length in changes:
+        new[start : start + length] += 1
+    cache = Cache(1)
+    cache.sort(page(), [0])
+    due = delta(page(), new)
+    kinds, made = cache.sort(new, [0])
+    if kinds == [WHOLE]:
+        # Three quarters of a page, less what numbers may take.
+        assert len(due) > PAGE // 2
+    else:
+        assert made == due
 
 
 def test_a_delta_takes_the_bytes_that_changed_and_a_few_more():
@@ -283,6 +323,42 @@ def test_pages_of_arrays_arrive_whatever_lies_between_them(line, cut, enough):
     assert zeros == 2 + 4
     assert deltas > 40
     assert ends.taker.done == 2 * ends.nbytes
+
+
+@pytest.mark.parametrize("granule", [1000, 4096])
+def test_what_goes_is_what_its_checksum_says_whatever_is_written_meanwhile(line, granule):
+    here, there = line
+    memory = np.random.default_rng(5).integers(1, 255, 8 * granule, np.uint8)
+    target, nothing = np.zeros_like(memory), np.zeros(0, np.int64)
+    packer = Packer([(0, memory)], memory.nbytes, granule, np.zeros(0, np.uint8), nothing, nothing, 2 * granule)
+    taker = Taker([(0, target)], memory.nbytes, granule, np.zeros(1, np.uint64))
+    over, sequence = threading.Event(), 0
+
+    def write():
+        with open("/dev/urandom", "rb", buffering=0) as source:
+            while not over.is_set():
+                # Again and again, without the GIL.
+                os.readv(source.fileno(), [memory] * 256)
+
+    def sent():
+        nonlocal sequence
+        taker.left = memory.nbytes
+        packer.begin(np.array([[0, memory.nbytes]]), -1)
+        packer.send(here.fileno(), sequence, 1 << 30, 5, 0)
+        came = taker.receive(there.fileno(), b"", sequence, memory.nbytes, 5, 5, 0)[:3]
+        sequence += packer.gone[0]
+        return came
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(3000):
+            assert sent() == (PAUSE, b"", 4)
+    finally:
+        over.set()
+        writer.join()
+    assert sent() == (PAUSE, b"", 4)
+    assert (target == memory).all()
 
 
 def test_what_is_not_of_pages_or_not_right_is_left_to_others_byte_for_byte(line):

@@ -507,6 +507,8 @@ static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *
     return 1;
 }
 
+/* From where they were received and checked, past the caches. Received in place they would be written before they are
+ * checked, and through the caches, which takes as long as both. */
 static inline void dl_take_pages(struct dl_taking *t, const unsigned char *data)
 {
     struct dl_copier copier = {.streaming = 1};

@@ -1,9 +1,9 @@
-"""Pre-copy migration: memory goes over a socket round by round while it is written, until the rest fits the downtime.
+"""Migration: memory goes over a socket round by round while it is written, until the rest fits the downtime.
 
 Each round collects an epoch first and copies its pages afterwards (I3): what is written during the copy is in the next
 epoch. The first round sends everything; zero pages go as a range, without data. The source is paused for the last
-round only. A migration that fails makes every page it had taken dirty again, and the source goes on as if nothing had
-been.
+round only; with postcopy the copy runs during that one, and what it touches comes first. A migration that fails makes
+every page it had taken dirty again, and the source goes on as if nothing had been.
 """
 
 from __future__ import annotations

@@ -294,11 +294,13 @@ def _close_up(look: Look, row: Row, width: int, height: int) -> list[Any]:
 def heading(name: str, look: Look) -> str:
     """The line above the table."""
     text = _terminal.bytes_text
+    # Before the figures, for a narrow window shows the beginning alone.
+    said = f"{name} ({', '.join(map(str, look.ended))} ended)" if look.ended else name
+    if not look.rows:
+        return f"{said}: none of its mappings has 1 MiB, and --all watches smaller ones too"
     sets = ", ".join(f"{window} s: {text(size)}" for window, size in look.working_sets.items())
     bound = "" if look.exact else "at most "
-    small = "" if look.rows else "; none of its mappings has 1 MiB: --all watches smaller ones too"
-    ended = f"; ended: {', '.join(map(str, look.ended))}" if look.ended else ""
-    return f"{name}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}{ended}{small}"
+    return f"{said}: {bound}{text(look.bytes_per_second)} per second; working set of the last {sets}"
 
 
 def listed(look: Look, sort: str, everything: bool) -> list[Row]:

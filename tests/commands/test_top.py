@@ -206,7 +206,7 @@ def test_the_end_of_one_process_is_said_and_the_others_are_looked_at_further():
     look = watcher.look()
     assert look.ended == (11,)
     assert look.nbytes == 4096
-    assert "ended: 11" in top.heading("both", look)
+    assert top.heading("both", look).startswith("both (11 ended): ")
     two.alive = False
     with pytest.raises(dl.DirtyLogError, match="22 has ended"):
         watcher.look()

@@ -51,7 +51,8 @@ def test_a_line_that_is_lost_before_a_copy_is_filled_gives_it_up_and_the_source_
     assert "the copy was given up before it ran" in str(copy.answer)
     assert copy.started.empty()
     # Nobody waits for what is missing any more.
-    assert "dc" not in flags_of(source.room.ctypes.data)
+    flags = flags_of(source.room.ctypes.data)
+    assert "dc" not in flags
     for journal in (None, tmp_path):
         known = status(session, end="copy", journal=journal)
         assert (known.stage, known.may_run) == ("gone", False)

@@ -1,11 +1,12 @@
 """Snapshots: each restores the memory of its moment, and what is not there or not right is an error."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
 
-from dirtylog import DirtyBitmap, DirtyLog, DirtyPages
+from dirtylog import BackendUnavailable, DirtyBitmap, DirtyLog, DirtyPages
 from dirtylog.sinks.snapshot import SnapshotError, info, rebase, restore, save, save_diff, verify
 from dirtylog.sinks.snapshot.chain import Layer
 from dirtylog.sinks.snapshot.footer import TRAILER
@@ -139,6 +140,16 @@ def test_an_empty_diff_is_the_parents_memory(tmp_path):
     assert (workload.diff(tmp_path, "diff", "base") == moment).all()
     assert info(tmp_path / "diff").count == 0
     assert (restore(tmp_path / "diff") == moment).all()
+
+
+def test_without_xxhash_digests_are_by_what_is_here(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "xxhash", None)
+    memory = np.ones(5000, np.uint8)
+    assert save(tmp_path / "base", memory).algorithm == "blake2b_128"
+    save_diff(tmp_path / "diff", memory, DirtyPages._all(2), parent=tmp_path / "base")
+    assert verify(tmp_path / "diff").algorithm == "blake2b_128"
+    with pytest.raises(BackendUnavailable, match="pip install xxhash"):
+        save(tmp_path / "other", memory, digest="xxh3_128")
 
 
 def test_two_digests_can_be_chosen_and_mixed_in_a_chain(tmp_path):

@@ -19,6 +19,7 @@ from dirtylog.log import DirtyLog, Observer
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.snapshot import Info, SnapshotError
+from dirtylog.sinks.snapshot.footer import best_digest
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.upkeep import thin
 from dirtylog.sources.memory import Tracker
@@ -59,7 +60,7 @@ class Chain:
         self._directory = directory
         self._keep = keep
         self._full_every = full_every
-        self._digest = digest or _best_digest()
+        self._digest = digest or best_digest()
         self._sync = sync
         self._moment = moment
         self._note = note
@@ -151,11 +152,3 @@ class Chain:
 
     def close(self) -> None:
         """There is nothing to let go."""
-
-
-def _best_digest() -> str:
-    try:
-        import xxhash  # noqa: F401
-    except ImportError:
-        return "blake2b_128"
-    return "xxh3_128"

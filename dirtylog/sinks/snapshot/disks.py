@@ -25,7 +25,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import BackendUnavailable, DirtyLogError, IncompleteLogWarning
 from dirtylog.log import DirtyLog, Epoch
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath
-from dirtylog.sinks.snapshot.footer import Row, SnapshotError
+from dirtylog.sinks.snapshot.footer import Row, SnapshotError, best_digest
 from dirtylog.sinks.snapshot.images import restore_image
 from dirtylog.sinks.snapshot.reader import info
 from dirtylog.sinks.snapshot.staged import rename_new
@@ -285,7 +285,7 @@ def _copy(path: str, disk: QemuDisk, last: _Noted | None, why: str, sync: bool, 
     space = _Space(disk)
     with collected(disk) as epoch:
         note = {"qemu": {"node": disk.node, "name": disk.name, "bitmap": disk.bitmap}}
-        how = How(None, "xxh3_128", sync, False, None, note, progress)
+        how = How(None, best_digest(), sync, False, None, note, progress)
         if why or last is None:
             # Collected first all the same: the copy begins where the new bitmap does (I3).
             return Backup(write(path, space, disk.holds(), None, how), why)

@@ -44,6 +44,7 @@ __all__ = [
     "Footer",
     "Row",
     "SnapshotError",
+    "best_digest",
     "decode_state",
     "encode_state",
     "footer_offset",
@@ -142,6 +143,15 @@ def hasher(algorithm: str) -> Callable[[Buffer], bytes]:
             "xxhash", f"import xxhash: {error}", "pip install xxhash, or write with digest='blake2b_128'"
         ) from None
     return function
+
+
+def best_digest() -> str:
+    """Name the fastest algorithm that is here: xxhash is an extra, and snapshots are written without it, too."""
+    try:
+        import xxhash  # noqa: F401
+    except ImportError:
+        return "blake2b_128"
+    return "xxh3_128"
 
 
 def plain_name(name: object) -> bool:

@@ -20,7 +20,7 @@ from dirtylog._core import compare_pages, zero_pages
 from dirtylog.sinks._bytes.pageio import read_extents, write_extents
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path, directories_of, follow, lay, settled
-from dirtylog.sinks.snapshot.footer import Row
+from dirtylog.sinks.snapshot.footer import Row, best_digest
 from dirtylog.sinks.snapshot.reader import info, restore
 from dirtylog.sinks.snapshot.staged import Staged
 from dirtylog.sinks.snapshot.writer import How, parent_link, write
@@ -105,7 +105,7 @@ def save_image(
         for at, part in source.spans():
             zeros = zero_pages(part, source.page_size)
             parts.append((at, DirtyPages._all(zeros.npages, zeros.page_size, exact=True) - zeros))
-        how = How(epoch, "xxh3_128", sync, replace, None, None, progress)
+        how = How(epoch, best_digest(), sync, replace, None, None, progress)
         return write(name, source, source.joined(parts), None, how)
 
 
@@ -150,7 +150,7 @@ def diff_image(
                 pages = DirtyPages.from_bytes(words, above.npages, above.page_size)
             except ValueError as error:
                 raise ValueError(f"{os.fspath(bitmap)}: {error}") from error
-        how = How(epoch, "xxh3_128", sync, replace, None, None, progress)
+        how = How(epoch, best_digest(), sync, replace, None, None, progress)
         link, vouch = parent_link(name, parent, source, how, search)
         return write(name, source, pages, link, how, vouch)
 

@@ -23,7 +23,7 @@ from dirtylog._core import compare_pages, zero_pages
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks.snapshot.chain import Info, Progress, StrPath, checked_path
-from dirtylog.sinks.snapshot.footer import Row, SnapshotError
+from dirtylog.sinks.snapshot.footer import Row, SnapshotError, best_digest
 from dirtylog.sinks.snapshot.reader import info, restore
 from dirtylog.sinks.snapshot.writer import How, parent_link, write
 from dirtylog.sources.process import Area, Region
@@ -251,7 +251,7 @@ def save_process(
             npages = pages + max(pages, _LEAST_SPARE)
             regions = _number(found, [], npages, pid)
         memory = Memory(pid, regions, npages)
-        how = How(epoch, "xxh3_128", sync, replace, None, memory.state(freeze), progress)
+        how = How(epoch, best_digest(), sync, replace, None, memory.state(freeze), progress)
         return write(name, memory, held_pages(pid, memory.regions, npages), None, how)
 
 
@@ -318,7 +318,7 @@ def diff_process(
         else:
             regions = _number(stretches(pid, areas), known[1], above.npages, pid)
         memory = Memory(pid, regions, above.npages)
-        how = How(epoch, "xxh3_128", sync, replace, None, memory.state(freeze), progress)
+        how = How(epoch, best_digest(), sync, replace, None, memory.state(freeze), progress)
         link, vouch = parent_link(name, parent, memory, how, search)
         pages = _different(memory, there, filled)
         return write(name, memory, pages, link, how, vouch)

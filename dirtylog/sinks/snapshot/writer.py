@@ -282,7 +282,7 @@ def save(
     state: object = None,
     page_size: int = 4096,
     epoch: int | None = None,
-    digest: str = "xxh3_128",
+    digest: str | None = None,
     sync: bool = True,
     replace: bool = False,
     mode: int | None = None,
@@ -304,8 +304,8 @@ def save(
         In bytes, a power of two from 512.
     epoch : int, optional
         Number to note.
-    digest : str
-        ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``.
+    digest : str, optional
+        ``"xxh3_128"`` (needs xxhash) or ``"blake2b_128"``; by default the first if it is there.
     sync : bool
         Survive a power cut (fsync). Without, only the end of this process.
     replace : bool
@@ -355,7 +355,7 @@ def save(
     (True, 1, 1)
     """
     name = checked_path(path)
-    how = How(epoch, digest, sync, replace, mode, state, progress, moment)
+    how = How(epoch, digest or footers.best_digest(), sync, replace, mode, state, progress, moment)
     space = Space(memory, page_size)
     check_moment(moment, space)
     held = space.nonzero() if moment == "copy" else DirtyPages._all(space.npages, page_size, exact=True)
@@ -441,7 +441,7 @@ def save_diff(
     parent: StrPath,
     state: object = None,
     epoch: int | None = None,
-    digest: str = "xxh3_128",
+    digest: str | None = None,
     sync: bool = True,
     replace: bool = False,
     mode: int | None = None,
@@ -487,7 +487,7 @@ def save_diff(
     the call raises all the same; the same call again then replaces that file.
     """
     name = checked_path(path)
-    how = How(epoch, digest, sync, replace, mode, state, progress, moment)
+    how = How(epoch, digest or footers.best_digest(), sync, replace, mode, state, progress, moment)
     first = next(iter(pages.values()), None) if isinstance(pages, Mapping) else pages
     if not isinstance(first, DirtyPages):
         raise TypeError(f"pages is {type(first).__name__}; DirtyPages are needed")

@@ -60,7 +60,7 @@ def flat_array(memory: Memory | object, *, what: str = "memory", empty: bool = F
     if not dense.flags.c_contiguous:
         raise ValueError(
             f"{what} is not contiguous (shape {array.shape}, strides {array.strides}): its bytes do not lie "
-            "together; pass the array that it is a view of, or numpy.ascontiguousarray() of it"
+            "together; pass the array that it is a view of, or work on numpy.ascontiguousarray() of it"
         )
     return dense.reshape(-1).view(np.uint8)
 

@@ -37,7 +37,7 @@ class Worth:
     Notes
     -----
     A frame that does not become smaller by a sixteenth makes the next one go as it is, the next two after another one,
-    then four, up to 64. One that does begins anew.
+    then four, up to 64. One that does starts over.
     """
 
     __slots__ = ("_left", "_skipped")

@@ -87,7 +87,7 @@ class Sampler:
     def regions(self) -> dict[str, tuple[int, int]]:
         """The named ranges of the page space: (first, count), in pages; none holds a page of another.
 
-        Where pages had several names, as memory was named better or mapped anew, the last counts.
+        Where pages had several names, as memory was named better or mapped again, the last counts.
         """
         latest = sorted(self._places, key=lambda key: -self._seen[key])
         return placed_names((self._called[key], key[2], *self._places[key]) for key in latest)

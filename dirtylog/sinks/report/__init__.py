@@ -194,7 +194,7 @@ def _data(trace: Trace, facts: Digest, bandwidths: Sequence[float], downtime: fl
         "named": facts.regions != [""],
         "interval": facts.seconds / facts.epochs if facts.epochs else 0.0,
         "program": [float(facts.edges[i]) for i in span] if span else None,
-        # Not rounded: the page reckons with them as Python does.
+        # Not rounded: the page calculates with them as Python does.
         "edges": facts.edges.tolist(),
         "columnEpochs": facts.column_epochs.tolist(),
         "columnInexact": facts.column_inexact.tolist(),

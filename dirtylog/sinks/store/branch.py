@@ -239,7 +239,7 @@ def since(repo: Any, branch: str, base: str | None) -> list[Version]:
         found.append(version)
     if base is None:
         return found
-    raise BranchMoved(f"the branch {branch!r} does not have the snapshot {base} any more: it was reset; save it anew")
+    raise BranchMoved(f"the branch {branch!r} does not have the snapshot {base} any more: it was reset; save it again")
 
 
 def find(repo: Any, branch: str, snapshot: str | None = None, epoch: int | None = None, step: int | None = None) -> str:

@@ -1,25 +1,30 @@
 /* The third level (I4 once more): a top bit over summary bits over leaves, marked and taken without a lock.
  *
  * Page i has a leaf bit and a summary bit of its own; one top bit stands for both summary bits. That a page's store comes
- * before its mark, and its copy after, is the matter of summary.pml: here they are one step. A marker marks the leaf, then the summary bit if it finds it clear, then the top bit if it finds that clear. A harvest takes
- * the top, looks at the summary, takes what it finds there, and the leaves after that. A harvest of a part takes the
- * summary bit and the leaf of page 0 and leaves the top, which the rest still needs. A harvest that finds no memory for
- * its answer gives the summary bits back, and the top as a marker does.
+ * before its mark, and its copy after, is the matter of summary.pml: here they are one step. A marker marks the leaf, then
+ * the summary bit if it finds it clear, then the top bit if it finds that clear. A harvest takes the top, looks at the
+ * summary, takes what it finds there, and the leaves after that. A harvest of a part takes the summary bit and the leaf of
+ * page 0 and leaves the top, which the rest still needs. A harvest that finds no memory for its answer gives the summary
+ * bits back, and the top as a marker does.
  *
  * Marker 1 marks page 0 alone, which is all that two of them need to meet in every place.
  *
- * Two claims: nothing is lost, with HARVESTERS of one and of two (then each marker marks a page of its own, once, and a harvest is
- * of everything); and, with one, nothing waits: a mark that has returned is
- * in the next harvest that begins, even if another marker has set the summary bit and is still on its way to the top.
+ * Two claims: nothing is lost, with HARVESTERS of one and of two (then each marker marks a page of its own, once; a harvest
+ * is of everything, or with PARTS of a part as well); and, with one, nothing waits: a mark that has returned is in the next
+ * harvest that begins, even if another marker has set the summary bit and is still on its way to the top.
  *
- * Variants: TOP_AFTER_SUMMARY, TOP_BEFORE_SUMMARY, TOP_LOADED_EARLY, SKIP_TOP_WHEN_SUMMARY_IS_SET, PARTIAL_TAKES_TOP,
- * SUMMARY_LOOKED_AT_EARLY, GIVES_BACK_WITHOUT_TOP, GIVES_BACK_TOP_FIRST.
+ * Variants: TOP_AFTER_SUMMARY, TOP_BEFORE_SUMMARY, TOP_LOADED_EARLY, SKIP_TOP_WHEN_SUMMARY_IS_SET, TOP_AROUND_SUMMARY,
+ * PARTIAL_TAKES_TOP, PARTIAL_CLEARS_TOP, PARTIAL_TAKES_LEAF_FIRST, SUMMARY_LOOKED_AT_EARLY, GIVES_BACK_WITHOUT_TOP,
+ * GIVES_BACK_TOP_FIRST.
  */
 #ifndef HARVESTERS
 #define HARVESTERS 1
 #endif
 #define PAGES 2
 #define BIT(page) (1 << (page))
+#if HARVESTERS == 1
+#define PARTS
+#endif
 
 byte leaf, summary;      /* bit i: of page i */
 bool top;
@@ -47,7 +52,11 @@ inline mark_summary(who)
 #endif
     if
     :: seen
-    :: else -> atomic { printf("%d marks summary bit %d\n", who, page); summary = summary | BIT(page) }
+    :: else ->
+#if defined(TOP_AROUND_SUMMARY)
+       atomic { printf("%d marks the top\n", who); top = true };
+#endif
+       atomic { printf("%d marks summary bit %d\n", who, page); summary = summary | BIT(page) }
     fi
 #if defined(TOP_LOADED_EARLY)
     ; atomic { seen = early; early = false }
@@ -73,7 +82,7 @@ proctype marker(byte id)
 #if defined(TOP_BEFORE_SUMMARY)
        mark_top(id);
        mark_summary(id);
-#elif defined(SKIP_TOP_WHEN_SUMMARY_IS_SET)
+#elif defined(SKIP_TOP_WHEN_SUMMARY_IS_SET) || defined(TOP_AROUND_SUMMARY)
        mark_summary(id);
        if
        :: seen
@@ -182,12 +191,25 @@ inline harvest_part()
     take_top();
     any = false;
 #endif
+#if defined(PARTIAL_TAKES_LEAF_FIRST)
+    take_leaf(0);
+    take_summary(0);
+#else
     take_summary(0);
     if
     :: lines -> take_leaf(0)
     :: else
     fi;
-    lines = 0
+#endif
+#if defined(PARTIAL_CLEARS_TOP)
+    look_at_summary();
+    if
+    :: look == 0 -> take_top()
+    :: else
+    fi;
+    any = false;
+#endif
+    atomic { lines = 0; look = 0 }
 }
 
 inline give_summary_back()
@@ -226,7 +248,7 @@ proctype harvester()
     bool any, seen;
     do
     :: harvest_all()
-#if HARVESTERS == 1
+#ifdef PARTS
     :: harvest_part()
 #endif
     :: harvest_that_fails()

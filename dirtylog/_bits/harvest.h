@@ -50,12 +50,16 @@ static inline uint64_t dl_end_group(const struct dl_parts *parts)
 }
 
 /* The first group of [group, end) whose summary is not zero; `end` if there is none. It takes nothing: relaxed loads, a
- * moment's view. What it passes over has been marked since, or another harvest beside this one is taking it (I4). */
-static inline uint64_t dl_next_group(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t group, uint64_t end)
+ * moment's view. What it passes over has been marked since, or another harvest beside this one is taking it (I4).
+ *
+ * A harvest of a part leaves top bits that have nothing below them any more. `*looks` of the lines of the summary under such
+ * bits are looked at, each of which takes one off; with none left it returns where it has come to. */
+static inline uint64_t dl_next_group_within(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t group, uint64_t end,
+                                            uint64_t *looks)
 {
     if (!b->top)
         return k->next_nonzero(b->summary, group, end);
-    while (group < end) {
+    while (group < end && *looks) {
         uint64_t span = group / DL_SPAN_GROUPS;
         uint64_t word = k->next_nonzero(b->top, span / DL_WORD_PAGES, dl_top_words_for(b->npages));
         struct dl_part part = dl_part_first(word * DL_WORD_PAGES > span ? word * DL_WORD_PAGES : span, dl_spans_for(b->npages));
@@ -64,10 +68,19 @@ static inline uint64_t dl_next_group(const struct dl_kernels *k, const struct dl
         if (first > span)
             group = first * DL_SPAN_GROUPS;
         uint64_t stop = (first + 1) * DL_SPAN_GROUPS < end ? (first + 1) * DL_SPAN_GROUPS : end;
-        if (spans && group < end && (group = k->next_nonzero(b->summary, group, stop)) < stop)
-            return group;
+        if (spans && group < end) {
+            if ((group = k->next_nonzero(b->summary, group, stop)) < stop)
+                return group;
+            --*looks;
+        }
     }
-    return end;
+    return group < end ? group : end;
+}
+
+static inline uint64_t dl_next_group(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t group, uint64_t end)
+{
+    uint64_t looks = UINT64_MAX;
+    return dl_next_group_within(k, b, group, end, &looks);
 }
 
 /* The pages that are dirty; a moment's view while others mark. */

@@ -26,13 +26,16 @@ typedef void (*dl_expand_word_fn)(uint64_t word, unsigned bits, int64_t first, i
 
 /* ---- bodies --------------------------------------------------------------- */
 
-DL_INLINE uint64_t popcount_body(const uint64_t *words, size_t n)
+/* Others may mark meanwhile: each word is read once, whole. */
+DL_INLINE uint64_t popcount_from(const uint64_t *words, size_t i, size_t n, uint64_t total)
 {
-    uint64_t total = 0;
-    for (size_t i = 0; i < n; i++)
-        total += (uint64_t)__builtin_popcountll(words[i]);
+#pragma GCC unroll 4
+    for (; i < n; i++)
+        total += (uint64_t)__builtin_popcountll(dl_load_relaxed(&words[i]));
     return total;
 }
+
+DL_INLINE uint64_t popcount_by_words(const uint64_t *words, size_t n) { return popcount_from(words, 0, n, 0); }
 
 DL_INLINE size_t next_nonzero_body(const uint64_t *words, size_t from, size_t n, dl_line_mask_fn line_mask)
 {
@@ -313,7 +316,7 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
 #define DL_INSTANTIATE(path, attributes)                                                                                   \
     attributes static uint64_t popcount_##path(const uint64_t *words, size_t n)                                            \
     {                                                                                                                      \
-        return popcount_body(words, n);                                                                                    \
+        return popcount_words_##path(words, n);                                                                            \
     }                                                                                                                      \
     attributes static size_t next_nonzero_##path(const uint64_t *words, size_t from, size_t n)                             \
     {                                                                                                                      \
@@ -392,6 +395,8 @@ DL_INLINE void take_line_scalar(uint64_t *line, uint64_t *out)
         out[i] = dl_exchange(&line[i], 0);
 }
 
+#define popcount_words_scalar popcount_by_words
+
 DL_INLINE int expand_singles_scalar(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
 {
     (void)numbers, (void)masks, (void)out;
@@ -444,6 +449,7 @@ DL_INLINE unsigned line_mask_neon(const uint64_t *line)
     return vaddvq_u16(vandq_u16(dirty, vld1q_u16(weights)));
 }
 
+#define popcount_words_neon popcount_by_words
 #define take_line_neon take_line_scalar
 #define expand_singles_neon expand_singles_scalar
 
@@ -532,6 +538,7 @@ DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
     return ~clean & 0xff;
 }
 
+#define popcount_words_avx2 popcount_by_words
 #define expand_singles_avx2 expand_singles_scalar
 
 /* Writes up to 8 numbers past the last one, within the 64 that expand_word()
@@ -564,6 +571,22 @@ DL_AVX512 DL_INLINE unsigned line_mask_avx512(const uint64_t *line)
 {
     __m512i words = _mm512_loadu_si512(line);
     return _mm512_test_epi64_mask(words, words);
+}
+
+/* Eight words at a time: a vector load has no atomic form, and moves each aligned word whole, as line_mask_avx512() does. */
+DL_AVX512 DL_INLINE uint64_t popcount_words_avx512(const uint64_t *words, size_t n)
+{
+    __m512i even = _mm512_setzero_si512(), odd = even;
+    size_t i = 0;
+    for (; i + 2 * DL_LINE_WORDS <= n; i += 2 * DL_LINE_WORDS) {
+        even = _mm512_add_epi64(even, _mm512_popcnt_epi64(_mm512_loadu_si512(words + i)));
+        odd = _mm512_add_epi64(odd, _mm512_popcnt_epi64(_mm512_loadu_si512(words + i + DL_LINE_WORDS)));
+    }
+    if (i + DL_LINE_WORDS <= n) {
+        even = _mm512_add_epi64(even, _mm512_popcnt_epi64(_mm512_loadu_si512(words + i)));
+        i += DL_LINE_WORDS;
+    }
+    return popcount_from(words, i, n, (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(even, odd)));
 }
 
 /* The pages of eight entries, if each has one; nothing is written otherwise. */

@@ -41,6 +41,8 @@ cdef extern from "_bits/harvest.h" nogil:
     uint64_t dl_first_group(const dl_parts *parts)
     uint64_t dl_end_group(const dl_parts *parts)
     uint64_t dl_next_group(const dl_kernels *k, const dl_bitmap *b, uint64_t group, uint64_t end)
+    uint64_t dl_next_group_within(const dl_kernels *k, const dl_bitmap *b, uint64_t group, uint64_t end,
+                                  uint64_t *looks)
     uint64_t dl_count_pages(const dl_kernels *k, const dl_bitmap *b)
     void dl_take_part(dl_basket *basket, uint64_t *words, uint64_t first, uint64_t end)
     void dl_take_range(dl_basket *basket, const dl_bitmap *b, const dl_parts *parts, const dl_taken *taken,
@@ -69,13 +71,21 @@ cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) 
     return start
 
 
-cdef uint64_t next_group(const dl_bitmap *bits, uint64_t group, uint64_t end) noexcept:
-    """Return the first group of lines in [group, end) that may be dirty, or `end`."""
+cdef uint64_t next_group(const dl_bitmap *bits, uint64_t group, uint64_t end, bint *stale) noexcept:
+    """Return the first group of lines in [group, end) that may be dirty, or `end`; say whether tops were set in vain."""
     cdef uint64_t scanned = SCANNED if bits.top == NULL else SCANNED_BY_TOP
+    # Of the summary no more words than of the top.
+    cdef uint64_t looks = SCANNED // DL_LINE_WORDS
+    stale[0] = False
     if end - group <= scanned:
-        return dl_next_group(kernels, bits, group, end)
+        group = dl_next_group_within(kernels, bits, group, end, &looks)
+        stale[0] = looks < SCANNED // DL_LINE_WORDS
+        if looks or group >= end:
+            return group
     with nogil:
-        group = dl_next_group(kernels, bits, group, end)
+        looks = end
+        group = dl_next_group_within(kernels, bits, group, end, &looks)
+        stale[0] |= looks < end
     return group
 
 
@@ -99,11 +109,16 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     cdef uint64_t group = dl_first_group(&parts)
     cdef uint64_t groups = dl_end_group(&parts)
     cdef bint whole = parts.head_end == first and parts.tail_first == end
+    cdef bint stale = False
+    cdef uint64_t found
     if whole:
-        group = next_group(bits, group, groups)
-        if group >= groups and nothing is not None:
-            dl_harvest_end()
-            return nothing
+        found = next_group(bits, group, groups, &stale)
+        # Top bits that harvests of a part have left are taken by the next one of everything, or each would look below them.
+        if not (stale and clear and first == 0 and end == bits.npages):
+            group = found
+            if group >= groups and nothing is not None:
+                dl_harvest_end()
+                return nothing
     # I5: made before anything is taken, so that nothing can fail after.
     pages = pages_bare(bits.npages, page_size, True)
     basket = basket_new(clear)
@@ -140,6 +155,8 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     finally:
         if taken != few:
             free(taken)
+    if dense is None and basket.entries == 0 and nothing is not None:
+        return nothing
     pages_fill(pages, dense, numbers, masks, basket.entries)
     return pages
 

@@ -115,8 +115,11 @@ static void take(uint64_t first, uint64_t end, int fails)
     struct dl_parts parts = dl_parts_of(NPAGES, first, end);
     uint64_t group = dl_first_group(&parts), groups = dl_end_group(&parts);
     size_t n = 0;
-    if (parts.head_end == first && parts.tail_first == end)
-        group = dl_next_group(k, &bitmap, group, groups);
+    if (parts.head_end == first && parts.tail_first == end) {
+        uint64_t looks = groups, found = dl_next_group_within(k, &bitmap, group, groups, &looks);
+        if (looks == groups || first || end < NPAGES)
+            group = found;
+    }
     while (group < groups)
         n += k->take_summary(&bitmap, parts.first_line, parts.end_line, &group, taken + n, DL_SPAN_GROUPS, 1, &nlines);
     if (fails) {

@@ -78,6 +78,29 @@ def test_a_harvest_of_a_part_leaves_the_rest_to_the_next_one(first, end):
         assert bitmap.harvest().indices().tolist() == left.tolist()
 
 
+def harvest_span_by_span(bitmap):
+    """By halves, none of which may take the top bit of its span: harvests of parts, which leave all of them."""
+    for first in range(0, LARGE, SPAN // 2):
+        bitmap.harvest(first, min(SPAN // 2, LARGE - first))
+
+
+@pytest.mark.parametrize("page", [None, 0, SPAN * 70 + 1, LARGE - 1])
+def test_a_harvest_of_everything_after_many_of_parts_finds_what_there_is_and_no_more(page):
+    """The top bits of all spans are left; more of them than are looked below while holding the GIL."""
+    bitmap = dl.DirtyBitmap(LARGE)
+    nothing = bitmap.harvest()
+    bitmap.mark_pages(np.arange(0, LARGE, SPAN // 2))
+    harvest_span_by_span(bitmap)
+    assert bitmap.count() == 0
+    assert bitmap.peek().count == 0
+    if page is not None:
+        bitmap.mark(page)
+        assert bitmap.peek().indices().tolist() == [page]
+        assert bitmap.harvest().indices().tolist() == [page]
+    assert bitmap.harvest() is nothing
+    assert bitmap.harvest() is nothing
+
+
 def test_more_groups_than_are_taken_without_asking_for_memory():
     bitmap = dl.DirtyBitmap(LARGE)
     pages = np.arange(0, LARGE, 1 << 15)  # one in each group: as many as there are

@@ -9,7 +9,7 @@
  * Here the oracle is the value: after the last harvest the replica equals memory, or a write was lost.
  *
  * Arguments: rounds a thread, and with KERNELS the path whose kernels harvest, as DirtyBitmap does, in place of the
- * header's dl_harvest. Prints the counts; exit status 1 if a write was lost.
+ * header's dl_harvest; they count meanwhile as well. Prints the counts; exit status 1 if a write was lost.
  *
  * TWO_LEVELS leaves out the top, which otherwise has one bit.
  *
@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_bits/simd.h"
+#include "_bits/harvest.h"
 #include "dirtylog/bitmap.h"
 
 #define MARKERS 3
@@ -232,6 +232,10 @@ int main(int argc, char **argv)
             harvests++;
             reported += harvest_part(first, first + 700 < PAGES ? first + 700 : PAGES - 1);
             parts++;
+#ifdef KERNELS
+            if (dl_count_pages(kernels, &bitmap) > PAGES)
+                return 2;
+#endif
         }
         for (uint64_t i = 0; i < MARKERS; i++) {
             pthread_join(threads[i], NULL);

@@ -64,5 +64,11 @@ PyMODINIT_FUNC PyInit_downstream_c(void)
 {
     if (!(dirtylog = dirtylog_import()))
         return NULL;
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+#ifdef Py_GIL_DISABLED
+    /* Or the whole process gets a GIL when it imports this. */
+    if (made)
+        PyUnstable_Module_SetGIL(made, Py_MOD_GIL_NOT_USED);
+#endif
+    return made;
 }

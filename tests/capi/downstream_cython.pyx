@@ -1,4 +1,4 @@
-# cython: language_level=3
+# cython: language_level=3, freethreading_compatible=True
 """A Cython extension of another package that marks and harvests through dirtylog.capi."""
 
 from libc.stdint cimport uint64_t

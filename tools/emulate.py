@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import debian
 import scratch
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -29,20 +30,15 @@ NEEDED = ("numpy", "pytest", "pytest-benchmark", "pytest-timeout", "hypothesis")
 PYTEST = "import sys; sys.executable = {!r}; import pytest; sys.exit(pytest.main())"
 
 
-def run(command: list[str | Path], **options: object) -> None:
-    """Run a command; what it printed is the error if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
-
-
 def drivers(target: Path) -> int:
     """Run the C programs; return how many failed."""
     failed = 0
     for name, sources in DRIVERS.items():
         program = target / f"{name}.arm64"
         files = [f"tests/core/{name}.c", *sources, "-o", program]
-        run([COMPILER, "-std=gnu11", "-O3", "-static", "-Idirtylog/include", "-Idirtylog", *files], cwd=scratch.ROOT)
+        debian.run(
+            [COMPILER, "-std=gnu11", "-O3", "-static", "-Idirtylog/include", "-Idirtylog", *files], cwd=scratch.ROOT
+        )
         status = subprocess.run([EMULATOR, program], check=False).returncode
         print(f"{name} on arm64: {'ended with ' + str(status) if status else 'passed'}")
         failed += status != 0
@@ -54,30 +50,15 @@ def fetch_python(target: Path) -> Path:
     tree, apt = target / "tree", target / "apt"
     if (tree / "complete").exists():
         return tree
-    for directory in ("state/lists/partial", "cache/archives/partial"):
-        (apt / directory).mkdir(parents=True, exist_ok=True)
-    (apt / "status").touch()
-    settings = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "APT::Install-Recommends": "0",
-        "APT::Sandbox::User": "root",
-        "Dir::State": apt / "state",
-        "Dir::State::status": apt / "status",
-        "Dir::Cache": apt / "cache",
-    }
-    config = apt / "config"
-    config.write_text("".join(f'{name} "{value}";\n' for name, value in settings.items()))
-    environment = {**os.environ, "APT_CONFIG": str(config)}
+    environment = debian.lists(apt, APT__Architecture="arm64", APT__Architectures="arm64")
     archives = apt / "cache" / "archives"
-    run(["apt-get", "update", "-qq"], env=environment)
-    run(["apt-get", "install", "-qq", "--yes", "--download-only", *PACKAGES], env=environment)
-    run(["apt-get", "download", "-qq", HEADERS], env=environment, cwd=archives)
+    debian.run(["apt-get", "install", "-qq", "--yes", "--download-only", *PACKAGES], env=environment)
+    debian.run(["apt-get", "download", "-qq", HEADERS], env=environment, cwd=archives)
     for package in sorted(archives.glob("*.deb")):
-        run(["dpkg-deb", "-x", package, tree])
+        debian.run(["dpkg-deb", "-x", package, tree])
     platforms = ["manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64"]
     pip = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", f"--python-version={VERSION}"]
-    run([*pip, f"--target={tree / 'site'}", *(f"--platform={name}" for name in platforms), *NEEDED])
+    debian.run([*pip, f"--target={tree / 'site'}", *(f"--platform={name}" for name in platforms), *NEEDED])
     (tree / "complete").touch()
     return tree
 

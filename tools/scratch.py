@@ -60,15 +60,15 @@ def copy(target: Path) -> Path:
     return target
 
 
-def build(target: Path, environment: dict[str, str]) -> None:
-    """Build the extension modules of the copy in place.
+def build(target: Path, environment: dict[str, str], interpreter: Path = Path(sys.executable)) -> None:
+    """Build the extension modules of the copy in place, for `interpreter` or what `environment` makes of it.
 
     Raises
     ------
     RuntimeError
         The build failed; the message ends with what the compiler said.
     """
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    command = [str(interpreter), "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=target, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")

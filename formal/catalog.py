@@ -118,9 +118,7 @@ CHECKS: tuple[Check, ...] = (
         "GIVES_BACK_WITHOUT_TOP",
     ),
     *_refuted("third_level", LOSS, "GIVES_BACK_TOP_FIRST", macros=("HARVESTERS=2",)),
-    *_refuted(
-        "third_level", LOSS, "PARTIAL_CLEARS_TOP", "PARTIAL_TAKES_LEAF_FIRST", macros=("HARVESTERS=2", "PARTS")
-    ),
+    *_refuted("third_level", LOSS, "PARTIAL_CLEARS_TOP", "PARTIAL_TAKES_LEAF_FIRST", macros=("HARVESTERS=2", "PARTS")),
     *_refuted("third_level", PROMPT, "SKIP_TOP_WHEN_SUMMARY_IS_SET", "TOP_AROUND_SUMMARY"),
     # I3 and I4 with store buffers: x86's order, then stores that leave in any order.
     *(

@@ -72,7 +72,7 @@ cdef uint64_t next_nonzero(const uint64_t *words, uint64_t start, uint64_t end) 
 
 
 cdef uint64_t next_group(const dl_bitmap *bits, uint64_t group, uint64_t end, bint *stale) noexcept:
-    """Return the first group of lines in [group, end) that may be dirty, or `end`; say whether tops were set in vain."""
+    """Return the first group of lines in [group, end) that may be dirty, or `end`; tell of tops set in vain."""
     cdef uint64_t scanned = SCANNED if bits.top == NULL else SCANNED_BY_TOP
     # Of the summary no more words than of the top.
     cdef uint64_t looks = SCANNED // DL_LINE_WORDS
@@ -113,7 +113,7 @@ cdef DirtyPages take_pages(const dl_bitmap *bits, uint64_t page_size, uint64_t f
     cdef uint64_t found
     if whole:
         found = next_group(bits, group, groups, &stale)
-        # Top bits that harvests of a part have left are taken by the next one of everything, or each would look below them.
+        # Top bits that harvests of a part have left are taken by one of everything, or each would look below them.
         if not (stale and clear and first == 0 and end == bits.npages):
             group = found
             if group >= groups and nothing is not None:

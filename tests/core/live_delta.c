@@ -24,6 +24,7 @@ static void *writes(void *unused)
 int main(void)
 {
     unsigned char delta[PAGE + 64];
+    const struct dl_pair next = {page, before};
     pthread_t thread;
     int failed = 0;
     if (pthread_create(&thread, NULL, writes, NULL))
@@ -31,8 +32,8 @@ int main(void)
     for (int round = 0; round < ROUNDS && !failed; round++) {
         size_t at = 0;
         before[0] = 0;
-        size_t used = dl_make_delta(page, before, PAGE, delta, PAGE);
-        if (used && (!dl_check_delta(delta, used, &at, PAGE) || at != used)) {
+        size_t used = dl_make_delta(page, before, PAGE, delta, PAGE, &next);
+        if (used && (!dl_check_delta(delta, used, &at, before, PAGE) || at != used)) {
             printf("round %d: a delta of %zu bytes is refused\n", round, used);
             failed = 1;
         }

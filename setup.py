@@ -257,10 +257,12 @@ os.chdir(HERE)
 names = {".".join(pyx.with_suffix("").parts): str(pyx) for pyx in sorted(PACKAGE.rglob("*.pyx"))}
 left_out = [] if LINUX else [name for name in names if name.startswith(NEEDS_LINUX)]
 names = {name: pyx for name, pyx in names.items() if name not in left_out}
-setup(
-    cmdclass={"build_ext": BuildExtensions},
-    ext_modules=[
-        extension(SHARED, []),
-        *(extension(name, [pyx, *C_SOURCES.get(name, [])]) for name, pyx in names.items()),
-    ],
-)
+# From Python 3.14 on a pool of processes imports this file anew, while the build that waits for it holds the lock.
+if __name__ != "__mp_main__":
+    setup(
+        cmdclass={"build_ext": BuildExtensions},
+        ext_modules=[
+            extension(SHARED, []),
+            *(extension(name, [pyx, *C_SOURCES.get(name, [])]) for name, pyx in names.items()),
+        ],
+    )

@@ -298,8 +298,9 @@ static void check_mappings(uint64_t first, uint64_t end)
 
 /* Lock held. Private memory that nobody stored to and that has lost its contents all the same
  * (MADV_DONTNEED, MREMAP_DONTUNMAP): a protected page that was not empty when it was protected and is
- * now, or was a copy and shows its file again. It is marked in every span, and open where a store has marked it already. With `learn`, empty pages
- * are only written down. Needs PAGEMAP_SCAN (Linux 6.7); without it such pages go unseen. */
+ * now, or was a copy and shows its file again. It is marked in every span, and open where a store has
+ * marked it already. With `learn`, empty pages are only written down. Needs PAGEMAP_SCAN (Linux 6.7);
+ * without it such pages go unseen. */
 static void check_contents(struct dl_span *self, int pagemap, uint64_t first, uint64_t end, int learn)
 {
     struct page_region regions[EMPTIES];

@@ -219,7 +219,8 @@ static int drop_copies(struct dl_span *span, uint64_t *words, int take, uint64_t
 }
 
 /* Lock held. Pages that were copies and are none: taken away, or swapped out, which nobody can tell apart where they are
- * protected (I6). Each span keeps account of its own. Nothing, one such page, or -errno. */
+ * protected (I6). Each span keeps account of its own. Where the kernel does not tell which pages are copies, any may have
+ * been taken away by now, and any may be one that is taken away later. Returns whether there is such a page. */
 static int look_for_dropped(struct dl_span *span, uint64_t *words, int take)
 {
     uint64_t at = span->first * page_bytes, end = span->end * page_bytes, done = 0;
@@ -228,8 +229,13 @@ static int look_for_dropped(struct dl_span *span, uint64_t *words, int take)
     while (at < end) {
         int found = dl_pagemap_copies(ours.pagemap, &at, end, vector);
 
-        if (found < 0)
-            return found;
+        if (found < 0) {
+            if (words)
+                dl_words_set(words, 0, span->end - span->first);
+            if (take)
+                dl_words_set(span->copied, 0, span->end - span->first);
+            return 1;
+        }
         for (int i = 0; i < found; i++) {
             uint64_t first = (vector[i].start >> page_shift) - span->first;
             uint64_t stop = ((vector[i].end + page_bytes - 1) >> page_shift) - span->first;
@@ -351,11 +357,8 @@ static int uffd_collect(struct dl_span *span, uint64_t *words, int take)
         answer = DL_LOST;
         dl_words_set(words, 0, npages);
     }
-    if (span->file) {
-        error = look_for_dropped(span, words, take);
-        if (error > 0)
-            answer = DL_LOST;
-    }
+    if (span->file && look_for_dropped(span, words, take))
+        answer = DL_LOST;
     if (span->huge && answer == DL_DIRTY)
         answer = DL_LOST;
     if (span->pending) {

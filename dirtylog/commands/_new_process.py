@@ -82,7 +82,8 @@ class NewProcess(Arrival):
             "arrays": arrays,
             "state": json.loads(encode_state(self.state) or "null"),
         }
-        os.write(self.descriptors[1], json.dumps(about).encode())
+        with open(self.descriptors[1], "wb", closefd=False) as file:
+            file.write(json.dumps(about).encode())
 
     def start(self, memory: Any) -> None:
         """Start it."""

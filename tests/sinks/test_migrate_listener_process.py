@@ -139,10 +139,14 @@ def test_an_interpreter_that_cannot_be_started_is_named(monkeypatch, program, wh
         ListenerProcess(HERE, certificate("receiver"))
 
 
-def test_a_process_that_has_ended_is_said_to_have(monkeypatch):
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_process_that_has_ended_is_said_to_have(asked, monkeypatch):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     monkeypatch.setattr(ListenerProcess, "_start", lambda self: ours)
     with ListenerProcess(HERE, certificate("receiver")) as listener:
+        if asked:
+            with pytest.raises(TimeoutError):
+                listener.accept(0.01)
         theirs.close()
         with pytest.raises(DirtyLogError, match="has ended; open another listener"):
             listener.accept(30)

@@ -31,6 +31,7 @@ __all__ = ["ListenerProcess", "carry", "serve"]
 
 _AT_ONCE = 1 << 16
 _LARGEST = 1 << 16
+_ENDED = "the process that does the listener's TLS has ended; open another listener"
 # In the process: it begins with what this interpreter can import, and nobody has to wait for its end.
 _CODE = """
 import os, sys
@@ -143,21 +144,24 @@ class ListenerProcess(Listener):
             seconds = _slice(left, control)
             if not poll.poll(None if seconds is None else 1000 * seconds):
                 continue
-            said, descriptors, _, _ = socket.recv_fds(process, _LARGEST, 1, socket.MSG_CMSG_CLOEXEC)
+            try:
+                said, descriptors, _, _ = socket.recv_fds(process, _LARGEST, 1, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionError as error:  # it has ended before it read what it was asked
+                raise DirtyLogError(_ENDED) from error
             if descriptors:
                 self._asked = False
                 sock = socket.socket(fileno=descriptors[0])
                 sock.settimeout(self._timeout)
                 return sock
             if not said:
-                raise DirtyLogError("the process that does the listener's TLS has ended; open another listener")
+                raise DirtyLogError(_ENDED)
             self._hear(json.loads(said))
 
     def _send(self, process: socket.socket, what: bytes) -> None:
         try:
             process.send(what)
         except OSError as error:
-            raise DirtyLogError("the process that does the listener's TLS has ended; open another listener") from error
+            raise DirtyLogError(_ENDED) from error
 
     def _hear(self, said: dict[str, Any]) -> None:
         if "refused" in said:

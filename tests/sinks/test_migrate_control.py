@@ -282,3 +282,15 @@ class Redirtying:
     def collect(self):
         self.bitmap.fill()
         return self.observer.collect()
+
+
+def test_another_limit_holds_for_what_has_gone_before():
+    clock = Clock()
+    control = Control(1000, clock=clock, sleep=clock.sleep)
+    # At once, as what a copy that runs has asked for.
+    control._note(1_000_000)
+    assert control._left() == 1000
+    control.bandwidth = 1_000_000
+    assert control._left() == pytest.approx(1)
+    control.bandwidth = 500_000
+    assert control._left() == pytest.approx(2)

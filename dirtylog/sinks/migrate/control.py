@@ -54,6 +54,9 @@ class Control:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
+        self._clock, self._sleep = clock, sleep
+        self._due = clock()
+        self._lock = threading.Lock()
         self._bandwidth: float | None = None
         self.bandwidth = bandwidth
         self.round: int = 0
@@ -61,9 +64,6 @@ class Control:
         self.wire_bytes: int = 0
         self.breaks: int = 0
         self.session: str = ""
-        self._clock, self._sleep = clock, sleep
-        self._due = clock()
-        self._lock = threading.Lock()
         self._cancelled = self._late = False
         self._sock: socket.socket | None = None
 
@@ -76,7 +76,12 @@ class Control:
     def bandwidth(self, value: float | None) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"bandwidth is {value}; it must be a positive number of bytes per second, or None")
-        self._bandwidth = value
+        with self._lock:
+            if value is not None and self._bandwidth is not None:
+                # What went under the old limit is waited for as the new one says.
+                now = self._clock()
+                self._due = now + max(self._due - now, 0.0) * (self._bandwidth / value)
+            self._bandwidth = value
 
     @property
     def cancelled(self) -> bool:

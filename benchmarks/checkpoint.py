@@ -1,11 +1,12 @@
 """What the n-th checkpoint costs beside saving everything: time, bytes, and the time to load, by ratio in one run.
 
 Run: python -m benchmarks.checkpoint [--mib 1024] [--directory DIR] [--sync] [--markdown]. All are equally durable:
-without --sync nobody syncs, and with it everybody does. None of the peers syncs by itself, so the benchmark calls fsync
-on their files and their directory, in the time that is measured; dirtylog does so by itself, as is its default. Peers
-that are not installed are named and left out. Without xxhash, dirtylog digests by blake2b, which takes longer than all
-else at 1 %: its rows say which it was. Beside the time that passed stands the CPU time of the process, its system calls
-included, which other work on the machine moves much less.
+without --sync nobody syncs, and with it everybody does. None of the peers syncs by itself (by default
+torch.distributed.checkpoint does; it is told not to), so the benchmark calls fsync on their files and their directory,
+in the time that is measured; dirtylog does so by itself, as is its default. Peers that are not installed are named and
+left out. Without xxhash, dirtylog digests by blake2b, which takes longer than all else at 1 %: its rows say which it
+was. Beside the time that passed stands the CPU time of the process, its system calls included, which other work on the
+machine moves much less.
 """
 
 import argparse
@@ -42,6 +43,25 @@ def _torch():
     return save, (lambda path: torch.load(path)["w"].numpy()), ".pt"
 
 
+def _torch_distributed():
+    import torch
+    from torch.distributed import checkpoint
+
+    # In one process, where it warns that nothing is distributed. By default it syncs; the benchmark does so itself.
+    def save(path, array):
+        writer = checkpoint.FileSystemWriter(path, sync_files=False)
+        checkpoint.save({"w": torch.from_numpy(array)}, storage_writer=writer, no_dist=True)
+
+    def load(path):
+        # Into tensors that are there: of each, its shape and type have to be known.
+        about = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata["w"]
+        state = {"w": torch.empty(about.size, dtype=about.properties.dtype)}
+        checkpoint.load(state, checkpoint_id=path, no_dist=True)
+        return state["w"].numpy()
+
+    return save, load, ".distcp"
+
+
 def _safetensors():
     from safetensors.numpy import load_file, save_file
 
@@ -72,8 +92,8 @@ def _zarr():
 
 
 PEERS = {
-    "np.savez": _npz, "joblib.dump": _joblib, "torch.save": _torch, "safetensors": _safetensors, "h5py": _h5py,
-    "zarr": _zarr,
+    "np.savez": _npz, "joblib.dump": _joblib, "torch.save": _torch,
+    "torch.distributed.checkpoint": _torch_distributed, "safetensors": _safetensors, "h5py": _h5py, "zarr": _zarr,
 }  # fmt: skip
 
 

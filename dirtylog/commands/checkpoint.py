@@ -152,9 +152,11 @@ def _show(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from dirtylog.commands import _terminal
+    from dirtylog.commands._bar import byte_bar
     from dirtylog.sinks.checkpoint import export
 
-    written = export(args.directory, args.target, args.step, names=args.array)
+    with byte_bar("checkpoint export") as progress:
+        written = export(args.directory, args.target, args.step, names=args.array, progress=progress)
     if args.json:
         _terminal.show_json({"action": "export", "target": os.path.abspath(args.target), "arrays": written})
     else:

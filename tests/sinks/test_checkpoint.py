@@ -543,12 +543,12 @@ import numpy as np
 import zarr
 from dirtylog.sinks.checkpoint import export
 directory, target = sys.argv[1:]
-assert export(directory, target) == ["w", "b", "f", "layer/k"]
+assert export(directory, target) == ["w", "b", "f", "layer/k", "scalar", "none"]
 assert export(directory, target + ".one.zarr", names=["f"]) == ["f"]
 group, one = zarr.open_group(target, mode="r"), zarr.open_group(target + ".one.zarr", mode="r")
 for name, expected in np.load(directory + ".npz").items():
     for found in [group[name], one[name]] if name == "f" else [group[name]]:
-        assert (found[:] == expected).all() and found.shape == expected.shape, name
+        assert np.array_equal(found[...], expected) and found.shape == expected.shape, name
         # zarr notes the order of the bytes elsewhere than in the type.
         assert found.dtype.newbyteorder("=") == expected.dtype.newbyteorder("="), name
 try:
@@ -563,7 +563,8 @@ else:
 def test_an_export_to_zarr_holds_the_arrays(tmp_path):
     if importlib.util.find_spec("zarr") is None:
         pytest.skip("zarr is not installed")
-    these = {**arrays(), "layer/k": np.arange(7, dtype=">f8")}
+    more = {"layer/k": np.arange(7, dtype=">f8"), "scalar": np.array(7, np.int16), "none": np.zeros((0, 4))}
+    these = {**arrays(), **more}
     write(these, 3)
     with open_checkpoint(tmp_path / "c", these) as checkpoint:
         checkpoint.save()
@@ -594,3 +595,190 @@ def test_an_export_that_will_not_do_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(dl.BackendUnavailable, match=r"pip install zarr, or write \.npz"):
         export(tmp_path / "d", tmp_path / "out.zarr")
     assert sorted(os.listdir(tmp_path)) == ["c", "d"]
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_after(calls):
+    """Return a callback that raises at the call after so many."""
+    left = iter(range(calls))
+
+    def told(done, total):
+        if next(left, None) is None:
+            raise Stop
+
+    return told
+
+
+@pytest.mark.parametrize("moment", [None, "fork"])
+def test_a_save_says_how_far_it_is(tmp_path, moment):
+    w, seen = dl.zeros((3 << 20,), np.uint8), []
+    w[:] = 1
+    with open_checkpoint(tmp_path, {"w": w}, **({"moment": moment} if moment else {})) as checkpoint:
+        checkpoint.save(progress=lambda done, total: seen.append((done, total)))
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert seen[0] == ((0, 3 << 20) if moment else (1 << 20, 3 << 20))
+        assert seen[-1] == (3 << 20, 3 << 20)
+        w[5000] = 2
+        seen.clear()
+        checkpoint.save(progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 4096), (4096, 4096)] if moment else seen == [(4096, 4096)]
+
+
+@pytest.mark.parametrize("moment", ["copy", "fork"])
+@pytest.mark.parametrize("calls", [0, 1, 2])
+def test_what_progress_raises_loses_nothing_and_leaves_nothing(tmp_path, moment, calls):
+    w = dl.zeros((3 << 20,), np.uint8)
+    with open_checkpoint(tmp_path, {"w": w}, moment=moment) as checkpoint:
+        checkpoint.save(step=0)
+        w[:] = 1
+        before = os.listdir(tmp_path)
+        with pytest.raises(Stop):
+            checkpoint.save(step=1, progress=stopping_after(calls))
+        assert os.listdir(tmp_path) == before
+        assert dl.Checkpoint.steps(tmp_path) == [0]
+        assert checkpoint.save().count == 768
+    assert dl.Checkpoint.steps(tmp_path) == [0, 1]
+    assert (dl.Checkpoint.load(tmp_path)["w"] == 1).all()
+
+
+def test_reading_says_how_far_it_is_where_all_is_read(tmp_path):
+    w, seen = np.ones(3 << 20, np.uint8), []
+    with open_checkpoint(tmp_path / "c", {"w": w}) as checkpoint:
+        checkpoint.save()
+
+    def told(done, total):
+        seen.append((done, total))
+
+    dl.Checkpoint.load(tmp_path / "c", progress=told)
+    assert seen == []
+    for read in (
+        lambda told: dl.Checkpoint.load(tmp_path / "c", verify=True, progress=told),
+        lambda told: dl.Checkpoint.load(tmp_path / "c", into={"w": w}, progress=told),
+        lambda told: export(tmp_path / "c", tmp_path / "out.npy", progress=told),
+    ):
+        with pytest.raises(Stop):
+            read(stopping_after(0))
+        assert os.listdir(tmp_path) == ["c"]
+        seen.clear()
+        read(told)
+        assert seen[-1] == (3 << 20, 3 << 20)
+
+
+# ---- arrays without items --------------------------------------------------------------------------------------------
+
+EMPTY = {
+    "none": np.zeros((0, 4)),
+    "w": np.arange(10.0),
+    "scalar": np.array(7, np.int16),
+    "wide": np.zeros((5000, 0), "M8[s]"),
+    "record": np.zeros(0, [("a", "<i4"), ("b", "<f8", (2,))]),
+}
+
+
+def alike(found, expected):
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        assert np.array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("moment", ["copy", "fork"])
+@pytest.mark.parametrize("names", [EMPTY, ["none", "wide"]])
+def test_arrays_without_items_are_saved_with_their_types_and_shapes(tmp_path, moment, names):
+    these = {name: EMPTY[name].copy() for name in names}
+    with open_checkpoint(tmp_path / "c", these, keep=2, moment=moment) as checkpoint:
+        for step in range(5):
+            if "w" in these:
+                these["w"][3] = step
+            checkpoint.save(step=step)
+    assert dl.Checkpoint.steps(tmp_path / "c") == [3, 4]
+    alike(dl.Checkpoint.load(tmp_path / "c", verify=True), these)
+    into = {name: np.ones_like(array) for name, array in these.items()}
+    assert dl.Checkpoint.load(tmp_path / "c", into=into) is into
+    alike(into, these)
+    # The scalar may share a page of the heap with `w`.
+    assert {*dl.Checkpoint.diff(tmp_path / "c", 3)} - {"scalar"} == {"w"} & {*these}
+    assert [(name, shape) for name, _, shape, _ in directory.described(tmp_path / "c", None)[1]] == [
+        (name, list(array.shape)) for name, array in these.items()
+    ]
+    export(tmp_path / "c", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as file:
+        alike({name: file[name] for name in file}, these)
+
+
+def test_an_array_that_comes_to_have_items_is_tracked_once_it_is_told(tmp_path):
+    w, b = np.zeros((0, 4)), np.ones(5)
+    with open_checkpoint(tmp_path, {"w": w, "b": b}) as checkpoint:
+        checkpoint.save(step=0)
+        w = np.ones((3, 4))
+        with pytest.warns(RuntimeWarning, match="'w' has no other reference"):
+            checkpoint.save(step=1)
+        checkpoint.update({"w": w})
+        checkpoint.save(step=2)
+        w[1, 1] = 7
+        assert checkpoint.save(step=3).kind == "diff"
+        empty = np.zeros((2, 0), np.int8)
+        checkpoint.update({"w": empty})
+        checkpoint.save(step=4)
+        b[2] = 9
+        assert checkpoint.save(step=5).kind == "diff"
+    assert dl.Checkpoint.load(tmp_path, 2)["w"].tolist() == [[1.0] * 4] * 3
+    alike(dl.Checkpoint.load(tmp_path, 3), {"w": w, "b": np.ones(5)})
+    alike(dl.Checkpoint.load(tmp_path, 5), {"w": empty, "b": b})
+
+
+def test_an_empty_array_that_grows_in_place_is_not_passed_over(tmp_path):
+    grows, b = np.zeros(0), np.ones(5)
+    with open_checkpoint(tmp_path, {"grows": grows, "b": b}) as checkpoint:
+        grows.resize(3, refcheck=False)
+        b[0] = 2
+        with pytest.raises(ValueError, match=r"'grows' was empty and has grown; tell the checkpoint: update"):
+            checkpoint.save()
+        checkpoint.update({"grows": grows})
+        checkpoint.save()
+    alike(dl.Checkpoint.load(tmp_path), {"grows": np.zeros(3), "b": b})
+
+
+def test_what_cannot_be_an_empty_array_is_refused(tmp_path):
+    for bad, error in ((np.zeros(0, object), TypeError), (np.ma.zeros(0), TypeError)):
+        with pytest.raises(error):
+            open_checkpoint(tmp_path / "c", {"w": bad, "b": np.ones(5)})
+    with pytest.raises(ValueError, match="will not do for memory"):
+        open_checkpoint(tmp_path / "c", {"": np.zeros(0), "b": np.ones(5)})
+    these = {"w": np.zeros((0, 4)), "b": np.ones(5)}
+    kept = list(these.values())
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        checkpoint.save()
+    assert len(kept) == 2
+    for into in ({"b": np.ones(5)}, {"b": np.ones(5), "w": np.zeros((0, 5))}):
+        with pytest.raises(ValueError, match=r"no array 'w' of shape \(0, 4\)"):
+            dl.Checkpoint.load(tmp_path / "c", into=into)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [1, [1], [[0, "w", "<f8", [1]]], [[0, "w", "<f8", []]], [[0, "w", "|O", [0]]], [[0, "w", "nothing", [0]]],
+     [["0", "w", "<f8", [0]]], [[0, 1, "<f8", [0]]], [[0, "w", "<f8", [0] * 65]], [[0, "w", "<f8", [0, -1]]],
+     [[0, "w", "<f8", [0, 1 << 62, 1 << 62]]]],
+)  # fmt: skip
+def test_what_a_file_says_of_its_empty_arrays_is_not_believed(tmp_path, note):
+    noted = {"step": 1, "keep": None, "since": 1, "reached": 1, "user": None, "empty": note}
+    snapshot.save(tmp_path / "0000000001.ckpt", {"b": b"x"}, state=noted)
+    with pytest.raises(SnapshotError):
+        dl.Checkpoint.load(tmp_path)
+
+
+def test_a_checkpoint_that_came_from_elsewhere_keeps_its_empty_arrays(tmp_path):
+    these = {"none": np.zeros((0, 4)), "w": np.arange(10.0)}
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        state = checkpoint.save(step=3, state="here").state
+    path = directory.next_path(str(tmp_path))
+    snapshot.save(path, {"w": these["w"]}, state=directory.noted_for(path, state))
+    alike(dl.Checkpoint.load(tmp_path, 3), these)
+    assert dl.Checkpoint.state_of(tmp_path) == "here"

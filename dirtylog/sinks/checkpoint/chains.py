@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dirtylog.log import DirtyLog, Observer
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import directory as directories
+from dirtylog.sinks.checkpoint.empties import A_BYTE
 from dirtylog.sinks.snapshot import Info, SnapshotError
 from dirtylog.sinks.snapshot.footer import best_digest
 from dirtylog.sinks.snapshot.space import Space
@@ -26,11 +27,23 @@ from dirtylog.sources.memory import Tracker
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Chain"]
 
 # How long a save waits for writers in its directory, in seconds, before it leaves what is not kept to the next one.
 PATIENCE = 1.0
+
+
+def _after(until_taken: ExitStack, progress: Progress | None) -> Progress:
+    """Leave `until_taken` at the first call, before anybody is told."""
+
+    def told(done: int, total: int) -> None:
+        until_taken.close()
+        if progress is not None:
+            progress(done, total)
+
+    return told
 
 
 class Chain:
@@ -85,16 +98,23 @@ class Chain:
             log.attach(trackers[name])
             # An array that is new is new in all its pages, until a checkpoint has them.
             observers[name] = log.observer("checkpoint", everything=True)
-        return {**self._observers, **observers}
+        # An array that has become empty has no pages any more.
+        return {name: each for name, each in {**self._observers, **observers}.items() if name in arrays}
 
     def go_on(self, ready: dict[str, Observer]) -> None:
         """Save these arrays from now on."""
         self._observers = ready
 
     def save(
-        self, arrays: Mapping[str, Memory], step: int | None, state: object, until_taken: ExitStack | None = None
+        self,
+        arrays: Mapping[str, Memory],
+        step: int | None,
+        state: object,
+        until_taken: ExitStack | None = None,
+        progress: Progress | None = None,
+        empty: list[list[Any]] | None = None,
     ) -> Info:
-        """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
+        """Save, and note the empty ones; where a child holds the moment, leave `until_taken`, and with it the lock."""
         last, count = self._files or directories.newest(self._directory)
         # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
         number, self._files = last + 1, None
@@ -105,17 +125,22 @@ class Chain:
         # If this fails and has left a file, the next begins another run.
         self._since = 0
         about = {"step": step, "keep": self._keep, "since": since, "reached": reached, "user": state}
+        if empty:
+            about["empty"] = empty
+        # Where every array is empty, a file holds a byte without a name.
+        memory: Memory | Mapping[str, Memory] = arrays or A_BYTE
         with ExitStack() as epochs:
             pages = {name: epochs.enter_context(each.collect()).pages for name, each in self._observers.items()}
-            page_size = next(iter(pages.values())).page_size
-            layout = [(row[0], row[4], row[5]) for row in Space(arrays, page_size).rows()]
+            page_size = next(iter(pages.values())).page_size if pages else directories.PAGE_SIZE
+            layout = [(row[0], row[4], row[5]) for row in Space(memory, page_size).rows()]
             options: Any = {"state": about, "digest": self._digest, "sync": self._sync, "moment": self._moment}
+            options["progress"] = progress
             if self._moment == "fork" and until_taken is not None:
-                options["progress"] = lambda *_: until_taken.close()
-            full = self._parent is None or layout != self._layout or self._diffs >= self._full_every
+                options["progress"] = _after(until_taken, progress)
+            full = not arrays or self._parent is None or layout != self._layout or self._diffs >= self._full_every
             try:
                 if full or self._parent is None:
-                    info = snapshot.save(path, arrays, page_size=page_size, **options)
+                    info = snapshot.save(path, memory, page_size=page_size, **options)
                 else:
                     info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
             except SnapshotError:

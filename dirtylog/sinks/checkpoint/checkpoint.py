@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding
 from dirtylog.sinks.checkpoint.chains import Chain
-from dirtylog.sinks.checkpoint.directory import Change, Record
+from dirtylog.sinks.checkpoint.directory import PAGE_SIZE, Change, Record
+from dirtylog.sinks.checkpoint.empties import A_BYTE, noted, without_items
 from dirtylog.sinks.snapshot.moment import check_moment
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sources.memory import Tracker, track
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Checkpoint", "keeper"]
 
-PAGE_SIZE = 4096
 FULL_EVERY = 1000
 
 
@@ -53,9 +54,15 @@ class _BackEnd(Protocol):
         """Save these arrays from now on."""
 
     def save(
-        self, arrays: Mapping[str, Memory], step: int | None, state: object, until_taken: ExitStack | None = None
+        self,
+        arrays: Mapping[str, Memory],
+        step: int | None,
+        state: object,
+        until_taken: ExitStack | None = None,
+        progress: Progress | None = None,
+        empty: list[list[Any]] | None = None,
     ) -> Any:
-        """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
+        """Save, and note the empty ones; where a child holds the moment, leave `until_taken`, and with it the lock."""
 
     def close(self) -> None:
         """Let go what it has."""
@@ -63,9 +70,9 @@ class _BackEnd(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What goes with one array: its tracker, and who else refers to it."""
+    """What goes with one array: its tracker, unless it is empty, and who else refers to it."""
 
-    tracker: Tracker
+    tracker: Tracker | None
     binding: Binding
 
 
@@ -81,7 +88,8 @@ class Checkpoint:
     arrays : mapping of str to array
         What to save: memory of any kind that :func:`dirtylog.track` takes. Write to the arrays in place (``w += 1``,
         ``w[:] = ...``): a name that is bound to another array later (``w = w + 1``) is not followed, and a warning
-        says so where it can be noticed. :meth:`update` goes on with another array, of any size.
+        says so where it can be noticed. :meth:`update` goes on with another array, of any size. An array may be empty,
+        of shape ``(0, 4)``, say: its type and shape are saved.
     every : float, optional
         Save from a background thread every so many seconds, too; such a checkpoint has no step and is loaded as the
         latest. The thread holds :attr:`lock` while it copies: hold it yourself around writes that belong together. An
@@ -161,7 +169,7 @@ class Checkpoint:
             raise ValueError(f"full_every is {full_every!r}; it must be a number from 1")
         if not isinstance(arrays, Mapping) or not arrays:
             raise ValueError("arrays must be a mapping of names to at least one array")
-        check_moment(moment, Space(arrays, PAGE_SIZE))
+        self._check_space(arrays, moment)
         if (directory is None) == (store is None):
             raise ValueError("say where: a directory or the address of a store, or None and a repository as store=")
         where = directory if store is None else store
@@ -177,6 +185,8 @@ class Checkpoint:
         self._unbound: set[str] = set()
         self._ended = threading.Event()
         self._arrays: dict[str, Memory] = {}
+        # Those of them that are not empty.
+        self._memory: dict[str, Memory] = {}
         self._held: dict[str, _Held] = {}
         kept = keeper(where)
         self._back: _BackEnd
@@ -212,24 +222,40 @@ class Checkpoint:
             self._thread = threading.Thread(target=self._run, args=(every,), name="dirtylog-checkpoint", daemon=True)
             self._thread.start()
 
+    @staticmethod
+    def _check_space(arrays: Mapping[str, Memory], moment: str) -> None:
+        """Refuse what cannot be saved, before anything is done."""
+        empty = without_items(arrays)
+        noted(arrays, empty)
+        # Names are checked there, also those of empty arrays.
+        stand_ins: dict[str, Memory] = {name: A_BYTE if name in empty else arrays[name] for name in arrays}
+        check_moment(moment, Space(stand_ins, PAGE_SIZE))
+
     def _take(self, arrays: Mapping[str, Memory]) -> None:
         """Track arrays in place of those of the same names; all of them or none."""
         with ExitStack() as stack:
             taken = {}
+            empty = without_items(arrays)
             for name in arrays:
                 binding = Binding(arrays, name)
-                taken[name] = _Held(stack.enter_context(track(arrays[name], backend=self._backend)), binding)
+                tracker = None
+                if name not in empty:
+                    tracker = stack.enter_context(track(arrays[name], backend=self._backend))
+                taken[name] = _Held(tracker, binding)
             before = {name: self._held[name] for name in arrays if name in self._held}
             known, held_of = {**self._arrays, **arrays}, {**self._held, **taken}
-            ready = self._back.ready(known, {name: each.tracker for name, each in held_of.items()}, arrays)
-            self._arrays, self._held = known, held_of
+            trackers = {name: each.tracker for name, each in held_of.items() if each.tracker is not None}
+            memory = {name: known[name] for name in known if name in trackers}
+            ready = self._back.ready(memory, trackers, [name for name in arrays if name in trackers])
+            self._arrays, self._held, self._memory = known, held_of, memory
             self._back.go_on(ready)
             stack.pop_all()
         self._unbound -= set(arrays)
         for held in taken.values():
             held.binding.settle(arrays)
         for held in before.values():
-            held.tracker.close()
+            if held.tracker is not None:
+                held.tracker.close()
 
     def update(self, arrays: Mapping[str, Memory]) -> None:
         """Go on with other arrays under these names; the next checkpoint holds them whole, and of the others a diff.
@@ -262,7 +288,7 @@ class Checkpoint:
         with ExitStack() as locked, self._alone(locked):
             if self.closed:
                 raise ValueError("the checkpoint is closed")
-            check_moment(self._moment, Space({**self._arrays, **arrays}, PAGE_SIZE))
+            self._check_space({**self._arrays, **arrays}, self._moment)
             self._take(arrays)
 
     @property
@@ -323,7 +349,7 @@ class Checkpoint:
         finally:
             self._saving.release()
 
-    def save(self, *, step: int | None = None, state: object = None) -> Any:
+    def save(self, *, step: int | None = None, state: object = None, progress: Progress | None = None) -> Any:
         """Write what changed since the last checkpoint.
 
         Parameters
@@ -332,6 +358,10 @@ class Checkpoint:
             What to load it by, from 0; by default one more than the last. The later of two of one step is loaded.
         state : object, optional
             What else belongs to it: dicts, lists, text, numbers and bytes; see :meth:`state_of`.
+        progress : callable, optional
+            Called with the bytes written and the bytes to write, once a MiB; in a store after each chunk, from zarr's
+            thread; with ``moment="fork"`` first with 0 bytes, when writers may go on. What it raises ends the save as
+            any other failure does: nothing has changed, and the same pages are in the next one.
 
         Returns
         -------
@@ -344,7 +374,7 @@ class Checkpoint:
             It could not be written; nothing has changed, and the same pages are in the next one. From a store, what it
             raises, and :class:`~dirtylog.sinks.store.BranchMoved` and :class:`~dirtylog.sinks.store.InDoubt`.
         ValueError
-            `step` is negative, or the checkpoint is closed.
+            `step` is negative, the checkpoint is closed, or an array that was empty is not any more.
         Exception
             What the background thread met since the last call.
         """
@@ -356,11 +386,19 @@ class Checkpoint:
             number = self._step + 1 if step is None else step
             if not isinstance(number, int) or number < 0:
                 raise ValueError(f"step is {step!r}; it must be a number from 0")
-            return self._save(number, state, until_taken)
+            return self._save(number, state, until_taken, progress)
 
-    def _save(self, step: int | None, state: object, until_taken: ExitStack | None = None) -> Any:
+    def _save(
+        self,
+        step: int | None,
+        state: object,
+        until_taken: ExitStack | None = None,
+        progress: Progress | None = None,
+    ) -> Any:
         """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
-        written = self._back.save(self._arrays, step, state, until_taken)
+        names = frozenset(self._arrays) - frozenset(self._memory)
+        empty = noted(self._arrays, names) if names else None
+        written = self._back.save(self._memory, step, state, until_taken, progress, empty)
         self._step = self._step if step is None else step
         return written
 
@@ -372,7 +410,8 @@ class Checkpoint:
         with ExitStack() as locked, self._alone(locked):
             self._back.close()
             for held in self._held.values():
-                held.tracker.close()
+                if held.tracker is not None:
+                    held.tracker.close()
             self._raise_earlier()
 
     def __enter__(self) -> Self:
@@ -457,6 +496,7 @@ class Checkpoint:
         *,
         into: Mapping[str, Memory] | None = None,
         verify: bool = False,
+        progress: Progress | None = None,
     ) -> Any:
         """Map the arrays of a checkpoint, which takes milliseconds; their bytes are read when they are used.
 
@@ -470,6 +510,9 @@ class Checkpoint:
             Arrays of the same names and sizes to fill in place: all is read, and checked on the way.
         verify : bool
             Check every byte first. Without, what is mapped is checked only as far as the files' sizes and page sets.
+        progress : callable, optional
+            Called with the bytes read and the bytes to read, where all is read: with `into`, `verify`, or both, one
+            after the other. Not for a store.
 
         Returns
         -------
@@ -483,7 +526,7 @@ class Checkpoint:
         SnapshotError
             It is damaged.
         ValueError
-            `verify` of a store, which keeps no digests.
+            `verify` of a store, which keeps no digests, or `progress` of one; or `into` does not fit.
 
         Notes
         -----
@@ -493,7 +536,7 @@ class Checkpoint:
         mapping. Loading is O(files of the chain), and short runs of pages are copied at once:
         :class:`~dirtylog.sinks.snapshot.Mapped`. From a store all is read at once, into new arrays in C order.
         """
-        return keeper(directory).load(directory, step, into, verify)
+        return keeper(directory).load(directory, step, into, verify, progress)
 
     @staticmethod
     def state_of(directory: str | os.PathLike[str] | Any, step: int | None = None) -> Any:

@@ -1,9 +1,9 @@
 """A directory of checkpoints: its files, which of them are kept, and what changed from one to another.
 
 Each file is one snapshot of all arrays, named by a number that goes up. Its state is what :class:`Checkpoint` notes:
-the step, how many are kept, since which file the steps of one run of a program rise and how far they have come, and the
-user's own. A full snapshot may lie below those that are kept, because they are
-diffs over it; it is not listed.
+the step, how many are kept, since which file the steps of one run of a program rise and how far they have come, the
+arrays that are empty, if there are any, and the user's own. A full snapshot may lie below those that are kept, because
+they are diffs over it; it is not listed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog._core import compare_pages
 from dirtylog.sinks import snapshot
+from dirtylog.sinks.checkpoint import empties
 from dirtylog.sinks.snapshot import Entry, Info, SnapshotError
 from dirtylog.sinks.snapshot.chain import Layer, StrPath, follow, settled
 from dirtylog.sinks.snapshot.footer import Footer
@@ -29,9 +30,12 @@ from dirtylog.sinks.snapshot.space import arrays_of, dtype_of
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "newest", "to_keep"]
 
+# Of what no tracker has counted.
+PAGE_SIZE = 4096
 _NAME = re.compile(r"(\d{10})\.ckpt")
 
 
@@ -106,7 +110,8 @@ def noted_for(path: str, state: Any) -> dict[str, Any]:
     keep = about(there[-1])["keep"] if there else None
     # A run of its own: what lies before it is of other steps.
     number, step = _number(path), came["step"]
-    return {"step": step, "keep": keep, "since": number, "reached": -1 if step is None else step, "user": came["user"]}
+    noted = {"step": step, "keep": keep, "since": number, "reached": -1 if step is None else step, "user": came["user"]}
+    return {**noted, "empty": came["empty"]} if "empty" in came else noted
 
 
 def _number(path: str) -> int:
@@ -123,7 +128,7 @@ def _noted(info: Info) -> dict[str, Any]:
 
 
 def _note(state: Any, path: str) -> dict[str, Any]:
-    if not isinstance(state, dict) or set(state) != {"step", "keep", "since", "reached", "user"} or not all(
+    if not isinstance(state, dict) or set(state) - {"empty"} != {"step", "keep", "since", "reached", "user"} or not all(
         type(state[key]) is int or (state[key] is None and key in ("step", "keep"))
         for key in ("step", "keep", "since", "reached")
     ):  # fmt: skip
@@ -254,15 +259,39 @@ def steps(directory: StrPath) -> list[int]:
     return [step for step, _ in kept(os.path.abspath(os.fspath(directory))) if step is not None]
 
 
-def load(directory: StrPath, step: int | None, into: Mapping[str, Memory] | None = None, verify: bool = False) -> Any:
+def load(
+    directory: StrPath,
+    step: int | None,
+    into: Mapping[str, Memory] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Any:
     """Map the arrays of a checkpoint, or read them into others."""
     path = find(directory, step)
+    if verify:
+        snapshot.verify(path, progress=progress)
     if into is not None:
-        if verify:
-            snapshot.verify(path)
-        return snapshot.restore(path, out=into)
-    with snapshot.open(path, verify=verify) as mapped:
-        return mapped.restored()
+        rest = empties.split(into, _empty(path), path)
+        if rest or _footer(path).named:
+            snapshot.restore(path, out=rest, progress=progress)
+        return into
+    with snapshot.open(path) as mapped:
+        return _all_of(path, mapped.restored())
+
+
+def whole(directory: StrPath, step: int | None, progress: Progress | None = None) -> dict[str, Any]:
+    """Read the arrays of a checkpoint."""
+    path = find(directory, step)
+    return _all_of(path, snapshot.restore(path, progress=progress))
+
+
+def _empty(path: str) -> Any:
+    return about(path).get("empty", [])
+
+
+def _all_of(path: str, found: Any) -> dict[str, Any]:
+    """Put the empty arrays among those that were read; where all are empty, that was a byte without a name."""
+    return empties.woven(found if isinstance(found, dict) else {}, _empty(path), path)
 
 
 def state_of(directory: StrPath, step: int | None) -> Any:
@@ -277,8 +306,9 @@ def described(directory: StrPath, step: int | None) -> tuple[int | None, list[tu
     arrays = [
         (name, str(dtype_of(kind, path)), list(shape), length)
         for name, kind, shape, _, _, length in _footer(path).regions
+        if name
     ]
-    return noted["step"], arrays, noted["user"]
+    return noted["step"], empties.described(arrays, noted.get("empty", []), path), noted["user"]
 
 
 def diff(directory: StrPath, a: int, b: int | None) -> dict[str, Change]:
@@ -349,9 +379,11 @@ def changed(older: str, newer: str) -> dict[str, Change]:
         # Address space alone: the shapes and strides matter, and no byte of it is touched.
         after = arrays_of(footer.regions, np.empty(footer.nbytes, np.uint8), newer)
     else:
-        before, after = snapshot.restore(older), snapshot.restore(newer)
+        before, after = (_all_of(path, snapshot.restore(path)) for path in (older, newer))
     answer = {}
     for name, _, _, _, start, length in footer.regions:
+        if not name:  # all arrays are empty
+            continue
         first, count = start // footer.page_size, -(-length // footer.page_size)
         if found is not None:
             runs = found[1].runs()

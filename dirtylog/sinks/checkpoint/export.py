@@ -16,9 +16,7 @@ import numpy as np
 from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.checkpoint import keeper
-from dirtylog.sinks.checkpoint.directory import find
-from dirtylog.sinks.snapshot import restore
-from dirtylog.sinks.snapshot.chain import StrPath
+from dirtylog.sinks.snapshot.chain import Progress, StrPath
 from dirtylog.sinks.snapshot.staged import rename_new
 
 __all__ = ["KINDS", "export"]
@@ -51,14 +49,24 @@ def _zarr(path: str, arrays: Arrays) -> None:
         raise BackendUnavailable("zarr", f"import zarr: {error}", "pip install zarr, or write .npz") from None
     group = zarr.open_group(path, mode="w")
     for name, array in arrays.items():
-        group[name] = np.ascontiguousarray(array).reshape(array.shape)
+        if array.ndim:
+            group[name] = np.ascontiguousarray(array)
+        else:
+            # Assigning to a group of zarr 3 takes an axis. In zarr 2 the call has another name.
+            create = getattr(group, "create_array", None) or group.create_dataset
+            create(name, shape=(), dtype=array.dtype)[...] = array
 
 
 KINDS: dict[str, Callable[[str, Arrays], None]] = {".npy": _npy, ".npz": _npz, ".zarr": _zarr}
 
 
 def export(
-    directory: StrPath | Any, target: StrPath, step: int | None = None, *, names: Iterable[str] | None = None
+    directory: StrPath | Any,
+    target: StrPath,
+    step: int | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Write the arrays of a checkpoint as ``.npy``, ``.npz`` or ``.zarr``, which appears whole or not at all.
 
@@ -72,6 +80,8 @@ def export(
         Which checkpoint; the latest by default.
     names : iterable of str, optional
         Which arrays; all by default. ``.npy`` holds one.
+    progress : callable, optional
+        Called with the bytes read and the bytes to read, of a directory. What it raises leaves nothing behind.
 
     Returns
     -------
@@ -102,7 +112,9 @@ def export(
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "an export overwrites nothing; remove it, or give another name", path)
     kept = keeper(directory)
-    arrays: dict[str, Any] = restore(find(directory, step)) if kept is directories else kept.load(directory, step)
+    arrays: dict[str, Any] = (
+        directories.whole(directory, step, progress) if kept is directories else kept.load(directory, step)
+    )
     chosen = list(arrays) if names is None else list(dict.fromkeys(names))
     for name in chosen:
         if name not in arrays:

@@ -13,7 +13,8 @@ import numpy as np
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.log import DirtyLog
-from dirtylog.sinks.checkpoint.directory import Change, Record, differing
+from dirtylog.sinks.checkpoint import empties
+from dirtylog.sinks.checkpoint.directory import PAGE_SIZE, Change, Record, differing
 from dirtylog.sinks.store import branch as branches
 from dirtylog.sinks.store.branch import Version, versions
 from dirtylog.sinks.store.sink import Saved, StoreSink
@@ -21,11 +22,11 @@ from dirtylog.sources.memory import Tracker
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Stored", "described", "diff", "history", "load", "state_of", "steps"]
 
 BRANCH = "main"
-PAGE_SIZE = 4096
 
 
 def _repository(where: Any, *, create: bool = False) -> Any:
@@ -99,6 +100,8 @@ class Stored:
 
     def ready(self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]) -> StoreSink:
         """Return what takes in the new ones of some arrays, for :meth:`go_on`; nothing has changed yet."""
+        if not arrays:
+            raise ValueError("all arrays are empty; in a store at least one must have an item")
         log, places, first = DirtyLog(), {}, 0
         for name in arrays:
             log.attach(trackers[name], first)
@@ -114,7 +117,13 @@ class Stored:
             before.close()
 
     def save(
-        self, arrays: Mapping[str, Memory], step: int | None, state: object, until_taken: ExitStack | None = None
+        self,
+        arrays: Mapping[str, Memory],
+        step: int | None,
+        state: object,
+        until_taken: ExitStack | None = None,
+        progress: Progress | None = None,
+        empty: list[list[Any]] | None = None,
     ) -> Saved:
         """Save; all of it with the lock held."""
         assert self._sink is not None
@@ -122,7 +131,8 @@ class Stored:
         if count is None:
             count = sum(1 for _ in versions(self._repo, branch=BRANCH)) if self._keep is not None else 0
         self._count = None
-        saved = self._sink.save(step=step, state=state, about={"keep": self._keep})
+        noted = {"keep": self._keep, **({"empty": empty} if empty else {})}
+        saved = self._sink.save(step=step, state=state, about=noted, progress=progress)
         self._count = count + 1
         self._thin()
         return saved
@@ -162,17 +172,30 @@ def _names(version: Version) -> list[str] | None:
     return [str(name) for name in names] if isinstance(names, list) else None
 
 
-def load(where: Any, step: int | None, into: Mapping[str, Memory] | None = None, verify: bool = False) -> Any:
+def _empty(version: Version) -> Any:
+    return version.about.get("empty", [])
+
+
+def load(
+    where: Any,
+    step: int | None,
+    into: Mapping[str, Memory] | None = None,
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> Any:
     """Read the arrays of a checkpoint, into others if they are given."""
     if verify:
         raise ValueError("a store keeps no digests of what it has; leave verify out")
+    if progress is not None:
+        raise ValueError("a store does not say how far it has read; leave progress out")
     repo = _repository(where)
     version = _find(repo, where, step)
-    names = _names(version)
-    if into is not None and names is not None and set(into) != set(names):
-        raise ValueError(f"into has {sorted(into)}; the checkpoint has {sorted(names)}")
-    found = branches.restore(repo, version.snapshot, names=names, out=into)
-    return found if into is None else into
+    names, empty, said = _names(version), _empty(version), f"snapshot {version.snapshot}"
+    rest = None if into is None else empties.split(into, empty, said)
+    if rest is not None and names is not None and set(rest) != set(names):
+        raise ValueError(f"into has {sorted(rest)}; the checkpoint has {sorted(names)}")
+    found = branches.restore(repo, version.snapshot, names=names, out=rest)
+    return empties.woven(found, empty, said) if into is None else into
 
 
 def state_of(where: Any, step: int | None) -> Any:
@@ -186,6 +209,7 @@ def described(where: Any, step: int | None) -> tuple[int | None, list[tuple[str,
     repo = _repository(where)
     version = _find(repo, where, step)
     arrays = branches.described(repo, version.snapshot, _names(version))
+    arrays = empties.described(arrays, _empty(version), f"snapshot {version.snapshot}")
     return version.step, arrays, branches.state_of(repo, version.snapshot)
 
 

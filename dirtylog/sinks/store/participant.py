@@ -20,6 +20,7 @@ from dirtylog.sinks.store.zarrs import create, fits, write
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Participant", "Prepared", "Standing"]
 
@@ -145,7 +146,7 @@ class Participant:
         with self._lock:
             return Standing(self.incarnation, self._base, self._held[0] if self._held else "")
 
-    def prepare(self, tx: str, session: Any) -> Prepared:
+    def prepare(self, tx: str, session: Any, progress: Progress | None = None) -> Prepared:
         """Collect an epoch, write what is dirty into a session, and hold the epoch.
 
         Parameters
@@ -154,6 +155,8 @@ class Participant:
             The transaction, by a name of its own.
         session : icechunk.Session
             A session on the participant's base, or a fork of one.
+        progress : callable, optional
+            Called with the bytes written and the bytes to write, from zarr's thread.
 
         Returns
         -------
@@ -184,7 +187,7 @@ class Participant:
                     for part in self._parts:
                         if not fits(session.store, part):
                             create(session.store, part, part.array.shape, self._compressors)
-                write(session.store, work)
+                write(session.store, work, progress)
                 prepared = Prepared(session=session, incarnation=self.incarnation, **summary(epoch, work))
                 self._held = tx, epoch
                 until_held.pop_all()

@@ -19,6 +19,7 @@ from dirtylog.sinks.store.zarrs import ATTRIBUTE, note
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
+    from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Saved", "StoreSink", "commit_once"]
 
@@ -250,6 +251,7 @@ class StoreSink:
         message: str | None = None,
         state: object = None,
         about: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> Saved:
         """Collect an epoch and commit what is dirty.
 
@@ -264,6 +266,9 @@ class StoreSink:
         about : mapping, optional
             More to note of the commit, by names of your own: text and numbers. It comes back as ``Version.about``, and
             is read with every history, so keep it short.
+        progress : callable, optional
+            Called with the bytes written and the bytes to write, after each chunk and from zarr's thread. What it
+            raises ends the save as any other failure does.
 
         Returns
         -------
@@ -293,7 +298,7 @@ class StoreSink:
             participant.resolve(self._repo, self._branch)
             session = self._repo.writable_session(self._branch)
             tx = uuid.uuid4().hex
-            prepared = participant.prepare(tx, session)
+            prepared = participant.prepare(tx, session, progress)
             if not prepared.chunks and participant.base is not None and not always:
                 participant.decide(tx, True, participant.base)
                 return Saved.of(prepared, participant.base)

@@ -182,6 +182,58 @@ def test_a_save_that_fails_changes_nothing_and_loses_nothing(where, flaky):
     same(dl.Checkpoint.load(where, 1), these)
 
 
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_what_progress_raises_loses_nothing(where, calls):
+    these, seen = {"w": dl.zeros((1024, 512))}, []
+    with dl.Checkpoint(where, these) as checkpoint:
+        checkpoint.save(step=0, progress=lambda done, total: seen.append((done, total)))
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        assert seen[-1] == (4 << 20, 4 << 20)
+        these["w"][[3, 600]] = 3
+
+        left = iter(range(calls))
+
+        def stopping(done, total):
+            if next(left, None) is None:
+                raise Stop
+
+        with pytest.raises(Stop):
+            checkpoint.save(step=1, progress=stopping)
+        assert dl.Checkpoint.steps(where) == [0]
+        assert checkpoint.save(step=1).pages == 2
+    same(dl.Checkpoint.load(where, 1), these)
+    with pytest.raises(ValueError, match="leave progress out"):
+        dl.Checkpoint.load(where, progress=print)
+
+
+def test_arrays_without_items_are_saved_with_their_types_and_shapes(where, tmp_path, capsys):
+    these = {
+        "none": np.zeros((0, 4), np.int16),
+        "w": np.arange(10.0),
+        "scalar": np.array(7.5),
+        "when": np.zeros(0, "M8[s]"),
+    }
+    with dl.Checkpoint(where, these) as checkpoint:
+        for step in range(2):
+            these["w"][3] = these["scalar"][...] = step
+            checkpoint.save(step=step)
+    same(dl.Checkpoint.load(where), these)
+    into = {name: np.ones_like(array) for name, array in these.items()}
+    assert dl.Checkpoint.load(where, into=into) is into
+    same(into, these)
+    assert sorted(dl.Checkpoint.diff(where, 0)) == ["scalar", "w"]
+    assert cli.main(["checkpoint", "show", where, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["arrays"]
+    assert [(row["name"], row["shape"]) for row in shown] == [(name, [*array.shape]) for name, array in these.items()]
+    assert export(where, tmp_path / "out.npz") == list(these)
+    with pytest.raises(ValueError, match="at least one must have an item"):
+        dl.Checkpoint(where, {"none": these["none"]})
+
+
 def test_a_strangers_commit_is_refused_and_an_update_goes_on_from_there(where, tracked):
     these, theirs = {"w": dl.zeros(600)}, {"x": dl.zeros(512)}
     with dl.Checkpoint(where, these) as checkpoint:

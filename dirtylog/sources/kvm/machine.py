@@ -397,7 +397,8 @@ class VM(Resource):
         ----------
         entries : int
             Capacity of a ring in pages: a power of two. A vCPU leaves with
-            ``"DIRTY_RING_FULL"`` when 64 entries are left (512 more with PML).
+            ``"DIRTY_RING_FULL"`` when 64 entries are left (512 more with PML). Make room
+            then by the `peek` of any slot, which takes the pages from nobody.
 
         Raises
         ------
@@ -466,6 +467,10 @@ class VM(Resource):
         to leave once, and is waited for, before the rings are read. Its `run`
         goes on by itself: it costs the guest some microseconds, and the exit is
         not reported. A vCPU that is not running is left alone.
+
+        What this returns is handed out: a slot's `harvest`, and an observer of a
+        log that it is attached to, hear of later pages alone. Where those are to
+        have them and a ring is full, `peek` a slot instead.
 
         May be called from any thread, also from one that runs a vCPU, and from
         a signal handler.

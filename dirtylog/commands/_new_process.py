@@ -6,8 +6,10 @@ import mmap
 import os
 import shutil
 import subprocess
+import threading
 from typing import Any
 
+from dirtylog.commands import _terminal
 from dirtylog.commands._arrivals import Arrival, arrays_of
 from dirtylog.commands._refusal import Misunderstood
 
@@ -42,6 +44,11 @@ class NewProcess(Arrival):
         Its words; in each, ``{memory}`` becomes a path of the memory, and ``{about}`` one of a JSON text that says
         which arrays are where in it, and what was sent beside it.
 
+    Notes
+    -----
+    Whether a program can be executed is known when it is. By then nobody else has the memory: where it cannot, the
+    memory is kept until the command is ended, and it is said where.
+
     Raises
     ------
     Misunderstood
@@ -59,6 +66,7 @@ class NewProcess(Arrival):
             raise Misunderstood(f"--exec {command[0]}: there is no such program; give its path")
         self.command = command
         self.program: subprocess.Popen[bytes] | None = None
+        self.refused: OSError | None = None
         self.descriptors = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("dirtylog-memory", "dirtylog-about")]
         self.out = self.room = Room(self.descriptors[0])
 
@@ -89,12 +97,29 @@ class NewProcess(Arrival):
         """Start it."""
         paths = [f"/proc/self/fd/{each}" for each in self.descriptors]
         words = [word.replace(MEMORY, paths[0]).replace(ABOUT, paths[1]) for word in self.command]
-        self.program = subprocess.Popen(words, pass_fds=self.descriptors)
+        try:
+            self.program = subprocess.Popen(words, pass_fds=self.descriptors)
+        except OSError as error:
+            self.refused = error
+            raise
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         """Let go of the memory, which is the program's."""
-        for each in self.descriptors:
-            os.close(each)
+        try:
+            if self.refused is not None:
+                self._keep(self.refused)
+        finally:
+            for each in self.descriptors:
+                os.close(each)
         if error is not None and self.program is not None:
             # It has the right to run: it is not left alone, and not ended.
             self.program.wait()
+
+    def _keep(self, error: OSError) -> None:
+        memory, about = (f"/proc/{os.getpid()}/fd/{each}" for each in self.descriptors)
+        _terminal.show_note(
+            f"{self.command[0]} could not be started: {error.strerror}. Nobody else has the memory now. It is in "
+            f"{memory}, and what is about it in {about}, until this command is ended: start a program with them, or "
+            "copy them, then press Ctrl-C"
+        )
+        threading.Event().wait()

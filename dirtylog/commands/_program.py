@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import platform
 import re
@@ -304,7 +305,11 @@ def about(args: argparse.Namespace, pid: int) -> dict[str, str]:
 
 def command_of(pid: int) -> str:
     """Return the command line of a process that runs, as much of it as people want to see."""
-    return _shown([os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]])
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    except FileNotFoundError:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} has ended") from None
+    return _shown([os.fsdecode(word) for word in words])
 
 
 def _shown(words: Sequence[str]) -> str:

@@ -1,8 +1,12 @@
 """``dirtylog migrate receive --exec``: a program that is started with the memory when it may run."""
 
 import json
+import re
+import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,3 +86,23 @@ def test_what_would_lose_the_memory_is_refused_before_anybody_comes(words, messa
     with pytest.raises(Misunderstood, match=message):
         run(migrate, "receive", "--listen", f"unix:{tmp_path / 'line'}", *words.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_where_the_program_cannot_be_executed_the_memory_stays_until_the_command_is_ended(tmp_path):
+    memory = np.arange(64 * PAGE, dtype=np.uint16)
+    snapshot.save(tmp_path / "here", memory)
+    program = tmp_path / "program"
+    program.write_bytes(bytes(8))
+    program.chmod(0o755)
+    line = f"unix:{tmp_path / 'line'}"
+    words = ["migrate", "receive", "--listen", line, "--exec", program, "{memory}"]
+    with subprocess.Popen([sys.executable, "-m", "dirtylog", *words], stderr=subprocess.PIPE, text=True) as receiver:
+        assert receiver.stderr.readline().startswith("listening on ")
+        # The copy has the right to run.
+        assert run(migrate, "send", line, "--snapshot", tmp_path / "here") == 0
+        note = receiver.stderr.readline()
+        assert "program could not be started: Exec format error. Nobody else has the memory now." in note
+        kept = Path(re.search(r"It is in (/proc/[0-9]+/fd/[0-9]+),", note)[1])
+        assert (np.fromfile(kept, memory.dtype) == memory).all()
+        receiver.send_signal(signal.SIGINT)
+        assert receiver.wait(60) == 130

@@ -415,3 +415,12 @@ def test_children_are_followed_and_named_by_their_process(writer, capsys):
     own, child = ({row["pid"] for row in rows if (row["pid"] == shell.pid) is same} for same in (True, False))
     assert len(own) == len(child) == 1
     assert all(row["name"].startswith(f"{row['pid']}: ") == (row["pid"] in child) for row in rows)
+
+
+def test_a_process_that_has_ended_has_no_command_line():
+    from dirtylog.commands._program import command_of
+
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    with pytest.raises(ProcessLookupError, match=f"process {ended.pid} has ended"):
+        command_of(ended.pid)

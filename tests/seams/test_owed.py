@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import os
 import threading
 import warnings
 
@@ -12,7 +13,7 @@ import pytest
 import dirtylog as dl
 from dirtylog._bits.owed import Owed, take_all
 from dirtylog.sinks import snapshot
-from dirtylog.sinks.snapshot import staged
+from dirtylog.sinks.snapshot import staged, writer
 
 pytestmark = pytest.mark.thread_unsafe(reason="signals and traces belong to the process")
 PAGE = 4096
@@ -335,7 +336,7 @@ def test_a_harvest_of_rings_that_is_interrupted_anywhere_has_its_pages_in_the_ne
         assert n > 10
 
 
-def _too_late(*_):
+def _too_late(*_, **__):
     raise TimeoutError("the time is over")  # as a handler of SIGALRM does; it is an OSError
 
 
@@ -358,3 +359,12 @@ def test_what_a_signal_handler_raises_is_not_taken_for_an_error_of_the_disk(monk
         snapshot.save(tmp_path / "base", dl.zeros(PAGE, "u1"))
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_signal_handler_raises_while_a_target_is_looked_at_arrives_as_well(monkeypatch, tmp_path):
+    array = dl.zeros(PAGE, "u1")
+    snapshot.save(tmp_path / "base", array, sync=False)
+    look, looks = os.stat, iter([_too_late])
+    monkeypatch.setattr(writer.os, "stat", lambda *where, **how: next(looks, look)(*where, **how))
+    with pytest.raises(TimeoutError, match="the time is over"):
+        snapshot.save(tmp_path / "base", array, replace=True)

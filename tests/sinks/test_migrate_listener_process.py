@@ -1,6 +1,7 @@
 """A listener that does TLS in a process of its own: who is let in, what is carried, and a copy that holds the GIL."""
 
 import contextlib
+import dataclasses
 import os
 import select
 import socket
@@ -136,6 +137,19 @@ def test_without_keys_that_encrypt_there_is_no_process():
 def test_an_interpreter_that_cannot_be_started_is_named(monkeypatch, program, why):
     monkeypatch.setattr(sys, "executable", program)
     with pytest.raises(DirtyLogError, match=f"'{program}'.*{why}"):
+        ListenerProcess(HERE, certificate("receiver"))
+
+
+def test_keys_that_the_process_cannot_read_are_named(monkeypatch, tmp_path):
+    begin = ListenerProcess._start
+
+    def later(self):
+        # Removed after this process has read them.
+        self._keys = dataclasses.replace(self._keys, cert=tmp_path / "none.pem")
+        return begin(self)
+
+    monkeypatch.setattr(ListenerProcess, "_start", later)
+    with pytest.raises(DirtyLogError, match=r"could not be started.*No such file"):
         ListenerProcess(HERE, certificate("receiver"))
 
 

@@ -1,6 +1,9 @@
 """A copy that runs when it is filled, and the right to run that is asked for alone."""
 
+import os
 import secrets
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -194,3 +197,34 @@ def test_a_source_that_did_not_hear_that_the_copy_runs_learns_it_and_does_not_go
     relay.join()
     assert "nobody serves it any more" in str(copy.answer)
     assert status(session, end="copy").stage == "faults"
+
+
+def test_a_journal_that_cannot_be_written_when_it_is_given_up_lets_go_of_the_memory(session, monkeypatch, tmp_path):
+    source, relay, rooms = Source(), Relay(), []
+    journal = tmp_path / "journal"
+    journal.mkdir()
+
+    def room(nbytes):
+        rooms.append(dl.zeros(nbytes, np.uint8))
+        return rooms[0]
+
+    def interrupted(channel, faults):
+        shutil.rmtree(journal)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Channel, "lend", interrupted)
+    with relay.connect() as here:
+        copy = Copy(relay.accept(), run="filled", journal=journal, out=room)
+        with pytest.raises(MigrationError):
+            send(here, source.memory, source.observer, postcopy=0, session=session)
+    copy.join()
+    relay.join()
+    assert isinstance(copy.answer, FileNotFoundError)
+    # Where it is still guarded, the system call waits, and does so without the GIL.
+    reads, writes = os.pipe()
+    reader = threading.Thread(target=os.write, args=(writes, rooms[0][-16:]), daemon=True)
+    reader.start()
+    reader.join(30)
+    assert not reader.is_alive()
+    os.close(reads)
+    os.close(writes)

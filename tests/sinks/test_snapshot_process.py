@@ -129,6 +129,17 @@ def test_memory_keeps_its_numbers_and_what_is_new_gets_numbers_that_nobody_has(s
         before = after
 
 
+def test_places_without_memory_are_said_to_be(puppet, tmp_path, monkeypatch):
+    address = new(puppet, 16)
+    places = [(address, address + 16 * PAGE, 0)]
+    save_process(tmp_path / "base", puppet.pid, select=places, sync=False)
+    # Unmapped after the places were looked at.
+    monkeypatch.setattr(processes, "mappings", lambda pid: [])
+    for take in (save_process, lambda *words, **how: diff_process(*words, parent=tmp_path / "base", **how)):
+        with pytest.raises(dl.DirtyLogError, match=f"process {puppet.pid} has no memory any more in the 1 places"):
+            take(tmp_path / "next", puppet.pid, select=places, sync=False)
+
+
 def test_a_diff_over_something_else_is_refused(puppet, tmp_path):
     snapshot.save(tmp_path / "array", np.ones(PAGE, np.uint8))
     with pytest.raises(snapshot.SnapshotError, match="not a snapshot of the memory of process"):

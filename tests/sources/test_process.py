@@ -20,7 +20,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.errors import BackendUnavailable, IncompleteLogWarning
-from dirtylog.sources.process import _remote, attaching, handover, inside
+from dirtylog.sources.process import _remote, attaching, handover, inside, stretches
 from dirtylog.sources.process.members import children
 from dirtylog.sources.process.regions import mappings
 
@@ -752,6 +752,15 @@ def test_places_are_watched_alone_and_numbered_as_they_say(puppet):
         dirty = process.harvest()
         assert dirty.indices().tolist() == [10, 13, 1000, 1003]
         assert (process.read(dirty)[:, 7] == 1).all()
+
+
+def test_a_place_that_would_fill_the_memory_with_page_tables_is_left_out(puppet, monkeypatch):
+    address = puppet.do("new(64)")
+    monkeypatch.setattr(stretches, "cannot_hold", lambda nbytes: "too much" if nbytes > 32 * PAGE else "")
+    for npages, left_out in ((33, ["too much"]), (32, [])):
+        with attach(puppet.pid, select=[(address, address + npages * PAGE, 0)]) as process:
+            assert [why for area, why in process.skipped.items() if area.start <= address < area.end] == left_out
+            assert [region.npages for region in process.regions] == [32] * (not left_out)
 
 
 def test_memory_that_is_mapped_anew_at_a_place_is_reported_whole_under_its_numbers(puppet):

@@ -105,8 +105,11 @@ class ListenerProcess(Listener):
                 )
             if started.returncode == 0:
                 socket.send_fds(ours, [request], [self._server.fileno()])
-                if ours.recv(_LARGEST) == b"ready":
+                said = ours.recv(_LARGEST)
+                if said == b"ready":
                     return ours
+                if said:
+                    raise OSError(said.decode())
         except OSError as error:
             ours.close()
             raise DirtyLogError(f"a process for TLS could not be started: {sys.executable!r}: {error}") from error
@@ -209,7 +212,12 @@ def serve(descriptor: int) -> None:
             owner.send(json.dumps({"refused": [name, why[:1000]]}).encode(), socket.MSG_DONTWAIT)
 
     listener._refused = refused
-    listener._hold(socket.socket(fileno=descriptors[0]), keys)
+    try:
+        listener._hold(socket.socket(fileno=descriptors[0]), keys)
+    except (OSError, ValueError) as error:
+        # What its owner could read a moment ago.
+        owner.send(str(error).encode()[:_LARGEST])
+        return
     with owner, listener, suppress(_Gone, ConnectionError):
         owner.send(b"ready")
         while owner.recv(_LARGEST):

@@ -67,7 +67,7 @@ class _Stage(IntEnum):
     FAULTS = FAULTS
     """It has the right to run, and the source has not; what it lacks only the source has."""
     GONE = 4
-    """Given up before it was told to run: it never may."""
+    """Given up before it ran: it never may."""
 
 
 class _Replaced(Exception):
@@ -529,9 +529,11 @@ class _Copy:
         assert self.faults is not None
         left = self.faults.left
         # Durable before anybody is told: whoever reads it lets the source go on.
-        self.move(_Stage.GONE)
-        # Nobody has seen the memory.
-        self.faults.release()
+        try:
+            self.move(_Stage.GONE)
+        finally:
+            # Nobody has seen the memory, and nobody waits for it where the journal cannot be written.
+            self.faults.release()
         lost = (
             f"the copy was given up before it ran, lacking {left} pages: the source may go on; session {self.session}"
         )

@@ -31,7 +31,8 @@ _STAGES: dict[tuple[str, str], tuple[bool | None, str]] = {
     ("source", "given"): (None, "the right to run was given away and no answer came: settle(), or ask the copy's end"),
     ("source", "serves"): (
         False,
-        "the copy runs and lacks pages that only the source has: it must neither run nor end before the copy has them",
+        "the copy runs and lacks pages that only the source has: it must neither run nor end before the copy has them, "
+        "or is gone because it never ran",
     ),
     ("source", "done"): (False, "the copy has taken the right to run"),
     ("copy", "part"): (False, "the copy is not complete"),
@@ -43,7 +44,7 @@ _STAGES: dict[tuple[str, str], tuple[bool | None, str]] = {
         "the copy runs when it has everything, and lacks pages that only the source has: keep both ends; if this one's "
         "receive has ended, nothing ran here, and the source may go on",
     ),
-    ("copy", "gone"): (False, "the copy was given up before it was told to run; the source has the right"),
+    ("copy", "gone"): (False, "the copy was given up before it ran; the source has the right"),
     ("copy", "runs"): (True, "the copy has the right to run"),
 }
 

@@ -159,7 +159,7 @@ def _number(areas: list[tuple[int, int, Area]], before: list[Region], npages: in
 
 def _number_by(places: Sequence[tuple[int, int, int]], areas: Sequence[Area], pid: int) -> list[Region]:
     """Give the parts of mappings that lie in places the numbers that these say."""
-    return [
+    found = [
         Region(
             max(low, area.start),
             min(high, area.end),
@@ -173,6 +173,9 @@ def _number_by(places: Sequence[tuple[int, int, int]], areas: Sequence[Area], pi
         for low, high, first in places
         if low < area.end and area.start < high
     ]
+    if not found:
+        raise DirtyLogError(f"process {pid} has no memory any more in the {len(places)} places that are selected")
+    return found
 
 
 @contextmanager

@@ -145,7 +145,9 @@ def check_target(path: str, how: How) -> None:
         # One look: between two, whoever prunes may have removed it, and then it is no file because it is gone.
         try:
             replaceable = stat.S_ISREG(os.stat(path).st_mode)
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # a signal handler's TimeoutError, say
+                raise
             replaceable = not os.path.islink(path)
         if not replaceable:
             raise ValueError(f"{path} is not a regular file; only a file can be replaced")

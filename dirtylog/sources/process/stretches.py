@@ -61,7 +61,11 @@ def worth_watching(skipped: dict[Area, str], member: Member, start: int, end: in
     """
     if member.places:
         inside = [(max(start, low), min(end, high)) for low, high, _ in member.places]
-        return [(low, high) for low, high in inside if low < high]
+        inside = [(low, high) for low, high in inside if low < high]
+        if why := cannot_hold(sum(high - low for low, high in inside)):
+            skipped[area] = why
+            return []
+        return inside
     if end - start < RESERVED or not member.sparse or area.shared or area.kind == "file":
         if why := cannot_hold(end - start):
             skipped[area] = why

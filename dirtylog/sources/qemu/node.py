@@ -32,7 +32,7 @@ class Node:
 
     def __init__(self, qmp: Qmp, name: str) -> None:
         self.name = name
-        self.unanswered = False
+        self.unanswered: bool = False
         self._qmp = qmp
 
     def ask(self, command: str, arguments: dict[str, Any] | None = None) -> Any:

@@ -120,6 +120,6 @@ class NewProcess(Arrival):
         _terminal.show_note(
             f"{self.command[0]} could not be started: {error.strerror}. Nobody else has the memory now. It is in "
             f"{memory}, and what is about it in {about}, until this command is ended: start a program with them, or "
-            "copy them, then press Ctrl-C"
+            "copy them, then end it"
         )
         threading.Event().wait()

@@ -38,9 +38,9 @@ def functions():
         if first_row == victim:
             before = participant.write
 
-            def write(store, work):
+            def write(*work):
                 if when == "after":
-                    before(store, work)
+                    before(*work)
                 os.kill(os.getpid(), signal.SIGKILL)
 
             participant.write = write

@@ -7,6 +7,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from fuzz import NAMES
+
 # What one input may make the process map, beyond what it has once everything is imported.
 MEMORY = 256 << 20
 SMALL = 4096
@@ -94,22 +96,7 @@ def with_own(options: argparse.Namespace) -> int:
 def main() -> int:
     """Run one target; the exit status is 1 where something was found."""
     parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
-    names = (
-        "words",
-        "pickle",
-        "shared",
-        "ring",
-        "footer",
-        "snapshot",
-        "trace",
-        "migration",
-        "postcopy",
-        "answers",
-        "nbd",
-        "qmp",
-        "vhost",
-    )
-    parser.add_argument("target", choices=names)
+    parser.add_argument("target", choices=NAMES)
     parser.add_argument("--seconds", type=float, default=60, help="how long (default: %(default)s)")
     parser.add_argument("--runs", type=int, help="end after so many inputs instead (own)")
     parser.add_argument("--seed", type=int, default=1, help="where chance begins (default: %(default)s)")

@@ -6,25 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from fuzz import NAMES
+
 from .. import warm
 from ..sinks.test_migrate_postcopy import guarded
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = (
-    "words",
-    "pickle",
-    "shared",
-    "ring",
-    "footer",
-    "snapshot",
-    "trace",
-    "migration",
-    "postcopy",
-    "answers",
-    "nbd",
-    "qmp",
-    "vhost",
-)
 NEEDS = {"footer": "xxhash", "snapshot": "xxhash", "trace": "pyarrow", "migration": "zstandard"}
 
 
@@ -42,7 +29,7 @@ def guards(target):
         pytest.skip(why)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", NAMES)
 def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")
@@ -53,7 +40,7 @@ def test_what_is_kept_is_read_rightly_or_refused(target, tmp_path):
     assert accepted > 0, done.stdout
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", NAMES)
 def test_hundreds_of_new_inputs_are_read_rightly_or_refused(target, tmp_path):
     for module in ("pyarrow", "xxhash", "zstandard"):
         pytest.importorskip(module, reason=f"{module} is not installed")

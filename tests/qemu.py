@@ -62,6 +62,16 @@ def emulated(monitor, *options):
         process.wait()
 
 
+def until_written(qmp, harvest):
+    """Let the guest run until it has written all that it ever writes, and stand still; return what was reported."""
+    qmp.execute("cont")
+    found = set()
+    while not found >= set(WRITTEN):
+        found |= harvest()
+    qmp.execute("stop")
+    return found | harvest()
+
+
 class Daemon:
     """A qemu-storage-daemon over one qcow2 disk, named "disk"; it can be killed and started again."""
 

@@ -11,7 +11,7 @@ from dirtylog import cli
 from dirtylog.sinks import snapshot
 from dirtylog.sources.qemu import GuestRange, Qmp, guest_memory
 
-from ...qemu import FIRMWARE, WRITTEN, emulated
+from ...qemu import FIRMWARE, WRITTEN, emulated, until_written
 from ..test_process import attach
 
 PAGE = mmap.PAGESIZE
@@ -138,22 +138,13 @@ def guest(tmp_path):
         yield process.pid, qmp
 
 
-def run_until_written(qmp, harvest):
-    qmp.execute("cont")
-    found = set()
-    while not found >= set(WRITTEN):
-        found |= harvest()
-    qmp.execute("stop")
-    return found | harvest()
-
-
 def test_pages_of_a_guest_are_the_guests_own_pages(guest, tmp_path):
     pid, qmp = guest
     with attach(pid, select=guest_memory(qmp)) as process:
         assert process.npages == (4 * GIB + (8 << 20)) // PAGE
         assert sum(region.npages for region in process.regions) == (24 << 20) // PAGE
         process.harvest()
-        assert run_until_written(qmp, lambda: set(process.harvest())) == set(WRITTEN)
+        assert until_written(qmp, lambda: set(process.harvest())) == set(WRITTEN)
         # As the guest has it at those addresses.
         for page in (WRITTEN[0], WRITTEN[-1]):
             path = tmp_path / "page"
@@ -167,7 +158,7 @@ def test_a_snapshot_of_a_guest_is_its_memory_from_address_zero_on(guest, tmp_pat
     pid, qmp = guest
     attach(pid).close()
     with attach(pid, select=guest_memory(qmp)) as process:
-        run_until_written(qmp, lambda: set(process.harvest()))
+        until_written(qmp, lambda: set(process.harvest()))
     from dirtylog.sinks.snapshot.processes import diff_process, save_process
 
     places = guest_memory(qmp)

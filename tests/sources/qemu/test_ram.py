@@ -6,7 +6,7 @@ import pytest
 import dirtylog as dl
 from dirtylog.sources.qemu import Qmp
 
-from ...qemu import FIRMWARE, WRITTEN, emulated
+from ...qemu import FIRMWARE, WRITTEN, emulated, until_written
 from ..test_process import attach
 
 PAGE = 4096
@@ -18,16 +18,6 @@ BEGIN = 0x20 * PAGE
 def firmware(tmp_path):
     (tmp_path / "firmware").write_bytes(FIRMWARE)
     return ["-bios", tmp_path / "firmware", "-S"]
-
-
-def until_written(qmp, harvest):
-    """Let the guest run until it has written all that it ever writes, and stand still; return what was reported."""
-    qmp.execute("cont")
-    found = set()
-    while not found >= set(WRITTEN):
-        found |= harvest()
-    qmp.execute("stop")
-    return found | harvest()
 
 
 def test_a_guests_memory_in_a_shared_file_is_compared(tmp_path, firmware):

@@ -44,15 +44,15 @@ class NewProcess(Arrival):
         Its words; in each, ``{memory}`` becomes a path of the memory, and ``{about}`` one of a JSON text that says
         which arrays are where in it, and what was sent beside it.
 
-    Notes
-    -----
-    Whether a program can be executed is known when it is. By then nobody else has the memory: where it cannot, the
-    memory is kept until the command is ended, and it is said where.
-
     Raises
     ------
     Misunderstood
         There is no program, or it would not get the memory.
+
+    Notes
+    -----
+    Whether a program can be executed is known when it is. By then nobody else has the memory: where it cannot, the
+    memory is kept until the command is ended, and it is said where.
     """
 
     def __init__(self, command: list[str]) -> None:

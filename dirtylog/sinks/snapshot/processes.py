@@ -179,16 +179,16 @@ def _number_by(places: Sequence[tuple[int, int, int]], areas: Sequence[Area], pi
 
 
 @contextmanager
-def _held(pid: int, freeze: str | None) -> Iterator[None]:
-    with frozen(pid, freeze) if freeze else nullcontext():
-        yield
+def _looked_at(pid: int, select: Select, freeze: str | None) -> Iterator[tuple[list[Area], list[tuple[int, int, int]]]]:
+    """Hold a process, and yield what of its memory is chosen, and the places if those were given.
 
-
-@contextmanager
-def _permitted(pid: int) -> Iterator[None]:
-    """Say what it would take to read a process's memory, where that is not permitted."""
+    Where its memory may not be read, the error says what it would take.
+    """
+    status_of(pid)
     try:
-        yield
+        pick, places = choose(pid, select), places_of(select)
+        with frozen(pid, freeze) if freeze else nullcontext():
+            yield pick(mappings(pid)), places
     except PermissionError as error:
         if not str(error.filename or "").startswith(f"/proc/{pid}/"):
             raise
@@ -240,11 +240,7 @@ def save_process(
     nothing but stopping it with it.
     """
     name = checked_path(path)
-    status_of(pid)
-    with _permitted(pid):
-        pick, places = choose(pid, select), places_of(select)
-    with _permitted(pid), _held(pid, freeze):
-        areas = pick(mappings(pid))
+    with _looked_at(pid, select, freeze) as (areas, places):
         if places:
             regions = _number_by(places, areas, pid)
             npages = max(region.first_page + region.npages for region in regions)
@@ -306,11 +302,7 @@ def diff_process(
         )
     there = flat_bytes(restore(parent, search=search))
     filled = DirtyPages._all(above.npages, PAGE_SIZE, exact=True) - zero_pages(there, PAGE_SIZE)
-    status_of(pid)
-    with _permitted(pid):
-        pick, places = choose(pid, select), places_of(select)
-    with _permitted(pid), _held(pid, freeze):
-        areas = pick(mappings(pid))
+    with _looked_at(pid, select, freeze) as (areas, places):
         if places:
             regions = _number_by(places, areas, pid)
             if max(region.first_page + region.npages for region in regions) > above.npages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dirtylog.sources.process import Region
     from dirtylog.sources.process.naming import Names
 
-__all__ = ["ASCII_BARS", "BARS", "WINDOWS", "Detail", "Look", "Row", "Watcher"]
+__all__ = ["ASCII_BARS", "BARS", "WINDOWS", "Detail", "Look", "Row", "Watcher", "drawn"]
 
 WINDOWS = (1.0, 10.0, 60.0)
 # From nothing written to every page written.
@@ -199,11 +199,16 @@ def _inside(pages: DirtyPages, region: Region) -> DirtyPages:
     return DirtyPages.from_runs(own.runs() - [region.first_page, 0], region.npages, pages.page_size)
 
 
+def drawn(shares: Iterable[float], bars: str) -> str:
+    """Draw shares of 1; the least of them shows: a page that was written is to be seen in however many."""
+    return "".join(bars[-int(-share * (len(bars) - 1) // 1)] for share in shares)
+
+
 def _bars_of(pages: DirtyPages, bars: str, cells: int) -> str:
-    """Draw how dense pages are; the least share shows: a page that was written is to be seen in however many."""
+    """Draw how dense pages are."""
     from dirtylog._bits.strip import density
 
-    return "".join(bars[-int(-share * (len(bars) - 1) // 1)] for share in density(pages, cells))
+    return drawn(density(pages, cells), bars)
 
 
 class _Watched:

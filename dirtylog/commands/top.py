@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.commands import _terminal
-from dirtylog.commands._looks import ASCII_BARS, BARS, WINDOWS, Look, Row, Watcher
+from dirtylog.commands._looks import ASCII_BARS, BARS, WINDOWS, Look, Row, Watcher, drawn
 from dirtylog.commands._monitor import add_guest_argument, guest_at
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._program import command_of, machine_text, names_of
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 )
                 processes.append((process, stack.enter_context(names_of(pid, args.agent))))
         about = [command_of(pid) for pid in pids], time.time()
-        watcher = Watcher(processes, BARS if _terminal.encodes(BARS) else ASCII_BARS)
+        watcher = Watcher(processes, _bars())
         name = ", ".join(args.process)
         if args.json or args.once or not sys.stdout.isatty():
             _print(watcher, name, args, looks)
@@ -258,6 +258,11 @@ class Screen:
         return Group(*parts, *lines, Text(_terminal.printable(self._note), "yellow"))
 
 
+def _bars() -> str:
+    """What the terminal can show of bars."""
+    return BARS if _terminal.encodes(BARS) else ASCII_BARS
+
+
 def _close_up(look: Look, row: Row, width: int, height: int) -> list[Any]:
     """Lay out one region from near."""
     from rich.text import Text
@@ -267,7 +272,7 @@ def _close_up(look: Look, row: Row, width: int, height: int) -> list[Any]:
     columns = max(min(width - margin, 128), 8)
     detail = look.detail(row, max(min(height - 9, 32), 1), columns)
     sets = ", ".join(f"{window} s: {text(size)}" for window, size in detail.working_sets.items())
-    drawn = [
+    shown = [
         Text(f"{row.name} at {row.start:#x}, {text(row.nbytes)}", "bold", no_wrap=True),
         Text(f"{text(row.bytes_per_second)} per second; working set of the last {sets}", no_wrap=True),
         Text(
@@ -283,12 +288,11 @@ def _close_up(look: Look, row: Row, width: int, height: int) -> list[Any]:
         for new, old in zip(now, lately, strict=True):
             empty = new in (BARS[0], ASCII_BARS[0])
             line.append(old if empty else new, "dim" if empty else "bold green")
-        drawn.append(line)
+        shown.append(line)
     highest = max(detail.rates, default=0.0)
-    bars = BARS if _terminal.encodes(BARS) else ASCII_BARS
-    marks = "".join(bars[-int(-rate / highest * (len(bars) - 1) // 1)] if highest else bars[0] for rate in detail.rates)
-    drawn += [Text(""), Text(f"look by look, at most {text(highest)} per second", "dim", no_wrap=True), Text(marks)]
-    return drawn
+    marks = drawn((rate / highest if highest else 0.0 for rate in detail.rates), _bars())
+    shown += [Text(""), Text(f"look by look, at most {text(highest)} per second", "dim", no_wrap=True), Text(marks)]
+    return shown
 
 
 def heading(name: str, look: Look) -> str:

@@ -163,12 +163,17 @@ def test_a_page_of_a_file_whose_private_copy_is_taken_away_is_reported(puppet, t
     path = tmp_path / "image"
     path.write_bytes(bytes(512 * PAGE))
     address = puppet.do(f"new(512, flags=mmap.MAP_PRIVATE, file=os.open({str(path)!r}, os.O_RDONLY))")
-    puppet.do(f"poke({address}, 20)")  # a copy from before
+    puppet.do(f"poke({address}, 20, 25)")  # copies from before
+
+    def drop(page):
+        puppet.do(f"call('madvise', ctypes.c_void_p({address + page * PAGE}), PAGE, mmap.MADV_DONTNEED)")
+
     with attach(puppet.pid) as process:
         puppet.do(f"poke({address}, 7, 9)")
-        assert pages_at(process, process.harvest(), address, 512) == {7, 9}
+        drop(25)
+        assert pages_at(process, process.harvest(), address, 512) == {7, 9, 25}
         for page in (7, 20, 30):
-            puppet.do(f"call('madvise', ctypes.c_void_p({address + page * PAGE}), PAGE, mmap.MADV_DONTNEED)")
+            drop(page)
         if then:
             for page in (7, 20):
                 puppet.do(f"{'peek' if then == 'read' else 'poke'}({address}, {page})")

@@ -22,6 +22,10 @@
 typedef unsigned (*dl_line_mask_fn)(const uint64_t *line);
 typedef void (*dl_take_line_fn)(uint64_t *line, uint64_t *out);
 typedef int (*dl_expand_singles_fn)(const uint64_t *numbers, const uint64_t *masks, int64_t *out);
+
+#define DL_WHOLE_LINE 0xffu /* a line mask: no word of it is clean */
+
+typedef size_t (*dl_gather_line_fn)(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts);
 typedef void (*dl_expand_word_fn)(uint64_t word, unsigned bits, int64_t first, int64_t *out);
 
 /* ---- bodies --------------------------------------------------------------- */
@@ -187,7 +191,7 @@ DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, unsigned mask, uin
 DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64_t *out, int clear,
                                dl_take_line_fn take_line)
 {
-    if (mask == 0xff && clear) {
+    if (mask == DL_WHOLE_LINE && clear) {
         if (clear == DL_CLEAR_QUIESCENT)
             dl_move_line(words + at, out + at);
         else
@@ -278,20 +282,29 @@ DL_INLINE size_t expand_word(uint64_t word, int64_t first, int64_t *out, size_t 
     return count + bits;
 }
 
+/* Which of a line's words are clean is anybody's guess where some are, and a loop over the others would end on a wrong
+ * one in nearly every line: these are gathered first. A block that begins with a line of dirty words is spared that. */
+#define DL_EXPAND_WORDS 256
+
 DL_INLINE size_t expand_body(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity,
-                             dl_line_mask_fn line_mask, dl_expand_word_fn expand)
+                             dl_line_mask_fn line_mask, dl_gather_line_fn gather_line, dl_expand_word_fn expand)
 {
+    uint64_t gathered[DL_EXPAND_WORDS];
+    int64_t firsts[DL_EXPAND_WORDS];
     size_t count = 0, i = 0;
-    for (; i + DL_LINE_WORDS <= n; i += DL_LINE_WORDS) {
-        unsigned mask = line_mask(words + i);
-        for (; mask; mask &= mask - 1) {
-            size_t at = i + (size_t)__builtin_ctz(mask);
-            count = expand_word(dl_load_relaxed(&words[at]), first + (int64_t)(at * DL_WORD_PAGES), out, count, capacity, expand);
+    while (i < n) {
+        size_t found = 0, end = n - i < DL_EXPAND_WORDS ? n : i + DL_EXPAND_WORDS;
+        if (end - i >= DL_LINE_WORDS && line_mask(words + i) != DL_WHOLE_LINE)
+            for (; i + DL_LINE_WORDS <= end; i += DL_LINE_WORDS)
+                found += gather_line(words + i, first + (int64_t)(i * DL_WORD_PAGES), gathered + found, firsts + found);
+        for (size_t at = 0; at < found; at++)
+            count = expand_word(gathered[at], firsts[at], out, count, capacity, expand);
+        for (; i < end; i++) {
+            uint64_t word = dl_load_relaxed(&words[i]);
+            if (word)
+                count = expand_word(word, first + (int64_t)(i * DL_WORD_PAGES), out, count, capacity, expand);
         }
     }
-    for (; i < n; i++)
-        if (words[i])
-            count = expand_word(dl_load_relaxed(&words[i]), first + (int64_t)(i * DL_WORD_PAGES), out, count, capacity, expand);
     return count;
 }
 
@@ -359,7 +372,8 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     }                                                                                                                      \
     attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
     {                                                                                                                      \
-        return expand_body(words, n, first, out, capacity, line_mask_##path, expand_word_##path);                          \
+        return expand_body(words, n, first, out, capacity, line_mask_##path, gather_line_##path,                  \
+                           expand_word_##path);                          \
     }                                                                                                                      \
     attributes static size_t expand_sparse_##path(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,  \
                                                   size_t capacity)                                                         \
@@ -396,6 +410,17 @@ DL_INLINE void take_line_scalar(uint64_t *line, uint64_t *out)
 }
 
 #define popcount_words_scalar popcount_by_words
+
+DL_INLINE size_t gather_line_scalar(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts)
+{
+    size_t found = 0;
+    for (size_t i = 0; i < DL_LINE_WORDS; i++) {
+        masks[found] = dl_load_relaxed(&line[i]);
+        firsts[found] = first + (int64_t)(i * DL_WORD_PAGES);
+        found += masks[found] != 0;
+    }
+    return found;
+}
 
 DL_INLINE int expand_singles_scalar(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
 {
@@ -452,6 +477,7 @@ DL_INLINE unsigned line_mask_neon(const uint64_t *line)
 #define popcount_words_neon popcount_by_words
 #define take_line_neon take_line_scalar
 #define expand_singles_neon expand_singles_scalar
+#define gather_line_neon gather_line_scalar
 
 /* Eight numbers for each byte, as on AVX2: past the last one, within the 64 that expand_word() has made sure of. */
 DL_INLINE void expand_word_neon(uint64_t word, unsigned bits, int64_t first, int64_t *out)
@@ -539,15 +565,24 @@ DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
 }
 
 #define popcount_words_avx2 popcount_by_words
+
+DL_AVX2 DL_INLINE size_t gather_line_avx2(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts)
+{
+    return line_mask_avx2(line) ? gather_line_scalar(line, first, masks, firsts) : 0;
+}
 #define expand_singles_avx2 expand_singles_scalar
 
 /* Writes up to 8 numbers past the last one, within the 64 that expand_word()
  * has made sure of: a byte's numbers never start past 56. */
 DL_AVX2 DL_INLINE void expand_word_avx2(uint64_t word, unsigned bits, int64_t first, int64_t *out)
 {
-    if (bits <= 6) {
-        for (; word; word &= word - 1)
-            *out++ = first + (int64_t)dl_ffs(word);
+    if (bits <= 8) {
+        for (unsigned i = 0; i < 4; i++, word = _blsr_u64(word))
+            out[i] = first + (int64_t)_tzcnt_u64(word);
+        if (bits <= 4)
+            return;
+        for (unsigned i = 4; i < 8; i++, word = _blsr_u64(word))
+            out[i] = first + (int64_t)_tzcnt_u64(word);
         return;
     }
     for (unsigned byte = 0; byte < 8; byte++, word >>= 8, first += 8) {
@@ -589,6 +624,18 @@ DL_AVX512 DL_INLINE uint64_t popcount_words_avx512(const uint64_t *words, size_t
     return popcount_from(words, i, n, (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(even, odd)));
 }
 
+DL_AVX512 DL_INLINE size_t gather_line_avx512(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts)
+{
+    __m512i words = _mm512_loadu_si512(line);
+    __m512i starts = _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_setr_epi64(0, 64, 128, 192, 256, 320, 384, 448));
+    __mmask8 found = _mm512_test_epi64_mask(words, words);
+    if (!found)
+        return 0;
+    _mm512_storeu_si512(masks, _mm512_maskz_compress_epi64(found, words));
+    _mm512_storeu_si512(firsts, _mm512_maskz_compress_epi64(found, starts));
+    return (size_t)__builtin_popcount(found);
+}
+
 /* The pages of eight entries, if each has one; nothing is written otherwise. */
 DL_AVX512 DL_INLINE int expand_singles_avx512(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
 {
@@ -613,6 +660,8 @@ DL_AVX512 DL_INLINE void expand_word_avx512(uint64_t word, unsigned bits, int64_
     __m512i positions = _mm512_maskz_compress_epi8(word, _mm512_load_si512(every_position));
     __m128i part = _mm512_castsi512_si128(positions);
     _mm512_storeu_si512(out, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(part)));
+    if (bits <= 8)
+        return;
     _mm512_storeu_si512(out + 8, _mm512_add_epi64(start, _mm512_cvtepu8_epi64(_mm_srli_si128(part, 8))));
     if (bits <= 16)
         return;

@@ -43,6 +43,21 @@ static inline size_t dl_live_expand(struct dl_live *live, const struct dl_kernel
     return 0;
 }
 
+/* How many numbers the runs take if nobody marks meanwhile. */
+static inline size_t dl_live_count_runs(const struct dl_kernels *k, const uint64_t *words, size_t n)
+{
+    uint64_t copy[DL_RUNS_BLOCK], changes[DL_RUNS_BLOCK];
+    struct dl_changes state = {0, 0};
+    size_t total = 0;
+    for (size_t i = 0; i < n; i += DL_RUNS_BLOCK) {
+        size_t part = n - i < DL_RUNS_BLOCK ? n - i : DL_RUNS_BLOCK;
+        dl_live_copy(copy, words + i, part);
+        dl_changes_dense(&state, copy, part, changes);
+        total += (size_t)k->popcount(changes, part);
+    }
+    return total + state.carry;
+}
+
 static inline size_t dl_live_indices(struct dl_live *live, const struct dl_kernels *k, const uint64_t *words, size_t n,
                                      int64_t *out, size_t room)
 {

@@ -34,10 +34,16 @@ cdef extern from "_bits/live.h" nogil:
         size_t written
     size_t dl_live_indices(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out,
                            size_t room)
+    size_t dl_live_count_runs(const dl_kernels *k, const uint64_t *words, size_t n)
     size_t dl_live_runs(dl_live *live, const dl_kernels *k, const uint64_t *words, size_t n, int64_t *out, size_t room)
 
 __all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "zero_pages"]
 
+
+# Dirty pages a word from which on the runs are counted before room is made for them: below, a number for the
+# start and one for the end of each page is little more than they need; above, it may be a hundred times that.
+cdef enum:
+    DENSE = 16
 
 # ---- foreign words --------------------------------------------------------------------
 
@@ -126,8 +132,10 @@ cdef object expand_live(Block block, bint as_runs):
     memset(&live, 0, sizeof(live))
     with nogil:
         room = kernels.popcount(block.words, block.nwords)
-        if as_runs:
-            room = min(2 * room, 32 * block.nwords) + 2
+        if as_runs and room > DENSE * block.nwords:
+            room = dl_live_count_runs(kernels, block.words, block.nwords)
+        elif as_runs:
+            room *= 2
     result = new_numbers(room, &out)
     while True:
         with nogil:

@@ -28,6 +28,18 @@ def test_page_numbers_and_runs_of_foreign_words_are_those_of_a_set(nwords, densi
     assert dl.runs(words).shape == pages.runs().shape
 
 
+@pytest.mark.parametrize("density", [0.2, 0.3, 0.5, 0.7, 0.99, 1.0])
+def test_runs_keep_no_memory_that_they_do_not_need(density):
+    """Half of all pages, at random, need just what a guess by the word gives, and as often as not a little more."""
+    for seed in range(8):
+        bits = np.random.default_rng(seed).random(64 * 4096) < density
+        runs = dl.runs(np.packbits(bits, bitorder="little").view(np.uint64))
+        memory = runs
+        while memory.base is not None:
+            memory = memory.base
+        assert memory.nbytes < 1.4 * runs.nbytes
+
+
 def test_a_page_that_is_set_all_the_time_is_never_missed_while_others_come_and_go():
     npages = 1 << 18
     bitmap = dl.DirtyBitmap(npages)

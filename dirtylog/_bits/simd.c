@@ -570,7 +570,18 @@ DL_AVX2 DL_INLINE size_t gather_line_avx2(const uint64_t *line, int64_t first, u
 {
     return line_mask_avx2(line) ? gather_line_scalar(line, first, masks, firsts) : 0;
 }
-#define expand_singles_avx2 expand_singles_scalar
+
+/* The pages of eight entries, none of them empty, if each has one; nothing is written otherwise. */
+DL_AVX2 DL_INLINE int expand_singles_avx2(const uint64_t *numbers, const uint64_t *masks, int64_t *out)
+{
+    __m256i less = _mm256_set1_epi64x(-1);
+    __m256i low = _mm256_loadu_si256((const __m256i *)masks), high = _mm256_loadu_si256((const __m256i *)(masks + 4));
+    if (!_mm256_testz_si256(low, _mm256_add_epi64(low, less)) || !_mm256_testz_si256(high, _mm256_add_epi64(high, less)))
+        return 0;
+    for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+        out[i] = (int64_t)(numbers[i] * DL_WORD_PAGES + _tzcnt_u64(masks[i]));
+    return 1;
+}
 
 /* Writes up to 8 numbers past the last one, within the 64 that expand_word()
  * has made sure of: a byte's numbers never start past 56. */

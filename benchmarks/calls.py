@@ -30,6 +30,10 @@ def calls() -> dict[str, Call]:
     """Return each call, ready to be made any number of times."""
     small, large = dl.DirtyBitmap(2**10), dl.DirtyBitmap(2**24)
     marked = dl.DirtyBitmap(2**10)
+    after_parts = dl.DirtyBitmap(2**26)
+    after_parts.mark_pages(np.arange(0, 2**26, 2**17))
+    for first in range(0, 2**26, 2**17):
+        after_parts.harvest(first, 2**17)  # leaves the top bit of each span, which the first harvest of all takes
     foreign = dl.DirtyBitmap.from_buffer(np.zeros(16, np.uint64))
     one, array = dl.DirtyPages.from_indices([3], 2**10), np.array(NUMBERS)
 
@@ -45,6 +49,7 @@ def calls() -> dict[str, Call]:
         "mark_pages of 8, array": lambda: marked.mark_pages(array),
         "harvest of nothing, 2^10": small.harvest,
         "harvest of nothing, 2^24": large.harvest,
+        "nothing after parts, 2^26": after_parts.harvest,
         "harvest of nothing, foreign 2^10": foreign.harvest,
         "mark and harvest": mark_and_harvest,
         "indices of one page": one.indices,

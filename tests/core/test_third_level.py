@@ -1,5 +1,6 @@
 """Bitmaps so large that a top bit stands for each line of their summary: every operation, above and below its spans."""
 
+import ctypes
 import random
 import sys
 
@@ -99,6 +100,61 @@ def test_a_harvest_of_everything_after_many_of_parts_finds_what_there_is_and_no_
         assert bitmap.harvest().indices().tolist() == [page]
     assert bitmap.harvest() is nothing
     assert bitmap.harvest() is nothing
+
+
+class Levels(ctypes.Structure):
+    """``struct dl_bitmap``, from inside: nothing else tells what a harvest has to read."""
+
+    _fields_ = (
+        ("words", ctypes.c_void_p),
+        ("summary", ctypes.c_void_p),
+        ("npages", ctypes.c_uint64),
+        ("top", ctypes.POINTER(ctypes.c_uint64)),
+    )
+
+
+class Api(ctypes.Structure):
+    """As far as this needs it, ``struct dirtylog_api``."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32),
+        ("size", ctypes.c_uint32),
+        ("bitmap", ctypes.PYFUNCTYPE(ctypes.POINTER(Levels), ctypes.py_object)),
+    )
+
+
+def top_bits(bitmap):
+    """Count the lines of the summary that the next harvest looks at."""
+    pointer = ctypes.PYFUNCTYPE(ctypes.POINTER(Api), ctypes.py_object, ctypes.c_char_p)
+    api = pointer(("PyCapsule_GetPointer", ctypes.pythonapi))(dl._C_API, b"dirtylog._C_API")
+    levels = api.contents.bitmap(bitmap).contents
+    assert levels.npages == bitmap.npages
+    return sum(word.bit_count() for word in levels.top[: -(-bitmap.npages // (64 * SPAN))])
+
+
+HARVESTS = {
+    "pages": lambda bitmap: bitmap.harvest(),
+    "by range": lambda bitmap: bitmap.harvest(0, LARGE),
+    "words": lambda bitmap: bitmap.harvest(out=np.zeros(-(-LARGE // 64), np.uint64)),
+    "quiescent": lambda bitmap: bitmap.harvest(quiescent=True),
+}
+
+
+@pytest.mark.parametrize("harvest", HARVESTS)
+@pytest.mark.parametrize("page", [None, SPAN * 70 + 1])
+def test_top_bits_that_harvests_of_parts_have_left_are_taken_by_the_next_of_everything(harvest, page):
+    """Those that follow read the top alone again, and nothing of the summary."""
+    bitmap = dl.DirtyBitmap(LARGE)
+    bitmap.mark_pages(np.arange(0, LARGE, SPAN // 2))
+    spans = -(-LARGE // SPAN)
+    assert top_bits(bitmap) == spans
+    harvest_span_by_span(bitmap)
+    assert bitmap.count() == bitmap.peek().count == 0
+    assert top_bits(bitmap) == spans
+    if page is not None:
+        bitmap.mark(page)
+    assert HARVESTS[harvest](bitmap).count == (page is not None)
+    assert top_bits(bitmap) == 0
 
 
 def test_more_groups_than_are_taken_without_asking_for_memory():

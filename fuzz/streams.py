@@ -16,7 +16,9 @@ from dirtylog.sinks.migrate import MigrationError, receive, send, sessions
 from dirtylog.sinks.migrate.payloads import EXTENT, HELLO, PAGES, RAW, READY, ROUND, ZSTD
 from dirtylog.sinks.migrate.wire import HEADER_BYTES, VERSION, Kind
 from dirtylog.sources.qemu import NbdClient, PeerError, Qmp, QmpError
-from dirtylog.sources.vhost import MAX_PAYLOAD, MAX_REGIONS, VhostBackend, VhostRequest
+from dirtylog.sources.vhost import VhostBackend, VhostRequest
+from dirtylog.sources.vhost.backend import MAX_PAYLOAD
+from dirtylog.sources.vhost.memory import MAX_REGIONS
 from fuzz.target import Target, Wrong
 
 __all__ = ["Answers", "Device", "Migration", "Monitor", "Nbd", "Postcopy"]

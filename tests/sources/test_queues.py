@@ -2,7 +2,7 @@
 
 import pytest
 
-from dirtylog.sources import _queues
+from dirtylog.sources.vhost import _queues
 
 
 def test_an_index_is_aligned_and_in_memory():

@@ -640,9 +640,9 @@ def test_a_guest_of_qemu_migrates_with_what_our_device_wrote_and_without_marks_i
                     stale = []
                     for marked in (False, True):
                         if not marked:
-                            backend._mark = lambda *_: None
+                            backend._memory.mark = lambda *_: None
                         else:
-                            del backend._mark
+                            del backend._memory.mark
                         sent = migrated(qmp, stream, disk)
                         live = backend.read(0, RAM)
                         (content,) = [each for each in sent.values() if len(each) == RAM]

@@ -5,7 +5,7 @@
 from libc.stdint cimport uint16_t, uintptr_t
 
 
-cdef extern from "sources/_queues.h" nogil:
+cdef extern from "sources/vhost/_queues.h" nogil:
     uint16_t dl_ring_index(const uint16_t *index)
     void dl_ring_publish(uint16_t *index, uint16_t value)
     void dl_ring_fence()

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import sys
+import sysconfig
 import threading
 
 import pytest
@@ -120,6 +121,15 @@ PROGRAMS = {
 def program(what):
     """Return the path of a program, None if it is not installed."""
     return next(filter(None, map(shutil.which, PROGRAMS[what])), None)
+
+
+@pytest.fixture(scope="session")
+def c_compiler():
+    """The compiler that builds extensions for this interpreter, or another one that is installed; skip without any."""
+    named = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0])
+    if not (found := named or program("C compiler")):
+        pytest.skip(f"no C compiler: none of {', '.join(PROGRAMS['C compiler'])} is on PATH")
+    return found
 
 
 def pytest_report_header():

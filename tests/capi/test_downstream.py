@@ -15,9 +15,8 @@ import pytest
 import dirtylog as dl
 
 HERE = Path(__file__).parent
-COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no C compiler: {COMPILER} is not on PATH")
+pytestmark = pytest.mark.usefixtures("c_compiler")
 
 SETUP = """
 from setuptools import Extension, setup

@@ -1,16 +1,13 @@
 """Copies of a file's pages that are taken away while the kernel does not tell which pages are copies."""
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 
 import pytest
 
 from dirtylog.sources.memory import _tracking
 
-COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 # In front of libc: the PAGEMAP_SCAN that asks for pages that are no file's (the ninth word of its argument) finds no
 # memory for its answer.
 BLIND = """
@@ -73,14 +70,12 @@ with dl.track(array, "userfaultfd") as tracker:
 
 @pytest.mark.skipif(bool(_tracking.probe("userfaultfd")), reason=_tracking.probe("userfaultfd") or "")
 @pytest.mark.parametrize("when", ["open", "harvest"])
-def test_a_copy_of_which_the_kernel_did_not_tell_is_reported_when_it_is_taken_away(when, tmp_path):
+def test_a_copy_of_which_the_kernel_did_not_tell_is_reported_when_it_is_taken_away(when, c_compiler, tmp_path):
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("the sanitizer has to be the first library in the process")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C compiler: {COMPILER} is not there")
     (tmp_path / "blind.c").write_text(BLIND)
     library, image = tmp_path / "blind.so", tmp_path / "image"
-    subprocess.run([COMPILER, "-shared", "-fPIC", tmp_path / "blind.c", "-o", library, "-ldl"], check=True)
+    subprocess.run([c_compiler, "-shared", "-fPIC", tmp_path / "blind.c", "-o", library, "-ldl"], check=True)
     image.write_bytes(bytes(8 * 4096))
     env = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

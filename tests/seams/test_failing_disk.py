@@ -1,26 +1,21 @@
 """A disk that is full, fails, or does half of what it is asked: at every call of every sink that writes files."""
 
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 
 
 @pytest.fixture(scope="module")
-def failing(tmp_path_factory):
+def failing(c_compiler, tmp_path_factory):
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
         pytest.skip("the sanitizer has to be the first library in the process")
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C compiler: {COMPILER} is not there")
     library = tmp_path_factory.mktemp("failing") / "failing.so"
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-O1", HERE / "failing.c", "-o", library, "-ldl"], check=True)
+    subprocess.run([c_compiler, "-shared", "-fPIC", "-O1", HERE / "failing.c", "-o", library, "-ldl"], check=True)
     return library
 
 

@@ -5,7 +5,6 @@ import fcntl
 import io
 import mmap
 import os
-import shutil
 import subprocess
 import sys
 from multiprocessing import shared_memory
@@ -394,9 +393,7 @@ def writer(request, tmp_path):
     """The command of a program that marks, and which form of the bits it uses."""
     if request.param == "python":
         return [sys.executable, "-c", PYTHON_WRITER, "python"]
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        pytest.skip("no C compiler on PATH (cc, gcc, clang)")
+    compiler = request.getfixturevalue("c_compiler")
     source, program = tmp_path / "writer.c", tmp_path / "writer"
     source.write_text(C_WRITER)
     subprocess.run([compiler, "-O2", "-std=gnu11", f"-I{INCLUDE}", str(source), "-o", str(program)], check=True)

@@ -17,7 +17,6 @@ import pytest
 import dirtylog as dl
 
 HERE = Path(__file__).parent
-COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 
 SETUP = """
 from setuptools import Extension, setup
@@ -129,10 +128,8 @@ def stress(request):
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory):
+def stores(c_compiler, tmp_path_factory):
     """The extension of ``stores.c``, built as another package's would be: it stores and marks through the C API."""
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"no C compiler: {COMPILER} is not on PATH")
     directory = tmp_path_factory.mktemp("stores")
     shutil.copy(HERE / "stores.c", directory)
     (directory / "setup.py").write_text(SETUP)

@@ -8,10 +8,8 @@ attached to it is told so, and who started it goes on.
 
 import mmap
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,7 +24,6 @@ from ..sources.test_process import PAGE, attach
 
 pytestmark = pytest.mark.stress
 HERE = Path(__file__).parent
-COMPILER = (sysconfig.get_config_var("CC") or "cc").split()[0]
 PAGES, THREADS, LIVES, ROUNDS, EACH = 4096, 4, 4, 25, 2500
 
 
@@ -80,10 +77,10 @@ class Talk:
 def talk(request, tmp_path):
     """A program that writes in rounds, not started yet."""
     if request.param == "c":
-        if shutil.which(COMPILER) is None:
-            pytest.skip(f"no C compiler: {COMPILER} is not on PATH")
         words = [tmp_path / "writes"]
-        subprocess.run([COMPILER, "-O2", "-pthread", HERE / "writes.c", "-o", words[0]], check=True)
+        subprocess.run(
+            [request.getfixturevalue("c_compiler"), "-O2", "-pthread", HERE / "writes.c", "-o", words[0]], check=True
+        )
     else:
         words = [sys.executable, "-W", "ignore", HERE / "writes.py"]
     with ExitStack() as stack:

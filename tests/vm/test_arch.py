@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -209,15 +208,14 @@ FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-
 
 
 @pytest.fixture(scope="module")
-def c_hooks(tmp_path_factory):
+def c_hooks(c_compiler, tmp_path_factory):
     """A hook table compiled as another package would, against the installed headers."""
     folder = tmp_path_factory.mktemp("hooks")
     source, library = folder / "hooks.c", folder / "hooks.so"
     source.write_text(HOOKS)
     include = Path(dl.__file__).parent / "include"
-    compiler = (sysconfig.get_config_var("CC") or "cc").split()
     subprocess.run(
-        [*compiler, *FLAGS, f"-I{include}", str(source), "-o", str(library)],
+        [c_compiler, *FLAGS, f"-I{include}", str(source), "-o", str(library)],
         check=True,
     )
     loaded = ctypes.CDLL(str(library))

@@ -1,6 +1,5 @@
 """A harvest of rings makes running guests leave, so that what hardware keeps to itself is in it."""
 
-import shutil
 import signal
 import subprocess
 import threading
@@ -17,15 +16,13 @@ from .test_vcpu import FLAG, SPIN, boot, run_in_thread, wait_for_guest
 
 
 @pytest.fixture(scope="module")
-def hidden_entries(tmp_path_factory):
+def hidden_entries(c_compiler, tmp_path_factory):
     """A kernel, played by a program, whose vCPUs hold entries back until they leave the guest."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
     program = tmp_path_factory.mktemp("hidden") / "hidden_entries"
     include = [f"-I{Path(dl.__file__).parent}", f"-I{dl.get_include()}"]
     source = Path(__file__).with_name("hidden_entries.c")
     flags = ["-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    subprocess.run(["gcc", *flags, *include, source, "-o", program], check=True)
+    subprocess.run([c_compiler, *flags, *include, source, "-o", program], check=True)
     return program
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dirtylog import BackendUnavailable, DirtyBitmap, DirtyLog, DirtyPages
-from dirtylog.sinks.snapshot import SnapshotError, info, rebase, restore, save, save_diff, verify
+from dirtylog.sinks.snapshot import SnapshotError, info, merge, rebase, restore, save, save_diff, verify
 from dirtylog.sinks.snapshot.chain import Layer
 from dirtylog.sinks.snapshot.footer import TRAILER
 from dirtylog.sinks.snapshot.layout import Layout
@@ -88,6 +88,34 @@ def test_the_file_is_plain_and_can_be_mapped(tmp_path):
     workload = Workload(3)
     moment = workload.save(tmp_path, "base")
     assert (np.memmap(tmp_path / "base", np.uint8, "r", shape=moment.shape) == moment).all()
+
+
+@pytest.mark.parametrize("moment", ["copy", "fork"])
+def test_a_chain_with_so_many_diffs_goes_on_with_a_full_snapshot(tmp_path, moment):
+    memory = np.zeros(16 << 12, np.uint8)
+    save(tmp_path / "0", memory)
+    kinds = []
+    for number in range(1, 9):
+        memory[number << 12] = number
+        pages = DirtyPages.from_indices([number], 16)
+        parent = tmp_path / str(number - 1)
+        written = save_diff(tmp_path / str(number), memory, pages, parent=parent, full_every=3, moment=moment)
+        kinds.append((written.kind, written.parent))
+        assert (restore(tmp_path / str(number)) == memory).all()
+    diffs = [[("diff", str(number - 1)) for number in those] for those in (range(1, 4), range(5, 8))]
+    assert kinds == [*diffs[0], ("full", None), *diffs[1], ("full", None)]
+    # What counts is the chain as it is, whoever has made it shorter.
+    merge(tmp_path / "5", tmp_path / "7")
+    assert save_diff(tmp_path / "9", memory, pages, parent=tmp_path / "7", full_every=3).kind == "diff"
+
+
+@pytest.mark.parametrize("number", [0, -1, True, 2.0, "3"])
+def test_a_length_that_no_chain_can_have_is_refused(tmp_path, number):
+    memory = np.zeros(4096, np.uint8)
+    save(tmp_path / "0", memory)
+    with pytest.raises(ValueError, match=r"full_every is .*; it must be a number from 1, or None"):
+        save_diff(tmp_path / "1", memory, DirtyPages._all(1), parent=tmp_path / "0", full_every=number)
+    assert not (tmp_path / "1").exists()
 
 
 def test_a_full_snapshot_has_holes_for_zero_pages(tmp_path):

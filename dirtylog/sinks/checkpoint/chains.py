@@ -81,7 +81,6 @@ class Chain:
         self._parent: str | None = None
         # The names and sizes that the parent has: a diff is of the same.
         self._layout: list[tuple[str, int, int]] = []
-        self._diffs = 0
         # The number of the newest file and how many there are; None if the directory has to be looked at.
         self._files: tuple[int, int] | None = None
         # The first file of this run up to the newest of which the steps only rise, and the highest of them.
@@ -137,11 +136,11 @@ class Chain:
             options["progress"] = progress
             if self._moment == "fork" and until_taken is not None:
                 options["progress"] = _after(until_taken, progress)
-            full = not arrays or self._parent is None or layout != self._layout or self._diffs >= self._full_every
             try:
-                if full or self._parent is None:
+                if not arrays or self._parent is None or layout != self._layout:
                     info = snapshot.save(path, memory, page_size=page_size, **options)
                 else:
+                    options["full_every"] = self._full_every
                     info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
             except SnapshotError:
                 # What lies below was removed or damaged. The next stands for itself, or none would ever be saved again.
@@ -155,7 +154,6 @@ class Chain:
                     path,
                 ) from None
             self._parent, self._layout = path, layout
-            self._diffs = 0 if full else self._diffs + 1
             self._since, self._reached = since, reached
             self._files = number, count + 1
         self._thin(count + 1)

@@ -97,8 +97,8 @@ class Checkpoint:
     keep : int, optional
         How many checkpoints can be loaded; all by default. Older ones are merged and removed by themselves.
     full_every : int
-        Write all arrays again after so many diffs, so that loading never reads more files than that. Not for a store,
-        of which every snapshot stands for itself.
+        Write all arrays again where a chain has so many diffs, so that loading never reads more files than that. Where
+        `keep` holds chains shorter, none gets so long. Not for a store, of which every snapshot stands for itself.
     backend : str
         How writes are noticed; as for :func:`dirtylog.track`.
     digest : str

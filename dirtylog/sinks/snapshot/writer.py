@@ -360,14 +360,21 @@ def save(
     how = How(epoch, digest or footers.best_digest(), sync, replace, mode, state, progress, moment)
     space = Space(memory, page_size)
     check_moment(moment, space)
-    held = space.nonzero() if moment == "copy" else DirtyPages._all(space.npages, page_size, exact=True)
-    return write(name, space, held, None, how)
+    return _write_all(name, space, how)
+
+
+def _write_all(name: str, space: Space, how: How) -> Info:
+    """Write a full snapshot: what is not zero, or all that a child has, which does not look."""
+    everything = DirtyPages._all(space.npages, space.page_size, exact=True)
+    return write(name, space, space.nonzero() if how.moment == "copy" else everything, None, how)
 
 
 def parent_link(
-    name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath]
-) -> tuple[Parent, Callable[[], None]]:
+    name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath], full_every: int | None = None
+) -> tuple[Parent | None, Callable[[], None]]:
     """Check that a diff of `source` over `parent` could be restored; return what it notes of it, and a last check.
+
+    It is to note no parent, and to be full, where the chain has `full_every` diffs.
 
     Raises
     ------
@@ -388,7 +395,8 @@ def parent_link(
         )
     above = ancestors(parent_path, directories)
     tip, footer = above.tip, above.footer
-    if above.length >= MAX_CHAIN:
+    full = full_every is not None and above.length > full_every
+    if above.length >= MAX_CHAIN and not full:
         raise SnapshotError(
             f"{parent_path}: its chain has {above.length} files, and no more than {MAX_CHAIN} are read: write a full "
             "snapshot, or rebase"
@@ -415,6 +423,9 @@ def parent_link(
         raise ValueError(
             f"epoch is {how.epoch}; the parent {parent_path!r} is of epoch {footer.epoch}, and a diff must be later"
         )
+
+    if full:
+        return None, lambda: None
 
     def vouch() -> None:
         if announced(parent_path):
@@ -448,6 +459,7 @@ def save_diff(
     replace: bool = False,
     mode: int | None = None,
     moment: str = "copy",
+    full_every: int | None = None,
     search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
@@ -462,19 +474,23 @@ def save_diff(
         What to write; more than changed is fine, less is not. Pages of the whole page space, or of each array.
     parent : str or path
         The snapshot, full or diff, that the pages are dirty against; in the same directory, or in one of `search`.
+    full_every : int, optional
+        Write a full snapshot instead where the parent's chain has so many diffs, so that no chain grows longer.
     search : sequence of str or path
         Directories to look for ancestors in, after each file's own.
 
     Returns
     -------
     Info
+        Its `kind` is ``"diff"``, or ``"full"`` if it was the turn of one.
 
     Raises
     ------
     SnapshotError
         The parent or one of its ancestors is missing or damaged, or of another geometry.
     ValueError
-        `pages` does not describe `memory`; the parent is elsewhere; the target is an ancestor of its parent.
+        `pages` does not describe `memory`; the parent is elsewhere; the target is an ancestor of its parent;
+        `full_every` is less than 1.
     OSError
         As for :func:`save`.
 
@@ -493,8 +509,10 @@ def save_diff(
     first = next(iter(pages.values()), None) if isinstance(pages, Mapping) else pages
     if not isinstance(first, DirtyPages):
         raise TypeError(f"pages is {type(first).__name__}; DirtyPages are needed")
+    if full_every is not None and (isinstance(full_every, bool) or not isinstance(full_every, int) or full_every < 1):
+        raise ValueError(f"full_every is {full_every!r}; it must be a number from 1, or None")
     space = Space(memory, first.page_size)
     held = space.pages(pages)
     check_moment(moment, space)
-    link, vouch = parent_link(name, parent, space, how, search)
-    return write(name, space, held, link, how, vouch)
+    link, vouch = parent_link(name, parent, space, how, search, full_every)
+    return _write_all(name, space, how) if link is None else write(name, space, held, link, how, vouch)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dirtylog import BackendUnavailable, DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import Keys, Listener, MigrationError, connect, door, receive, send
+from dirtylog.sinks.migrate import Keys, Listener, MigrationError, connect, door, greeting, receive, send
 
 CERTIFICATES = Path(__file__).parent / "certificates"
 TOKEN = b"0123456789abcdef"
@@ -127,14 +127,14 @@ def test_whoever_has_not_the_right_keys_is_hung_up_on_and_the_slot_is_free(recei
 
 def test_a_receiver_that_does_not_hold_the_token_is_found_out(monkeypatch):
     # It lets everybody in; the sender asks for its proof.
-    real = door._proof
-    monkeypatch.setattr(door, "_expect", lambda sock, proof: door._read(sock, len(proof)))
+    real = greeting._proof
+    monkeypatch.setattr(greeting, "_expect", lambda sock, proof: greeting._read(sock, len(proof)))
     with Listener(HERE) as listener:
         got = []
         thread = threading.Thread(target=lambda: got.append(listener.accept(30)))
         thread.start()
         with socket.create_connection(listener.address) as sock:
-            mine = door._greeting()
+            mine = greeting._greeting()
             sock.sendall(mine)
             theirs = sock.recv(40, socket.MSG_WAITALL)
             sock.sendall(real(TOKEN, b"sender", mine + theirs))
@@ -145,10 +145,10 @@ def test_a_receiver_that_does_not_hold_the_token_is_found_out(monkeypatch):
 
 def test_tokens_are_compared_in_constant_time_and_never_sent(monkeypatch):
     compared, sent = [], []
-    compare = door.hmac.compare_digest
-    monkeypatch.setattr(door.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
-    write = door._write
-    monkeypatch.setattr(door, "_write", lambda sock, data: sent.append(data) or write(sock, data))
+    compare = greeting.hmac.compare_digest
+    monkeypatch.setattr(greeting.hmac, "compare_digest", lambda *pair: compared.append(pair) or compare(*pair))
+    write = greeting._write
+    monkeypatch.setattr(greeting, "_write", lambda sock, data: sent.append(data) or write(sock, data))
     with Listener(HERE, Keys(token=TOKEN)) as listener:
         close(*talk(listener, Keys(token=TOKEN)))
     assert len(compared) == 2
@@ -169,11 +169,11 @@ def accepting(listener):
 
 def test_a_replayed_proof_is_of_no_use():
     refused = []
-    said = door._greeting()
+    said = greeting._greeting()
     with Listener(HERE, Keys(token=TOKEN), refused=lambda name, why: refused.append(why)) as listener:
         with accepting(listener), socket.create_connection(listener.address) as sock:
             sock.sendall(said)
-            proof = door._proof(TOKEN, b"sender", said + sock.recv(40, socket.MSG_WAITALL))
+            proof = greeting._proof(TOKEN, b"sender", said + sock.recv(40, socket.MSG_WAITALL))
             sock.sendall(proof)
         with accepting(listener):
             with socket.create_connection(listener.address) as again:
@@ -295,14 +295,14 @@ def test_a_connection_that_is_on_its_way_survives_between_two_accepts():
         slow = socket.create_connection(listener.address)
         close(*talk(listener, Keys()))
         with slow:
-            mine = door._greeting()
+            mine = greeting._greeting()
             slow.sendall(mine)
             got = []
             thread = threading.Thread(target=lambda: got.append(listener.accept(30)))
             thread.start()
             both = mine + slow.recv(40, socket.MSG_WAITALL)
-            slow.sendall(door._proof(None, b"sender", both))
-            assert slow.recv(32, socket.MSG_WAITALL) == door._proof(None, b"receiver", both)
+            slow.sendall(greeting._proof(None, b"sender", both))
+            assert slow.recv(32, socket.MSG_WAITALL) == greeting._proof(None, b"receiver", both)
             thread.join()
             got[0].close()
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dirtylog._public import publish
 from dirtylog.sinks.migrate.control import Control
-from dirtylog.sinks.migrate.door import Keys, Listener, connect
+from dirtylog.sinks.migrate.door import Listener, connect
+from dirtylog.sinks.migrate.keys import Keys
 from dirtylog.sinks.migrate.limit import DirtyLimit
 from dirtylog.sinks.migrate.policy import MigrationError, NotConverging, Policy, Result, Round
 from dirtylog.sinks.migrate.porter import ListenerProcess

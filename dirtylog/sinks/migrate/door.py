@@ -8,164 +8,24 @@ are looked at side by side, in bounded memory and time, so that whoever is silen
 from __future__ import annotations
 
 import errno
-import hashlib
-import hmac
 import os
-import secrets
 import selectors
 import socket
-import ssl
-import stat
-import struct
 import time
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Self, TypeAlias
 
-from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.migrate.control import Control
+from dirtylog.sinks.migrate.greeting import Steps, admit, greet
+from dirtylog.sinks.migrate.keys import Keys, tls_context
 from dirtylog.sinks.migrate.policy import MigrationError
-from dirtylog.sinks.migrate.wire import LOOK, MAGIC, VERSION, WireError
+from dirtylog.sinks.migrate.wire import LOOK, WireError
 
-__all__ = ["Address", "Keys", "Listener", "connect"]
+__all__ = ["Address", "Listener", "connect"]
 
 Address: TypeAlias = tuple[str, int] | str
-_Steps: TypeAlias = Generator[int, None, None]
-
-_GREETING = struct.Struct("<4sB3x32s")
-_PREFIX = 8
-_PROOF_BYTES = hashlib.sha256().digest_size
-_SHORTEST, _LONGEST = 16, 1024
-_IDENTITY = "dirtylog"
-# Forward secrecy, and nothing that can be done without the shared key: a peer with a certificate is not let in.
-_PSK_CIPHERS = "ECDHE-PSK-CHACHA20-POLY1305"
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """What an end of a migration shows and asks for.
-
-    Parameters
-    ----------
-    cert, key, ca : path, optional
-        PEM files: this end's certificate (its chain), the private key (where it is not in `cert`), and the
-        certificates of who may sign the other end's. Both ends need `cert` and `ca`: each shows one and checks one.
-    name : str, optional
-        What the receiver's certificate must be issued to; by default the host that the sender connects to.
-    psk : bytes, optional
-        Instead of certificates: a key of 16 to 1024 bytes that both ends share. Needs Python 3.13.
-    token : bytes, optional
-        A secret of 16 to 1024 random bytes that both ends must hold, beside TLS or without.
-
-    Raises
-    ------
-    ValueError
-        Half of what is needed, or a secret too short to be one.
-    BackendUnavailable
-        A `psk`, and this interpreter's `ssl` has none.
-
-    Notes
-    -----
-    Immutable. Secrets are not in its `repr`.
-    """
-
-    cert: str | os.PathLike[str] | None = None
-    key: str | os.PathLike[str] | None = None
-    ca: str | os.PathLike[str] | None = None
-    name: str | None = None
-    psk: bytes | None = field(default=None, repr=False)
-    token: bytes | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        """Refuse what could only half protect."""
-        if (self.cert is None) != (self.ca is None) or (self.key is not None and self.cert is None):
-            raise ValueError(
-                f"cert is {self.cert!r}, key {self.key!r} and ca {self.ca!r}; TLS needs cert and ca at both ends "
-                "(and key where the certificate's file has none)"
-            )
-        if self.psk is not None and self.cert is not None:
-            raise ValueError("psk and cert are both given; use certificates or a shared key")
-        for what, secret in (("psk", self.psk), ("token", self.token)):
-            if secret is not None and not _SHORTEST <= len(secret) <= _LONGEST:
-                raise ValueError(
-                    f"{what} has {len(secret)} bytes; it must have {_SHORTEST} to {_LONGEST}: openssl rand -hex 32"
-                )
-        if self.psk is not None and not getattr(ssl, "HAS_PSK", False):
-            raise BackendUnavailable("TLS-PSK", "the ssl module has no HAS_PSK", "use Python 3.13, or certificates")
-
-    @property
-    def encrypts(self) -> bool:
-        """Whether there is enough for TLS."""
-        return self.cert is not None or self.psk is not None
-
-    @classmethod
-    def from_files(
-        cls,
-        *,
-        cert: str | os.PathLike[str] | None = None,
-        key: str | os.PathLike[str] | None = None,
-        ca: str | os.PathLike[str] | None = None,
-        name: str | None = None,
-        psk_file: str | os.PathLike[str] | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-    ) -> Self:
-        """Make from files; those with secrets must not be readable by everybody.
-
-        Raises
-        ------
-        PermissionError
-            Everybody may read a file of a secret.
-        OSError
-            A file cannot be read.
-        ValueError
-            As for the class.
-        """
-        psk, token = (None if file is None else _secret(file) for file in (psk_file, token_file))
-        return cls(cert, key, ca, name, psk, token)
-
-    def _context(self, server: bool) -> ssl.SSLContext | None:
-        if not self.encrypts:
-            return None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-        if self.psk is not None:
-            _share(context, self.psk, server)
-            return context
-        assert self.cert is not None
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.verify_mode = ssl.CERT_REQUIRED
-        if server:
-            # Each connection proves itself again.
-            context.num_tickets = 0
-        context.load_cert_chain(self.cert, self.key, _no_password)
-        context.load_verify_locations(self.ca)
-        return context
-
-
-def _share(context: ssl.SSLContext, psk: bytes, server: bool) -> None:
-    """Let a context speak with the holder of the key alone."""
-    # In 1.3 a peer with any certificate could answer instead; in 1.2 the suite leaves it no way to.
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.set_ciphers(_PSK_CIPHERS)
-    # Neither stub nor attribute before 3.13.
-    if server:
-        context.set_psk_server_callback(lambda identity: psk if identity == _IDENTITY else b"")  # type: ignore[attr-defined,unused-ignore]
-    else:
-        context.set_psk_client_callback(lambda hint: (_IDENTITY, psk))  # type: ignore[attr-defined,unused-ignore]
-
-
-def _no_password() -> str:
-    """Answer instead of OpenSSL's prompt, which would wait at a terminal for ever."""
-    raise ValueError("the private key is encrypted; decrypt it: openssl pkey -in KEY -out PLAIN")
-
-
-def _secret(path: str | os.PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_mode & stat.S_IROTH:
-            raise PermissionError(errno.EACCES, "everybody may read this secret; chmod 600", os.fspath(path))
-        return file.read(2 * _LONGEST).rstrip(b"\r\n")
 
 
 def _text(address: Address) -> str:
@@ -187,100 +47,6 @@ def _resolve(address: Address, keys: Keys, insecure: bool) -> tuple[socket.Addre
             "give certificates (cert, key, ca) or a psk, tunnel it (ssh -L), or say insecure=True"
         )
     return socket.AddressFamily(family), (numeric, port)
-
-
-# ---- the greeting, as steps that say what they wait for --------------------------------------------------------------
-
-_WAITS = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-def _event(wait: OSError, plain: int) -> int:
-    """Return what a socket has to be ready for before its call is tried again."""
-    if isinstance(wait, ssl.SSLWantReadError):
-        return selectors.EVENT_READ
-    return selectors.EVENT_WRITE if isinstance(wait, ssl.SSLWantWriteError) else plain
-
-
-def _read(sock: socket.socket, size: int) -> Generator[int, None, bytes]:
-    data = b""
-    while len(data) < size:
-        try:
-            part = sock.recv(size - len(data))
-        except _WAITS as wait:
-            yield _event(wait, selectors.EVENT_READ)
-            continue
-        if not part:
-            raise WireError("the peer hung up in the greeting: it may have another token, version or kind of keys")
-        data += part
-    return data
-
-
-def _write(sock: socket.socket, data: bytes) -> _Steps:
-    while data:
-        try:
-            data = data[sock.send(data) :]
-        except _WAITS as wait:
-            yield _event(wait, selectors.EVENT_WRITE)
-
-
-def _hands(sock: socket.socket) -> _Steps:
-    """Shake hands where there is TLS."""
-    while isinstance(sock, ssl.SSLSocket):
-        try:
-            sock.do_handshake()
-        except _WAITS as wait:
-            yield _event(wait, selectors.EVENT_READ)
-        else:
-            return
-
-
-def _greeting_of_peer(sock: socket.socket) -> Generator[int, None, bytes]:
-    # What is not of this protocol is seen by its first bytes: a port scanner need not say more.
-    prefix = yield from _read(sock, _PREFIX)
-    magic, version, _ = _GREETING.unpack(prefix + bytes(_GREETING.size - _PREFIX))
-    if magic != MAGIC:
-        raise WireError(f"the peer speaks another protocol: it begins with {magic!r}")
-    if version != VERSION:
-        raise WireError(f"the peer speaks version {version} of the protocol; this side speaks {VERSION}")
-    return prefix + (yield from _read(sock, _GREETING.size - _PREFIX))
-
-
-def _proof(token: bytes | None, who: bytes, greetings: bytes) -> bytes:
-    """Prove the token of one end, for this one conversation."""
-    return hmac.digest(token or b"", who + greetings, hashlib.sha256)
-
-
-def _expect(sock: socket.socket, proof: bytes) -> _Steps:
-    # In constant time; and nothing has been allocated for this peer yet.
-    if not hmac.compare_digest((yield from _read(sock, len(proof))), proof):
-        raise WireError("the peer holds another token, or none")
-
-
-def _greeting() -> bytes:
-    return _GREETING.pack(MAGIC, VERSION, secrets.token_bytes(32))
-
-
-def _greet(sock: socket.socket, token: bytes | None) -> _Steps:
-    """Be the sender: prove the token first, then ask for the receiver's proof."""
-    yield from _hands(sock)
-    mine = _greeting()
-    yield from _write(sock, mine)
-    both = mine + (yield from _greeting_of_peer(sock))
-    yield from _write(sock, _proof(token, b"sender", both))
-    yield from _expect(sock, _proof(token, b"receiver", both))
-
-
-def _admit(sock: socket.socket, token: bytes | None) -> _Steps:
-    """Be the receiver: whoever has not proved the token learns nothing that depends on it."""
-    yield from _hands(sock)
-    theirs = yield from _greeting_of_peer(sock)
-    mine = _greeting()
-    yield from _write(sock, mine)
-    yield from _expect(sock, _proof(token, b"sender", theirs + mine))
-    yield from _write(sock, _proof(token, b"receiver", theirs + mine))
-
-
-# ---- the two ends ----------------------------------------------------------------------------------------------------
 
 
 def connect(
@@ -324,7 +90,7 @@ def connect(
     """
     keys = keys or Keys()
     family, where = _resolve(address, keys, insecure)
-    context = keys._context(server=False)
+    context = tls_context(keys, server=False)
     end = time.monotonic() + timeout
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -335,7 +101,7 @@ def connect(
             host = keys.name or ("localhost" if isinstance(address, str) else address[0])
             sock = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=host)
         late = f"{_text(address)} did not finish the greeting within {timeout:g} s"
-        _finish(sock, _greet(sock, keys.token), end, control, late)
+        _finish(sock, greet(sock, keys.token), end, control, late)
         sock.settimeout(timeout)
     except WireError as error:
         sock.close()
@@ -346,7 +112,7 @@ def connect(
     return sock
 
 
-def _reach(sock: socket.socket, where: Address) -> _Steps:
+def _reach(sock: socket.socket, where: Address) -> Steps:
     """Connect."""
     code = sock.connect_ex(where)
     if code == errno.EINPROGRESS:
@@ -356,7 +122,7 @@ def _reach(sock: socket.socket, where: Address) -> _Steps:
         raise OSError(code, os.strerror(code))
 
 
-def _finish(sock: socket.socket, steps: _Steps, end: float, control: Control | None, late: str) -> None:
+def _finish(sock: socket.socket, steps: Steps, end: float, control: Control | None, late: str) -> None:
     """Take steps one after the other, each when the socket is ready for it."""
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
@@ -386,7 +152,7 @@ class _Visitor:
     """A connection that has not proved yet that it may talk."""
 
     sock: socket.socket
-    steps: _Steps
+    steps: Steps
     expires: float
     name: str
 
@@ -466,7 +232,7 @@ class Listener:
         self._visitors: dict[int, _Visitor] = {}
         self._path = None
         try:
-            self._context = keys._context(server=True)
+            self._context = tls_context(keys, server=True)
         except BaseException:
             server.close()
             raise
@@ -564,7 +330,7 @@ class Listener:
             if self._context is not None:
                 sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             name = "a Unix socket" if self._server.family == socket.AF_UNIX else f"{peer[0]}:{peer[1]}"
-            visitor = _Visitor(sock, _admit(sock, self._keys.token), self._clock() + self._timeout, name)
+            visitor = _Visitor(sock, admit(sock, self._keys.token), self._clock() + self._timeout, name)
             selector.register(sock, selectors.EVENT_READ)
             self._visitors[sock.fileno()] = visitor
         except OSError:

@@ -25,7 +25,8 @@ from typing import Any
 
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks.migrate.control import Control
-from dirtylog.sinks.migrate.door import Address, Keys, Listener, _slice
+from dirtylog.sinks.migrate.door import Address, Listener, _slice
+from dirtylog.sinks.migrate.keys import Keys
 
 __all__ = ["ListenerProcess", "carry", "serve"]
 

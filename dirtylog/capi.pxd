@@ -30,3 +30,10 @@ cdef uint64_t harvest(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil
 
 # The same where nobody else marks, clears or harvests from the call to its return.
 cdef uint64_t harvest_quiescent(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil
+
+# How many pages are dirty; takes none. A moment's view of each word while others mark.
+cdef uint64_t count(const dirtylog_bitmap *log) noexcept nogil
+
+# Get and clear page numbers, the lowest first, at most `room` of them; returns how many. What finds no room stays
+# dirty: call again until fewer than `room` come back. All of `room` may be written.
+cdef size_t harvest_pages(const dirtylog_bitmap *log, int64_t *out, size_t room) noexcept nogil

@@ -11,7 +11,7 @@ from dirtylog._bits.batch cimport dl_check_batch, dl_mark_batch
 from dirtylog._bits.bitmap cimport dl_bitmap, dl_mark, dl_mark_range
 from dirtylog._bits.bits cimport dl_bit
 from dirtylog._bits.simd cimport DL_CLEAR, DL_CLEAR_QUIESCENT
-from dirtylog._bits.taking cimport take_words
+from dirtylog._bits.taking cimport count_pages, take_numbers, take_words
 from dirtylog._core cimport DirtyBitmap
 
 
@@ -30,6 +30,8 @@ cdef extern from "dirtylog/capi.h" nogil:
         int (*is_dirty)(const dirtylog_bitmap *bitmap, uint64_t page) noexcept nogil
         uint64_t (*harvest)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
         uint64_t (*harvest_quiescent)(const dirtylog_bitmap *bitmap, uint64_t *out) noexcept nogil
+        uint64_t (*count)(const dirtylog_bitmap *bitmap) noexcept nogil
+        size_t (*harvest_pages)(const dirtylog_bitmap *bitmap, int64_t *out, size_t room) noexcept nogil
 
 
 __all__: list[str] = []
@@ -86,6 +88,14 @@ cdef uint64_t harvest_quiescent(const dirtylog_bitmap *log, uint64_t *out) noexc
     return take_words(<const dl_bitmap *>log, out, DL_CLEAR_QUIESCENT)
 
 
+cdef uint64_t count(const dirtylog_bitmap *log) noexcept nogil:
+    return count_pages(<const dl_bitmap *>log)
+
+
+cdef size_t harvest_pages(const dirtylog_bitmap *log, int64_t *out, size_t room) noexcept nogil:
+    return take_numbers(<const dl_bitmap *>log, out, room)
+
+
 cdef const dirtylog_bitmap *bitmap_for_c(void *object_) except NULL:
     return bitmap(<object><PyObject *>object_)
 
@@ -101,5 +111,7 @@ table.mark_pages = mark_pages
 table.is_dirty = is_dirty
 table.harvest = harvest
 table.harvest_quiescent = harvest_quiescent
+table.count = count
+table.harvest_pages = harvest_pages
 
 _C_API = PyCapsule_New(<void *>&table, DIRTYLOG_API_CAPSULE, NULL)

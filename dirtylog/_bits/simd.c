@@ -103,15 +103,6 @@ DL_INLINE size_t take_groups(const struct dl_bitmap *b, uint64_t group, uint64_t
     return n;
 }
 
-/* The lowest `n` bits of `bits`. */
-DL_INLINE uint64_t lowest_bits(uint64_t bits, size_t n)
-{
-    uint64_t rest = bits;
-    for (; rest && n; n--)
-        rest &= rest - 1;
-    return bits ^ rest;
-}
-
 /* I4: the top before the summary. No more spans are taken at once than there is room for the groups of, so that none is
  * left with its top bit taken and its summary not. A span of which the range has a part keeps its top bit. */
 DL_INLINE size_t take_spans_body(const struct dl_bitmap *b, uint64_t first_line, uint64_t end_line, uint64_t *next,
@@ -138,7 +129,7 @@ DL_INLINE size_t take_spans_body(const struct dl_bitmap *b, uint64_t first_line,
         if (!part.mask) /* nothing up to the last of them */
             continue;
         uint64_t all = dl_load_relaxed(&b->top[word]) & part.mask;
-        uint64_t spans = lowest_bits(all, (room - n) / DL_SPAN_GROUPS);
+        uint64_t spans = dl_lowest_bits(all, (room - n) / DL_SPAN_GROUPS);
         if (spans != all)
             group = (word * DL_WORD_PAGES + dl_ffs(all ^ spans)) * DL_SPAN_GROUPS;
         if (clear && spans)

@@ -20,6 +20,15 @@ static inline void dl_take_end(int clear)
         dl_harvest_end();
 }
 
+/* The lowest `n` bits of `bits`. */
+static inline uint64_t dl_lowest_bits(uint64_t bits, size_t n)
+{
+    uint64_t rest = bits;
+    for (; rest && n; n--)
+        rest &= rest - 1;
+    return bits ^ rest;
+}
+
 /* All lengths in words unless said otherwise. On every path a word is taken by a locked
  * instruction, one for each word (I8), or for two that are aligned to 16 bytes: see "Memory orders"
  * in docs/explanation. What kernels read of words that others may be marking decides which

@@ -2,7 +2,7 @@
 # cython: auto_pickle=False, autotestdict=False, freethreading_compatible=True, embedsignature=True
 """Taking the pages of a bitmap, all or a range: the summary first, and a result whose size follows what is dirty."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
@@ -50,6 +50,9 @@ cdef extern from "_bits/harvest.h" nogil:
     uint64_t dl_take_foreign(dl_basket *basket, uint64_t *words, uint64_t start, uint64_t end)
     void dl_put_back(const dl_basket *basket, const dl_bitmap *b)
     uint64_t dl_harvest_by(const dl_kernels *k, const dl_bitmap *b, uint64_t *out, int clear)
+
+cdef extern from "_bits/numbered.h" nogil:
+    size_t dl_harvest_pages(const dl_kernels *k, const dl_bitmap *b, int64_t *out, size_t room)
 
 __all__: list[str] = []
 
@@ -169,6 +172,11 @@ cdef uint64_t count_pages(const dl_bitmap *bits) noexcept nogil:
 cdef uint64_t take_words(const dl_bitmap *bits, uint64_t *out, int clear) noexcept nogil:
     """Get and clear everything into words of somebody else's, all of which are written; return the pages."""
     return dl_harvest_by(kernels, bits, out, clear)
+
+
+cdef size_t take_numbers(const dl_bitmap *bits, int64_t *out, size_t room) noexcept nogil:
+    """Get and clear pages into numbers of somebody else's, as many as there is room for; return how many."""
+    return dl_harvest_pages(kernels, bits, out, room)
 
 
 cdef DirtyPages take_scan(const dl_bitmap *bits, uint64_t page_size, uint64_t first, uint64_t end, int clear,

@@ -47,9 +47,14 @@ static PyObject *everything(PyObject *self, PyObject *args)
     uint64_t harvested = dirtylog->harvest(bitmap, out.buf);
     dirtylog->mark_range(bitmap, 60, npages - 60);
     uint64_t moved = dirtylog->harvest_quiescent(bitmap, out.buf);
+    int64_t numbers[3];
+    dirtylog->mark_range(bitmap, 62, 4);
+    uint64_t count = dirtylog->count(bitmap);
+    size_t some = dirtylog->harvest_pages(bitmap, numbers, 3), rest = dirtylog->harvest_pages(bitmap, numbers, 3);
     PyBuffer_Release(&out);
-    return Py_BuildValue("KiiiiiiiKK", (unsigned long long)npages, range, past, pages, wrong, dirty, clean, outside,
-                         (unsigned long long)harvested, (unsigned long long)moved);
+    return Py_BuildValue("KiiiiiiiKKKnnL", (unsigned long long)npages, range, past, pages, wrong, dirty, clean, outside,
+                         (unsigned long long)harvested, (unsigned long long)moved, (unsigned long long)count,
+                         (Py_ssize_t)some, (Py_ssize_t)rest, (long long)numbers[0]);
 }
 
 static PyMethodDef methods[] = {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,10 +74,20 @@ def test_an_extension_is_told_when_it_passes_something_else(downstream, name):
         downstream[name].mark_many(np.zeros(4, np.uint64), 0, 1)
 
 
+def test_the_table_keeps_the_places_that_extensions_were_built_with():
+    header = Path(dl.get_include(), "dirtylog", "capi.h").read_text()
+    table = header[header.index("struct dirtylog_api {") : header.index("};")]
+    assert re.findall(r"\(\*(\w+)\)\(", table) == [
+        *("bitmap", "npages", "mark", "mark_range", "mark_pages", "is_dirty", "harvest", "harvest_quiescent"),
+        *("count", "harvest_pages"),
+    ]
+
+
 def test_every_function_of_the_table_answers_as_the_header_says(downstream):
     bitmap = dl.DirtyBitmap(1000)
     out = np.full(16, 7, np.uint64)
-    assert downstream["downstream_c"].everything(bitmap, out) == (1000, 0, -1, 0, -1, 1, 0, -1, 4, 940)
+    answers = (1000, 0, -1, 0, -1, 1, 0, -1, 4, 940, 4, 3, 1, 65)
+    assert downstream["downstream_c"].everything(bitmap, out) == answers
     assert dl.runs(out).tolist() == [[60, 940]]
     assert bitmap.count() == 0
 
@@ -99,6 +110,59 @@ def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, d
     assert (out[-8:] == 7).all()
     assert not bitmap.peek()
     assert not foreign or dl.popcount(words) == (npages % 64 != 0)
+
+
+def numbers(extension, bitmap, room):
+    """Harvest page numbers, `room` at a time, until fewer come."""
+    out, found = np.full(room + 1, -7), []
+    while True:
+        before = bitmap.count()
+        count = extension.harvest_pages(bitmap, out, room)
+        assert out[room] == -7
+        found.append(out[:count].copy())
+        assert extension.count(bitmap) == bitmap.count() == before - count
+        if count < room:
+            return np.concatenate(found)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("npages", [1, 63, 513, 70_001, 33 * 512 * 64 + 5 * 64 + 7, (1 << 26) + 5])
+@pytest.mark.parametrize("density", [0, 0.001, 0.1, 1])
+def test_an_extension_harvests_page_numbers_and_what_finds_no_room_stays_dirty(downstream, foreign, npages, density):
+    words = np.zeros((npages + 63) // 64, np.uint64)
+    bitmap = dl.DirtyBitmap.from_buffer(words, npages) if foreign else dl.DirtyBitmap(npages)
+    last = min(npages, 200_000)  # of a large bitmap, the end
+    pages = np.unique(np.random.default_rng(5).integers(npages - last, npages, int(last * density)))
+    pages = np.arange(npages - last, npages) if density == 1 else pages
+    for room in {1, 64, pages.size, pages.size + 1, pages.size // 3, 40_000} - {0}:
+        if pages.size > 300 * room:
+            continue
+        bitmap.mark_pages(pages)
+        assert np.array_equal(numbers(downstream["downstream_cython"], bitmap, room), pages)
+        assert bitmap.count() == 0
+        assert not bitmap.harvest()
+
+
+def test_extensions_mark_from_two_threads_while_a_third_harvests_page_numbers_and_none_is_lost(downstream):
+    npages = 1 << 20
+    bitmap = dl.DirtyBitmap(npages)
+    modules = [downstream["downstream_c"], downstream["downstream_cython"]]
+    threads = [
+        threading.Thread(target=module.mark_many, args=(bitmap, half * npages // 2, npages // 2))
+        for half, module in enumerate(modules)
+    ]
+    seen, out = np.zeros(npages, np.int64), np.zeros(1000, np.int64)
+    harvest = downstream["downstream_cython"].harvest_pages
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        for room in (1, 63, 1000):
+            seen[out[: harvest(bitmap, out, room)]] += 1
+    for thread in threads:
+        thread.join()
+    while found := harvest(bitmap, out, out.size):
+        seen[out[:found]] += 1
+    assert np.array_equal(seen, np.ones(npages, np.int64))
 
 
 def test_extensions_mark_from_two_threads_while_python_harvests_and_none_is_lost(downstream):

@@ -26,7 +26,7 @@ static void step(void);
 #include "_bits/simd.c"
 
 #include "_bits/batch.h"
-#include "_bits/harvest.h"
+#include "_bits/numbered.h"
 
 #define SPAN_PAGES ((uint64_t)DL_SPAN_WORDS * DL_WORD_PAGES)
 /* A span, and two groups of another one, the last line in part. */
@@ -106,6 +106,26 @@ static void harvest_words(unsigned i)
     copy(out);
 }
 
+/* Some page numbers, with room for `room`; returns how many. */
+static size_t take_numbers(size_t room)
+{
+    int64_t out[300];
+    uint64_t taken[WORDS] = {0};
+    size_t count = dl_harvest_pages(k, &bitmap, out, room);
+    for (size_t i = 0; i < count; i++)
+        taken[out[i] / 64] |= dl_bit((uint64_t)out[i]);
+    copy(taken);
+    return count;
+}
+
+static void harvest_a_number(unsigned i) { (void)i; take_numbers(1); }
+static void harvest_numbers(unsigned i)
+{
+    const size_t room = i % 2 ? 300 : 2;
+    while (take_numbers(room) == room)
+        ;
+}
+
 /* As take_pages() of _bits/taking.pyx, with room for the groups of one span at a time; `fails`: there is no memory. */
 static void take(uint64_t first, uint64_t end, int fails)
 {
@@ -134,22 +154,29 @@ static void harvest(unsigned i) { (void)i; take(0, NPAGES, 0); }
 static void harvest_fails(unsigned i) { (void)i; take(0, NPAGES, 1); }
 /* The line of a page and no other; from its page to the last one. */
 static void harvest_line(unsigned i) { take(pages[i] / 512 * 512, pages[i] / 512 * 512 + 512 < NPAGES ? pages[i] / 512 * 512 + 512 : NPAGES, 0); }
+/* The page alone, whatever the levels above say. */
+static void harvest_page(unsigned i) { take(pages[i], pages[i] + 1, 0); }
 static void harvest_from(unsigned i) { take(pages[i], NPAGES, 0); }
+
+enum kind { MARKS, TAKES_ALL, TAKES_SOME };
 
 static const struct operation {
     const char *name;
     void (*run)(unsigned);
-    int marks;
+    enum kind kind;
 } operations[] = {
-    {"mark", mark, 1},
-    {"batch", mark_batch, 1},
-    {"range", mark_range, 1},
-    {"harvest by the header", harvest_by_header, 0},
-    {"harvest to words", harvest_words, 0},
-    {"harvest", harvest, 0},
-    {"harvest that fails", harvest_fails, 0},
-    {"harvest of a line", harvest_line, 0},
-    {"harvest from there on", harvest_from, 0},
+    {"mark", mark, MARKS},
+    {"batch", mark_batch, MARKS},
+    {"range", mark_range, MARKS},
+    {"harvest by the header", harvest_by_header, TAKES_ALL},
+    {"harvest to words", harvest_words, TAKES_ALL},
+    {"harvest", harvest, TAKES_ALL},
+    {"harvest to numbers", harvest_numbers, TAKES_ALL},
+    {"harvest to one number", harvest_a_number, TAKES_SOME},
+    {"harvest that fails", harvest_fails, TAKES_SOME},
+    {"harvest of a line", harvest_line, TAKES_SOME},
+    {"harvest of a page", harvest_page, TAKES_SOME},
+    {"harvest from there on", harvest_from, TAKES_SOME},
 };
 #define OPERATIONS (sizeof operations / sizeof *operations)
 
@@ -177,10 +204,20 @@ static void start_in_parts(void)
     take(0, 512, 0);
 }
 
+/* More dirty pages in a word than some harvests have room for. */
+static void start_many(void)
+{
+    mark(0);
+    mark(1);
+    mark(2);
+    dl_mark_range(&bitmap, 70, 6);
+}
+
 static const struct start {
     const char *name;
     void (*run)(void);
-} starts[] = {{"clean", start_clean}, {"dirty", start_dirty}, {"cleared", start_cleared}, {"in parts", start_in_parts}};
+} starts[] = {{"clean", start_clean}, {"dirty", start_dirty}, {"cleared", start_cleared}, {"in parts", start_in_parts},
+              {"many in a word", start_many}};
 #define STARTS (sizeof starts / sizeof *starts)
 
 /* ---- every order */
@@ -193,14 +230,14 @@ static unsigned returned; /* stale, and by a mark that has returned */
 static void run_inside(void)
 {
     unsigned before = stale;
-    if (inner->marks)
+    if (inner->kind == MARKS)
         stale = 0;
     inner->run(inner_page);
-    if (!inner->marks)
+    if (inner->kind != MARKS)
         return;
     returned |= stale;
     stale |= before;
-    if (!outer->marks)
+    if (outer->kind != MARKS)
         return;
     (inner_page % 2 ? harvest : harvest_by_header)(0);
     lost = (stale & returned) != 0;
@@ -221,6 +258,9 @@ static int check(const struct start *start)
         outer->run(outer_page);
         int over = inside != NULL;
         inside = NULL;
+        /* Two that take have everything between them. */
+        if (outer->kind == TAKES_ALL && (inner->kind != MARKS || over))
+            lost = stale != 0;
         if (at % 2)
             harvest(0);
         else

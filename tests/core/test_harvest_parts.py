@@ -28,5 +28,9 @@ def test_every_vector_path_does_what_the_scalar_one_does(c_compiler, tmp_path):
     assert run(c_compiler, "kernels", tmp_path, "simd.c") == (0, "")
 
 
+def test_a_harvest_to_page_numbers_leaves_dirty_what_finds_no_room(c_compiler, tmp_path):
+    assert run(c_compiler, "harvest_pages", tmp_path, "simd.c") == (0, "")
+
+
 def test_a_delta_of_memory_that_is_written_meanwhile_is_one_that_the_other_end_takes(c_compiler, tmp_path):
     assert run(c_compiler, "live_delta", tmp_path) == (0, "")

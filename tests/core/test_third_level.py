@@ -16,8 +16,8 @@ SPAN = 1 << 18  # pages of a line of the summary
 LARGE = (1 << 26) + SPAN // 2 + 5
 
 
-def test_no_write_is_lost_and_none_is_late_whatever_comes_between_two_accesses(tmp_path):
-    assert run("interleaved", tmp_path) == (0, "")
+def test_no_write_is_lost_and_none_is_late_whatever_comes_between_two_accesses(c_compiler, tmp_path):
+    assert run(c_compiler, "interleaved", tmp_path) == (0, "")
 
 
 def test_a_bitmap_has_a_top_where_its_summary_is_large():

@@ -9,7 +9,7 @@
  * Here the oracle is the value: after the last harvest the replica equals memory, or a write was lost.
  *
  * Arguments: rounds a thread, and with KERNELS the path whose kernels harvest, as DirtyBitmap does, in place of the
- * header's dl_harvest; they count meanwhile as well. Prints the counts; exit status 1 if a write was lost.
+ * header's dl_harvest, to words and to page numbers in turn; they count meanwhile as well. Prints the counts; exit status 1 if a write was lost.
  *
  * TWO_LEVELS leaves out the top, which otherwise has one bit.
  *
@@ -21,7 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "_bits/harvest.h"
+#include "_bits/numbered.h"
 #include "dirtylog/bitmap.h"
 
 #define MARKERS 3
@@ -167,6 +167,23 @@ static uint64_t harvest_by_kernels(uint64_t *out)
     kernels->take_lines_dense(words, taken, groups, out, 1);
     return kernels->popcount(out, WORDS);
 }
+
+/* To page numbers, with room for some of them at a time: from one to more than there are. */
+static uint64_t harvest_numbers(void)
+{
+    static int64_t out[PAGES + 1];
+    static size_t room = 1;
+    uint64_t pages = 0;
+    size_t count;
+    room = room % (PAGES + 1) * 3 % (PAGES + 1) + 1;
+    do {
+        count = dl_harvest_pages(kernels, &bitmap, out, room);
+        pages += count;
+        for (size_t i = 0; i < count; i++)
+            copy_word((uint64_t)out[i] / 64, dl_bit((uint64_t)out[i]));
+    } while (count == room);
+    return pages;
+}
 #endif
 
 static uint64_t harvest(void)
@@ -230,6 +247,10 @@ int main(int argc, char **argv)
             uint64_t first = next_random(&state) % PAGES;
             reported += harvest();
             harvests++;
+#ifdef KERNELS
+            reported += harvest_numbers();
+            harvests++;
+#endif
             reported += harvest_part(first, first + 700 < PAGES ? first + 700 : PAGES - 1);
             parts++;
 #ifdef KERNELS

@@ -50,6 +50,14 @@ struct dirtylog_api {
      * from the call to its return, and has heard so from those who did (a join, a lock). What is marked meanwhile all
      * the same may be lost. */
     uint64_t (*harvest_quiescent)(const dirtylog_bitmap *bitmap, uint64_t *out);
+
+    /* How many pages are dirty; takes none. A moment's view of each word while others mark. */
+    uint64_t (*count)(const dirtylog_bitmap *bitmap);
+
+    /* Get and clear page numbers, the lowest first: at most `room` of them into `out`; returns how many. What finds no room
+     * stays dirty. Fewer than `room` are all that were dirty when the call began: call until then. All of `room` may be
+     * written, also what lies behind the numbers returned. */
+    size_t (*harvest_pages)(const dirtylog_bitmap *bitmap, int64_t *out, size_t room);
 };
 
 #ifdef Py_PYTHON_H

@@ -260,6 +260,17 @@ def test_children_that_there_are_already_start_clean():
         assert parent.do(REAP) == 0
 
 
+def test_a_child_that_is_there_already_and_larger_than_its_parent_takes_no_room_of_what_may_come():
+    with Puppet() as parent:
+        child = parent.do(FORK.format(work="new(150_000)"))
+        with attach(parent.pid, follow_children=True) as process:
+            assert process.missed == {}
+            assert child in {region.pid for region in process.regions}
+            assert process.npages - process.used_pages >= process.used_pages
+            assert process.harvest().exact
+        assert parent.do(REAP) == 0
+
+
 def test_a_child_that_cannot_be_watched_is_named_and_nothing_is_exact_from_then_on(monkeypatch):
     with Puppet() as parent, attach(parent.pid, follow_children=True) as process:
         child = parent.do(FORK.format(work="0"))

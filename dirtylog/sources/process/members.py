@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.sources.process._remote import PAGE_SIZE, Watch, same_memory
+from dirtylog.sources.process.contents import RESERVED
 from dirtylog.sources.process.regions import Area, parsed
 
-__all__ = ["Member", "alone", "children", "end_keeper", "tracers"]
+__all__ = ["Member", "alone", "children", "end_keeper", "pages_of_children", "tracers"]
 
 # Of a pagemap entry, in Linux Documentation/admin-guide/mm/pagemap.rst.
 _EXCLUSIVE, _SWAPPED, _PRESENT = (np.uint64(1 << bit) for bit in (56, 62, 63))
@@ -141,6 +142,21 @@ def children(pid: int) -> list[int]:
             with suppress(OSError):
                 found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text(encoding="ascii").split())
     return found
+
+
+def pages_of_children(member: Member) -> int:
+    """Count what the children that a process has, and theirs, have mapped and is to be watched, as its own is.
+
+    Of mappings so large that they are watched where they hold something, nothing is counted.
+    """
+    pages, found = 0, children(member.pid)
+    for pid in found:
+        with suppress(OSError):
+            chosen = member.pick(parsed(pid, Path(f"/proc/{pid}/maps").read_bytes()))
+            sizes = (area.end - area.start for area in chosen)
+            pages += sum(size for size in sizes if size < RESERVED) // PAGE_SIZE
+        found += children(pid)
+    return pages
 
 
 def alone(member: Member, start: int, end: int, swapped: bool) -> npt.NDArray[np.int64]:

@@ -16,7 +16,7 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog.errors import DirtyLogError, IncompleteLogWarning
 from dirtylog.sources._resource import Resource
 from dirtylog.sources.process._remote import PAGE_SIZE
-from dirtylog.sources.process.members import Member, children
+from dirtylog.sources.process.members import Member, children, pages_of_children
 from dirtylog.sources.process.numbering import Numbering
 from dirtylog.sources.process.reading import make_room, read_pages
 from dirtylog.sources.process.regions import Area, Region
@@ -96,6 +96,8 @@ class Process(Resource):
         # Why some cannot be watched is said again when it is tried.
         spans = (span for area in chosen for span in worth_watching({}, first, area.start, area.end, area))
         pages = sum(end - start for start, end in spans) // PAGE_SIZE
+        if enter is not None:
+            pages += pages_of_children(first)  # of those that are there by now, which is nothing that comes later
         room = max(pages, _LEAST_SPARE) if spare is None else spare
         if first.places:  # what is given has all its numbers
             pages = max(number + (end - start) // PAGE_SIZE for start, end, number in first.places)

@@ -20,9 +20,10 @@ from dirtylog.sources.process import Region
 from dirtylog.sources.process.naming import Names
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dl.__file__).parents[1]), "TERM": "xterm", "COLUMNS": "120"}
+# In a mapping of its own: what Python's allocator makes of a large object is another matter where it has no GIL.
 PROGRAM = """
-import sys
-memory = bytearray(8 << 20)
+import mmap, sys
+memory = mmap.mmap(-1, 8 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 print(flush=True)
 for line in sys.stdin:
     for page in range(0, 8 << 20, 4096):

@@ -398,7 +398,7 @@ def test_a_deadline_that_is_over_when_the_copy_runs_ends_neither(end, monkeypatc
     [
         ({"postcopy": False}, "pass postcopy=True"),
         ({"arrived": print}, "arrived="),
-        ({"out": lambda nbytes: bytearray(nbytes + 1)[:-1]}, "whole pages|begin with"),
+        ({"out": lambda nbytes: dl.zeros(nbytes + PAGE, np.uint8)[16:][:nbytes]}, "whole pages|begin with"),
         ({"out": lambda nbytes: mmap.mmap(-1, nbytes)}, "private anonymous memory"),
     ],
 )

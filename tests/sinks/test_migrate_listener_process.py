@@ -153,6 +153,21 @@ def test_keys_that_the_process_cannot_read_are_named(monkeypatch, tmp_path):
         ListenerProcess(HERE, certificate("receiver"))
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        # The interpreter that is started does not come to its end; the process that it leaves says nothing.
+        "import os\nwhile os.read(0, 9): pass",
+        "import os\nif os.fork(): os._exit(0)\nwhile os.read(0, 9): pass",
+    ],
+)
+def test_a_process_that_does_not_begin_is_not_waited_for_for_ever(monkeypatch, code):
+    monkeypatch.setattr(porter, "_CODE", code)
+    monkeypatch.setattr(porter, "_BEGINS", 0.5)
+    with pytest.raises(DirtyLogError, match=r"could not be started: .* did not begin within 0\.5 s"):
+        ListenerProcess(HERE, certificate("receiver"))
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_a_process_that_has_ended_is_said_to_have(asked, monkeypatch):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -32,6 +32,8 @@ __all__ = ["ListenerProcess", "carry", "serve"]
 
 _AT_ONCE = 1 << 16
 _LARGEST = 1 << 16
+# Seconds in which another interpreter begins, and says so: it takes a fraction of one.
+_BEGINS = 60.0
 _ENDED = "the process that does the listener's TLS has ended; open another listener"
 # In the process: it begins with what this interpreter can import, and nobody has to wait for its end.
 _CODE = """
@@ -103,14 +105,22 @@ class ListenerProcess(Listener):
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
                     check=False,
+                    timeout=_BEGINS,
                 )
             if started.returncode == 0:
+                ours.settimeout(_BEGINS)
                 socket.send_fds(ours, [request], [self._server.fileno()])
                 said = ours.recv(_LARGEST)
                 if said == b"ready":
+                    ours.settimeout(None)
                     return ours
                 if said:
                     raise OSError(said.decode())
+        except (TimeoutError, subprocess.TimeoutExpired) as error:
+            ours.close()
+            raise DirtyLogError(
+                f"a process for TLS could not be started: {sys.executable!r} did not begin within {_BEGINS:g} s"
+            ) from error
         except OSError as error:
             ours.close()
             raise DirtyLogError(f"a process for TLS could not be started: {sys.executable!r}: {error}") from error

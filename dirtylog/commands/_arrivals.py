@@ -8,10 +8,12 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
+from dirtylog.commands._refusal import Misunderstood
+
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["Arrival", "OutFile", "add_arrivals", "arrays_of", "arrival_of", "digest_of", "nbytes_of"]
+__all__ = ["Arrival", "OutFile", "add_arrivals", "arrays_of", "arrival_of", "digest_of", "nbytes_of", "program_of"]
 
 
 def add_arrivals(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,18 @@ def add_arrivals(parser: argparse.ArgumentParser) -> None:
         help="last: start a program with the memory, whose path is put in the place of {memory} in its words; what was "
         "sent beside it is a JSON text at {about}",
     )
+    # A word of the program that is -- ends an option's words, and not the program's.
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def program_of(args: argparse.Namespace) -> list[str] | None:
+    """Return the words of the program to start; raises `Misunderstood` where there are words that no option takes."""
+    program: list[str] | None = args.program
+    if program is None:
+        if args.rest:
+            raise Misunderstood(f"{' '.join(args.rest)}: no option takes that; --exec starts a program, and comes last")
+        return None
+    return [*program, *args.rest]
 
 
 def arrays_of(memory: Any) -> dict[str, Any]:

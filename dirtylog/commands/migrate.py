@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dirtylog.commands._arrivals import add_arrivals, arrays_of, arrival_of, digest_of, nbytes_of
+from dirtylog.commands._arrivals import add_arrivals, arrays_of, arrival_of, digest_of, nbytes_of, program_of
 from dirtylog.commands._numbers import LONGEST, at_least, more_than
 from dirtylog.commands._origins import add_origins, origin_of
 from dirtylog.commands._postcopy import Times, add_postcopy_receive, add_postcopy_send, check_pages, check_postcopy
@@ -259,6 +259,7 @@ def _receive(args: argparse.Namespace) -> dict[str, Any]:
     from dirtylog.commands._new_process import NewProcess
     from dirtylog.sinks.migrate import receive
 
+    args.program = program_of(args)
     check_postcopy(args)
     seen = [0, 0]
     # The file first: a name that is taken, or a directory that cannot be written, is found before anybody comes.

@@ -69,9 +69,22 @@ def test_zero_pages_are_never_committed_and_its_exit_code_is_the_commands(tmp_pa
     assert 0 < committed < 64 * PAGE
 
 
+def test_its_words_may_be_any(migrated, tmp_path):
+    """Also those that end an option's words, or look like one of this command's."""
+    snapshot.save(tmp_path / "here", np.ones(PAGE, np.uint8))
+    program = "import json, sys; json.dump(sys.argv[2:], open(sys.argv[1], 'w'))"
+    words = ["-x", "--", "--json", "{memory}", "--", "--out"]
+    migrated(["--snapshot", tmp_path / "here"], ["--exec", sys.executable, "-c", program, tmp_path / "words", *words])
+    said = json.loads((tmp_path / "words").read_text())
+    assert said[:3] == ["-x", "--", "--json"]
+    assert said[3].startswith("/proc/self/fd/")
+    assert said[4:] == ["--", "--out"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("stray", "stray: no option takes that; --exec starts a program, and comes last"),
         ("--exec ./vmm --fast", r"--exec \./vmm --fast: no word of it has {memory}.*--exec \./vmm --memory={memory}"),
         ("--exec", "no word of it has {memory}"),
         ("--exec /nonesuch {memory}", "--exec /nonesuch: there is no such program; give its path"),

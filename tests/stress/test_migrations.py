@@ -15,13 +15,17 @@ import numpy as np
 import pytest
 
 from dirtylog import DirtyBitmap, DirtyLog, zeros
-from dirtylog.sinks.migrate import MigrationError, receive, send, status
+from dirtylog.sinks.migrate import Listener, ListenerProcess, MigrationError, receive, send, status
 from dirtylog.sinks.migrate._postcopy import Faults
+
+from ..sinks.test_migrate_door import HERE, certificate, talk
 
 pytestmark = pytest.mark.stress
 
 NPAGES = 2048
 RUNS = 200
+# Of so many runs one goes over TLS.
+TLS = 4
 SESSION = "5" * 32
 # What the two journals may say together, whatever the kind. Of a source that nobody knows nothing was given away.
 BOTH = {
@@ -108,9 +112,9 @@ def child(end, sock, other, place):
         os._exit(0)
 
 
-def one(place, wait, sends, receives):
+def one(place, line, wait, sends, receives):
     """Migrate between two processes; kill one after `wait(its pids)`. Return the stages of both journals."""
-    here, there = socket.socketpair()
+    here, there = line()
     with here, there:
         ends = partial(source, **sends), partial(copy, **receives)
         pids = [child(ends[0], here, there, place), child(ends[1], there, here, place)]
@@ -148,20 +152,34 @@ def test_a_killed_end_never_lets_both_run_and_the_table_says_what_to_do(sends, r
     if receives and not guards():
         pytest.skip("memory cannot be guarded by userfaultfd here")
     rng = random.Random(1)
+    # TLS is done by the ends themselves, or where a copy runs before it is complete by another process than the copy's.
+    with (ListenerProcess if receives else Listener)(HERE, certificate("receiver"), timeout=60) as listener:
+        lines = {False: socket.socketpair, True: partial(talk, listener, certificate("sender"))}
+        whole = {tls: uncut(tmp_path / f"whole {tls}", line, sends, receives) for tls, line in lines.items()}
+        judge(tmp_path, rng, lines, whole, sends, receives, table)
+
+
+def uncut(place, line, sends, receives):
+    """Return how long it takes."""
+    place.mkdir()
     begin = time.monotonic()
-    (tmp_path / "whole").mkdir()
-    assert [each.stage for each in one(tmp_path / "whole", lambda pids: None, sends, receives)] == ["done", "runs"]
-    whole = time.monotonic() - begin
+    assert [each.stage for each in one(place, line, lambda pids: None, sends, receives)] == ["done", "runs"]
+    return time.monotonic() - begin
+
+
+def judge(directory, rng, lines, whole, sends, receives, table):
+    """Kill an end of so many migrations, and compare what is left with the table."""
     seen = collections.Counter()
     for number in range(RUNS):
-        place = tmp_path / str(number)
+        place = directory / str(number)
         place.mkdir()
+        tls = number % TLS == 0
 
-        def kill(pids):
-            time.sleep(rng.random() * whole)
+        def kill(pids, tls=tls):
+            time.sleep(rng.random() * whole[tls])
             os.kill(rng.choice(pids), signal.SIGKILL)
 
-        found = one(place, kill, sends, receives)
+        found = one(place, lines[tls], kill, sends, receives)
         stages = tuple(each and each.stage for each in found)
         assert stages in table, (number, stages)
         assert [each.may_run for each in found if each] != [True, True]
@@ -172,5 +190,6 @@ def test_a_killed_end_never_lets_both_run_and_the_table_says_what_to_do(sends, r
         assert not ((place / "source runs").exists() and (place / "copy runs").exists()), number
         # A source goes on by itself only where the copy never may.
         assert not (place / "source runs").exists() or stages[0] in (None, "live"), number
-        seen[stages] += 1
-    print(*(f"{count:>4}  source {a}, copy {b}: {table[a, b]}" for (a, b), count in seen.most_common()), sep="\n")
+        seen[tls, *stages] += 1
+    for (tls, *stages), count in sorted(seen.items(), key=lambda each: -each[1]):
+        print(f"{count:>4}  {'TLS, ' * tls}source {stages[0]}, copy {stages[1]}: {table[tuple(stages)]}")

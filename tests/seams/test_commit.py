@@ -20,6 +20,8 @@ NPAGES = 6
 # What goes at the end, forth and back: END and RUN; HAVE and DONE.
 FORTH, BACK = 2 * HEADER_BYTES + 32 + 16, 2 * HEADER_BYTES + 32 + 16
 BEFORE = HEADER_BYTES + READY.size
+# What the receiver is made of, as far as it decides who may run.
+RECEIVER = "migrate/receiver.py", "migrate/destination.py", "migrate/sessions.py"
 
 
 class Fraying(socket.socket):
@@ -306,7 +308,7 @@ def test_an_interrupt_anywhere_in_the_sender_lets_one_end_run_or_says_so(interru
 
 
 def test_an_interrupt_anywhere_in_the_receiver_lets_one_end_run_or_says_so(interrupt_class):
-    for migration, where in interrupts(interrupt_class, "receiver", "migrate/receiver.py", "migrate/sessions.py"):
+    for migration, where in interrupts(interrupt_class, "receiver", *RECEIVER):
         assert not (migration.source_runs and migration.copy_runs), where
         if not (migration.source_runs or migration.copy_runs):
             assert getattr(migration.outcome, "uncertain", False) or "has the right to run" in " ".join(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, receive, receiver, send
+from dirtylog.sinks.migrate import Control, Listener, MigrationError, Policy, connect, others, receive, send
 from dirtylog.sinks.migrate._frames import Taker
 from dirtylog.sinks.migrate.lane import Lane
 from dirtylog.sinks.migrate.payloads import HELLO, JOIN, PAGES, READY, ROUND
@@ -188,15 +188,14 @@ def test_what_one_channel_raises_ends_it_and_is_no_broken_line(channel, monkeypa
 
 
 def test_a_sender_that_gives_up_is_no_broken_line_whichever_channel_ends_first(monkeypatch):
-    whole = receiver._Copy.hang_up
+    whole = others.Others.hang_up
 
-    def hang_up(copy):
+    def hang_up(beside):
         # The others have seen their ends before it is asked what was wrong with them.
-        for one in copy.beside:
-            one.wait()
-        return whole(copy)
+        beside.wait()
+        return whole(beside)
 
-    monkeypatch.setattr(receiver._Copy, "hang_up", hang_up)
+    monkeypatch.setattr(others.Others, "hang_up", hang_up)
     source, again = Source(7, npages=NPAGES), []
     source.pause = lambda: 1 / 0
     outcome, answer = migrated(source, 3, receiver={"reconnect": again.append})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
-from dirtylog.sinks.migrate import MigrationError, receive, receiver, sessions, settle, status
+from dirtylog.sinks.migrate import MigrationError, destination, receive, sessions, settle, status
 from dirtylog.sinks.migrate.wire import Channel, Kind
 
 from .test_migrate_postcopy import Copy, Relay, Source, flags_of, guarded, migrated, send
@@ -118,14 +118,14 @@ def test_an_interrupt_gives_it_up_as_well(session, monkeypatch):
 @pytest.mark.parametrize("run", ["at-once", "filled"])
 def test_an_interrupt_when_it_has_everything_leaves_it_the_right_to_run(run, session, monkeypatch):
     source, relay, interrupts = Source(), Relay(), [KeyboardInterrupt]
-    move = receiver._Copy.move
+    move = destination.Copy.move
 
     def interrupted(copy, stage):
-        if stage == receiver._Stage.RUNS and interrupts:
+        if stage == destination.Stage.RUNS and interrupts:
             raise interrupts.pop()
         move(copy, stage)
 
-    monkeypatch.setattr(receiver._Copy, "move", interrupted)
+    monkeypatch.setattr(destination.Copy, "move", interrupted)
     with relay.connect() as here:
         copy = Interrupted(relay.accept(), postcopy=True, run=run)
         send(here, source.memory, source.observer, postcopy=0, session=session)

@@ -244,6 +244,9 @@ CHECKS: tuple[Check, ...] = (
         "OLD_CHANNEL_IS_READ_ON",
         "APPLIED_OF_ONE_FOR_ALL",
     ),
+    # A frame that arrives damaged.
+    *_holds("channels", KEPT, macros=("DAMAGED",), variant="damaged"),
+    *_refuted("channels", KEPT, "DAMAGE_TAKES_NOTHING_BACK", macros=("DAMAGED",)),
     # A copy that runs before it has everything.
     *_holds("postcopy", LOSS, BOTH, NEITHER),
     *_refuted("postcopy", BOTH, "LOST_LINE_REVIVES_THE_SOURCE", "READY_COPY_RUNS", "GIVES_UP_WHILE_IT_RUNS"),

@@ -82,13 +82,21 @@ static inline int dl_crc32_can_fold(void)
 #define DL_CRC32_BY_2048 0x01322d1430LL, 0x011542778aLL
 #define DL_FOLDING_WIDE __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
 /* How far ahead of a copy is fetched: what arrives while memory answers. */
-#define DL_CRC32_AHEAD ((size_t)1024)
+#define DL_CRC32_AHEAD ((size_t)512)
 /* The compiler may not read it from memory again. */
 #define DL_READ_ONCE(value) __asm__ volatile("" : "+x"(value))
 
 static inline DL_FOLDING_WIDE __m256i dl_load_pair(const unsigned char *data)
 {
     return _mm256_loadu_si256((const __m256i *)(const void *)data);
+}
+
+static inline DL_FOLDING_WIDE void dl_store_pair(unsigned char *target, __m256i part, int past)
+{
+    if (past)
+        _mm256_stream_si256((__m256i *)(void *)target, part);
+    else
+        _mm256_storeu_si256((__m256i *)(void *)target, part);
 }
 
 /* The state after `nbytes`, which are a multiple of DL_CRC32_WIDE, and not 0. */
@@ -114,10 +122,11 @@ static DL_FOLDING_WIDE uint32_t dl_crc32_wide(const unsigned char *data, size_t 
 
 /* The same of bytes that are copied meanwhile, and read once: whatever somebody writes to `source`, the lanes have what
  * `target` has. `opened` says that `lanes` hold what came before; otherwise `state` is of that. While the last bytes are
- * copied those at `next` are fetched: the hardware stops at a page's end. */
-static DL_FOLDING_WIDE void dl_crc32_copy_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
-                                               const unsigned char *next, unsigned char *lanes, int opened,
-                                               uint32_t state)
+ * copied those at `next` are fetched: the hardware stops at a page's end. With `past`, which is known when this is
+ * compiled, stores go past the caches, `target` is aligned to a line, and nothing is fetched: `source` is in a cache. */
+static inline __attribute__((always_inline)) DL_FOLDING_WIDE void
+dl_crc32_copy_lanes(unsigned char *target, const unsigned char *source, size_t nbytes, const unsigned char *next,
+                    unsigned char *lanes, int opened, uint32_t state, int past)
 {
     const __m256i by = _mm256_broadcastsi128_si256(_mm_set_epi64x(DL_CRC32_BY_2048));
     __m256i lane[DL_CRC32_LANES];
@@ -127,27 +136,42 @@ static DL_FOLDING_WIDE void dl_crc32_copy_wide(unsigned char *target, const unsi
     if (!opened) {
         for (int i = 0; i < DL_CRC32_LANES; i++) {
             DL_READ_ONCE(lane[i]);
-            _mm256_storeu_si256((__m256i *)(void *)(target + 32 * i), lane[i]);
+            dl_store_pair(target + 32 * i, lane[i], past);
         }
         lane[0] = _mm256_xor_si256(lane[0], _mm256_zextsi128_si256(_mm_cvtsi32_si128((int)state)));
         at = DL_CRC32_WIDE;
     }
     for (; at < nbytes; at += DL_CRC32_WIDE) {
-        size_t ahead = at + DL_CRC32_AHEAD;
-        const unsigned char *fetched = ahead < nbytes ? source + ahead : next + (ahead - nbytes);
-        for (size_t line = 0; line < DL_CRC32_WIDE; line += 64)
-            __builtin_prefetch(fetched + line);
+        if (!past) {
+            size_t ahead = at + DL_CRC32_AHEAD;
+            const unsigned char *fetched = ahead < nbytes ? source + ahead : next + (ahead - nbytes);
+            for (size_t line = 0; line < DL_CRC32_WIDE; line += 64)
+                __builtin_prefetch(fetched + line);
+        }
         for (int i = 0; i < DL_CRC32_LANES; i++) {
             __m256i low = _mm256_clmulepi64_epi128(lane[i], by, 0x00);
             __m256i high = _mm256_clmulepi64_epi128(lane[i], by, 0x11);
             __m256i part = dl_load_pair(source + at + 32 * i);
             DL_READ_ONCE(part);
-            _mm256_storeu_si256((__m256i *)(void *)(target + at + 32 * i), part);
+            dl_store_pair(target + at + 32 * i, part, past);
             lane[i] = _mm256_xor_si256(_mm256_xor_si256(low, high), part);
         }
     }
     for (int i = 0; i < DL_CRC32_LANES; i++)
         _mm256_storeu_si256((__m256i *)(void *)(lanes + 32 * i), lane[i]);
+}
+
+static DL_FOLDING_WIDE void dl_crc32_copy_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
+                                               const unsigned char *next, unsigned char *lanes, int opened,
+                                               uint32_t state)
+{
+    dl_crc32_copy_lanes(target, source, nbytes, next, lanes, opened, state, 0);
+}
+
+static DL_FOLDING_WIDE void dl_crc32_lay_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
+                                              unsigned char *lanes, int opened, uint32_t state)
+{
+    dl_crc32_copy_lanes(target, source, nbytes, source, lanes, opened, state, 1);
 }
 
 static inline int dl_crc32_can_fold_wide(void)
@@ -178,6 +202,12 @@ static inline void dl_crc32_copy_wide(unsigned char *target, const unsigned char
     (void)opened;
     (void)state;
     memcpy(target, source, nbytes);
+}
+
+static inline void dl_crc32_lay_wide(unsigned char *target, const unsigned char *source, size_t nbytes,
+                                     unsigned char *lanes, int opened, uint32_t state)
+{
+    dl_crc32_copy_wide(target, source, nbytes, source, lanes, opened, state);
 }
 
 static inline int dl_crc32_can_fold(void)
@@ -307,6 +337,39 @@ static inline void dl_crc32_copy(struct dl_crc32_copied *c, unsigned char *targe
     }
     memcpy(target, source, nbytes);
     c->state = ~dl_crc32(target, nbytes, dl_crc32_end(c));
+}
+
+/* Go on with bytes that are not copied here. */
+static inline void dl_crc32_add(struct dl_crc32_copied *c, const unsigned char *data, size_t nbytes)
+{
+    if (nbytes)
+        c->state = ~dl_crc32(data, nbytes, dl_crc32_end(c));
+}
+
+/* Bytes of a target that begins or ends within a line from which on it is worth to close the lanes at both ends. */
+#define DL_CRC32_RUN ((size_t)1 << 14)
+#define DL_CRC32_LINE ((size_t)64)
+
+/* Whether so many bytes are better summed while they are laid there. */
+static inline int dl_crc32_lays(const unsigned char *target, size_t nbytes)
+{
+    if (!dl_crc32_folds_wide || nbytes < DL_CRC32_WIDE)
+        return 0;
+    return nbytes >= DL_CRC32_RUN || (nbytes % DL_CRC32_WIDE == 0 && (uintptr_t)target % DL_CRC32_LINE == 0);
+}
+
+/* Copy bytes out of a cache and past the caches; they are where they belong after dl_stream_end(). */
+static inline void dl_crc32_lay(struct dl_crc32_copied *c, unsigned char *target, const unsigned char *source,
+                                size_t nbytes)
+{
+    size_t before = -(uintptr_t)target % DL_CRC32_LINE;
+    size_t lines = (nbytes - before) & ~(DL_CRC32_WIDE - 1), end = before + lines;
+    dl_crc32_add(c, source, before);
+    memcpy(target, source, before);
+    dl_crc32_lay_wide(target + before, source + before, lines, c->lanes, c->opened, c->state);
+    c->opened = 1;
+    dl_crc32_add(c, source + end, nbytes - end);
+    memcpy(target + end, source + end, nbytes - end);
 }
 
 #endif /* DIRTYLOG_CRC32_H */

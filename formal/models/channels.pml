@@ -6,32 +6,39 @@
  * on either channel: the copy hangs up on both, and says on the next line how many frames of each it has applied. Pages
  * that went in later ones go again.
  *
+ * In a second form (DAMAGED) there is one page more, page 2 on channel 0, nothing is written, and a frame arrives damaged:
+ * its bytes are summed while they are laid, and lie in any page of its channel. The copy counts nothing of that channel as
+ * applied then, and hangs up.
+ *
  * Variants: HAVE_AFTER_ONE_END, ROUND_ENDS_WITH_ONE, PAGES_CHANGE_CHANNELS, OLD_CHANNEL_IS_READ_ON,
- * APPLIED_OF_ONE_FOR_ALL.
+ * APPLIED_OF_ONE_FOR_ALL; of the second form DAMAGE_TAKES_NOTHING_BACK.
  */
 #define PENDING 99
+#define GARBAGE 9
 
 mtype = { PAGE, END };
 
 chan forth[4] = [3] of { mtype, byte, byte };  /* line 0: channels 0 and 1; line 1: channels 2 and 3 */
 byte line;                                     /* the newest line */
 byte copy_at;                                  /* the line that the copy is on */
-byte memory[2], copied[2];
+byte memory[3], copied[3];
 bool dirty[2], ended[2], paused, complete;
 byte sent[2], applied[2];                      /* frames of each channel */
-byte frame[2];                                 /* in which frame of its channel each page went last */
+byte frame[3];                                 /* in which frame of its channel each page went last */
 
 #ifdef PAGES_CHANGE_CHANNELS
 #define ON(page, channel) true
 #else
-#define ON(page, channel) (page == channel)
+#define ON(page, channel) (page % 2 == channel)
 #endif
 
 proctype program()
 {
     do
+#ifndef DAMAGED
     :: atomic { !paused && memory[0] < 1 -> memory[0]++; dirty[0] = true; printf("page 0 becomes %d\n", memory[0]) }
     :: atomic { !paused && memory[1] < 1 -> memory[1]++; dirty[1] = true; printf("page 1 becomes %d\n", memory[1]) }
+#endif
     :: paused -> break
     od
 }
@@ -64,6 +71,9 @@ round:
     do
     :: go(0, 0)
     :: go(1, 1)
+#ifdef DAMAGED
+    :: go(2, 0)
+#endif
 #ifdef PAGES_CHANGE_CHANNELS
     :: go(0, 1)
     :: go(1, 0)
@@ -71,7 +81,7 @@ round:
 #ifdef ROUND_ENDS_WITH_ONE
     :: atomic { frame[0] != PENDING && at == line -> frame[1] = (frame[1] == PENDING -> 0 : frame[1]) }; break
 #else
-    :: atomic { frame[0] != PENDING && frame[1] != PENDING && at == line -> printf("the round is over\n") }; break
+    :: atomic { frame[0] != PENDING && frame[1] != PENDING && frame[2] != PENDING && at == line -> printf("the round is over\n") }; break
 #endif
     :: at != line -> goto again
     od;
@@ -101,6 +111,9 @@ again:
     atomic {
         printf("of channel 0 %d frames are applied, of channel 1 %d\n", applied[0], applied[1]);
         if :: frame[0] >= applied[0] -> frame[0] = PENDING :: else fi;
+#ifdef DAMAGED
+        if :: frame[2] >= applied[0] -> frame[2] = PENDING :: else fi;
+#endif
 #ifdef APPLIED_OF_ONE_FOR_ALL
         if :: frame[1] >= applied[0] -> frame[1] = PENDING :: else fi;
 #else
@@ -114,7 +127,7 @@ give:
 #ifdef CHECK_KEPT
     atomic {
         printf("the copy may run with %d and %d, the source has %d and %d\n", copied[0], copied[1], memory[0], memory[1]);
-        assert(copied[0] == memory[0] && copied[1] == memory[1])
+        assert(copied[0] == memory[0] && copied[1] == memory[1] && copied[2] == memory[2])
     };
 #endif
     skip
@@ -133,6 +146,23 @@ proctype taker(byte at, channel)
            copied[page] = version;
            applied[channel]++;
            printf("page %d is laid as %d, from line %d\n", page, version, at) }
+#ifdef DAMAGED
+    :: atomic {
+           at == copy_at && line < 1 && forth[2 * at + channel]?[PAGE, page, version] ->
+           forth[2 * at + channel]?PAGE(page, version);
+           if :: page = channel :: channel == 0 -> page = 2 fi;
+           copied[page] = GARBAGE;
+#ifndef DAMAGE_TAKES_NOTHING_BACK
+           applied[channel] = 0;
+#endif
+           /* It reads no further on this line. */
+           ended[0] = false;
+           ended[1] = false;
+           line++;
+           copy_at = line;
+           printf("a damaged frame of channel %d is laid in page %d; the copy hangs up\n", channel, page)
+       }
+#endif
     :: atomic { at == copy_at && forth[2 * at + channel]?[END, _, _] -> forth[2 * at + channel]?END(_, _);
            ended[channel] = true;
            printf("channel %d has ended\n", channel) }
@@ -173,6 +203,9 @@ init
     atomic {
         frame[0] = PENDING;
         frame[1] = PENDING;
+#ifdef DAMAGED
+        frame[2] = PENDING;
+#endif
         run program();
         run source();
         run taker(0, 0);

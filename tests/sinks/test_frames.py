@@ -325,6 +325,31 @@ def test_pages_of_arrays_arrive_whatever_lies_between_them(line, cut, enough):
     assert ends.taker.done == 2 * ends.nbytes
 
 
+@pytest.mark.parametrize("nbytes", [20 * 4096, 20 * 4096 - 77, 4096, 700])
+@pytest.mark.parametrize("offset", [0, 1, 16, 63])
+def test_pages_are_laid_and_summed_wherever_memory_begins(line, offset, nbytes):
+    here, there = line
+    block = np.full(nbytes + 192, 7, np.uint8)
+    begin = -block.ctypes.data % 64 + offset
+    target, expected = block[begin : begin + nbytes], np.random.default_rng(8).integers(0, 256, nbytes, np.uint8)
+    nothing = np.zeros(0, np.int64)
+    packer = Packer([(0, expected)], nbytes, 4096, np.zeros(0, np.uint8), nothing, nothing, 1 << 18)
+    taker = Taker([(0, target)], nbytes, 4096, np.zeros(1, np.uint64))
+    # Some scattered, the rest in one piece.
+    for where in ([[0, min(nbytes, 4096)]], [[start, min(4096, nbytes - start)] for start in range(0, nbytes, 8192)],
+                  [[0, nbytes]]):  # fmt: skip
+        taker.left = nbytes
+        packer.begin(np.array(where), -1)
+        packer.send(here.fileno(), taker.applied, 1 << 30, 5, 0)
+        applied = taker.applied
+        assert taker.receive(there.fileno(), b"", applied, sum(row[1] for row in where), 5, 5, 0)[0] == PAUSE
+        for start, size in where:
+            assert (target[start : start + size] == expected[start : start + size]).all()
+    assert (target == expected).all()
+    assert (block[:begin] == 7).all()
+    assert (block[begin + nbytes :] == 7).all()
+
+
 @pytest.mark.parametrize("granule", [1000, 4096])
 def test_what_goes_is_what_its_checksum_says_whatever_is_written_meanwhile(line, granule):
     here, there = line
@@ -380,8 +405,72 @@ def test_what_is_not_of_pages_or_not_right_is_left_to_others_byte_for_byte(line)
         there.setblocking(False)
         with contextlib.suppress(BlockingIOError):
             there.recv(1 << 20)
-        assert all((a == b).all() for a, b in zip(ends.target, before, strict=True))
-    assert not ends.seen.any()
+        # Pages are summed while they are laid: where nothing but the sum is wrong they lie there, and have not come.
+        assert all((a == b).all() for a, b in zip(ends.target, before, strict=True)) == (at not in (20, 200))
+        assert not ends.seen.any()
+        for target, kept in zip(ends.target, before, strict=True):
+            target[:] = kept
+
+
+def test_a_damaged_frame_takes_back_what_its_channel_has_carried_and_no_more(line):
+    here, there = line
+    memory = np.random.default_rng(6).integers(1, 255, 256 * PAGE, np.uint8)
+    target, seen, filled = np.zeros_like(memory), np.zeros(4, np.uint64), np.zeros(4, np.uint64)
+    nothing, nbytes, odd = np.zeros(0, np.int64), memory.nbytes, np.array([[64, 64], [192, 64]]) * PAGE
+    shares = [(channel, 2, 64) for channel in range(2)]
+    packers = [
+        Packer([(0, memory)], nbytes, PAGE, np.zeros(0, np.uint8), nothing, nothing, 8 * PAGE, share)
+        for share in shares
+    ]
+    takers = [Taker([(0, target)], nbytes, PAGE, seen, filled, share) for share in shares]
+
+    def goes(channel, where, spoil=None):
+        packer, taker = packers[channel], takers[channel]
+        packer.begin(where, -1)
+        packer.send(here.fileno(), 0, 1 << 30, 5, 0)
+        if spoil is not None:
+            data = bytearray(there.recv(1 << 20))
+            data[spoil] ^= 1
+            here.sendall(data)
+        taker.left = nbytes
+        return taker.receive(there.fileno(), b"", 0, where[:, 1].sum(), 5, 5, 0)[0]
+
+    for channel, where in enumerate((odd - 64 * PAGE * np.array([1, 0]), odd)):
+        assert goes(channel, where) == PAUSE
+    assert (target == memory).all()
+    assert [taker.applied for taker in takers] == [16, 16]
+    assert goes(1, odd[1:, :] + [[0, -56 * PAGE]], 24 + 8 + 16 + 100) == ODD
+    everything = 2**64 - 1
+    assert seen.tolist() == [everything, 0, everything, 0]
+    assert [taker.applied for taker in takers] == [16, 0]
+    # What has to be zero is looked at: bytes lie there.
+    assert filled.tolist() == [everything] * 4
+    assert (target != memory).sum() == 1
+    # What changed in a page is of no use where nobody knows the page.
+    with pytest.raises(ValueError, match="pages that never came"):
+        takers[1].apply(DELTA, extents(64), b"\x00\x01x\xff\x03\x00")
+    there.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        there.recv(1 << 20)
+    there.setblocking(True)
+    assert goes(1, odd) == PAUSE
+    assert (target == memory).all()
+    assert seen.tolist() == [everything] * 4
+
+
+def test_bytes_of_a_damaged_frame_are_not_taken_for_zeros(line):
+    here, there = line
+    memory, seen, filled = np.zeros(64 * PAGE, np.uint8), np.zeros(1, np.uint64), np.zeros(1, np.uint64)
+    taker = Taker([(0, memory)], memory.nbytes, PAGE, seen, filled)
+    taker.left = memory.nbytes
+    megabytes(8 * PAGE).send(here.fileno(), 0, 1 << 30, 5, 0)
+    data = bytearray(there.recv(1 << 20))
+    data[-1] ^= 1
+    here.sendall(data)
+    assert taker.receive(there.fileno(), b"", 0, 1, 5, 5, 0)[0] == ODD
+    assert memory.any()
+    taker.apply(ZERO, np.array([[0, memory.nbytes]]))
+    assert not memory.any()
 
 
 def test_a_line_that_ends_or_rests_says_so(line):
@@ -398,6 +487,28 @@ def test_a_line_that_ends_or_rests_says_so(line):
     ends.packer.begin(ends.whole(), -1)
     assert ends.packer.send(0x7FFFFFFF, 0, 1, 5, 0)[0] == -errno.EBADF
     assert ends.packer.gone == (0, 0, b"", False)
+
+
+def test_a_wait_is_for_the_rest_of_a_frame_and_the_socket_stays_as_it_was():
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, socket.create_connection(server.getsockname()) as here, server.accept()[0] as there:
+        ends = Ends(np.random.default_rng(9))
+        ends.taker.left = ends.nbytes
+        megabytes(64 * PAGE).send(here.fileno(), 0, 1 << 30, 5, 0)
+        with memoryview(bytearray(1 << 20)) as frame:
+            size = there.recv_into(frame)
+            here.sendall(frame[:100])
+            waits = []
+
+            def look():
+                waits.append(there.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT))
+                raise InterruptedError
+
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 3)
+            with pytest.raises(InterruptedError):
+                ends.taker.receive(there.fileno(), b"", 0, 1 << 30, 0, 0, 0, look)
+        assert waits == [size - 100]
+        assert there.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 3
 
 
 def test_a_signal_is_heard_while_a_line_rests(line):

@@ -362,8 +362,33 @@ static inline int dl_line_wait(int fd, short events, const struct dl_patience *p
     return found < 0 ? (errno == EINTR ? DL_LINE_SIGNAL : -errno) : 0;
 }
 
-/* Move what is left of `parts` over the line: 0, or why not. What has moved is taken off them. */
-static inline int dl_line_move(int fd, struct iovec *parts, int count, int sending, const struct dl_patience *patience)
+/* Whom a wait for bytes wakes: by default everybody whom one byte makes happy. */
+struct dl_least {
+    int now, before; /* 0: nothing has been changed */
+};
+
+/* Be woken when so many bytes are there, or no more will come, and not by every packet: to wake somebody takes as long as
+ * it takes to receive it. */
+static inline void dl_line_least(int fd, int nbytes, struct dl_least *least)
+{
+    socklen_t size = sizeof least->before;
+    if (nbytes == least->now || (!least->now && getsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least->before, &size)))
+        return;
+    if (setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &nbytes, sizeof nbytes) == 0)
+        least->now = nbytes;
+}
+
+/* Leave the socket as it was. */
+static inline void dl_line_any(int fd, struct dl_least *least)
+{
+    if (least->now)
+        dl_line_least(fd, least->before, least);
+}
+
+/* Move what is left of `parts` over the line: 0, or why not. What has moved is taken off them. With `least` a wait is for
+ * all of the first one. */
+static inline int dl_line_move(int fd, struct iovec *parts, int count, int sending, const struct dl_patience *patience,
+                               struct dl_least *least)
 {
     int first = 0;
     for (;;) {
@@ -381,6 +406,8 @@ static inline int dl_line_move(int fd, struct iovec *parts, int count, int sendi
         if (moved == 0)
             return DL_LINE_ENDED;
         if (moved < 0) {
+            if (least)
+                dl_line_least(fd, (int)parts[0].iov_len, least);
             int error = dl_line_wait(fd, sending ? POLLOUT : POLLIN, patience);
             if (error)
                 return error;
@@ -507,16 +534,46 @@ static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *
     return 1;
 }
 
-/* From where they were received and checked, past the caches. Received in place they would be written before they are
- * checked, and through the caches, which takes as long as both. */
-static inline void dl_take_pages(struct dl_taking *t, const unsigned char *data)
+/* The same with what lies in one piece, and is there or is not. */
+static inline int dl_next_span(const struct dl_taking *t, struct dl_granule *g)
+{
+    if (g->row < t->count && g->within == t->rows[2 * g->row + 1]) {
+        g->row++;
+        g->within = 0;
+    }
+    if (g->row == t->count)
+        return 0;
+    int64_t left = t->rows[2 * g->row + 1] - g->within;
+    g->at = t->rows[2 * g->row] + g->within;
+    const struct dl_region *region = dl_region_of(&t->space, g->at);
+    int there = g->at < region->end;
+    int64_t end = there ? region->end : region + 1 < t->space.regions + t->space.count ? region[1].start : INT64_MAX;
+    g->length = end - g->at < left ? (size_t)(end - g->at) : (size_t)left;
+    g->within += (int64_t)g->length;
+    g->held = there ? g->length : 0;
+    g->place = there ? region->data + (g->at - region->start) : NULL;
+    return 1;
+}
+
+/* From where they were received, past the caches. With `sum` they are summed, on the way where that is quicker: both
+ * together take hardly longer than laying alone. */
+static inline void dl_take_pages(struct dl_taking *t, const unsigned char *data, struct dl_crc32_copied *sum)
 {
     struct dl_copier copier = {.streaming = 1};
     struct dl_granule g = {0};
-    while (dl_next_granule(t, &g)) {
-        dl_copier_copy(&copier, (char *)g.place, (const char *)data, g.held);
+    const unsigned char *unsummed = data;
+    while (dl_next_span(t, &g)) {
+        if (sum && g.held && dl_crc32_lays(g.place, g.length)) {
+            dl_crc32_add(sum, unsummed, (size_t)(data - unsummed));
+            dl_crc32_lay(sum, g.place, data, g.length);
+            unsummed = data + g.length;
+        } else if (g.held) {
+            dl_copier_copy(&copier, (char *)g.place, (const char *)data, g.length);
+        }
         data += g.length;
     }
+    if (sum)
+        dl_crc32_add(sum, unsummed, (size_t)(data - unsummed));
     dl_copier_end(&copier);
 }
 
@@ -584,7 +641,15 @@ static inline int dl_check_frame(struct dl_taking *t, const struct dl_frame *f)
     return wrong;
 }
 
-/* Apply a frame. */
+static inline void dl_frame_taken(struct dl_taking *t)
+{
+    dl_mark_rows(t, t->seen);
+    t->left -= t->size;
+    t->done += t->size;
+    t->applied++;
+}
+
+/* Apply a frame whose checksum is right. */
 static inline int dl_take_frame(struct dl_taking *t, const struct dl_frame *f)
 {
     int wrong = dl_check_frame(t, f);
@@ -595,14 +660,22 @@ static inline int dl_take_frame(struct dl_taking *t, const struct dl_frame *f)
     if (f->kind == DL_FRAME_ZEROS)
         dl_take_zeros(t);
     else if (f->kind == DL_FRAME_PAGES)
-        dl_take_pages(t, f->data);
-    dl_mark_rows(t, t->seen);
+        dl_take_pages(t, f->data, NULL);
     if (t->filled && f->kind != DL_FRAME_ZEROS)
         dl_mark_rows(t, t->filled);
-    t->left -= t->size;
-    t->done += t->size;
-    t->applied++;
+    dl_frame_taken(t);
     return DL_RIGHT;
+}
+
+/* Pages of a damaged frame lie in memory, and its table may be what is damaged: nobody knows where they lie. Of what this
+ * channel carries nothing has come. What is not zero stays marked as that. */
+static inline void dl_take_back(struct dl_taking *t)
+{
+    int64_t words = (dl_granules_of(t) + DL_WORD_PAGES - 1) / DL_WORD_PAGES, stripe = t->share.stripe / DL_WORD_PAGES;
+    for (int64_t word = 0; word < words; word++)
+        if (word / stripe % t->share.channels == t->share.index)
+            t->seen[word] = 0;
+    t->applied = 0;
 }
 
 /* What is being read. */
@@ -618,6 +691,7 @@ struct dl_reading {
     size_t frames, most;
     uint64_t nbytes;
     double began; /* the call */
+    struct dl_least least;
 };
 
 /* Where a call may end, beside why a line did. */
@@ -648,15 +722,21 @@ static inline int dl_read_header(struct dl_reading *r)
     return 1;
 }
 
-/* Say what are the parts of the frame that has been read; 0: its checksum is wrong, it is compressed, or its table does
- * not fit it. */
-static inline int dl_frame_parts(const struct dl_reading *r, struct dl_frame *f)
+/* The checksum of the frame that has been read, as far as the first bytes of its payload. */
+static inline uint32_t dl_read_sum(const struct dl_reading *r, size_t nbytes)
 {
     uint32_t crc = dl_crc32(r->head, DL_FRAME_CHECKED, 0);
-    if (r->length)
-        crc = dl_crc32(r->payload, r->length, crc);
-    if (crc != dl_take_le(r->head + DL_FRAME_CHECKED, 4))
-        return 0;
+    return nbytes ? dl_crc32(r->payload, nbytes, crc) : crc;
+}
+
+static inline uint32_t dl_due_sum(const struct dl_reading *r)
+{
+    return (uint32_t)dl_take_le(r->head + DL_FRAME_CHECKED, 4);
+}
+
+/* Say what are the parts of the frame that has been read; 0: it is compressed, or its table does not fit it. */
+static inline int dl_frame_parts(const struct dl_reading *r, struct dl_frame *f)
+{
     *f = (struct dl_frame){.kind = r->head[5], .table = r->payload, .table_bytes = r->length};
     if (f->kind == DL_FRAME_ZEROS)
         return 1;
@@ -670,18 +750,45 @@ static inline int dl_frame_parts(const struct dl_reading *r, struct dl_frame *f)
     return 1;
 }
 
+/* The same of a frame whose checksum is right; 0: it is not. */
+static inline int dl_checked_parts(const struct dl_reading *r, struct dl_frame *f)
+{
+    return dl_read_sum(r, r->length) == dl_due_sum(r) && dl_frame_parts(r, f);
+}
+
+/* Apply the frame that has been read; 0: it is for somebody else to say what is wrong with it. */
+static inline int dl_take_reading(struct dl_taking *t, const struct dl_reading *r)
+{
+    struct dl_frame frame;
+    struct dl_crc32_copied sum;
+    if (r->head[5] != DL_FRAME_PAGES)
+        return dl_checked_parts(r, &frame) && dl_take_frame(t, &frame) == DL_RIGHT;
+    if (!dl_frame_parts(r, &frame) || dl_check_frame(t, &frame) != DL_RIGHT)
+        return 0;
+    dl_crc32_begin(&sum);
+    sum.state = ~dl_read_sum(r, (size_t)(frame.data - r->payload));
+    if (t->filled)
+        dl_mark_rows(t, t->filled);
+    dl_take_pages(t, frame.data, &sum);
+    if (dl_crc32_end(&sum) != dl_due_sum(r)) {
+        dl_take_back(t);
+        return 0;
+    }
+    dl_frame_taken(t);
+    return 1;
+}
+
 /* Receive and apply frames of pages, until so many bytes of pages have come, or something else has. */
 static inline int dl_read_frames(int fd, struct dl_reading *r, struct dl_taking *t, int64_t enough,
                                  struct dl_patience *patience)
 {
     for (;;) {
         struct iovec parts[2];
-        struct dl_frame frame;
         int error;
         if (!r->reads) {
             parts[0].iov_base = r->head + r->have;
             parts[0].iov_len = DL_FRAME_HEADER - r->have;
-            error = dl_line_move(fd, parts, 1, 0, patience);
+            error = dl_line_move(fd, parts, 1, 0, patience, &r->least);
             r->have = DL_FRAME_HEADER - parts[0].iov_len;
             if (error)
                 return error;
@@ -693,13 +800,13 @@ static inline int dl_read_frames(int fd, struct dl_reading *r, struct dl_taking 
             parts[0].iov_len = r->length - r->got;
             parts[1].iov_base = r->next;
             parts[1].iov_len = DL_FRAME_HEADER;
-            error = dl_line_move(fd, parts, 2, 0, patience);
+            error = dl_line_move(fd, parts, 2, 0, patience, &r->least);
             r->got = r->length - parts[0].iov_len;
             r->after = DL_FRAME_HEADER - parts[1].iov_len;
             if (error)
                 return error;
         }
-        if (!dl_frame_parts(r, &frame) || dl_take_frame(t, &frame) != DL_RIGHT)
+        if (!dl_take_reading(t, r))
             return DL_READ_ODD;
         memcpy(r->headers + DL_FRAME_HEADER * r->frames++, r->head, DL_FRAME_HEADER);
         r->nbytes += DL_FRAME_HEADER + r->length;

@@ -98,6 +98,9 @@ cdef extern from "sinks/migrate/_frames.h" nogil:
         double each
         double late
         double over
+    cdef struct dl_least:
+        int now
+        int before
     cdef struct dl_taking:
         dl_space space
         int64_t granule
@@ -133,13 +136,16 @@ cdef extern from "sinks/migrate/_frames.h" nogil:
         size_t most
         uint64_t nbytes
         double began
+        dl_least least
     void dl_crc32_prepare() noexcept
     int dl_pack_window(dl_packing *p) noexcept
     void dl_put_table(unsigned char *out, const dl_rows *table) noexcept
     size_t dl_make_frames(dl_packing *p, dl_sending *s, size_t *zeros, size_t *deltas) noexcept
     double dl_line_clock() noexcept
     void dl_patience_begin(dl_patience *patience, double now) noexcept
-    int dl_line_move(int fd, iovec *parts, int count, int sending, const dl_patience *patience) noexcept
+    int dl_line_move(int fd, iovec *parts, int count, int sending, const dl_patience *patience,
+                     dl_least *least) noexcept
+    void dl_line_any(int fd, dl_least *least) noexcept
     int dl_take_frame(dl_taking *t, const dl_frame *f) noexcept
     int dl_read_frames(int fd, dl_reading *r, dl_taking *t, int64_t enough, dl_patience *patience) noexcept
 

@@ -320,7 +320,7 @@ cdef class Packer(Memory):
                 self.to_go = s.parts[0].iov_len + s.parts[1].iov_len
                 dl_patience_begin(&patient, now)
                 while True:
-                    why = dl_line_move(fd, s.parts, 2, 1, &patient)
+                    why = dl_line_move(fd, s.parts, 2, 1, &patient, NULL)
                     self.left_over = s.parts[0].iov_len + s.parts[1].iov_len
                     if why != DL_LINE_SIGNAL:
                         break
@@ -480,8 +480,9 @@ cdef class Taker(Memory):
         -------
         why : int
             `PAUSE`: `enough`, or a tenth of a second is over. `FOREIGN`: the next header is not one of pages that are
-            due. `ODD`: the next frame is whole, but not as it should be. `LATE`, `OVER`, `ENDED`, or an errno,
-            negative: the line is of no use any more.
+            due. `ODD`: the next frame is whole, but not as it should be; if it is of pages and its checksum alone is
+            wrong, they lie in memory, and of this channel nothing counts as come any more. `LATE`, `OVER`, `ENDED`, or
+            an errno, negative: the line is of no use any more.
         kept : bytes
             What has been read and not been used: of a header, a header, or a frame and maybe more.
         frames, nbytes : int
@@ -509,15 +510,20 @@ cdef class Taker(Memory):
         patient.over = r.began + left if left > 0 else 0
         dl_patience_begin(&patient, r.began)
         patient.each = patience
-        with nogil:
-            while True:
-                why = dl_read_frames(fd, &r, t, enough, &patient)
-                if why != DL_LINE_SIGNAL:
-                    break
-                with gil:
-                    PyErr_CheckSignals()
-                    if look is not None:
-                        look()
+        r.least.now = 0
+        try:
+            with nogil:
+                while True:
+                    why = dl_read_frames(fd, &r, t, enough, &patient)
+                    if why != DL_LINE_SIGNAL:
+                        break
+                    with gil:
+                        PyErr_CheckSignals()
+                        if look is not None:
+                            look()
+        finally:
+            # Others wait for a single byte.
+            dl_line_any(fd, &r.least)
         kept = (<char *>r.head)[:r.have]
         if why == DL_READ_ODD:
             kept += (<char *>r.payload)[:r.length] + (<char *>r.next)[:r.after]

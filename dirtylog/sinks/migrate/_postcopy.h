@@ -369,7 +369,7 @@ static inline int dl_postcopy_apply(struct dl_postcopy *p, const struct dl_frame
 static inline int dl_postcopy_frame(struct dl_postcopy *p)
 {
     struct dl_frame frame;
-    if (!dl_frame_parts(&p->reading, &frame) || frame.kind == DL_FRAME_DELTAS)
+    if (!dl_checked_parts(&p->reading, &frame) || frame.kind == DL_FRAME_DELTAS)
         return DL_POSTCOPY_ODD;
     int wrong = dl_postcopy_apply(p, &frame);
     return wrong > 0 ? DL_POSTCOPY_ODD : wrong;
@@ -469,7 +469,7 @@ static inline void dl_postcopy_end(struct dl_postcopy *p)
         dl_postcopy_say(p, DL_FRAME_FILLED, p->session, DL_FRAME_SESSION);
         struct iovec part = {p->out + p->gone, p->used - p->gone};
         dl_patience_begin(&patience, dl_line_clock());
-        while (dl_line_move(p->line.fd, &part, 1, 1, &patience) == DL_LINE_SIGNAL)
+        while (dl_line_move(p->line.fd, &part, 1, 1, &patience, NULL) == DL_LINE_SIGNAL)
             ;
     }
     pthread_mutex_lock(&p->lock);

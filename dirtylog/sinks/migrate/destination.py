@@ -137,6 +137,8 @@ class Copy:
         if self.reconnect is None or not self.channel.broken:
             raise error
         self.breaks += 1
+        # The sender hears of it, though what came was damaged and the line is not.
+        self.channel.cut()
         # What this raises ends the migration.
         sock = self.reconnect(self.breaks)
         self.go_on(sock, self.channel.again(sock))

@@ -96,8 +96,10 @@ class _Attempt:
             self.control._check()
             self.breaks += 1
             self.control.breaks = self.breaks
-            # What this raises ends the migration.
             self.sender.hang_up()
+            # The copy hears of it, though what came was damaged and the line is not.
+            self.sender.channel.cut()
+            # What this raises ends the migration.
             sock = self.reconnect(self.breaks)
             self.close()
             self.own = sock

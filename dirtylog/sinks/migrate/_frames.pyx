@@ -313,7 +313,7 @@ cdef class Packer(Memory):
         patient.over = now + left if left > 0 else 0
         self.frames_gone, self.bytes_gone, self.to_go, self.left_over = 0, 0, 0, 0
         with nogil:
-            while total < <size_t>enough and now - began <= DL_READ_LONGEST:
+            while total < <size_t>enough and now - began <= DL_LINE_LONGEST:
                 taken = dl_make_frames(p, s, &zeros, &deltas)
                 if not taken:
                     break

@@ -67,7 +67,7 @@ def pytest_addoption(parser):
         "--stress-marks",
         type=float,
         default=1e9,
-        help="each of the tests that mark in bulk goes on until it made so many marks (default: %(default)g)",
+        help="tests that count every mark make so many together (default: %(default)g)",
     )
 
 

@@ -25,7 +25,8 @@ MAYBE = ("matplotlib", "pyarrow", "xxhash")
 COMPILED = ("cython>=3.3,<3.4", "zstandard")
 # Tests that are about the checkout, or about other programs than this interpreter.
 LEFT_OUT = ("docs", "formal", "interop", "sanitize", "test_build.py", "test_checkout.py", "test_mutations.py")
-STRESS = ("-m", "stress", "--stress-marks", "1000000000", "--stress-seconds", "20", "tests/stress/test_marks.py")
+MARKS = ("tests/core/test_every_mark.py", "tests/stress/test_marks.py")
+STRESS = ("-m", "stress", "--stress-marks", "1000000000", "--stress-seconds", "20", *MARKS)
 IMPORTS = """
 import importlib, pkgutil, sys, dirtylog
 for module in pkgutil.walk_packages(dirtylog.__path__, "dirtylog."):
@@ -39,58 +40,85 @@ sys.exit("the GIL is on" if sys._is_gil_enabled() else 0)
 """
 
 
-def interpreter(cache: Path, mirror: str, suite: str, version: str) -> Path:
+def source(target: Path, options: argparse.Namespace) -> Path:
+    """Fetch the source of the interpreter into `target`; return where it was unpacked."""
+    line = target / "sources.list"
+    line.write_text(f"deb-src [signed-by={KEYRING}] {options.mirror} {options.suite} main\n")
+    apt = debian.lists(target / "apt", Dir__Etc__sourcelist=line, Dir__Etc__sourceparts="/dev/null")
+    # apt checks the signatures; Debian's own changes, which are about its other packages, are left alone.
+    debian.run(["apt-get", "source", "-qq", "--download-only", f"python{options.version}"], env=apt, cwd=target)
+    (archive,) = target.glob("*.orig.tar.xz")
+    place = target / "source"
+    place.mkdir()
+    debian.run(["tar", "-xJf", archive, "-C", place, "--strip-components=1"])
+    return place
+
+
+def configured(place: Path, home: Path, *more: str) -> list[str]:
+    """Prepare to build an interpreter that lives in `home`; return the command that makes what is named after it."""
+    options = ["--disable-gil", "--disable-test-modules", "--with-ensurepip=install", f"--prefix={home}", *more]
+    debian.run(["./configure", "-q", *options], cwd=place)
+    return ["make", "-s", f"-j{len(os.sched_getaffinity(0))}"]
+
+
+def home_of(options: argparse.Namespace) -> Path:
+    """Return where the interpreter is kept."""
+    return Path(options.cache.absolute() / f"python{options.version}t")
+
+
+def interpreter(options: argparse.Namespace) -> Path:
     """Return the interpreter that the cache holds, or build it there."""
-    home = cache / f"python{version}t"
-    command = home / "bin" / f"python{version}t"
-    if (home / "complete").exists():
-        return command
-    with scratch.directory(None, "freethreaded") as target:
-        line = target / "sources.list"
-        line.write_text(f"deb-src [signed-by={KEYRING}] {mirror} {suite} main\n")
-        apt = debian.lists(target / "apt", Dir__Etc__sourcelist=line, Dir__Etc__sourceparts="/dev/null")
-        # apt checks the signatures; Debian's own changes, which are about its other packages, are left alone.
-        debian.run(["apt-get", "source", "-qq", "--download-only", f"python{version}"], env=apt, cwd=target)
-        (archive,) = target.glob("*.orig.tar.xz")
-        source = target / "source"
-        source.mkdir()
-        debian.run(["tar", "-xJf", archive, "-C", source, "--strip-components=1"])
-        options = ["--disable-gil", "--disable-test-modules", "--with-ensurepip=install", f"--prefix={home}"]
-        debian.run(["./configure", "-q", *options], cwd=source)
-        debian.run(["make", "-s", f"-j{len(os.sched_getaffinity(0))}"], cwd=source)
-        debian.run(["make", "-s", "install"], cwd=source)
-    (home / "complete").touch()
-    return command
+    home = home_of(options)
+    if not (home / "complete").exists():
+        with scratch.directory(None, "freethreaded") as target:
+            place = source(target, options)
+            make = configured(place, home)
+            debian.run(make, cwd=place)
+            debian.run([*make, "install"], cwd=place)
+        (home / "complete").touch()
+    return home / "bin" / f"python{options.version}t"
 
 
-def environment(directory: Path, command: Path) -> Path:
-    """Make a virtual environment with what the tests need; return its interpreter."""
+def environment(directory: Path, command: Path, *more: str) -> Path:
+    """Make a virtual environment with what the tests need, and more; return its interpreter."""
     python = directory / "bin" / "python"
     if not python.exists():
         debian.run([command, "-m", "venv", directory])
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    debian.run([*pip, "--only-binary=:all:", *NEEDED])
+    debian.run([*pip, "--only-binary=:all:", *NEEDED, *more])
     for name in MAYBE:  # tests that need one which is not there skip
         subprocess.run([*pip, "--only-binary=:all:", name], capture_output=True, check=False)
     debian.run([*pip, *COMPILED])
     return python
 
 
-def main() -> int:
-    """Build both, run, and hand on the status of pytest."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which interpreter, and where it is kept."""
     scratch.add_argument(parser)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dirtylog"
     parser.add_argument("--cache", type=Path, default=cache, help=f"where the interpreter is kept ({cache})")
     parser.add_argument("--mirror", default="http://deb.debian.org/debian", help="of Debian's archive")
     parser.add_argument("--suite", default="trixie", help="of Debian, which has that version (trixie)")
     parser.add_argument("--version", default="3.13", help="of Python (3.13)")
-    options, pytest_arguments = parser.parse_known_args()
+
+
+def missing() -> bool:
+    """Say of the first tool that is not there that it is not."""
     for tool in ("apt-get", "gcc", "make"):
         if shutil.which(tool) is None:
             print(f"{tool} is not on PATH", file=sys.stderr)
-            return 2
-    command = interpreter(options.cache.absolute(), options.mirror, options.suite, options.version)
+            return True
+    return False
+
+
+def main() -> int:
+    """Build both, run, and hand on the status of pytest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    options, pytest_arguments = parser.parse_known_args()
+    if missing():
+        return 2
+    command = interpreter(options)
     with scratch.directory(options.scratch, "freethreaded") as target:
         python = environment(target / "venv", command)
         copy = scratch.copy(target / "copy")

@@ -16,6 +16,8 @@ import pytest
 
 import dirtylog as dl
 
+from ..side_by_side import side_by_side
+
 HERE = Path(__file__).parent
 
 SETUP = """
@@ -48,29 +50,6 @@ class Ledger:
 
 
 @contextmanager
-def side_by_side(*functions):
-    """Run each function in a thread of its own while the block runs; yield a callable: does any still run?"""
-    failures = []
-
-    def guarded(function):
-        try:
-            function()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    try:
-        yield lambda: not failures and any(thread.is_alive() for thread in threads)
-    finally:
-        for thread in threads:
-            thread.join()
-    if failures:
-        raise failures[0]
-
-
-@contextmanager
 def signal_storm():
     """Interrupt this process a thousand times a second, system calls too; the list it gives counts how often."""
     caught = [0]
@@ -96,33 +75,29 @@ class Stress:
     signal_storm = staticmethod(signal_storm)
     here = HERE
 
-    def __init__(self, request, seconds, least):
+    def __init__(self, request, seconds):
         self.request = request
         self.seconds = seconds
-        self.least = least
         self.counts = {}
 
-    def rounds(self, until=lambda: True):
-        """Count rounds until this test's time is over, and then until `until` says so."""
+    def rounds(self):
+        """Count rounds until this test's time is over."""
         end = time.monotonic() + self.seconds
         number = 0
-        while number == 0 or time.monotonic() < end or not until():
+        while number == 0 or time.monotonic() < end:
             number += 1
             yield number
 
     def count(self, what, number):
         self.counts[what] = self.counts.get(what, 0) + int(number)
 
-    def total(self):
-        return sum(self.counts.values())
-
 
 @pytest.fixture
 def stress(request):
     """The time and the ledger of one stress test; what it counted is printed at the end of the run."""
     config = request.config
-    sharing = sum(1 for item in request.session.items if item.get_closest_marker("stress"))
-    tool = Stress(request, config.getoption("--stress-seconds") / sharing, config.getoption("--stress-marks"))
+    sharing = sum(1 for item in request.session.items if "stress" in item.fixturenames)
+    tool = Stress(request, config.getoption("--stress-seconds") / sharing)
     yield tool
     config.stash[config.stress_key].append((request.node.name, tool.counts))
 

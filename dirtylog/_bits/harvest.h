@@ -83,6 +83,22 @@ static inline uint64_t dl_next_group(const struct dl_kernels *k, const struct dl
     return dl_next_group_within(k, b, group, end, &looks);
 }
 
+/* The pages in some lines of a group, whose words begin at `start`; those that follow each other at once. */
+static inline uint64_t dl_count_lines(const struct dl_kernels *k, const uint64_t *words, uint64_t start, uint64_t lines,
+                                      uint64_t nwords)
+{
+    uint64_t pages = 0;
+    while (lines) {
+        unsigned first = dl_ffs(lines);
+        uint64_t rest = ~(lines >> first), at = start + first * (uint64_t)DL_LINE_WORDS;
+        unsigned n = rest ? dl_ffs(rest) : DL_GROUP_LINES;
+        uint64_t run = n * (uint64_t)DL_LINE_WORDS;
+        pages += k->popcount(words + at, nwords - at < run ? nwords - at : run);
+        lines &= ~(dl_mask_below(n) << first);
+    }
+    return pages;
+}
+
 /* The pages that are dirty; a moment's view while others mark. */
 static inline uint64_t dl_count_pages(const struct dl_kernels *k, const struct dl_bitmap *b)
 {
@@ -96,10 +112,7 @@ static inline uint64_t dl_count_pages(const struct dl_kernels *k, const struct d
         return pages;
     }
     for (uint64_t group = dl_next_group(k, b, 0, groups); group < groups; group = dl_next_group(k, b, group + 1, groups))
-        for (uint64_t lines = dl_load_relaxed(&b->summary[group]); lines; lines &= lines - 1) {
-            uint64_t at = group * DL_GROUP_WORDS + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
-            pages += k->popcount(b->words + at, nwords - at < DL_LINE_WORDS ? nwords - at : DL_LINE_WORDS);
-        }
+        pages += dl_count_lines(k, b->words, group * DL_GROUP_WORDS, dl_load_relaxed(&b->summary[group]), nwords);
     return pages;
 }
 
@@ -201,17 +214,8 @@ static inline uint64_t dl_count_taken(const struct dl_kernels *k, const struct d
                                       uint64_t nwords)
 {
     uint64_t pages = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t start = taken[i].group * DL_GROUP_WORDS;
-        if (taken[i].lines == DL_ALL_PAGES && nwords - start >= DL_GROUP_WORDS) {
-            pages += k->popcount(out + start, DL_GROUP_WORDS);
-            continue;
-        }
-        for (uint64_t lines = taken[i].lines; lines; lines &= lines - 1) {
-            uint64_t at = start + dl_ffs(lines) * (uint64_t)DL_LINE_WORDS;
-            pages += k->popcount(out + at, nwords - at < DL_LINE_WORDS ? nwords - at : DL_LINE_WORDS);
-        }
-    }
+    for (size_t i = 0; i < n; i++)
+        pages += dl_count_lines(k, out, taken[i].group * DL_GROUP_WORDS, taken[i].lines, nwords);
     return pages;
 }
 

@@ -209,25 +209,15 @@ static inline void dl_put_back(const struct dl_basket *basket, const struct dl_b
 
 /* ---- everything, into words of somebody else's ---- */
 
-/* Pages of the lines noted, which have just been written and are in the caches still. */
-static inline uint64_t dl_count_taken(const struct dl_kernels *k, const struct dl_taken *taken, size_t n, const uint64_t *out,
-                                      uint64_t nwords)
-{
-    uint64_t pages = 0;
-    for (size_t i = 0; i < n; i++)
-        pages += dl_count_lines(k, out, taken[i].group * DL_GROUP_WORDS, taken[i].lines, nwords);
-    return pages;
-}
-
 enum { DL_GROUPS_AT_ONCE = 16 };
 
 /* dl_harvest() by vector code, or dl_harvest_quiescent(): writes all of dl_words_for(npages) words; returns the pages. */
 static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl_bitmap *b, uint64_t *out, int clear)
 {
-    uint64_t nwords = dl_words_for(b->npages), pages = 0, group = 0;
+    uint64_t nwords = dl_words_for(b->npages), pages = 0, group = 0, zeroed = 0;
     struct dl_taken taken[DL_GROUPS_AT_ONCE];
-    memset(out, 0, nwords * sizeof *out);
     if (!b->summary) {
+        memset(out, 0, nwords * sizeof *out);
         /* I7: whoever shares the memory may set bits past the last page; they are not ours. */
         uint64_t whole = b->npages / DL_WORD_PAGES;
         k->take_dense(b->words, whole, out, clear);
@@ -242,10 +232,18 @@ static inline uint64_t dl_harvest_by(const struct dl_kernels *k, const struct dl
         if (n == 0)
             continue;
         dl_fence_seq_cst(); /* I4, as in dl_take_range() */
-        /* Of a last line that is shorter no word past the end is dirty (I7), so none is written. */
-        k->take_lines_dense(b->words, taken, n, out, clear);
-        pages += dl_count_taken(k, taken, n, out, nwords);
+        for (size_t i = 0; i < n; i++) {
+            /* Zeroed up to the end of the group, which is in the nearest cache when its words come. */
+            uint64_t end = (taken[i].group + 1) * DL_GROUP_WORDS;
+            end = end < nwords ? end : nwords;
+            memset(out + zeroed, 0, (end - zeroed) * sizeof *out);
+            zeroed = end;
+            /* Of a last line that is shorter no word past the end is dirty (I7), so none is written. */
+            k->take_lines_dense(b->words, &taken[i], 1, out, clear);
+            pages += dl_count_lines(k, out, taken[i].group * DL_GROUP_WORDS, taken[i].lines, nwords);
+        }
     }
+    memset(out + zeroed, 0, (nwords - zeroed) * sizeof *out);
     dl_take_end(clear);
     return pages;
 }

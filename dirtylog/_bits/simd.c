@@ -182,11 +182,15 @@ DL_INLINE size_t take_line_sparse(uint64_t *words, size_t at, unsigned mask, uin
 DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64_t *out, int clear,
                                dl_take_line_fn take_line)
 {
+    if (mask == DL_WHOLE_LINE && clear == DL_CLEAR_QUIESCENT) {
+        dl_move_line(words + at, out + at);
+        return;
+    }
     if (mask == DL_WHOLE_LINE && clear) {
-        if (clear == DL_CLEAR_QUIESCENT)
-            dl_move_line(words + at, out + at);
-        else
-            take_line(words + at, out + at);
+        /* Written at once, behind the locked instructions, each of which waits for the stores before it. */
+        uint64_t line[DL_LINE_WORDS];
+        take_line(words + at, line);
+        memcpy(out + at, line, sizeof line);
         return;
     }
     for (; mask; mask &= mask - 1) {

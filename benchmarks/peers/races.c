@@ -5,6 +5,9 @@
  *     mark(bitmap, page), mark_range(bitmap, first, count)    0
  *     mark_pages(bitmap, pages, n)                            0
  *     take(bitmap, out)                                       anything; all words of `out` are written
+ *     take_pages(bitmap, out, room)                           how many; there is room for all
+ *     count(bitmap)                                           how many
+ *     fill(bitmap, words)                                     anything; the bitmap, which is clean, is these words
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -17,6 +20,14 @@ struct plain {
 };
 
 static uint64_t nwords(const struct plain *b) { return (b->npages + 63) / 64; }
+
+static size_t number(uint64_t word, uint64_t i, int64_t *out)
+{
+    size_t n = 0;
+    for (; word; word &= word - 1)
+        out[n++] = (int64_t)(i * 64) + __builtin_ctzll(word);
+    return n;
+}
 
 /* ---- Linux: set_bit() for each page; get_dirty_log_protect() skips clean words and exchanges the others ---- */
 
@@ -53,6 +64,30 @@ uint64_t linux_take(const struct plain *b, uint64_t *out)
     return 0;
 }
 
+size_t linux_take_pages(const struct plain *b, int64_t *out, size_t room)
+{
+    size_t n = 0;
+    (void)room;
+    for (uint64_t i = 0; i < nwords(b); i++)
+        if (__atomic_load_n(&b->words[i], __ATOMIC_RELAXED))
+            n += number(__atomic_exchange_n(&b->words[i], 0, __ATOMIC_SEQ_CST), i, out + n);
+    return n;
+}
+
+uint64_t plain_count(const struct plain *b)
+{
+    uint64_t pages = 0;
+    for (uint64_t i = 0; i < nwords(b); i++)
+        pages += (uint64_t)__builtin_popcountll(__atomic_load_n(&b->words[i], __ATOMIC_RELAXED));
+    return pages;
+}
+
+uint64_t plain_fill(const struct plain *b, const uint64_t *words)
+{
+    memcpy(b->words, words, nwords(b) * 8);
+    return 0;
+}
+
 /* ---- QEMU: ranges by whole words and one barrier; migration exchanges every word, whatever is in it ---- */
 
 int qemu_mark_range(const struct plain *b, uint64_t first, uint64_t count)
@@ -77,6 +112,15 @@ uint64_t qemu_take(const struct plain *b, uint64_t *out)
     return 0;
 }
 
+size_t qemu_take_pages(const struct plain *b, int64_t *out, size_t room)
+{
+    size_t n = 0;
+    (void)room;
+    for (uint64_t i = 0; i < nwords(b); i++)
+        n += number(__atomic_exchange_n(&b->words[i], 0, __ATOMIC_SEQ_CST), i, out + n);
+    return n;
+}
+
 /* ---- the stopwatch: nanoseconds of one call, or of many ---- */
 
 static double now(void)
@@ -94,7 +138,7 @@ double time_mark(int (*mark)(const void *, uint64_t), const void *bitmap, const 
     return now() - start;
 }
 
-double time_mark_pages(int (*mark)(const void *, const int64_t *, size_t), const void *bitmap, const int64_t *pages, size_t n)
+double time_mark_pages(int (*mark)(const void *, const void *, size_t), const void *bitmap, const void *pages, size_t n)
 {
     double start = now();
     mark(bitmap, pages, n);
@@ -108,9 +152,27 @@ double time_mark_range(int (*mark)(const void *, uint64_t, uint64_t), const void
     return now() - start;
 }
 
-double time_take(uint64_t (*take)(const void *, uint64_t *), const void *bitmap, uint64_t *out)
+/* The others so many times over, where they change nothing: the mean. */
+double time_take(uint64_t (*take)(const void *, uint64_t *), const void *bitmap, uint64_t *out, size_t times)
 {
     double start = now();
-    take(bitmap, out);
-    return now() - start;
+    for (size_t i = 0; i < times; i++)
+        take(bitmap, out);
+    return (now() - start) / (double)times;
+}
+
+double time_take_pages(size_t (*take)(const void *, void *, size_t), const void *bitmap, void *out, size_t room, size_t times)
+{
+    double start = now();
+    for (size_t i = 0; i < times; i++)
+        take(bitmap, out, room);
+    return (now() - start) / (double)times;
+}
+
+double time_count(uint64_t (*count)(const void *), const void *bitmap, size_t times)
+{
+    double start = now();
+    for (size_t i = 0; i < times; i++)
+        count(bitmap);
+    return (now() - start) / (double)times;
 }

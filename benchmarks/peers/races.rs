@@ -68,3 +68,36 @@ pub unsafe extern "C" fn rust_take(bitmap: *const Bitmap, out: *mut u64) -> u64 
     }
     0
 }
+
+/// # Safety
+/// The bitmap is one of `rust_new`, and `out` has room for all of its pages.
+#[no_mangle]
+pub unsafe extern "C" fn rust_take_pages(bitmap: *const Bitmap, out: *mut i64, _room: usize) -> usize {
+    let mut n = 0;
+    for (i, word) in (*bitmap).words.iter().enumerate() {
+        let mut pages = word.swap(0, Ordering::SeqCst);
+        while pages != 0 {
+            *out.add(n) = (i * 64) as i64 + i64::from(pages.trailing_zeros());
+            n += 1;
+            pages &= pages - 1;
+        }
+    }
+    n
+}
+
+/// # Safety
+/// The bitmap is one of `rust_new`.
+#[no_mangle]
+pub unsafe extern "C" fn rust_count(bitmap: *const Bitmap) -> u64 {
+    (*bitmap).words.iter().map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+}
+
+/// # Safety
+/// The bitmap is one of `rust_new`, and `words` has a word for each of its own.
+#[no_mangle]
+pub unsafe extern "C" fn rust_fill(bitmap: *const Bitmap, words: *const u64) -> u64 {
+    for (i, word) in (*bitmap).words.iter().enumerate() {
+        word.store(*words.add(i), Ordering::Relaxed);
+    }
+    0
+}

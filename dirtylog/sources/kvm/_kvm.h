@@ -370,6 +370,13 @@ static inline struct dl_ring_slot *dl_ring_find(struct dl_ring_slot *slots, size
     return low < nslots && slots[low].id == id ? &slots[low] : NULL;
 }
 
+static inline void dl_ring_mark(const struct dl_bitmap *bits, uint64_t word, uint64_t *pages)
+{
+    if (*pages)
+        dl_mark_mask(bits, word, *pages);
+    *pages = 0;
+}
+
 /* Move what the ring holds into the slots' bitmaps; `slots` is sorted by id. The
  * caller holds the VM's harvest lock: the ring has one reader. */
 static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct dl_ring_slot *slots, size_t nslots)
@@ -381,6 +388,9 @@ static inline struct dl_ring_result dl_ring_drain(struct dl_ring *ring, struct d
     /* Copies of what the loop needs: its stores might alias the originals. */
     uint32_t id = 0;
     struct dl_bitmap bits = {0};
+    /* Pages of one word, marked by one locked instruction: a guest that writes one page after the other fills the ring
+     * with them. All are marked before this returns, and so before KVM is told to take the entries back. */
+    uint64_t word = 0, pages = 0;
 
 again:
     for (; drained < ring->size; drained++) {
@@ -391,12 +401,16 @@ again:
             break;
         uint64_t offset = entry->offset;
         if (!slot || id != entry->slot) {
+            dl_ring_mark(&bits, word, &pages);
             id = entry->slot;
             slot = dl_ring_find(slots, nslots, id);
             bits = slot ? *slot->bits : (struct dl_bitmap){0};
         }
         if (offset < bits.npages) {
-            dl_mark(&bits, offset);
+            if (offset / DL_WORD_PAGES != word)
+                dl_ring_mark(&bits, word, &pages);
+            word = offset / DL_WORD_PAGES;
+            pages |= dl_bit(offset);
         } else {
             result.foreign++;
             result.bad_slot = id;
@@ -413,6 +427,7 @@ again:
             goto again;
         result.overflow = 1;
     }
+    dl_ring_mark(&bits, word, &pages);
     ring->fetch += drained;
     result.drained = drained;
     /* A ring without one free entry may have lost any number of them: a vCPU

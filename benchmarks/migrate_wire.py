@@ -13,6 +13,7 @@ import socket
 import statistics
 import struct
 import time
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def first_round(memory, there, channels):
 def later_rounds(memory, there, channels):
     """Return the bytes per second of rounds in which each page changed a little."""
     bitmap, observer = observers(len(memory) // 4096)
-    scribbling = Scribbling(observer, memory, 4)
+    scribbling: Any = Scribbling(observer, memory, 4)
     scribbling.bitmap = bitmap
     ends = Ends(receiver(there))
     policy = Policy(downtime=0.0, max_rounds=4, force=True)

@@ -69,8 +69,8 @@ def s3() -> Iterator[tuple[Any, Callable[[], int]]]:
     url = f"http://127.0.0.1:{server.server_port}"
     with urllib.request.urlopen(urllib.request.Request(f"{url}/arrays", method="PUT"), timeout=30):
         pass
-    options = {"region": "us-east-1", "endpoint_url": url, "allow_http": True, "force_path_style": True}
-    keys = {"access_key_id": "test", "secret_access_key": "test"}
+    options: dict[str, Any] = {"region": "us-east-1", "endpoint_url": url, "allow_http": True, "force_path_style": True}
+    keys: dict[str, Any] = {"access_key_id": "test", "secret_access_key": "test"}
     try:
         yield repository("s3://arrays/benchmark", **options, **keys), lambda: sent[0]
     finally:

@@ -168,7 +168,7 @@ def extraction() -> Iterator[Claim]:
         for peer in (Numpy, NumpyViews):
             contestant = peer(npages)
             contestant.prepare(random_pages(npages, density))
-            works = {
+            works: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
                 "ours": (nothing, functools.partial(dl.runs, contestant.source)),
                 "peer": (nothing, functools.partial(contestant.runs_of, contestant.source)),
             }

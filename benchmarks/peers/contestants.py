@@ -87,7 +87,7 @@ class Numpy:
     """A bitmap of uint64 words; the better of two ways to page numbers."""
 
     name = "numpy"
-    works = ("mark", "numbers", "runs", "words", "union", "count")
+    works: tuple[str, ...] = ("mark", "numbers", "runs", "words", "union", "count")
 
     def __init__(self, npages: int) -> None:
         self.npages = npages

@@ -179,7 +179,7 @@ def ours(npages: int) -> Contestant:
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
     table = pointer(dl._C_API, b"dirtylog._C_API")
-    found = dict(zip(API, (ctypes.c_void_p * len(API)).from_address(table), strict=True))
+    found: dict[str, Any] = dict(zip(API, (ctypes.c_void_p * len(API)).from_address(table), strict=True))
     bitmap = dl.DirtyBitmap(npages)
     handle = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(found["bitmap"])(bitmap)
     return Contestant("dirtylog", ctypes.c_void_p(handle), found, bitmap)

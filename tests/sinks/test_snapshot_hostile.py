@@ -14,6 +14,7 @@ from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import info, rebase, restore, save, verify
 from dirtylog.sinks.snapshot._footers import check_runs
 from dirtylog.sinks.snapshot.footer import SnapshotError
+from dirtylog.sinks.snapshot.space import dtype_of
 
 DATA = 64 * 4096
 
@@ -343,3 +344,12 @@ def test_what_is_refused_when_read_is_refused_when_written(tmp_path):
         save(tmp_path / "new", bytes(4096), state=[0] * (footers.MAX_VALUES + 1))
     save(tmp_path / "new", bytes(4096), state={"quotes": '\\"[,' * footers.MAX_VALUES})
     assert info(tmp_path / "new").state == {"quotes": '\\"[,' * footers.MAX_VALUES}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["4i2", "i4,f8", "(2,3)f8", "2" * 100, "", [["x", "4i2"]], [["x", ["4i2", [2]]]], [["x", [["y", "i4,i4"]]]]],
+)
+def test_a_type_that_numpy_would_read_as_python_is_refused(kind):
+    with pytest.raises(SnapshotError, match="is not one plain type"):
+        dtype_of(kind, "snapshot")

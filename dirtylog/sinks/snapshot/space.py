@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +32,29 @@ __all__ = ["Space", "arrays_of", "blank", "check_row", "dtype_of"]
 NAMELESS = ""
 
 
+# One type as NumPy writes it: byte order, letter, size, unit of time. Where there is a count before it, or a comma, it
+# parses the text as Python's.
+_PLAIN = re.compile(r"[<>|=]?[A-Za-z]\w*(\[\w*\])?")
+
+
 def _tuples(kind: Any) -> Any:
-    """Turn what JSON made of a structured type's description back into tuples."""
+    """Turn what JSON made of a type's description back into text or tuples."""
     if isinstance(kind, list):
-        return [tuple(_field(part) for part in field) for field in kind]
+        return [tuple((_type if index == 1 else _field)(part) for index, part in enumerate(field)) for field in kind]
+    if isinstance(kind, str) and _PLAIN.fullmatch(kind) is None:
+        raise ValueError(f"{kind[:50]!r} is not one plain type")
     return kind
 
 
+def _type(part: Any) -> Any:
+    """Turn back a field's type: a structured one, one with a shape, or text."""
+    if isinstance(part, list) and not (part and all(isinstance(each, list) for each in part)):
+        return tuple(_tuples(each) if isinstance(each, str) else each for each in part)
+    return _tuples(part)
+
+
 def _field(part: Any) -> Any:
-    if isinstance(part, list) and part and all(isinstance(each, list) for each in part):
-        return _tuples(part)
+    """Turn back what else a field has: its name or names, its shape."""
     return tuple(part) if isinstance(part, list) else part
 
 

@@ -15,8 +15,10 @@ __all__ = ["copy_extents", "gather", "scatter"]
 
 cdef extern from "_bits/stream.h" nogil:
     int64_t DL_STREAM_BYTES
+    Py_ssize_t DL_PAGES_AHEAD
     struct dl_copier:
         int streaming, held
+    void dl_fetch_far(const char *page, int64_t from_the_one_before) noexcept
     void dl_copier_copy(dl_copier *copier, char *target, const char *source, size_t nbytes) noexcept
     void dl_copier_end(dl_copier *copier) noexcept
 
@@ -95,7 +97,7 @@ cdef int check_packed(const int64_t *extents, Py_ssize_t n, Py_ssize_t nbytes) e
 
 cdef void move(char *target, const char *source, const int64_t *extents, Py_ssize_t n, bint target_packed,
                bint source_packed, bint streaming) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, later
     cdef int64_t packed = 0
     cdef int64_t offset, length
     cdef dl_copier copier
@@ -104,6 +106,9 @@ cdef void move(char *target, const char *source, const int64_t *extents, Py_ssiz
     for i in range(n):
         offset = extents[2 * i]
         length = extents[2 * i + 1]
+        if not source_packed and i + DL_PAGES_AHEAD < n:
+            later = i + DL_PAGES_AHEAD
+            dl_fetch_far(source + extents[2 * later], extents[2 * later] - extents[2 * later - 2])
         dl_copier_copy(&copier, target + (packed if target_packed else offset),
                        source + (packed if source_packed else offset), <size_t>length)
         packed += length

@@ -187,10 +187,12 @@ DL_INLINE void take_line_dense(uint64_t *words, size_t at, unsigned mask, uint64
         return;
     }
     if (mask == DL_WHOLE_LINE && clear) {
-        /* Written at once, behind the locked instructions, each of which waits for the stores before it. */
+        /* Written behind the locked instructions, each of which waits for the stores before it. Word by word: one vector
+         * that is loaded from what was stored in parts would wait as well. */
         uint64_t line[DL_LINE_WORDS];
         take_line(words + at, line);
-        memcpy(out + at, line, sizeof line);
+        for (unsigned i = 0; i < DL_LINE_WORDS; i++)
+            dl_store_relaxed(&out[at + i], line[i]);
         return;
     }
     for (; mask; mask &= mask - 1) {

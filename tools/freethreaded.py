@@ -79,13 +79,13 @@ def interpreter(options: argparse.Namespace) -> Path:
     return home / "bin" / f"python{options.version}t"
 
 
-def environment(directory: Path, command: Path, *more: str) -> Path:
-    """Make a virtual environment with what the tests need, and more; return its interpreter."""
+def environment(directory: Path, command: Path) -> Path:
+    """Make a virtual environment with what the tests need; return its interpreter."""
     python = directory / "bin" / "python"
     if not python.exists():
         debian.run([command, "-m", "venv", directory])
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    debian.run([*pip, "--only-binary=:all:", *NEEDED, *more])
+    debian.run([*pip, "--only-binary=:all:", *NEEDED])
     for name in MAYBE:  # tests that need one which is not there skip
         subprocess.run([*pip, "--only-binary=:all:", name], capture_output=True, check=False)
     debian.run([*pip, *COMPILED])

@@ -15,6 +15,7 @@ from cpython.object cimport PyObject, PyTypeObject
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
+from dirtylog._bits.atomic cimport dl_load_relaxed, dl_store_relaxed
 from dirtylog._bits.bits cimport dl_bit, dl_tail_mask, dl_words_for
 from dirtylog._bits.blocks cimport (
     FEW,
@@ -408,17 +409,17 @@ cdef class DirtyPages:
 
     cdef int64_t counted(self) noexcept:
         # Two threads may count at once and come to the same number.
-        cdef int64_t count = self.known_count
+        cdef int64_t count = <int64_t>dl_load_relaxed(<uint64_t *>&self.known_count)
         if count < 0 and self.numbers is not None and self.entries <= FEW:
             count = <int64_t>kernels.popcount(self.masks.words, self.entries)
-            self.known_count = count
+            dl_store_relaxed(<uint64_t *>&self.known_count, <uint64_t>count)
         elif count < 0:
             with nogil:
                 if self.numbers is not None:
                     count = <int64_t>kernels.popcount(self.masks.words, self.entries)
                 else:
                     count = <int64_t>kernels.popcount(self.dense.words, dl_words_for(self.npages))
-            self.known_count = count
+            dl_store_relaxed(<uint64_t *>&self.known_count, <uint64_t>count)
         return count
 
     cdef Block dense_block(self):

@@ -20,6 +20,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from dirtylog._bits.atomic cimport dl_load_relaxed
 from dirtylog._bits.blocks cimport Block, block_new
 from dirtylog._bits.pages cimport DirtyPages, pages_from_sparse_blocks, pages_from_words_block
 
@@ -558,7 +559,7 @@ cdef class Mmu:
 
     def faults(self, uint32_t vcpu) -> int:
         """How many of its stores left guest mode to be marked."""
-        return self.vcpu(vcpu).faults
+        return dl_load_relaxed(&self.vcpu(vcpu).faults)
 
     def store(self, uint32_t vcpu, const uint64_t[::1] gfns, object value=None) -> int:
         """Add 1 to each page's first byte or, with a value, store it as each page's first word.

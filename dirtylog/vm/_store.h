@@ -200,7 +200,7 @@ static inline int dl_fault(struct dl_mmu *mmu, struct dl_vcpu *vcpu, uint64_t gf
         return error;
     pthread_mutex_lock(&vcpu->guest);
     dl_vcpu_requests(vcpu);
-    vcpu->faults++;
+    dl_store_relaxed(&vcpu->faults, vcpu->faults + 1); /* read beside this, by no lock */
     generation = dl_load_acquire(&mmu->generation);
     slot = dl_slot_of_gfn(mmu, gfn);
     if (!slot) {

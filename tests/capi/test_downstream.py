@@ -112,6 +112,15 @@ def test_an_extension_harvests_what_python_marked(downstream, foreign, npages, d
     assert not foreign or dl.popcount(words) == (npages % 64 != 0)
 
 
+def test_an_extension_gets_every_word_where_groups_of_lines_between_the_dirty_ones_are_clean(downstream):
+    bitmap = dl.DirtyBitmap(40 * 512 * 64)
+    pages = [3 * 512 * 64 + 5, 20 * 512 * 64, 38 * 512 * 64 + 100]
+    bitmap.mark_pages(pages)
+    out = np.full(40 * 512, 7, np.uint64)
+    assert downstream["downstream_cython"].harvest(bitmap, out, False) == 3
+    assert dl.indices(out).tolist() == pages
+
+
 def numbers(extension, bitmap, room):
     """Harvest page numbers, `room` at a time, until fewer come."""
     out, found = np.full(room + 1, -7), []

@@ -1,6 +1,9 @@
 """What the files for people at the front door name is in the checkout: paths, links, versions, forms."""
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -79,3 +82,27 @@ def test_every_picture_is_small_shown_somewhere_and_says_what_it_is():
 def test_no_page_comes_into_a_table_of_contents_by_a_pattern():
     pages = [page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts]
     assert [page.name for page in pages if ":glob:" in page.read_text()] == []
+
+
+def profile(*arguments):
+    command = [sys.executable, "-m", "benchmarks.profile", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_profile_names_the_function_that_a_row_spends_its_instructions_in(sanitized):
+    if sanitized or not (shutil.which("valgrind") and shutil.which("gcc")):
+        pytest.skip("valgrind and gcc are needed, and no sanitizer")
+    done = profile("indices", "--pages", "65536", "--density", "0.1")
+    assert done.returncode == 0, done.stderr
+    title, _, whole, first, *_ = done.stdout.splitlines()
+    assert title.startswith("indices, 65536 pages, 0.1 of them dirty, dirtylog")
+    assert whole.split()[0] == "100.0%"
+    assert " expand_" in first
+    assert float(first.split()[0].rstrip("%")) > 50
+
+
+@pytest.mark.parametrize("wrong", [["no such row"], ["indices", "--density", "2"], ["indices", "--pages", "3"]])
+def test_a_row_that_there_is_not_is_refused_by_name(wrong):
+    done = profile(*wrong)
+    assert done.returncode == 2
+    assert wrong[-1] in done.stderr

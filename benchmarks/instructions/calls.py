@@ -34,16 +34,21 @@ def measure(library: str) -> None:
             counter.end(name.encode())
 
 
-def count(directory: Path, path: str) -> dict[str, int]:
-    """Return the instructions of one call, for each of them, on one vector path."""
-    library, output = directory / "counter.so", directory / f"calls.{path}"
+def under_callgrind(module: str, arguments: list[str], output: Path, path: str, *options: str) -> None:
+    """Run a module that says where to count by the library it is given first; each count is a file beside `output`."""
+    library = output.with_name("counter.so")
     if not library.exists():
         command = ["gcc", "-O1", "-shared", "-fPIC", str(HERE / "counter.c"), "-o", str(library)]
         subprocess.run(command, check=True)
-    options = ["--tool=callgrind", "-q", "--instr-atstart=no", f"--callgrind-out-file={output}"]
-    program = [sys.executable, "-m", "benchmarks.instructions.calls", str(library)]
+    valgrind = ["valgrind", "--tool=callgrind", "-q", "--instr-atstart=no", f"--callgrind-out-file={output}", *options]
+    program = [sys.executable, "-m", module, str(library), *arguments]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "DIRTYLOG_SIMD": path}
-    subprocess.run(["valgrind", *options, *program], check=True, env=environment, cwd=HERE.parents[1])
+    subprocess.run([*valgrind, *program], check=True, env=environment, cwd=HERE.parents[1])
+
+
+def count(directory: Path, path: str) -> dict[str, int]:
+    """Return the instructions of one call, for each of them, on one vector path."""
+    under_callgrind("benchmarks.instructions.calls", [], directory / f"calls.{path}", path)
     found: dict[str, int] = {}
     for dump in directory.glob(f"calls.{path}.*"):
         text = dump.read_text()

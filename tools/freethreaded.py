@@ -26,7 +26,7 @@ COMPILED = ("cython>=3.3,<3.4", "zstandard")
 # Tests that are about the checkout, or about other programs than this interpreter.
 LEFT_OUT = ("docs", "formal", "interop", "sanitize", "test_build.py", "test_checkout.py", "test_mutations.py")
 MARKS = ("tests/core/test_every_mark.py", "tests/stress/test_marks.py")
-STRESS = ("-m", "stress", "--stress-marks", "1000000000", "--stress-seconds", "20", *MARKS)
+STRESS = ("-m", "stress", "--timeout", "3600", "--stress-marks", "1000000000", "--stress-seconds", "20", *MARKS)
 IMPORTS = """
 import importlib, pkgutil, sys, dirtylog
 for module in pkgutil.walk_packages(dirtylog.__path__, "dirtylog."):

@@ -2,7 +2,7 @@
 
 ``python tools/races.py [--cache DIR] [--scratch DIR] [--version 3.13] [--suite trixie] [--turns N]``: the interpreter
 is that of ``tools/freethreaded.py``, kept in the same cache, with a second program beside it that was built for the
-sanitizer. dirtylog is built for the sanitizer in a copy of the checkout; then ``tests/sanitize/every_class.py`` runs.
+sanitizer. dirtylog is built for the sanitizer in a copy of the checkout; then ``tests/sanitize/all_at_once.py`` runs.
 Exits with its status, 1 if there was a race in which code of ours had a part, or 2 where a tool is missing.
 
 What is not watched: numpy and Python's own extension modules, which are no code of ours, and vector code, whose loads
@@ -82,7 +82,7 @@ def main() -> int:
         }
         variables.pop("PYTHON_GIL", None)
         # The sanitizer's memory has fixed places, which the kernel must not have given away already.
-        program = ["setarch", "-R", command, "tests/sanitize/every_class.py", options.turns]
+        program = ["setarch", "-R", command, "tests/sanitize/all_at_once.py", options.turns]
         status = subprocess.run(program, cwd=copy, env=variables, check=False).returncode
         found = reports(log, {module.name for module in (copy / "dirtylog").rglob("*.so")})
         print("\n".join(found) or "no race was reported in which code of ours had a part")

@@ -1,6 +1,6 @@
-"""Every class whose methods may be called from threads at once, called from threads at once: for ThreadSanitizer.
+"""Bitmaps, page sets, logs, the machine and trackers, called from threads at once: for ThreadSanitizer.
 
-``python tests/sanitize/every_class.py [turns]``: three threads make the calls of one object in orders of their own, one
+``python tests/sanitize/all_at_once.py [turns]``: three threads make the calls of one object in orders of their own, one
 object after the other. What they answer is other tests' business; this one is for what watches the accesses
 (``tools/races.py``), and says which objects it had.
 """

@@ -369,8 +369,8 @@ DL_INLINE size_t expand_sparse_body(const uint64_t *numbers, const uint64_t *mas
     }                                                                                                                      \
     attributes static size_t expand_##path(const uint64_t *words, size_t n, int64_t first, int64_t *out, size_t capacity)  \
     {                                                                                                                      \
-        return expand_body(words, n, first, out, capacity, line_mask_##path, gather_line_##path,                  \
-                           expand_word_##path);                          \
+        return expand_body(words, n, first, out, capacity, line_mask_##path, gather_line_##path,                           \
+                           expand_word_##path);                                                                            \
     }                                                                                                                      \
     attributes static size_t expand_sparse_##path(const uint64_t *numbers, const uint64_t *masks, size_t n, int64_t *out,  \
                                                   size_t capacity)                                                         \

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dirtylog.sinks.migrate.payloads import JOIN, READY
 from dirtylog.sinks.migrate.share import MAX_CHANNELS
-from dirtylog.sinks.migrate.wire import Broken, Kind, WireError
+from dirtylog.sinks.migrate.wire import Broken, Channel, Kind, WireError
 
 if TYPE_CHECKING:
     from dirtylog.sinks.migrate.destination import Copy
@@ -22,20 +22,22 @@ class Replaced(Exception):
 
     def __init__(self, one: Beside, hello: bytes) -> None:
         super().__init__("the sender came on another line")
-        self.one, self.hello = one, hello
+        self.one: Beside = one
+        self.hello: bytes = hello
 
 
 class Beside:
     """A channel beside the first one, and the thread that fills its part."""
 
     def __init__(self, copy: Copy, sock: socket.socket) -> None:
-        self.copy, self.sock = copy, sock
-        self.channel = copy.channel.beside(sock)
+        self.copy: Copy = copy
+        self.sock: socket.socket = sock
+        self.channel: Channel = copy.channel.beside(sock)
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         # Whether its error ended the others, and not theirs it.
-        self.first = False
-        self.closing = False
+        self.first: bool = False
+        self.closing: bool = False
 
     def start(self, part: Part) -> None:
         thread = threading.Thread(target=self.run, args=(part,), daemon=True)

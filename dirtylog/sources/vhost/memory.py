@@ -44,8 +44,8 @@ class GuestMemory:
         self._regions: list[Region] = []
         self._log_memory: mmap.mmap | None = None
         self.log: DirtyBitmap | None = None
-        self.wanted = False
-        self.notice = -1
+        self.wanted: bool = False
+        self.notice: int = -1
 
     @property
     def size(self) -> int:

@@ -102,16 +102,24 @@ struct dl_granule {
     unsigned char *place;
 };
 
-static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *g)
+/* Stand where the next one begins; returns the bytes from there to the end of its row, -1 behind the last row. */
+static inline int64_t dl_left_of_row(const struct dl_taking *t, struct dl_granule *g)
 {
     if (g->row < t->count && g->within == t->rows[2 * g->row + 1]) {
         g->row++;
         g->within = 0;
     }
     if (g->row == t->count)
-        return 0;
-    int64_t left = t->rows[2 * g->row + 1] - g->within;
+        return -1;
     g->at = t->rows[2 * g->row] + g->within;
+    return t->rows[2 * g->row + 1] - g->within;
+}
+
+static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *g)
+{
+    int64_t left = dl_left_of_row(t, g);
+    if (left < 0)
+        return 0;
     g->length = left < t->granule ? (size_t)left : (size_t)t->granule;
     g->within += (int64_t)g->length;
     const struct dl_region *region = dl_region_of(&t->space, g->at);
@@ -123,14 +131,9 @@ static inline int dl_next_granule(const struct dl_taking *t, struct dl_granule *
 /* The same with what lies in one piece, and is there or is not. */
 static inline int dl_next_span(const struct dl_taking *t, struct dl_granule *g)
 {
-    if (g->row < t->count && g->within == t->rows[2 * g->row + 1]) {
-        g->row++;
-        g->within = 0;
-    }
-    if (g->row == t->count)
+    int64_t left = dl_left_of_row(t, g);
+    if (left < 0)
         return 0;
-    int64_t left = t->rows[2 * g->row + 1] - g->within;
-    g->at = t->rows[2 * g->row] + g->within;
     const struct dl_region *region = dl_region_of(&t->space, g->at);
     int there = g->at < region->end;
     int64_t end = there ? region->end : region + 1 < t->space.regions + t->space.count ? region[1].start : INT64_MAX;

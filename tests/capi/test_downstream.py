@@ -152,14 +152,20 @@ def test_an_extension_harvests_page_numbers_and_what_finds_no_room_stays_dirty(d
         assert not bitmap.harvest()
 
 
+def markers(downstream, bitmap):
+    """Two threads, not started yet: each extension marks one half of the bitmap."""
+    half = bitmap.npages // 2
+    modules = [downstream["downstream_c"], downstream["downstream_cython"]]
+    return [
+        threading.Thread(target=module.mark_many, args=(bitmap, place * half, half))
+        for place, module in enumerate(modules)
+    ]
+
+
 def test_extensions_mark_from_two_threads_while_a_third_harvests_page_numbers_and_none_is_lost(downstream):
     npages = 1 << 20
     bitmap = dl.DirtyBitmap(npages)
-    modules = [downstream["downstream_c"], downstream["downstream_cython"]]
-    threads = [
-        threading.Thread(target=module.mark_many, args=(bitmap, half * npages // 2, npages // 2))
-        for half, module in enumerate(modules)
-    ]
+    threads = markers(downstream, bitmap)
     seen, out = np.zeros(npages, np.int64), np.zeros(1000, np.int64)
     harvest = downstream["downstream_cython"].harvest_pages
     for thread in threads:
@@ -177,11 +183,7 @@ def test_extensions_mark_from_two_threads_while_a_third_harvests_page_numbers_an
 def test_extensions_mark_from_two_threads_while_python_harvests_and_none_is_lost(downstream):
     npages = 1 << 20
     bitmap = dl.DirtyBitmap(npages)
-    modules = [downstream["downstream_c"], downstream["downstream_cython"]]
-    threads = [
-        threading.Thread(target=module.mark_many, args=(bitmap, half * npages // 2, npages // 2))
-        for half, module in enumerate(modules)
-    ]
+    threads = markers(downstream, bitmap)
     seen = np.zeros(npages, np.int64)
     for thread in threads:
         thread.start()

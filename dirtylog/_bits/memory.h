@@ -19,12 +19,46 @@ static inline size_t dl_words_bytes(size_t nwords)
     return (lines ? lines : 1) * DL_LINE_BYTES;
 }
 
+/* From here on a block is mapped, where there is mmap(): it costs nothing until it is written,
+ * and goes back to the kernel when it is freed. */
+#define DL_MAP_BYTES ((size_t)1 << 21)
+
+#ifdef __SANITIZE_ADDRESS__ /* which watches both ends of what it gives */
+static inline uint64_t *dl_heap_alloc(size_t bytes, int zero)
+{
+    uint64_t *words = aligned_alloc(DL_LINE_BYTES, bytes);
+    return words && zero ? memset(words, 0, bytes) : words;
+}
+
+static inline void dl_heap_free(uint64_t *words) { free(words); }
+#else
+/* A block of the heap: from the first whole line on of what malloc() gives, whose address is kept before that line.
+ * aligned_alloc() would pass by what malloc() keeps at hand for small blocks, and cost what the heap looks like. */
+static inline uint64_t *dl_heap_alloc(size_t bytes, int zero)
+{
+    int cleared = zero && bytes >= DL_MAP_BYTES; /* most of that comes zeroed from the kernel, and calloc() knows */
+    char *memory = cleared ? calloc(1, bytes + DL_LINE_BYTES) : malloc(bytes + DL_LINE_BYTES);
+    if (!memory)
+        return NULL;
+    char *line = memory + DL_LINE_BYTES - (uintptr_t)memory % DL_LINE_BYTES;
+    memcpy(line - sizeof memory, &memory, sizeof memory);
+    if (zero && !cleared)
+        memset(line, 0, bytes);
+    return (uint64_t *)(void *)line;
+}
+
+static inline void dl_heap_free(uint64_t *words)
+{
+    void *memory;
+    if (!words)
+        return;
+    memcpy(&memory, (char *)words - sizeof memory, sizeof memory);
+    free(memory);
+}
+#endif
+
 #ifdef __linux__
 #include <sys/mman.h>
-
-/* From here on a block is mapped: it costs nothing until it is written, and
- * goes back to the kernel when it is freed. */
-#define DL_MAP_BYTES ((size_t)1 << 21)
 
 /* The block of words freed last, kept for the next result of that size: mapping one anew
  * costs a fault and a cleared page for each page of it. Its first word holds its size
@@ -59,12 +93,8 @@ static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_b
     size_t bytes = dl_words_bytes(nwords);
     if (bytes == 0)
         return NULL;
-    if (bytes < DL_MAP_BYTES) {
-        uint64_t *words = aligned_alloc(DL_LINE_BYTES, bytes);
-        if (words && zero)
-            memset(words, 0, bytes);
-        return words;
-    }
+    if (bytes < DL_MAP_BYTES)
+        return dl_heap_alloc(bytes, zero);
     void *mapping = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED)
         return NULL;
@@ -94,7 +124,7 @@ static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)
     if (mapped_bytes)
         (void)munmap(words, mapped_bytes);
     else
-        free(words);
+        dl_heap_free(words);
 }
 
 static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
@@ -102,24 +132,16 @@ static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes)
     if (mapped_bytes)
         dl_spare_put(words, mapped_bytes);
     else
-        free(words);
+        dl_heap_free(words);
 }
 
-#else /* any other system: C alone, which has no aligned_alloc() everywhere */
+#else /* any other system: the heap alone */
 
 static inline uint64_t *dl_words_alloc(size_t nwords, int zero, size_t *mapped_bytes)
 {
     size_t bytes = dl_words_bytes(nwords);
     *mapped_bytes = 0;
-    if (bytes == 0)
-        return NULL;
-    /* Where it really begins is kept before the first line. */
-    char *memory = zero ? calloc(1, bytes + DL_LINE_BYTES) : malloc(bytes + DL_LINE_BYTES);
-    if (!memory)
-        return NULL;
-    char *line = memory + DL_LINE_BYTES - (uintptr_t)memory % DL_LINE_BYTES;
-    memcpy(line - sizeof memory, &memory, sizeof memory);
-    return (uint64_t *)(void *)line;
+    return bytes ? dl_heap_alloc(bytes, zero) : NULL;
 }
 
 static inline uint64_t *dl_words_alloc_spare(size_t nwords, int zero, size_t *mapped_bytes)
@@ -129,12 +151,8 @@ static inline uint64_t *dl_words_alloc_spare(size_t nwords, int zero, size_t *ma
 
 static inline void dl_words_free(uint64_t *words, size_t mapped_bytes)
 {
-    void *memory;
     (void)mapped_bytes;
-    if (!words)
-        return;
-    memcpy(&memory, (char *)words - sizeof memory, sizeof memory);
-    free(memory);
+    dl_heap_free(words);
 }
 
 static inline void dl_words_free_spare(uint64_t *words, size_t mapped_bytes) { dl_words_free(words, mapped_bytes); }

@@ -350,8 +350,23 @@ def test_what_is_refused_when_read_is_refused_when_written(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["4i2", "i4,f8", "(2,3)f8", "2" * 100, "", [["x", "4i2"]], [["x", ["4i2", [2]]]], [["x", [["y", "i4,i4"]]]]],
+    [
+        *("4i2", "i4,f8", "(2,3)f8", "2" * 100, "", [["x", "4i2"]], [["x", ["4i2", [2]]]], [["x", [["y", "i4,i4"]]]]),
+        *([["x", [[["y", "4i2"]], 2]]], [["x", [["4i2", 2], 3]]], [["x", {"names": ["y"], "formats": ["4i2"]}]], None),
+    ],
 )
 def test_a_type_that_numpy_would_read_as_python_is_refused(kind):
     with pytest.raises(SnapshotError, match="is not one plain type"):
+        dtype_of(kind, "snapshot")
+
+
+@pytest.mark.parametrize("kind", [[["x", "<i8", "4i2"]], [["x", "<i8", ["4i2"]]], [["x", ["<i8", "4i2"]]]])
+def test_a_shape_that_numpy_would_read_as_a_type_is_refused(kind):
+    with pytest.raises(SnapshotError, match="is not a shape"):
+        dtype_of(kind, "snapshot")
+
+
+@pytest.mark.parametrize("kind", [[["x"]], [["x", "<i8", [2], 3]], [["x", "<i8", [-1]]], [[["a", "b", "c"], "<i8"]]])
+def test_what_is_no_field_is_refused(kind):
+    with pytest.raises(SnapshotError, match="a region's type cannot be used"):
         dtype_of(kind, "snapshot")

@@ -37,25 +37,29 @@ NAMELESS = ""
 _PLAIN = re.compile(r"[<>|=]?[A-Za-z]\w*(\[\w*\])?")
 
 
-def _tuples(kind: Any) -> Any:
-    """Turn what JSON made of a type's description back into text or tuples."""
+def _type(kind: Any) -> Any:
+    """Turn what JSON made of a type back into what it was: text, a list of fields, or a type and its shape."""
     if isinstance(kind, list):
-        return [tuple((_type if index == 1 else _field)(part) for index, part in enumerate(field)) for field in kind]
-    if isinstance(kind, str) and _PLAIN.fullmatch(kind) is None:
-        raise ValueError(f"{kind[:50]!r} is not one plain type")
+        if all(isinstance(field, list) for field in kind):
+            return [_field(*field) for field in kind]
+        return _type(kind[0]), *map(_shape, kind[1:])
+    if not isinstance(kind, str) or _PLAIN.fullmatch(kind) is None:
+        raise ValueError(f"{kind!r:.50} is not one plain type")
     return kind
 
 
-def _type(part: Any) -> Any:
-    """Turn back a field's type: a structured one, one with a shape, or text."""
-    if isinstance(part, list) and not (part and all(isinstance(each, list) for each in part)):
-        return tuple(_tuples(each) if isinstance(each, str) else each for each in part)
-    return _tuples(part)
+def _field(name: Any, kind: Any, *shape: Any) -> tuple[Any, ...]:
+    """Turn back a field; its name may be a title and a name."""
+    return tuple(name) if isinstance(name, list) else name, _type(kind), *map(_shape, shape)
 
 
-def _field(part: Any) -> Any:
-    """Turn back what else a field has: its name or names, its shape."""
-    return tuple(part) if isinstance(part, list) else part
+def _shape(shape: Any) -> int | tuple[int, ...]:
+    """Turn back a shape; text in the place of one would be read as a type."""
+    if isinstance(shape, int):
+        return shape
+    if not isinstance(shape, list) or not all(isinstance(each, int) for each in shape):
+        raise ValueError(f"{shape!r:.50} is not a shape")
+    return tuple(shape)
 
 
 def _order(array: npt.NDArray[Any]) -> str | tuple[int, ...]:
@@ -68,7 +72,7 @@ def _order(array: npt.NDArray[Any]) -> str | tuple[int, ...]:
 
 
 def _dtype(kind: Any) -> np.dtype[Any]:
-    return np.lib.format.descr_to_dtype(_tuples(kind))
+    return np.lib.format.descr_to_dtype(_type(kind))
 
 
 def dtype_of(kind: Any, name: str) -> np.dtype[Any]:

@@ -31,9 +31,11 @@ cdef uint64_t harvest(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil
 # The same where nobody else marks, clears or harvests from the call to its return.
 cdef uint64_t harvest_quiescent(const dirtylog_bitmap *log, uint64_t *out) noexcept nogil
 
-# How many pages are dirty; takes none. A moment's view of each word while others mark.
+# How many pages are dirty; takes none. A moment's view of each word while others mark; what a harvest beside it is
+# looking at may be missing.
 cdef uint64_t count(const dirtylog_bitmap *log) noexcept nogil
 
 # Get and clear page numbers, the lowest first, at most `room` of them; returns how many. What finds no room stays
-# dirty: call again until fewer than `room` come back. All of `room` may be written.
+# dirty: call again until fewer than `room` come back. All of `room` may be written. Another harvest beside this one may
+# pass over what finds no room here; the next call of either has it.
 cdef size_t harvest_pages(const dirtylog_bitmap *log, int64_t *out, size_t room) noexcept nogil

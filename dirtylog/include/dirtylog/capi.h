@@ -51,12 +51,14 @@ struct dirtylog_api {
      * the same may be lost. */
     uint64_t (*harvest_quiescent)(const dirtylog_bitmap *bitmap, uint64_t *out);
 
-    /* How many pages are dirty; takes none. A moment's view of each word while others mark. */
+    /* How many pages are dirty; takes none. A moment's view of each word while others mark; what a harvest beside it is
+     * looking at may be missing. */
     uint64_t (*count)(const dirtylog_bitmap *bitmap);
 
     /* Get and clear page numbers, the lowest first: at most `room` of them into `out`; returns how many. What finds no room
      * stays dirty. Fewer than `room` are all that were dirty when the call began: call until then. All of `room` may be
-     * written, also what lies behind the numbers returned. */
+     * written, also what lies behind the numbers returned. Another harvest beside this one may pass over what finds no room
+     * here; the next call of either has it. */
     size_t (*harvest_pages)(const dirtylog_bitmap *bitmap, int64_t *out, size_t room);
 };
 

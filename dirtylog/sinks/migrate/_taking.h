@@ -256,8 +256,9 @@ static inline int dl_take_frame(struct dl_taking *t, const struct dl_frame *f)
     return DL_RIGHT;
 }
 
-/* Pages of a damaged frame lie in memory, and its table may be what is damaged: nobody knows where they lie. Of what this
- * channel carries nothing has come. What is not zero stays marked as that. */
+/* Pages of a damaged frame lie in memory. Its table may be what was damaged, so they may lie over pages that came in any
+ * frame before, and the sender, which hears no more than how many frames have been applied, would not send those again. So
+ * of what this channel carries nothing has come. What is not zero stays marked as that. */
 static inline void dl_take_back(struct dl_taking *t)
 {
     int64_t words = (dl_granules_of(t) + DL_WORD_PAGES - 1) / DL_WORD_PAGES, stripe = t->share.stripe / DL_WORD_PAGES;

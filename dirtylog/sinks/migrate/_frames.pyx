@@ -87,6 +87,14 @@ cdef int take_share(dl_share *share, tuple given) except -1:
     return 0
 
 
+cdef int heed(look) except -1:
+    """Let a signal's handler, and whoever looks while a line waits, raise what ends the wait."""
+    PyErr_CheckSignals()
+    if look is not None:
+        look()
+    return 0
+
+
 cdef int check_granule(int64_t granule) except -1:
     if not 0 < granule <= <int64_t>DL_FRAME_WINDOW:
         raise ValueError(f"granule is {granule}; it must be 1 to {DL_FRAME_WINDOW} bytes")
@@ -325,9 +333,7 @@ cdef class Packer(Memory):
                     if why != DL_LINE_SIGNAL:
                         break
                     with gil:
-                        PyErr_CheckSignals()
-                        if look is not None:
-                            look()
+                        heed(look)
                 if why:
                     break
                 total += taken
@@ -518,9 +524,7 @@ cdef class Taker(Memory):
                     if why != DL_LINE_SIGNAL:
                         break
                     with gil:
-                        PyErr_CheckSignals()
-                        if look is not None:
-                            look()
+                        heed(look)
         finally:
             # Others wait for a single byte.
             dl_line_any(fd, &r.least)

@@ -9,6 +9,8 @@ import pytest
 import dirtylog as dl
 from dirtylog import _core
 
+from ..side_by_side import side_by_side
+
 NPAGES = 40_000  # more than one group of lines: the summary has several words
 WRITERS = 3
 ROUNDS = 120
@@ -58,21 +60,8 @@ def peek_then_clear(bitmap):
 
 def run_threads(*targets):
     """Run targets at once; what one raises is raised here."""
-    failures = []
-
-    def guarded(target):
-        try:
-            target()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(target,)) for target in targets]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    with side_by_side(*targets):
+        pass
 
 
 @pytest.mark.parametrize("make", [own, foreign])

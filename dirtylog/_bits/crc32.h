@@ -346,7 +346,7 @@ static inline void dl_crc32_add(struct dl_crc32_copied *c, const unsigned char *
         c->state = ~dl_crc32(data, nbytes, dl_crc32_end(c));
 }
 
-/* Bytes of a target that begins or ends within a line from which on it is worth to close the lanes at both ends. */
+/* So many bytes are worth closing the lanes at both ends, where a target begins or ends within a line. */
 #define DL_CRC32_RUN ((size_t)1 << 14)
 #define DL_CRC32_LINE ((size_t)64)
 

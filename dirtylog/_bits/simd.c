@@ -22,11 +22,10 @@
 typedef unsigned (*dl_line_mask_fn)(const uint64_t *line);
 typedef void (*dl_take_line_fn)(uint64_t *line, uint64_t *out);
 typedef int (*dl_expand_singles_fn)(const uint64_t *numbers, const uint64_t *masks, int64_t *out);
-
-#define DL_WHOLE_LINE 0xffu /* a line mask: no word of it is clean */
-
 typedef size_t (*dl_gather_line_fn)(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts);
 typedef void (*dl_expand_word_fn)(uint64_t word, unsigned bits, int64_t first, int64_t *out);
+
+#define DL_WHOLE_LINE 0xffu /* a line mask: no word of it is clean */
 
 /* ---- bodies --------------------------------------------------------------- */
 
@@ -655,9 +654,8 @@ DL_AVX512 DL_INLINE int expand_singles_avx512(const uint64_t *numbers, const uin
     return 1;
 }
 
-/* Eight numbers a store, the last store reaching past the word's last number;
- * never past the 64 that expand_word() has made sure of. The first two stores are made
- * unconditionally: a branch mispredicted costs more than they do. */
+/* Eight numbers a store, the last store reaching past the word's last number; never past the 64 that expand_word() has made
+ * sure of. Whether there are more is not asked before each store: a branch mispredicted costs more than a few stores. */
 DL_AVX512 DL_INLINE void expand_word_avx512(uint64_t word, unsigned bits, int64_t first, int64_t *out)
 {
     static const uint8_t every_position[64] __attribute__((aligned(64))) = {

@@ -1,6 +1,6 @@
 /* Copying scattered pages at the speed of one large memcpy: several at once, and past the caches where they are many. */
-#ifndef DIRTYLOG_SINKS_STREAM_H
-#define DIRTYLOG_SINKS_STREAM_H
+#ifndef DIRTYLOG_STREAM_H
+#define DIRTYLOG_STREAM_H
 
 #include <stddef.h>
 #include <stdint.h>
@@ -178,4 +178,4 @@ static inline void dl_copier_end(struct dl_copier *c)
         dl_stream_end();
 }
 
-#endif /* DIRTYLOG_SINKS_STREAM_H */
+#endif /* DIRTYLOG_STREAM_H */

@@ -40,8 +40,8 @@ cdef extern from "_bits/live.h" nogil:
 __all__ = ["compare_pages", "ffs", "fls", "harvest_words", "indices", "popcount", "runs", "zero_pages"]
 
 
-# Dirty pages a word from which on the runs are counted before room is made for them: below, a number for the
-# start and one for the end of each page is little more than they need; above, it may be a hundred times that.
+# Dirty pages per word from which on runs are counted before room is made for them. Below, there is room for a start and
+# an end of each page, which is all that scattered pages need, and counting would take another look at every word.
 cdef enum:
     DENSE = 16
 

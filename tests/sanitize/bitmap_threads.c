@@ -9,7 +9,8 @@
  * Here the oracle is the value: after the last harvest the replica equals memory, or a write was lost.
  *
  * Arguments: rounds a thread, and with KERNELS the path whose kernels harvest, as DirtyBitmap does, in place of the
- * header's dl_harvest, to words and to page numbers in turn; they count meanwhile as well. Prints the counts; exit status 1 if a write was lost.
+ * header's dl_harvest, to words and to page numbers in turn; they count meanwhile as well. Prints the counts; exit status 1
+ * if a write was lost.
  *
  * TWO_LEVELS leaves out the top, which otherwise has one bit.
  *

@@ -60,7 +60,7 @@ static inline int dl_line_wait(int fd, short events, const struct dl_patience *p
     return found < 0 ? (errno == EINTR ? DL_LINE_SIGNAL : -errno) : 0;
 }
 
-/* Whom a wait for bytes wakes: by default everybody whom one byte makes happy. */
+/* For how many bytes a wait on a socket is; by default one byte ends it. */
 struct dl_least {
     int now, before; /* 0: nothing has been changed */
 };

@@ -6,8 +6,8 @@
  * Until everything is there the memory is guarded by a userfaultfd that nothing closes, whatever breaks: a page that
  * never came would read as zeros without it (I6).
  */
-#ifndef DIRTYLOG_SINKS_POSTCOPY_H
-#define DIRTYLOG_SINKS_POSTCOPY_H
+#ifndef DIRTYLOG_MIGRATE_POSTCOPY_H
+#define DIRTYLOG_MIGRATE_POSTCOPY_H
 
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
@@ -625,4 +625,4 @@ static inline void dl_postcopy_init(struct dl_postcopy *p)
     pthread_condattr_destroy(&monotonic);
 }
 
-#endif /* DIRTYLOG_SINKS_POSTCOPY_H */
+#endif /* DIRTYLOG_MIGRATE_POSTCOPY_H */

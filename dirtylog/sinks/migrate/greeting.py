@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 from dirtylog.sinks.migrate.wire import MAGIC, VERSION, WireError
 
+__all__ = ["Steps", "admit", "greet"]
+
 Steps: TypeAlias = Generator[int, None, None]
 
 _GREETING = struct.Struct("<4sB3x32s")

@@ -11,6 +11,8 @@ from typing import Self
 
 from dirtylog.errors import BackendUnavailable
 
+__all__ = ["Keys", "tls_context"]
+
 _SHORTEST, _LONGEST = 16, 1024
 _IDENTITY = "dirtylog"
 # Forward secrecy, and nothing that can be done without the shared key: a peer with a certificate is not let in.

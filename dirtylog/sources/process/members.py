@@ -145,9 +145,9 @@ def children(pid: int) -> list[int]:
 
 
 def pages_of_children(member: Member) -> int:
-    """Count what the children that a process has, and theirs, have mapped and is to be watched, as its own is.
+    """Count the pages to be watched of the children that a process has, and of theirs.
 
-    Of mappings so large that they are watched where they hold something, nothing is counted.
+    Mappings so large that they are watched only where they hold something are not counted.
     """
     pages, found = 0, children(member.pid)
     for pid in found:

@@ -97,7 +97,7 @@ class Process(Resource):
         spans = (span for area in chosen for span in worth_watching({}, first, area.start, area.end, area))
         pages = sum(end - start for start, end in spans) // PAGE_SIZE
         if enter is not None:
-            pages += pages_of_children(first)  # of those that are there by now, which is nothing that comes later
+            pages += pages_of_children(first)  # what is there already takes no room of what may come
         room = max(pages, _LEAST_SPARE) if spare is None else spare
         if first.places:  # what is given has all its numbers
             pages = max(number + (end - start) // PAGE_SIZE for start, end, number in first.places)

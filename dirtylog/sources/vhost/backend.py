@@ -15,6 +15,8 @@ from dirtylog.sources.vhost import eventfds
 from dirtylog.sources.vhost.memory import MAX_REGIONS, GuestMemory
 from dirtylog.sources.vhost.queues import Queue, VhostRequest
 
+__all__ = ["MAX_PAYLOAD", "VhostBackend"]
+
 _VERSION, _REPLY, _NEED_REPLY = 1, 1 << 2, 1 << 3
 # Feature bits that are the transport's own.
 _LOG_ALL, _PROTOCOL_FEATURES, _VERSION_1 = 1 << 26, 1 << 30, 1 << 32

@@ -7,6 +7,8 @@ import os
 
 from dirtylog.sources._channel import PeerError
 
+__all__ = ["given_up", "notify", "take_notice", "taken"]
+
 
 def taken(old: int, descriptors: list[int]) -> int:
     """Take over the eventfd of a message in the place of another one; none is -1."""

@@ -12,6 +12,8 @@ from dirtylog._core import DirtyBitmap
 from dirtylog.sources._channel import PeerError
 from dirtylog.sources.vhost import eventfds
 
+__all__ = ["MAX_REGIONS", "GuestMemory"]
+
 LOG_PAGE = 4096
 MAX_REGIONS = 8
 

@@ -11,6 +11,8 @@ from dirtylog.sources._channel import PeerError
 from dirtylog.sources.vhost import _queues, eventfds
 from dirtylog.sources.vhost.memory import GuestMemory
 
+__all__ = ["Queue", "VhostRequest"]
+
 MAX_QUEUE = 32768
 # Requests of a queue that are done before the front end is listened to again: a guest can go on for ever.
 MAX_AT_ONCE = 64

@@ -2,28 +2,17 @@
  *
  * One thread per migration reads the faults and the line. It holds no lock of Python's: a thread that waits for a page
  * may hold the GIL. A page that is there is never written again: since it came it is the program's.
- *
- * Until everything is there the memory is guarded by a userfaultfd that nothing closes, whatever breaks: a page that
- * never came would read as zeros without it (I6).
  */
 #ifndef DIRTYLOG_MIGRATE_POSTCOPY_H
 #define DIRTYLOG_MIGRATE_POSTCOPY_H
 
-#include <fcntl.h>
-#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
+#include "sinks/migrate/_guard.h"
 #include "sinks/migrate/_reading.h"
-
-#ifndef UFFD_USER_MODE_ONLY
-#define UFFD_USER_MODE_ONLY 1
-#endif
 
 #define DL_FRAME_WANT 16
 #define DL_FRAME_FILLED 17
@@ -48,10 +37,10 @@ struct dl_postcopy_line {
 struct dl_postcopy {
     /* Set before the thread begins. */
     struct dl_taking taking; /* the memory; tables of extents are checked as always */
-    uint64_t *missing, *asked;
+    struct dl_guard guard;
+    uint64_t *asked; /* of what is missing: what has been asked for on this line */
     unsigned char session[DL_FRAME_SESSION];
-    size_t page_bytes;
-    int uffd, bell, user_mode_only;
+    int bell;
     pthread_t thread;
     int started;
     /* Shared: under the lock. */
@@ -69,120 +58,28 @@ struct dl_postcopy {
     size_t used, gone;
 };
 
-static inline size_t dl_page_up(const struct dl_postcopy *p, size_t nbytes)
-{
-    return (nbytes + p->page_bytes - 1) & ~(p->page_bytes - 1);
-}
-
-static inline void dl_postcopy_drop(uint64_t *words, int64_t number)
-{
-    words[number / DL_WORD_PAGES] &= ~dl_bit((size_t)number);
-}
-
-/* ---- the guard --------------------------------------------------------------------------------------------------- */
-
-/* Each region, as whole pages of the system's. */
-static inline void dl_postcopy_range(const struct dl_postcopy *p, int64_t i, uint64_t *start, size_t *nbytes)
-{
-    const struct dl_region *region = p->taking.space.regions + i;
-    *start = (uint64_t)(uintptr_t)region->data;
-    *nbytes = dl_page_up(p, (size_t)(region->end - region->start));
-}
-
-static inline int dl_postcopy_advise(const struct dl_postcopy *p, int advice)
-{
-    for (int64_t i = 0; i < p->taking.space.count; i++) {
-        uint64_t start;
-        size_t nbytes;
-        dl_postcopy_range(p, i, &start, &nbytes);
-        if (nbytes && madvise((void *)(uintptr_t)start, nbytes, advice))
-            return -errno;
-    }
-    return 0;
-}
-
-/* What is missing is not there: pages that came and were written again since, and what the memory held before. */
-static inline int dl_postcopy_discard(struct dl_postcopy *p)
-{
-    const struct dl_taking *t = &p->taking;
-    int64_t granules = dl_granules_of(t);
-    for (int64_t i = 0; i < t->space.count; i++) {
-        const struct dl_region *region = t->space.regions + i;
-        int64_t number = region->start / t->granule, last = (region->end + t->granule - 1) / t->granule;
-        while (number < last && number < granules) {
-            int64_t begin = number;
-            while (number < last && dl_has_page(p->missing, number))
-                number++;
-            if (number > begin) {
-                int64_t end = number * t->granule < region->end ? number * t->granule : region->end;
-                unsigned char *place = region->data + (begin * t->granule - region->start);
-                if (madvise(place, dl_page_up(p, (size_t)(end - begin * t->granule)), MADV_DONTNEED))
-                    return -errno;
-            } else {
-                number++;
-            }
-        }
-    }
-    return 0;
-}
-
 /* 0, or -errno: nothing is guarded then. */
 static inline int dl_postcopy_guard(struct dl_postcopy *p)
 {
-    struct uffdio_api api = {.api = UFFD_API};
-    int error;
-    p->user_mode_only = 0;
-    p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (p->uffd < 0) {
-        /* Faults that the kernel takes for somebody answer EFAULT then. */
-        p->user_mode_only = 1;
-        p->uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
-    }
-    if (p->uffd < 0)
-        return -errno;
     p->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (p->bell < 0 || ioctl(p->uffd, UFFDIO_API, &api)) {
-        error = -errno;
-        goto fail;
-    }
-    /* A child would find zeros where its parent waits. */
-    error = dl_postcopy_advise(p, MADV_DONTFORK);
-    if (error)
-        goto fail;
-    for (int64_t i = 0; i < p->taking.space.count; i++) {
-        struct uffdio_register want = {.mode = UFFDIO_REGISTER_MODE_MISSING};
-        uint64_t start;
-        size_t nbytes;
-        dl_postcopy_range(p, i, &start, &nbytes);
-        want.range.start = start;
-        want.range.len = nbytes;
-        if (nbytes && ioctl(p->uffd, UFFDIO_REGISTER, &want)) {
-            error = -errno;
-            goto fail;
-        }
-    }
-    error = dl_postcopy_discard(p);
-    if (!error)
-        return 0;
-fail:
-    (void)dl_postcopy_advise(p, MADV_DOFORK);
-    if (p->bell >= 0)
+    if (p->bell < 0)
+        return -errno;
+    int error = dl_guard_open(&p->guard);
+    if (error) {
         close(p->bell);
-    close(p->uffd);
-    p->uffd = p->bell = -1;
+        p->bell = -1;
+    }
     return error;
 }
 
 /* Nothing is missing any more, or nobody has seen the memory. */
 static inline void dl_postcopy_unguard(struct dl_postcopy *p)
 {
-    if (p->uffd < 0)
+    if (p->guard.uffd < 0)
         return;
-    /* The kernel wakes whoever still waits. */
-    close(p->uffd);
+    dl_guard_close(&p->guard);
     close(p->bell);
-    p->uffd = p->bell = -1;
-    (void)dl_postcopy_advise(p, MADV_DOFORK);
+    p->bell = -1;
 }
 
 /* ---- requests ---------------------------------------------------------------------------------------------------- */
@@ -201,55 +98,32 @@ static inline int dl_postcopy_has_room(const struct dl_postcopy *p)
     return p->used + (DL_FAULTS_AT_ONCE + 1) * DL_WANT_BYTES <= sizeof p->out;
 }
 
-static inline void dl_postcopy_wake(const struct dl_postcopy *p, uint64_t start, size_t nbytes)
-{
-    struct uffdio_range range = {start, nbytes};
-    (void)ioctl(p->uffd, UFFDIO_WAKE, &range);
-}
-
-/* A page of which nothing is missing, and that is not there: zeros that were never put into memory. */
-static inline void dl_postcopy_zero(const struct dl_postcopy *p, uint64_t address)
-{
-    struct uffdio_zeropage zero = {.range = {address & ~(uint64_t)(p->page_bytes - 1), p->page_bytes}};
-    while (ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero) && errno == EAGAIN)
-        ;
-    /* It may have come since the fault: who waits looks again. */
-    dl_postcopy_wake(p, zero.range.start, p->page_bytes);
-}
-
 static inline void dl_postcopy_fault(struct dl_postcopy *p, uint64_t address)
 {
-    struct dl_taking *t = &p->taking;
-    for (int64_t i = 0; i < t->space.count; i++) {
-        const struct dl_region *region = t->space.regions + i;
-        uint64_t start;
-        size_t nbytes;
-        dl_postcopy_range(p, i, &start, &nbytes);
-        if (address < start || address - start >= nbytes)
-            continue;
-        int64_t number = (region->start + (int64_t)(address - start)) / t->granule;
-        if (!dl_has_page(p->missing, number)) {
-            dl_postcopy_zero(p, address);
-            return;
-        }
-        if (dl_has_page(p->asked, number))
-            return;
-        p->asked[number / DL_WORD_PAGES] |= dl_bit((size_t)number);
-        if (p->line.fd >= 0) {
-            unsigned char extent[DL_FRAME_EXTENT];
-            int64_t offset = number * t->granule, length = t->space.nbytes - offset;
-            dl_put_le(extent, (uint64_t)offset, 8);
-            dl_put_le(extent + 8, (uint64_t)(length < t->granule ? length : t->granule), 8);
-            dl_postcopy_say(p, DL_FRAME_WANT, extent, sizeof extent);
-        }
+    const struct dl_guard *g = &p->guard;
+    int64_t number = dl_guard_granule(g, address);
+    if (number < 0)
         return;
+    if (!dl_has_page(g->missing, number)) {
+        dl_guard_zero(g, address);
+        return;
+    }
+    if (dl_has_page(p->asked, number))
+        return;
+    dl_add_page(p->asked, number);
+    if (p->line.fd >= 0) {
+        unsigned char extent[DL_FRAME_EXTENT];
+        int64_t offset = number * g->granule, length = g->space.nbytes - offset;
+        dl_put_le(extent, (uint64_t)offset, 8);
+        dl_put_le(extent + 8, (uint64_t)(length < g->granule ? length : g->granule), 8);
+        dl_postcopy_say(p, DL_FRAME_WANT, extent, sizeof extent);
     }
 }
 
 static inline void dl_postcopy_faults(struct dl_postcopy *p)
 {
     struct uffd_msg messages[DL_FAULTS_AT_ONCE];
-    ssize_t got = read(p->uffd, messages, sizeof messages);
+    ssize_t got = read(p->guard.uffd, messages, sizeof messages);
     for (ssize_t i = 0; i < got / (ssize_t)sizeof messages[0]; i++)
         if (messages[i].event == UFFD_EVENT_PAGEFAULT)
             dl_postcopy_fault(p, messages[i].arg.pagefault.address);
@@ -260,66 +134,26 @@ static inline void dl_postcopy_rouse(struct dl_postcopy *p)
 {
     struct dl_taking *t = &p->taking;
     struct dl_granule g = {0};
-    int64_t granules = dl_granules_of(t);
+    int64_t granules = dl_granules_of(&t->space, t->granule);
     for (int64_t word = 0; word * DL_WORD_PAGES < granules; word++)
         while (p->asked[word]) {
             int64_t number = word * DL_WORD_PAGES + __builtin_ctzll(p->asked[word]);
-            dl_postcopy_drop(p->asked, number);
+            dl_drop_page(p->asked, number);
             t->rows[0] = number * t->granule;
             t->rows[1] = t->granule;
             t->count = 1;
             g = (struct dl_granule){0};
             if (dl_next_granule(t, &g) && g.held)
-                dl_postcopy_wake(p, (uint64_t)(uintptr_t)g.place, dl_page_up(p, g.held));
+                dl_guard_wake(&p->guard, (uint64_t)(uintptr_t)g.place, dl_page_up(&p->guard, g.held));
         }
 }
 
 /* ---- what comes -------------------------------------------------------------------------------------------------- */
 
-/* Put bytes, or zeros, where nothing is; 0, or -errno. */
-static inline int dl_postcopy_place(struct dl_postcopy *p, unsigned char *place, const unsigned char *from, size_t left)
-{
-    size_t most = left;
-    while (left) {
-        size_t length = left < most ? left : most;
-        int64_t done;
-        int failed;
-        if (from) {
-            struct uffdio_copy copy = {.dst = (uint64_t)(uintptr_t)place, .src = (uint64_t)(uintptr_t)from, .len = length};
-            failed = ioctl(p->uffd, UFFDIO_COPY, &copy);
-            done = copy.copy;
-        } else {
-            struct uffdio_zeropage zero = {.range = {(uint64_t)(uintptr_t)place, length}};
-            failed = ioctl(p->uffd, UFFDIO_ZEROPAGE, &zero);
-            done = zero.zeropage;
-        }
-        if (!failed)
-            done = (int64_t)length;
-        if (done <= 0) {
-            if (errno == EAGAIN)
-                continue;
-            if (errno == ENOENT && length > p->page_bytes) {
-                /* More than one mapping: somebody has protected a part of it, a tracker say. Page by page. */
-                most = p->page_bytes;
-                continue;
-            }
-            /* Somebody has unmapped it, or put something else there: it is theirs. */
-            if (errno != EEXIST && errno != ENOENT)
-                return -errno;
-            dl_postcopy_wake(p, (uint64_t)(uintptr_t)place, p->page_bytes);
-            done = (int64_t)p->page_bytes;
-        }
-        place += done;
-        from = from ? from + done : NULL;
-        left -= (size_t)done;
-    }
-    return 0;
-}
-
 static inline void dl_postcopy_came(struct dl_postcopy *p, int64_t number)
 {
-    dl_postcopy_drop(p->missing, number);
-    dl_postcopy_drop(p->asked, number);
+    dl_drop_page(p->guard.missing, number);
+    dl_drop_page(p->asked, number);
     pthread_mutex_lock(&p->lock);
     p->left--;
     pthread_mutex_unlock(&p->lock);
@@ -328,14 +162,14 @@ static inline void dl_postcopy_came(struct dl_postcopy *p, int64_t number)
 static inline int dl_postcopy_granule(struct dl_postcopy *p, const struct dl_granule *g, const unsigned char *from)
 {
     struct dl_taking *t = &p->taking;
-    size_t whole = dl_page_up(p, g->held);
+    size_t whole = dl_page_up(&p->guard, g->held);
     if (from && whole != g->held) {
         /* The end of the memory, or of an array: the rest of its last page is zeros. */
         memcpy(t->scratch, from, g->held);
         memset(t->scratch + g->held, 0, whole - g->held);
         from = t->scratch;
     }
-    return dl_postcopy_place(p, g->place, from, whole);
+    return dl_guard_place(&p->guard, g->place, from, whole);
 }
 
 /* Apply a frame: DL_RIGHT, what is wrong with it, or -errno. */
@@ -353,7 +187,7 @@ static inline int dl_postcopy_apply(struct dl_postcopy *p, const struct dl_frame
         int64_t number = g.at / t->granule;
         if (from)
             data += g.length;
-        if (!dl_has_page(p->missing, number))
+        if (!dl_has_page(p->guard.missing, number))
             continue;
         int error = g.held ? dl_postcopy_granule(p, &g, from) : 0;
         if (error)
@@ -488,7 +322,7 @@ static void *dl_postcopy_run(void *argument)
     while (p->left) {
         struct pollfd ready[3] = {
             {.fd = p->bell, .events = POLLIN},
-            {.fd = dl_postcopy_has_room(p) ? p->uffd : -1, .events = POLLIN},
+            {.fd = dl_postcopy_has_room(p) ? p->guard.uffd : -1, .events = POLLIN},
             {.fd = p->line.fd, .events = (short)(POLLIN | (p->gone < p->used ? POLLOUT : 0))},
         };
         double left = 3600;
@@ -616,8 +450,8 @@ static inline uint64_t dl_postcopy_applied(struct dl_postcopy *p)
 static inline void dl_postcopy_init(struct dl_postcopy *p)
 {
     pthread_condattr_t monotonic;
-    p->uffd = p->bell = p->line.fd = -1;
-    p->page_bytes = (size_t)sysconf(_SC_PAGESIZE);
+    dl_guard_init(&p->guard);
+    p->bell = p->line.fd = -1;
     pthread_mutex_init(&p->lock, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

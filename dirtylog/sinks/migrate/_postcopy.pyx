@@ -17,10 +17,20 @@ from dirtylog.sinks.migrate._frames cimport (
     check_granule,
     dl_crc32_prepare,
     dl_reading,
+    dl_space,
     dl_taking,
 )
 
 __all__ = ["FILLED", "GOES_ON", "ODD", "Faults"]
+
+
+cdef extern from "sinks/migrate/_guard.h" nogil:
+    cdef struct dl_guard:
+        dl_space space
+        int64_t granule
+        uint64_t *missing
+        size_t page_bytes
+        int user_mode_only
 
 
 cdef extern from "sinks/migrate/_postcopy.h" nogil:
@@ -35,12 +45,9 @@ cdef extern from "sinks/migrate/_postcopy.h" nogil:
         double patience
     cdef struct dl_postcopy:
         dl_taking taking
-        uint64_t *missing
+        dl_guard guard
         uint64_t *asked
         unsigned char *session
-        size_t page_bytes
-        int uffd
-        int user_mode_only
         int started
         int filled
         int64_t left
@@ -115,8 +122,9 @@ cdef class Faults(Memory):
             raise MemoryError
         dl_postcopy_init(self.p)
         check_granule(granule)
-        if granule % <int64_t>self.p.page_bytes:
-            raise ValueError(f"granule is {granule}; it must be a multiple of {self.p.page_bytes}, the system's page")
+        if granule % <int64_t>self.p.guard.page_bytes:
+            raise ValueError(f"granule is {granule}; it must be a multiple of {self.p.guard.page_bytes}, the system's "
+                             "page")
         if <size_t>len(session) != DL_FRAME_SESSION:
             raise ValueError(f"session has {len(session)} bytes; it must have {DL_FRAME_SESSION}")
         granules = (nbytes + granule - 1) // granule
@@ -126,22 +134,22 @@ cdef class Faults(Memory):
         self.keep(regions, nbytes, True, "memory")
         for i in range(self.space.count):
             address = <uintptr_t>self.regions[i].data
-            if address % self.p.page_bytes or self.regions[i].start % granule:
+            if address % self.p.guard.page_bytes or self.regions[i].start % granule:
                 raise ValueError(f"region {i} begins at {self.regions[i].start}, address {address:#x}: it must begin "
                                  "with a page of the system's")
         cdef unsigned char *at = self.room(16 * words + rows + <size_t>granule + DL_FRAME_MOST)
-        self.p.missing = <uint64_t *><void *>at
-        self.p.asked = self.p.missing + words
+        self.p.guard.missing = <uint64_t *><void *>at
+        self.p.asked = self.p.guard.missing + words
         memset(at, 0, 16 * words)
         if words:
-            memcpy(self.p.missing, &missing[0], 8 * words)
-        self.p.left = <int64_t>kernels.popcount(self.p.missing, words)
+            memcpy(self.p.guard.missing, &missing[0], 8 * words)
+        self.p.left = <int64_t>kernels.popcount(self.p.guard.missing, words)
         at += 16 * words
         self.p.taking.rows = <int64_t *><void *>at
         self.p.taking.scratch = at + rows
         self.p.reading.payload = at + rows + granule
-        self.p.taking.space = self.space
-        self.p.taking.granule = granule
+        self.p.taking.space = self.p.guard.space = self.space
+        self.p.taking.granule = self.p.guard.granule = granule
         self.p.taking.share.channels = 1
         self.p.taking.share.stripe = 64
         memcpy(self.p.session, <char *>session, DL_FRAME_SESSION)
@@ -159,7 +167,7 @@ cdef class Faults(Memory):
 
     @property
     def user_mode_only(self):
-        return self.p.user_mode_only != 0
+        return self.p.guard.user_mode_only != 0
 
     @property
     def left(self):

@@ -1,9 +1,11 @@
-/* The memory of a migration: regions of a page space, and which of its pages go over which channel. */
+/* The memory of a migration: regions of a page space, sets of its granules, and which of them go over which channel. */
 #ifndef DIRTYLOG_MIGRATE_SPACE_H
 #define DIRTYLOG_MIGRATE_SPACE_H
 
 #include <stddef.h>
 #include <stdint.h>
+
+#include "dirtylog/bits.h"
 
 /* A part of a page space that is there; behind its end, up to where the next one begins, there is nothing: zeros. */
 struct dl_region {
@@ -37,6 +39,27 @@ static inline size_t dl_held_bytes(const struct dl_region *region, int64_t offse
     if (offset >= region->end)
         return 0;
     return (uint64_t)(region->end - offset) < length ? (size_t)(region->end - offset) : length;
+}
+
+static inline int64_t dl_granules_of(const struct dl_space *space, int64_t granule)
+{
+    return (space->nbytes + granule - 1) / granule;
+}
+
+/* Of words with a bit for each granule. */
+static inline int dl_has_page(const uint64_t *words, int64_t number)
+{
+    return (words[number / DL_WORD_PAGES] & dl_bit((size_t)number)) != 0;
+}
+
+static inline void dl_add_page(uint64_t *words, int64_t number)
+{
+    words[number / DL_WORD_PAGES] |= dl_bit((size_t)number);
+}
+
+static inline void dl_drop_page(uint64_t *words, int64_t number)
+{
+    words[number / DL_WORD_PAGES] &= ~dl_bit((size_t)number);
 }
 
 /* Which granules go over one of several channels: every `channels`-th stripe of so many. */

@@ -9,7 +9,6 @@
 #include "_bits/crc32.h"
 #include "_bits/deltas.h"
 #include "_bits/stream.h"
-#include "dirtylog/bits.h"
 #include "sinks/migrate/_format.h"
 #include "sinks/migrate/_space.h"
 
@@ -44,11 +43,6 @@ struct dl_taking {
     int64_t size;
 };
 
-static inline int64_t dl_granules_of(const struct dl_taking *t)
-{
-    return (t->space.nbytes + t->granule - 1) / t->granule;
-}
-
 /* Ascending, apart, of whole granules, inside the memory, and not more than a frame may speak of. */
 static inline int dl_take_table(struct dl_taking *t, const unsigned char *table, size_t nbytes)
 {
@@ -82,16 +76,11 @@ static inline int dl_take_table(struct dl_taking *t, const unsigned char *table,
     return t->size > t->left ? DL_WRONG_ROUND : DL_RIGHT;
 }
 
-static inline int dl_has_page(const uint64_t *words, int64_t number)
-{
-    return (words[number / DL_WORD_PAGES] & dl_bit((size_t)number)) != 0;
-}
-
 static inline void dl_mark_rows(const struct dl_taking *t, uint64_t *words)
 {
     for (size_t i = 0; i < t->count; i++)
         for (int64_t at = t->rows[2 * i]; at < t->rows[2 * i] + t->rows[2 * i + 1]; at += t->granule)
-            words[at / t->granule / DL_WORD_PAGES] |= dl_bit((size_t)(at / t->granule));
+            dl_add_page(words, at / t->granule);
 }
 
 /* Go on with each granule of the rows; within the loop `at` and `length` are its place, `place` its bytes. */
@@ -261,8 +250,8 @@ static inline int dl_take_frame(struct dl_taking *t, const struct dl_frame *f)
  * of what this channel carries nothing has come. What is not zero stays marked as that. */
 static inline void dl_take_back(struct dl_taking *t)
 {
-    int64_t words = (dl_granules_of(t) + DL_WORD_PAGES - 1) / DL_WORD_PAGES, stripe = t->share.stripe / DL_WORD_PAGES;
-    for (int64_t word = 0; word < words; word++)
+    int64_t granules = dl_granules_of(&t->space, t->granule), stripe = t->share.stripe / DL_WORD_PAGES;
+    for (int64_t word = 0; word * DL_WORD_PAGES < granules; word++)
         if (word / stripe % t->share.channels == t->share.index)
             t->seen[word] = 0;
     t->applied = 0;

@@ -217,7 +217,7 @@ CHECKS: tuple[Check, ...] = (
         "OVERFLOW_REPORTED_ONCE",
         "TAKEN_IS_DROPPED",
     ),
-    *_refuted("ring_log", TRUTH, "RECORD_AFTER_RESET"),
+    *_refuted("ring_log", TRUTH, "RECORD_AFTER_RESET", "COUNTED_BEFORE_RESET", "OUTSTANDING_IS_STUCK"),
     # The end of a migration.
     *_holds("commit", BOTH, NEITHER, KEPT),
     *_refuted(

@@ -6,15 +6,20 @@
  * end any harvest between two calls. A ring that is full overwrites what was read, or drops the entry: after that the
  * library reports everything, each time.
  *
+ * KVM_RUN calls a ring full before it is, and does not enter the guest. Where nothing is found in it by the next harvest,
+ * it is out of step after an overflow; unless "full" was old news, because a harvest has emptied it since.
+ *
  * Variants: KICK_LEFT_OUT, KICK_NOT_WAITED_FOR, KICK_AFTER_DRAIN, RESET_FAILURE_IGNORED, OVERFLOW_IGNORED,
- * OVERFLOW_REPORTED_ONCE, TAKEN_IS_DROPPED, RECORD_AFTER_RESET.
+ * OVERFLOW_REPORTED_ONCE, TAKEN_IS_DROPPED, RECORD_AFTER_RESET, COUNTED_BEFORE_RESET, OUTSTANDING_IS_STUCK.
  */
-#define PAGES 3
-#define ALL 7
-#define SIZE 2
-#define WRITES 4
+#define PAGES 4
+#define ALL 15
+#define SIZE 3
+#define SOFT_LIMIT 2
+#define WRITES 5
 #define BIT(page) (1 << (page))
-#define COUNT(mask) (((mask) & 1) + ((mask) >> 1 & 1) + ((mask) >> 2 & 1))
+#define USED (COUNT(dirty) + COUNT(marked))
+#define COUNT(mask) (((mask) & 1) + ((mask) >> 1 & 1) + ((mask) >> 2 & 1) + ((mask) >> 3 & 1))
 
 byte stale;        /* the replica lacks these pages */
 byte writable;     /* the kernel notes no write to these */
@@ -27,19 +32,23 @@ byte outstanding;  /* how many entries the library believes are to be taken back
 bool lost;         /* the library's belief: everything is reported from now on */
 bool was_full;     /* a ghost: the ring had no free entry at some time */
 bool in_guest, kicked;
+bool running, full_exit;   /* KVM_RUN is called; it has called the ring full, and that is not noted yet */
+bool harvested;            /* a harvest was counted since the run began */
+bool stuck;                /* noted, and nobody has harvested since */
+bool lock;                 /* of the machine: held by a harvest, and by who notes that a ring was full */
 byte left = WRITES;
 
 inline push(page)
 {
     if
-    :: COUNT(dirty) + COUNT(marked) < SIZE -> dirty = dirty | BIT(page)
-    :: COUNT(dirty) + COUNT(marked) >= SIZE && marked ->
+    :: USED < SIZE -> dirty = dirty | BIT(page)
+    :: USED >= SIZE && marked ->
        /* The lowest of those that were read is overwritten, and its page stays writable. */
        marked = marked & (marked - 1);
        dirty = dirty | BIT(page)
-    :: COUNT(dirty) + COUNT(marked) >= SIZE && !marked
+    :: USED >= SIZE && !marked
     fi;
-    was_full = was_full || COUNT(dirty) + COUNT(marked) >= SIZE
+    was_full = was_full || USED >= SIZE
 }
 
 inline leave()
@@ -75,8 +84,26 @@ end:
     :: write(0)
     :: write(1)
     :: write(2)
+    :: write(3)
     :: in_guest -> leave()
-    :: atomic { !in_guest -> in_guest = true }
+    :: atomic {
+           !in_guest && !running && !full_exit -> running = true;
+           if
+           :: harvested = false
+           :: true    /* a harvest made it leave, and it goes on: still the same run */
+           fi
+       }
+    :: atomic { running && USED < SOFT_LIMIT -> running = false; in_guest = true }
+    :: atomic { running && USED >= SOFT_LIMIT -> printf("full\n"); running = false; full_exit = true }
+    :: atomic {
+           full_exit && !lock -> full_exit = false;
+#ifdef OUTSTANDING_IS_STUCK
+           stuck = stuck || !harvested;
+#else
+           stuck = stuck || (!harvested && !outstanding);
+#endif
+           printf("noted: %d\n", stuck)
+       }
     od
 }
 
@@ -95,7 +122,11 @@ inline drain()
         printf("drained: mask %d\n", dirty);
         bitmap = bitmap | dirty;
 #ifndef OVERFLOW_IGNORED
-        lost = lost || COUNT(dirty) == SIZE;
+        lost = lost || COUNT(dirty) == SIZE || (stuck && !dirty);
+#endif
+        stuck = false;
+#ifdef COUNTED_BEFORE_RESET
+        harvested = true;
 #endif
         outstanding = outstanding + COUNT(dirty);
         marked = marked | dirty;
@@ -128,6 +159,9 @@ inline drain()
            taken_back = 0
        }
     fi;
+#ifndef COUNTED_BEFORE_RESET
+    harvested = true;
+#endif
 #ifdef RESET_FAILURE_IGNORED
     refused = false;
 #endif
@@ -150,6 +184,7 @@ inline take()
 
 inline harvest()
 {
+    lock = true;
 #if !defined(KICK_LEFT_OUT) && !defined(KICK_AFTER_DRAIN)
     kick();
 #endif
@@ -171,7 +206,8 @@ inline harvest()
        :: atomic { printf("copied: mask %d\n", mine); stale = stale & ~mine; mine = 0 }
        fi
     :: refused && last -> goto unable     /* nothing is promised of a harvest that fails */
-    fi
+    fi;
+    lock = false
 }
 
 proctype library()

@@ -94,6 +94,9 @@ class RingLog:
     overflowed: int
     expected: int
     taken_back: int
+    outstanding: int
+    @property
+    def harvests(self) -> int: ...
     def drain_and_reset(self, handle: Handle, rings: list[Ring]) -> None: ...
     @property
     def foreign(self) -> tuple[int, int, int] | None: ...

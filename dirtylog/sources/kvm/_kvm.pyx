@@ -14,6 +14,7 @@ from libc.string cimport memcpy, memmove
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
+from dirtylog._bits.atomic cimport dl_fetch_add, dl_load_acquire
 from dirtylog._bits.bitmap cimport dl_bitmap
 from dirtylog._bits.blocks cimport Block, block_new
 from dirtylog._bits.owed cimport Owed
@@ -607,7 +608,9 @@ cdef class RingLog:
     # DirtyBitmap, in the order of `slots`, which points into them.
     cdef list bitmaps
     # Entries that we marked for reset and KVM has not taken back.
-    cdef uint64_t outstanding
+    cdef readonly uint64_t outstanding
+    # Calls of `drain_and_reset` that have ended.
+    cdef uint64_t ended
     # What `drain_and_reset` has found wrong; nothing but `RingLog` itself forgets it.
     cdef readonly int overflowed
     cdef readonly uint64_t expected, taken_back
@@ -741,10 +744,18 @@ cdef class RingLog:
                         self.expected, self.taken_back = self.outstanding, reset
                     self.outstanding = 0
         finally:
+            # Last. A run that begins before the reset may find its ring full; were it to count this harvest among those
+            # before it, a ring that has just been emptied would pass for one that overflowed. Pairs with `harvests`.
+            dl_fetch_add(&self.ended, 1)
             if real is not None:
                 dl_gate_leave(&real.gate)
         if answer < 0:
             fail(answer, "KVM_RESET_DIRTY_RINGS")
+
+    @property
+    def harvests(self) -> int:
+        """How often the rings were emptied, without a lock: what it counts, KVM_RUN knows of."""
+        return dl_load_acquire(&self.ended)
 
     @property
     def foreign(self) -> tuple[int, int, int] | None:

@@ -56,20 +56,23 @@ class Rings:
         "_page_size",
         "_slots",
         "entries",
-        "harvests",
         "rings",
         "vcpus",
     )
 
     def __init__(self, entries: int, page_size: int, lock: threading.RLock) -> None:
         self.entries: int = entries
-        self.harvests: int = 0
         self.rings: list[_kvm.Ring] = []
         self.vcpus: list[_kvm.VcpuHandle] = []
         self._lock = lock
         self._page_size = page_size
         self._log = _kvm.RingLog()
         self._slots: dict[int, _Collected] = {}
+
+    @property
+    def harvests(self) -> int:
+        """How often the rings were emptied: counted when KVM has taken the entries back, or has refused to."""
+        return self._log.harvests
 
     def add_vcpu(self, index: int, handle: _kvm.VcpuHandle) -> _kvm.Ring:
         """Map the ring of vCPU `index`, which may have failed to be made before; OSError when it cannot be mapped."""
@@ -101,7 +104,6 @@ class Rings:
             The reset failed with the kernel's errno; what was read stays for the next time (I5).
         """
         _kvm.leave_guest(self.vcpus)
-        self.harvests += 1
         try:
             # What is marked for reset and what is known of it change in this one call, whatever interrupts us.
             self._log.drain_and_reset(handle, self.rings)
@@ -184,7 +186,7 @@ class Rings:
         ring : Ring
             The vCPU's ring.
         harvests : int
-            `harvests` before the run: with a harvest since, "full" may be old news.
+            `harvests` before the run: with one since, also one that had begun by then, "full" may be old news.
 
         Raises
         ------
@@ -194,7 +196,8 @@ class Rings:
         with self._lock:
             if self._lost:
                 raise DirtyLogError(f"{self._lost}; this VM can no longer track, make a new one with a larger ring")
-            if harvests == self.harvests:
+            # A ring of entries that KVM refused to take back is full with nothing in it to read, and has lost none.
+            if harvests == self.harvests and not self._log.outstanding:
                 ring.mark_full()
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def refused(number, call, *arguments, **named):
 
 
 class Failing:
-    """A handle on which one call fails as often as wanted."""
+    """A handle on which one call first gives other answers: raises or returns them, or what they return if called."""
 
     def __init__(self, handle, call, answers):
         self._handle, self._call, self._answers = handle, call, answers
@@ -56,4 +56,4 @@ class Failing:
         answer = self._answers.pop()
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer() if callable(answer) else answer

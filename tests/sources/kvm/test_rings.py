@@ -150,6 +150,31 @@ def test_a_ring_that_was_harvested_since_it_was_full_is_not_stuck(vm):
 
 
 @needs_kvm
+def test_a_ring_called_full_by_a_run_that_began_during_a_harvest_is_not_stuck(vm):
+    """A vCPU that a harvest has made leave is back before KVM has taken the entries back, and finds its ring full."""
+    machine(vm, "ring", 100)
+    entries = fake_ring(vm)
+    entries[0] = (1, 0, 5)
+    before = []
+    vm._handle = Failing(vm._handle, "reset_rings", [lambda: before.append(vm._rings.harvests) or 1])
+    assert pages(vm.harvest_rings()[0]) == [5]
+    vm._rings.note_full(vm._rings.rings[1], *before)
+    assert vm.harvest_rings()[0].exact
+
+
+@needs_kvm
+def test_a_ring_that_is_full_of_what_kvm_has_not_taken_back_is_not_stuck(vm):
+    guest = machine(vm, "ring", 100)
+    guest.write([GFN + 5])
+    vm._handle = Failing(vm._handle, "reset_rings", [OSError(errno.EIO, "no reset")])
+    with pytest.raises(OSError, match="no reset"):
+        vm.harvest_rings()
+    vm._rings.note_full(vm._rings.rings[0], vm._rings.harvests)
+    harvested = vm.harvest_rings()[0]
+    assert (pages(harvested), harvested.exact) == ([5], True)
+
+
+@needs_kvm
 @pytest.mark.parametrize(("slot", "offset"), [(7, 0), (0, 100), (99, 0), (0, 1 << 63)])
 def test_a_foreign_ring_entry_reports_every_page_once(vm, slot, offset):
     guest = machine(vm, "ring", 100)

@@ -399,6 +399,8 @@ class VM(Resource):
             Capacity of a ring in pages: a power of two. A vCPU leaves with
             ``"DIRTY_RING_FULL"`` when 64 entries are left (512 more with PML). Make room
             then by the `peek` of any slot, which takes the pages from nobody.
+            Hardware takes one entry for each page until it is harvested; a KVM in
+            software takes one for every write.
 
         Raises
         ------

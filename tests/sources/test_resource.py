@@ -1,10 +1,13 @@
 """What every resource owes whoever closes it."""
 
+import os
 import sys
 
 import pytest
 
 from dirtylog.sources._resource import Resource
+from dirtylog.sources.kvm import _kvm
+from dirtylog.sources.process import _remote
 
 
 class Racing(Resource):
@@ -55,3 +58,19 @@ def test_what_the_last_object_misses_at_the_end_of_the_interpreter_is_not_an_err
         with pytest.warns(ResourceWarning):
             Late()
     assert noticed == [TypeError]
+
+
+@pytest.mark.parametrize("arguments", [(-1, b"no text"), (-1,)], ids=str)
+def test_a_machine_that_refuses_its_arguments_closes_nobodys_descriptor(arguments):
+    """What was never set is 0, which is a descriptor."""
+    before = os.fstat(0)
+    with pytest.raises(TypeError):
+        _kvm.Handle(*arguments)
+    assert os.path.samestat(os.fstat(0), before)
+
+
+def test_a_watch_that_refuses_its_arguments_closes_nobodys_descriptor():
+    before = os.fstat(0)
+    with pytest.raises(TypeError):
+        _remote.Watch("no number", -1)
+    assert os.path.samestat(os.fstat(0), before)

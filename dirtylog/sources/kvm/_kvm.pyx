@@ -174,17 +174,20 @@ cdef class Handle:
     # another slot of that number may be larger than the words.
     cdef pthread_mutex_t layout
     cdef int fd
+    # Arguments of a wrong type are refused before the first line of `__cinit__`, and 0 is somebody's descriptor.
+    cdef bint owns
     cdef readonly str name
 
     def __cinit__(self, object fd, str name, *args):
         dl_gate_init(&self.gate)
         pthread_mutex_init(&self.layout, NULL)
         self.fd = -1
+        self.owns = True
         self.fd = os.dup(fd[0]) if isinstance(fd, list) else fd
         self.name = name
 
     def __dealloc__(self):
-        if self.fd >= 0:
+        if self.owns and self.fd >= 0:
             close(self.fd)
         pthread_mutex_destroy(&self.layout)
         dl_gate_destroy(&self.gate)

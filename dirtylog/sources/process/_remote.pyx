@@ -352,6 +352,8 @@ cdef class Watch:
 
     cdef readonly int pid
     cdef int uffd, pagemap
+    # Arguments of a wrong type are refused before the first line of `__cinit__`, and 0 is somebody's descriptor.
+    cdef bint owns
     cdef page_region *vector
 
     def __cinit__(self, int pid, int uffd, int pagemap=-1):
@@ -360,6 +362,7 @@ cdef class Watch:
         self.pid = pid
         self.uffd = uffd
         self.pagemap = pagemap
+        self.owns = True
         self.vector = <page_region *>malloc(DL_SCAN_VECTOR * sizeof(page_region))
         if self.vector == NULL:
             raise MemoryError
@@ -373,7 +376,8 @@ cdef class Watch:
             raise OSError(errno, f"open(/proc/{pid}/pagemap): {strerror(errno).decode()}")
 
     def __dealloc__(self):
-        self.close()
+        if self.owns:
+            self.close()
         free(self.vector)
 
     def close(self):

@@ -38,6 +38,17 @@ def test_a_thread_that_is_left_is_a_leak():
         assert_nothing_leaks(leak, "threads", 10, rounds=80)
 
 
+def lose(count, size):
+    kept.extend(bytes(size) for _ in range(count))
+
+
+@pytest.mark.parametrize("size", [150, 400, 1000, 10_000])
+def test_a_little_that_every_round_leaves_is_a_leak(size):
+    """Also where the allocator has room for it, and takes no page more for hundreds of rounds."""
+    with pytest.raises(AssertionError, match="every 250 rounds leave at least"):
+        assert_nothing_leaks(lose, size)
+
+
 def grow_once(count):
     if len(kept) < 2:
         kept.append(bytearray(8 << 20))

@@ -325,8 +325,9 @@ def test_a_profile_counts_what_the_program_wrote_until_its_end(launch):
     result = launch(WRITER, "0", options=["--json", "--interval", "1000"])
     assert result.stdout == "done\n"
     profile = json.loads(result.stderr)
-    # What the program writes is known: 8000 pages, once.
-    assert profile["mappings"][0]["dirtied_bytes"] == pytest.approx(8000 * PAGE, rel=0.1)
+    # What the program writes is known: 8000 pages, once. Without a GIL, importing NumPy writes as many to mimalloc's.
+    written = next(mapping for mapping in profile["mappings"] if mapping["name"] != "mimalloc")
+    assert written["dirtied_bytes"] == pytest.approx(8000 * PAGE, rel=0.1)
     assert profile["missed"] is None
 
 

@@ -3,9 +3,11 @@
 import gc
 import os
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -143,10 +145,44 @@ def pytest_report_header():
     return lines
 
 
+# Starts programs of the machine that the tests run for, where this one is another (tools/emulate.py).
+EMULATOR = os.environ.get("DIRTYLOG_EMULATOR", "").split()
+
+
+@pytest.fixture
+def c_program(c_compiler, tmp_path):
+    """A function: compile a C file, with more of dirtylog/, and return how it ended and what it printed."""
+    package = Path(__file__).parents[1] / "dirtylog"
+    if not (package / "_bits" / "harvest.h").exists():
+        pytest.skip("no source tree")
+    flags = ["-std=gnu11", "-O1", "-pthread", "-Wall", "-Werror", "-Wno-unused-function", "-Wno-unused-variable"]
+    if EMULATOR:
+        flags.append("-static")  # with the C library of that machine, which is not installed on this one
+
+    def run(source, *more):
+        program = tmp_path / source.stem
+        files = [source, *(package / name for name in more)]
+        command = [c_compiler, *flags, f"-I{package / 'include'}", f"-I{package}", *files, "-o", program]
+        subprocess.run(command, check=True)
+        answer = subprocess.run([*EMULATOR, program], capture_output=True, text=True)
+        return answer.returncode, answer.stdout
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def sanitized():
     """Whether AddressSanitizer watches this process (tools/sanitize.py): it maps terabytes and checks every read."""
     return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="session")
+def bounded(sanitized):
+    """Skip where a bound on a process's address space would be on more than the process."""
+    if sanitized:
+        pytest.skip("a sanitizer maps terabytes: it runs under no bound on address space")
+    if EMULATOR:
+        pytest.skip("an emulator's own memory would be under the bound on address space")
 
 
 @pytest.fixture

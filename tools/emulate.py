@@ -113,7 +113,7 @@ def main() -> int:
         command = interpreter(target, tree)
         arguments = pytest_arguments or ["-q", *TESTS]
         program = [command, "-c", PYTEST.format(str(command)), "-p", "no:cacheprovider", *arguments]
-        environment = {"DIRTYLOG_HYPOTHESIS": "few", **os.environ}
+        environment = {"DIRTYLOG_HYPOTHESIS": "few", **os.environ, "DIRTYLOG_EMULATOR": EMULATOR}
         return subprocess.run(program, cwd=copy, env=environment, check=False).returncode
 
 

@@ -173,9 +173,8 @@ except MemoryError:
 
 
 @pytest.mark.parametrize(("memory", "how"), [("own", "ordinary"), ("own", "quiescent"), ("foreign", "ordinary")])
-def test_a_harvest_that_finds_no_memory_for_its_answer_has_taken_nothing(memory, how, sanitized):
-    if sanitized:
-        pytest.skip("a sanitizer maps terabytes: it runs under no bound on address space")
+@pytest.mark.usefixtures("bounded")
+def test_a_harvest_that_finds_no_memory_for_its_answer_has_taken_nothing(memory, how):
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY, memory, how], capture_output=True, text=True, timeout=120, check=False
     )

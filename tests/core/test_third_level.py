@@ -3,21 +3,20 @@
 import ctypes
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dirtylog as dl
 
-from .test_harvest_parts import run
-
 SPAN = 1 << 18  # pages of a line of the summary
 # From here on a bitmap has a top; a span that is not full, whose last line is not either.
 LARGE = (1 << 26) + SPAN // 2 + 5
 
 
-def test_no_write_is_lost_and_none_is_late_whatever_comes_between_two_accesses(c_compiler, tmp_path):
-    assert run(c_compiler, "interleaved", tmp_path) == (0, "")
+def test_no_write_is_lost_and_none_is_late_whatever_comes_between_two_accesses(c_program):
+    assert c_program(Path(__file__).with_name("interleaved.c")) == (0, "")
 
 
 def test_a_bitmap_has_a_top_where_its_summary_is_large():

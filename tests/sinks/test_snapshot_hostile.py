@@ -262,9 +262,8 @@ assert total == npages // 2 * size, total
 """
 
 
-def test_every_second_page_of_a_large_memory_is_read_in_little_memory(tmp_path, sanitized):
-    if sanitized:
-        pytest.skip("a sanitizer keeps what is freed for a while: it runs under no bound on address space")
+@pytest.mark.usefixtures("bounded")
+def test_every_second_page_of_a_large_memory_is_read_in_little_memory(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", BOMB, str(tmp_path / "bomb")], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

@@ -423,9 +423,8 @@ with snapshot.open(f"{directory}/s4") as opened:
 """
 
 
-def test_as_many_runs_as_are_composed_take_little_memory(tmp_path, sanitized):
-    if sanitized:
-        pytest.skip("a sanitizer maps terabytes: it runs under no bound on address space")
+@pytest.mark.usefixtures("bounded")
+def test_as_many_runs_as_are_composed_take_little_memory(tmp_path):
     process = subprocess.run(
         [sys.executable, "-c", MANY_RUNS, str(tmp_path)], capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

@@ -21,7 +21,7 @@ NPAGES = 6
 FORTH, BACK = 2 * HEADER_BYTES + 32 + 16, 2 * HEADER_BYTES + 32 + 16
 BEFORE = HEADER_BYTES + READY.size
 # What the receiver is made of, as far as it decides who may run.
-RECEIVER = "migrate/receiver.py", "migrate/destination.py", "migrate/others.py", "migrate/sessions.py"
+RECEIVER = [f"migrate/{name}.py" for name in ("receiver", "destination", "failing", "others", "sessions")]
 
 
 class Fraying(socket.socket):

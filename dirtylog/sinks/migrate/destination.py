@@ -1,4 +1,4 @@
-"""One migration under way, seen from the destination: what it hears and says, and what becomes of the copy."""
+"""One migration under way, seen from the destination: what it hears and says."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
-from dirtylog.errors import BackendUnavailable
 from dirtylog.sinks.migrate._postcopy import FILLED, GOES_ON, Faults
 from dirtylog.sinks.migrate.announced import filling_of, layout_bytes
 from dirtylog.sinks.migrate.control import Cancelled, Control
 from dirtylog.sinks.migrate.filling import Filling, Part
 from dirtylog.sinks.migrate.others import Others, Replaced
 from dirtylog.sinks.migrate.payloads import COMPLETE, FAULTS, HELLO, PART, READY, RUNS
-from dirtylog.sinks.migrate.policy import MigrationError
 from dirtylog.sinks.migrate.sessions import Record, check_no_copy
 from dirtylog.sinks.migrate.wire import Broken, Channel, Kind, Refusal, WireError
 from dirtylog.sinks.snapshot.footer import SnapshotError, decode_state
@@ -25,7 +23,7 @@ from dirtylog.sinks.snapshot.footer import SnapshotError, decode_state
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["Copy", "When"]
+__all__ = ["Copy", "Stage", "When"]
 
 # When a copy is started that lacks pages.
 When = Literal["at-once", "filled"]
@@ -347,90 +345,6 @@ class Copy:
         except Exception as problem:
             # The right is here all the same, and the sender hears so.
             self.problem = problem
-
-    def fail(self, error: BaseException) -> None:
-        """End as what there is demands; raises what the caller is told, or returns where the copy may run."""
-        expected = isinstance(error, (OSError, WireError))
-        if self.stage == Stage.FAULTS:
-            self.fail_faulting(error, expected)
-        if self.faults is not None and self.stage != Stage.RUNS:
-            self.faults.release()
-        if self.stage == Stage.RUNS:
-            if expected:
-                # Only the answer may be lost; nothing turns this into a failure.
-                return
-            error.add_note(f"the copy has the right to run, and the source has not; session {self.session}")
-            raise error
-        if self.stage == Stage.HAVE and self.channel.broken and expected and self.faults is None:
-            raise MigrationError(
-                f"the copy is complete and was not told to run before the line broke: settle session {self.session}, "
-                f"or ask the source's end ({error})",
-                uncertain=True,
-                session=self.session,
-            ) from error
-        try:
-            # Before the sender hears so: it takes the right back on this word.
-            self.move(Stage.GONE)
-        finally:
-            if not isinstance(error, Refusal):
-                plainly = expected or isinstance(error, (BackendUnavailable, Cancelled))
-                self.channel.refuse(str(error) if plainly else _summary(error))
-        if isinstance(error, Cancelled):
-            number = self.filling.number if self.filling else 0
-            raise MigrationError(f"the migration was cancelled in round {number}", session=self.session) from error
-        if not expected:
-            if self.session:
-                error.add_note(f"the copy was given up before it was told to run, and must not; session {self.session}")
-            raise error
-        number = self.filling.number if self.filling else 0
-        raise MigrationError(f"migration failed in round {number}: {error}", session=self.session) from error
-
-    def fail_faulting(self, error: BaseException, expected: bool) -> None:
-        """End a copy that has the right to run and may lack pages; raises, or returns where it lacks none."""
-        assert self.faults is not None
-        # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
-        self.faults.stop()
-        if not self.faults.left:
-            # The source has heard so, or will: nothing turns this into a failure.
-            self.faults.release()
-            try:
-                self.move(Stage.RUNS)
-            except Exception as problem:
-                error.add_note(f"the journal could not be written ({type(problem).__name__}: {problem})")
-            if expected:
-                self.begin()
-            return
-        if not self.started:
-            # Nothing has run here, and the source may go on; it did not hear of the right, or asks.
-            self.give_up(error, expected)
-        lost = f"the copy runs, and waits where it lacks {self.faults.left} pages; session {self.session}"
-        if expected:
-            raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
-        error.add_note(lost)
-        raise error
-
-    def give_up(self, error: BaseException, expected: bool) -> None:
-        """Say that a copy that has the right to run and did not begin never will; raises what the caller is told."""
-        assert self.faults is not None
-        left = self.faults.left
-        # Durable before anybody is told: whoever reads it lets the source go on.
-        try:
-            self.move(Stage.GONE)
-        finally:
-            # Nobody has seen the memory, and nobody waits for it where the journal cannot be written.
-            self.faults.release()
-        lost = (
-            f"the copy was given up before it ran, lacking {left} pages: the source may go on; session {self.session}"
-        )
-        if expected:
-            raise MigrationError(f"{lost}: the line to the source broke ({error})", session=self.session) from error
-        error.add_note(lost)
-        raise error
-
-
-def _summary(error: BaseException) -> str:
-    """Say in a line what ended the receiver, for a peer that has no traceback."""
-    return f"the receiver failed ({type(error).__name__}: {error})"
 
 
 def _state(text: bytearray) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dirtylog.sinks.migrate.control import Control
 from dirtylog.sinks.migrate.destination import Copy, When
+from dirtylog.sinks.migrate.failing import fail
 from dirtylog.sinks.migrate.wire import Channel
 from dirtylog.sinks.snapshot.space import Space
 
@@ -134,7 +135,7 @@ def receive(
     try:
         copy.run()
     except BaseException as error:
-        copy.fail(error)
+        fail(copy, error)
     finally:
         copy.close()
         control._off()

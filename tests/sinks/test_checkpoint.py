@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -246,14 +247,35 @@ def test_the_thread_saves_and_what_it_meets_is_raised_once(tmp_path, monkeypatch
 
 def test_wrong_arguments_are_refused(tmp_path):
     these = arrays()
-    for match, options in [("every is 0", {"every": 0}), ("keep is 0", {"keep": 0})]:
+    for match, options in [
+        ("every is 0", {"every": 0}),
+        ("every is '3'", {"every": "3"}),
+        ("keep is 0", {"keep": 0}),
+        ("keep is True", {"keep": True}),
+        ("keep is 2.0", {"keep": 2.0}),
+        ("full_every is True", {"full_every": True}),
+    ]:
         with pytest.raises(ValueError, match=match):
             dl.Checkpoint(tmp_path / "c", these, **options)
     with pytest.raises(ValueError, match="a mapping of names"):
         dl.Checkpoint(tmp_path / "c", {})
     assert not (tmp_path / "c").exists()
-    with open_checkpoint(tmp_path, these) as checkpoint, pytest.raises(ValueError, match="step is -1"):
-        checkpoint.save(step=-1)
+    with open_checkpoint(tmp_path, these) as checkpoint:
+        # What JSON writes in another way than a number, no reader would take for one.
+        for step in (-1, True, np.True_, 3.0, "3"):
+            with pytest.raises(ValueError, match=f"step is {re.escape(repr(step))}; it must be a number from 0"):
+                checkpoint.save(step=step)
+    assert os.listdir(tmp_path) == []
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    options = {"keep": np.int64(3), "full_every": np.uint8(7), "every": np.float32(1000)}
+    these = arrays()
+    with open_checkpoint(tmp_path, these, **options) as checkpoint:
+        for step in np.arange(5, dtype=np.int16):
+            checkpoint.save(step=step)
+        assert checkpoint._thread.is_alive()
+    assert dl.Checkpoint.steps(tmp_path) == [2, 3, 4]
 
 
 TRAINING = """

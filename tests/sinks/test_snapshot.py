@@ -304,10 +304,19 @@ def test_wrong_arguments_are_refused_and_leave_no_file(tmp_path):
             save_diff(tmp_path / path, memory, pages, parent=f"{tmp_path}/{parent}")
     with pytest.raises(ValueError, match="page_size is 1000"):
         save(tmp_path / "d", workload.memory, page_size=1000)
-    with pytest.raises(ValueError, match="epoch is -1"):
-        save(tmp_path / "d", workload.memory, epoch=-1)
+    for epoch in (-1, True, 1.0):
+        with pytest.raises(ValueError, match=f"epoch is {epoch}; it must be a number from 0 to"):
+            save(tmp_path / "d", workload.memory, epoch=epoch)
     os.rmdir(tmp_path / "elsewhere")
     assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    memory = np.zeros(8192, np.uint8)
+    save(tmp_path / "0", memory, epoch=np.int64(5), page_size=np.int32(4096))
+    pages = DirtyPages.from_indices([1], 2)
+    save_diff(tmp_path / "1", memory, pages, parent=tmp_path / "0", epoch=np.uint64(6), full_every=np.int8(1))
+    assert [info(tmp_path / name).epoch for name in ("0", "1")] == [5, 6]
 
 
 def test_nothing_larger_than_the_limit_is_allocated(tmp_path):

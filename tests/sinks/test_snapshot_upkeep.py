@@ -142,7 +142,9 @@ def test_prune_leaves_what_it_does_not_understand_and_what_others_need(tree, tmp
     )  # fmt: skip
     damaged = bytearray((tree.directory / "c").read_bytes())
     (tree.directory / "notes.txt").write_text("hello")
-    done = prune(tree.directory, keep_last=1, search=[other], sync=False)
+    (tree.directory / "mounts").symlink_to("/proc/self/mounts")  # which has no end that can be looked for
+    done = prune(tree.directory, keep_last=np.int64(1), search=[other], sync=False)
+    (tree.directory / "mounts").unlink()
     assert (plain(done.removed), plain(done.needed)) == (["a", "c"], ["b"])
     assert (restore(other / "away", search=[tree.directory]) == tree.memory["b"]).all()
     tree.memory.pop("notes.txt", None)
@@ -158,6 +160,8 @@ def test_prune_leaves_what_it_does_not_understand_and_what_others_need(tree, tmp
     [
         ({}, "nothing would be kept"),
         ({"keep_last": 0}, "keep_last is 0; it must be"),
+        ({"keep_last": True}, "keep_last is True; it must be"),
+        ({"keep_last": 2.0}, "keep_last is 2.0; it must be"),
         ({"keep_daily": -1}, "keep_daily"),
     ],
 )

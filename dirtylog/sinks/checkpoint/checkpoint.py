@@ -6,6 +6,7 @@ Where they go is another's business: a directory (:mod:`dirtylog.sinks.checkpoin
 
 from __future__ import annotations
 
+import numbers
 import os
 import threading
 import warnings
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding
 from dirtylog.sinks.checkpoint.chains import Chain
@@ -161,12 +163,13 @@ class Checkpoint:
         moment: str = "copy",
         store: Any = None,
     ) -> None:
-        if every is not None and not 0 < every < threading.TIMEOUT_MAX:
-            raise ValueError(f"every is {every}; it must be a number of seconds above 0")
-        if keep is not None and (not isinstance(keep, int) or keep < 1):
-            raise ValueError(f"keep is {keep!r}; it must be at least 1, or None to keep all")
-        if not isinstance(full_every, int) or full_every < 1:
-            raise ValueError(f"full_every is {full_every!r}; it must be a number from 1")
+        if every is not None:
+            if not isinstance(every, numbers.Real) or not 0 < every < threading.TIMEOUT_MAX:
+                raise ValueError(f"every is {every!r}; it must be a number of seconds above 0")
+            every = float(every)  # whatever kind of number it is: a lock waits for those of Python alone
+        if keep is not None:
+            keep = whole(keep, "keep", 1, way_out=", or None to keep all")
+        full_every = whole(full_every, "full_every", 1)
         if not isinstance(arrays, Mapping) or not arrays:
             raise ValueError("arrays must be a mapping of names to at least one array")
         self._check_space(arrays, moment)
@@ -383,9 +386,7 @@ class Checkpoint:
                 raise ValueError("the checkpoint is closed")
             self._raise_earlier()
             self._check_bindings()
-            number = self._step + 1 if step is None else step
-            if not isinstance(number, int) or number < 0:
-                raise ValueError(f"step is {step!r}; it must be a number from 0")
+            number = self._step + 1 if step is None else whole(step, "step", 0)
             return self._save(number, state, until_taken, progress)
 
     def _save(

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import removal
 from dirtylog.sinks.snapshot.chain import (
@@ -115,7 +116,8 @@ def _look(path: str, *, beyond: bool) -> _Node | None:
         node.problem = str(error)
         try:
             with open(path, "rb") as file:
-                if file.seek(0, os.SEEK_END) < footers.TRAILER.size:
+                # What has no size, as files of /proc, has no end to look at either.
+                if os.fstat(file.fileno()).st_size < footers.TRAILER.size:
                     return None
                 file.seek(-footers.TRAILER.size, os.SEEK_END)
                 raw = file.read()
@@ -345,14 +347,15 @@ def prune(
     prune: a diff that appears meanwhile keeps what it needs, and a writer that is about to begin one over what goes is
     told.
     """
-    for name, number in (("keep_last", keep_last), ("keep_daily", keep_daily)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{name} is {number!r}; it must be a number from 1, or None")
-    if keep_last is None and keep_daily is None:
+    last, daily = (
+        None if number is None else whole(number, name, 1, way_out=", or None")
+        for name, number in (("keep_last", keep_last), ("keep_daily", keep_daily))
+    )
+    if last is None and daily is None:
         raise ValueError("nothing would be kept: pass keep_last, keep_daily, or both")
     return thin(
         directory,
-        lambda entries: _wanted(entries, keep_last, keep_daily),
+        lambda entries: _wanted(entries, last, daily),
         dry_run=dry_run,
         sync=sync,
         patience=patience,

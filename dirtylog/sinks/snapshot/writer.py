@@ -19,6 +19,7 @@ import numpy.typing as npt
 from dirtylog._bits.pages import DirtyPages
 from dirtylog.sinks._bytes.extents import WINDOW, PackedExtents
 from dirtylog.sinks._bytes.pageio import read_extents
+from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot.ancestry import ancestors, own_change
 from dirtylog.sinks.snapshot.chain import (
@@ -75,6 +76,11 @@ class How:
     state: object
     progress: Progress | None
     moment: str = "copy"
+
+    def __post_init__(self) -> None:
+        """Refuse an epoch that no reader would take: it is written as it is."""
+        if self.epoch is not None:
+            object.__setattr__(self, "epoch", whole(self.epoch, "epoch", 0, (1 << 63) - 1))
 
     def told(self, done: int, total: int) -> None:
         """Say how far it is."""
@@ -134,8 +140,6 @@ def _interrupted(path: str) -> bool:
 def check_target(path: str, how: How) -> None:
     """Refuse a target or options that will not do, before anything is written."""
     hasher(how.digest)
-    if how.epoch is not None and not 0 <= how.epoch < 1 << 63:
-        raise ValueError(f"epoch is {how.epoch}; it must be between 0 and 2**63 - 1")
     if how.mode is not None and not 0o400 <= how.mode <= 0o777:
         raise ValueError(f"mode is {how.mode:#o}; it must be permissions from 0o400 to 0o777")
     if not how.replace and os.path.lexists(path):
@@ -509,8 +513,8 @@ def save_diff(
     first = next(iter(pages.values()), None) if isinstance(pages, Mapping) else pages
     if not isinstance(first, DirtyPages):
         raise TypeError(f"pages is {type(first).__name__}; DirtyPages are needed")
-    if full_every is not None and (isinstance(full_every, bool) or not isinstance(full_every, int) or full_every < 1):
-        raise ValueError(f"full_every is {full_every!r}; it must be a number from 1, or None")
+    if full_every is not None:
+        full_every = whole(full_every, "full_every", 1, way_out=", or None")
     space = Space(memory, first.page_size)
     held = space.pages(pages)
     check_moment(moment, space)

@@ -361,6 +361,30 @@ def test_after_the_last_file_was_harmed_the_save_after_the_next_stands_for_itsel
         assert (array == these[name]).all()
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_directory_that_became_another_one_is_noticed(tmp_path, number):
+    """As by an older copy that was put back, or by a program that began anew there: the names are the same."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    w, v = np.ones((60, 1000)), np.full((60, 1000), 5.0)
+    with open_checkpoint(other, {"w": v}) as checkpoint:
+        for _ in range(number):
+            checkpoint.save()
+    with open_checkpoint(run, {"w": w}) as checkpoint:
+        for step in range(number):
+            w[step] = step
+            checkpoint.save()
+        run.rename(tmp_path / "old")
+        other.rename(run)
+        w[7] = 7
+        with pytest.raises(SnapshotError, match=f"{number}.ckpt: this is another snapshot than the one of digest"):
+            checkpoint.save()
+        assert checkpoint.save().kind == "full"
+        w[8] = 8
+        assert checkpoint.save().kind == "diff"
+    assert (dl.Checkpoint.load(run)["w"] == w).all()
+    assert (dl.Checkpoint.load(run, 0)["w"] == v).all()
+
+
 def test_two_that_save_to_one_directory_are_told_and_lose_nothing(tmp_path):
     one, other = arrays(), arrays()
     with open_checkpoint(tmp_path, one) as first, open_checkpoint(tmp_path, other) as second:

@@ -311,6 +311,17 @@ def test_wrong_arguments_are_refused_and_leave_no_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == names
 
 
+def test_a_parent_of_another_digest_is_refused_unless_it_holds_the_same_memory(tmp_path):
+    memory, pages = np.zeros(8192, np.uint8), DirtyPages.from_indices([1], 2)
+    save(tmp_path / "0", memory)
+    first = save_diff(tmp_path / "1", memory, pages, parent=tmp_path / "0")
+    with pytest.raises(SnapshotError, match=f"1: this is another snapshot than the one of digest {'0' * 32}"):
+        save_diff(tmp_path / "2", memory, pages, parent=tmp_path / "1", parent_digest="0" * 32)
+    assert not (tmp_path / "2").exists()
+    assert merge(tmp_path / "0", tmp_path / "1").digest != first.digest
+    assert save_diff(tmp_path / "2", memory, pages, parent=tmp_path / "1", parent_digest=first.digest).kind == "diff"
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     memory = np.zeros(8192, np.uint8)
     save(tmp_path / "0", memory, epoch=np.int64(5), page_size=np.int32(4096))

@@ -78,7 +78,8 @@ class Chain:
         self._moment = moment
         self._note = note
         self._observers: dict[str, Observer] = {}
-        self._parent: str | None = None
+        # The file of the last checkpoint and the digest it was written with: what has its name may be another's by now.
+        self._parent: tuple[str, str] | None = None
         # The names and sizes that the parent has: a diff is of the same.
         self._layout: list[tuple[str, int, int]] = []
         # The number of the newest file and how many there are; None if the directory has to be looked at.
@@ -141,7 +142,8 @@ class Chain:
                     info = snapshot.save(path, memory, page_size=page_size, **options)
                 else:
                     options["full_every"] = self._full_every
-                    info = snapshot.save_diff(path, arrays, pages, parent=self._parent, **options)
+                    options["parent"], options["parent_digest"] = self._parent
+                    info = snapshot.save_diff(path, arrays, pages, **options)
             except SnapshotError:
                 # What lies below was removed or damaged. The next stands for itself, or none would ever be saved again.
                 self._parent = None
@@ -153,7 +155,7 @@ class Chain:
                     "(nothing is lost: these pages are in the next save)",
                     path,
                 ) from None
-            self._parent, self._layout = path, layout
+            self._parent, self._layout = (path, info.digest), layout
             self._since, self._reached = since, reached
             self._files = number, count + 1
         self._thin(count + 1)

@@ -374,7 +374,13 @@ def _write_all(name: str, space: Space, how: How) -> Info:
 
 
 def parent_link(
-    name: str, parent: StrPath, source: Source, how: How, search: Sequence[StrPath], full_every: int | None = None
+    name: str,
+    parent: StrPath,
+    source: Source,
+    how: How,
+    search: Sequence[StrPath],
+    full_every: int | None = None,
+    expected: str | None = None,
 ) -> tuple[Parent | None, Callable[[], None]]:
     """Check that a diff of `source` over `parent` could be restored; return what it notes of it, and a last check.
 
@@ -383,7 +389,7 @@ def parent_link(
     Raises
     ------
     SnapshotError
-        A file of the parent's chain is missing or damaged, or the parent is of another geometry.
+        A file of the parent's chain is missing or damaged, or the parent is of another geometry or another digest.
     ValueError
         The parent is elsewhere, is the target, or has the target among its ancestors; the epoch is not later.
     """
@@ -399,6 +405,12 @@ def parent_link(
         )
     above = ancestors(parent_path, directories)
     tip, footer = above.tip, above.footer
+    # Upkeep gives a file another digest, and the file then says whose memory it holds.
+    if expected is not None and expected not in (tip.digest, tip.identity):
+        raise SnapshotError(
+            f"{parent_path}: this is another snapshot than the one of digest {expected}, over which the pages are dirty; "
+            "save a full one"
+        )
     full = full_every is not None and above.length > full_every
     if above.length >= MAX_CHAIN and not full:
         raise SnapshotError(
@@ -464,6 +476,7 @@ def save_diff(
     mode: int | None = None,
     moment: str = "copy",
     full_every: int | None = None,
+    parent_digest: str | None = None,
     search: Sequence[StrPath] = (),
     progress: Progress | None = None,
 ) -> Info:
@@ -480,6 +493,9 @@ def save_diff(
         The snapshot, full or diff, that the pages are dirty against; in the same directory, or in one of `search`.
     full_every : int, optional
         Write a full snapshot instead where the parent's chain has so many diffs, so that no chain grows longer.
+    parent_digest : str, optional
+        The `digest` that the parent's :class:`Info` had when it was written. If another snapshot has its name by now, it
+        is refused; by default whatever has the name is believed. One that was merged or flattened since is the same.
     search : sequence of str or path
         Directories to look for ancestors in, after each file's own.
 
@@ -491,7 +507,7 @@ def save_diff(
     Raises
     ------
     SnapshotError
-        The parent or one of its ancestors is missing or damaged, or of another geometry.
+        The parent or one of its ancestors is missing or damaged, or of another geometry or another digest.
     ValueError
         `pages` does not describe `memory`; the parent is elsewhere; the target is an ancestor of its parent;
         `full_every` is less than 1.
@@ -518,5 +534,5 @@ def save_diff(
     space = Space(memory, first.page_size)
     held = space.pages(pages)
     check_moment(moment, space)
-    link, vouch = parent_link(name, parent, space, how, search, full_every)
+    link, vouch = parent_link(name, parent, space, how, search, full_every, parent_digest)
     return _write_all(name, space, how) if link is None else write(name, space, held, link, how, vouch)

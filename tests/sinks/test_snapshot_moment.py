@@ -232,7 +232,8 @@ def test_whoever_waits_for_the_end_of_a_save_does_not_hold_the_lock_of_writers_m
         def __init__(self, lock):
             self.lock = lock
 
-        def acquire(self, blocking=True):
+        def acquire(self, blocking=True, timeout=-1):
+            assert timeout == -1  # which is for the checkpoint's thread
             return self.lock.acquire(blocking=False) or (blocking and self.wait())
 
         def wait(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -36,10 +37,8 @@ def whole(value: SupportsIndex | Any, what: str, least: int, most: int | None = 
     """
     number = None
     if not isinstance(value, bool | np.bool_):
-        try:
+        with suppress(TypeError):
             number = operator.index(value)
-        except TypeError:
-            pass
     if number is None or number < least or (most is not None and number > most):
         raise ValueError(
             f"{what} is {value!r:.80}; it must be a number from {least}{'' if most is None else f' to {most}'}{way_out}"

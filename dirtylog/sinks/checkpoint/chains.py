@@ -77,7 +77,6 @@ class Chain:
         self._sync = sync
         self._moment = moment
         self._note = note
-        self._observers: dict[str, Observer] = {}
         # The file of the last checkpoint and the digest it was written with: what has its name may be another's by now.
         self._parent: tuple[str, str] | None = None
         # The names and sizes that the parent has: a diff is of the same.
@@ -89,9 +88,13 @@ class Chain:
         os.makedirs(directory, exist_ok=True)
 
     def ready(
-        self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]
+        self,
+        before: dict[str, Observer] | None,
+        arrays: Mapping[str, Memory],
+        trackers: Mapping[str, Tracker],
+        new: Iterable[str],
     ) -> dict[str, Observer]:
-        """Return what takes in the new ones of some arrays, for :meth:`go_on`; nothing has changed yet."""
+        """Return what takes in the new ones of some arrays, and the others from `before`; nothing has changed yet."""
         observers = {}
         for name in new:
             log = DirtyLog()
@@ -99,14 +102,11 @@ class Chain:
             # An array that is new is new in all its pages, until a checkpoint has them.
             observers[name] = log.observer("checkpoint", everything=True)
         # An array that has become empty has no pages any more.
-        return {name: each for name, each in {**self._observers, **observers}.items() if name in arrays}
-
-    def go_on(self, ready: dict[str, Observer]) -> None:
-        """Save these arrays from now on."""
-        self._observers = ready
+        return {name: each for name, each in {**(before or {}), **observers}.items() if name in arrays}
 
     def save(
         self,
+        ready: dict[str, Observer],
         arrays: Mapping[str, Memory],
         step: int | None,
         state: object,
@@ -130,7 +130,7 @@ class Chain:
         # Where every array is empty, a file holds a byte without a name.
         memory: Memory | Mapping[str, Memory] = arrays or A_BYTE
         with ExitStack() as epochs:
-            pages = {name: epochs.enter_context(each.collect()).pages for name, each in self._observers.items()}
+            pages = {name: epochs.enter_context(each.collect()).pages for name, each in ready.items()}
             page_size = next(iter(pages.values())).page_size if pages else directories.PAGE_SIZE
             layout = [(row[0], row[4], row[5]) for row in Space(memory, page_size).rows()]
             options: Any = {"state": about, "digest": self._digest, "sync": self._sync, "moment": self._moment}
@@ -175,5 +175,5 @@ class Chain:
             # The checkpoint is written. What could not be removed is tried again after the next.
             self._note(error)
 
-    def close(self) -> None:
+    def close(self, ready: dict[str, Observer]) -> None:
         """There is nothing to let go."""

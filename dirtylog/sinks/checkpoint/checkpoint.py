@@ -10,12 +10,14 @@ import numbers
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, SupportsIndex
 
+from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding
@@ -35,6 +37,24 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "keeper"]
 
 FULL_EVERY = 1000
+# How often the thread looks whether it is to end while it waits for a lock, in seconds.
+INTERVAL = 0.05
+
+_checkpoints: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """Give each checkpoint locks that no thread of the parent holds."""
+    for checkpoint in list(_checkpoints):
+        checkpoint._renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+class _EndedError(Exception):
+    """The thread is to end."""
 
 
 def keeper(directory: Any) -> ModuleType:
@@ -49,14 +69,14 @@ def keeper(directory: Any) -> ModuleType:
 class _BackEnd(Protocol):
     """Where checkpoints go."""
 
-    def ready(self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]) -> Any:
-        """Return what takes in the new ones of some arrays; nothing has changed yet."""
-
-    def go_on(self, ready: Any) -> None:
-        """Save these arrays from now on."""
+    def ready(
+        self, before: Any, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]
+    ) -> Any:
+        """Return what takes in the new ones of some arrays, and the others from `before`; nothing has changed yet."""
 
     def save(
         self,
+        ready: Any,
         arrays: Mapping[str, Memory],
         step: int | None,
         state: object,
@@ -66,8 +86,8 @@ class _BackEnd(Protocol):
     ) -> Any:
         """Save, and note the empty ones; where a child holds the moment, leave `until_taken`, and with it the lock."""
 
-    def close(self) -> None:
-        """Let go what it has."""
+    def close(self, ready: Any) -> None:
+        """Let go what :meth:`ready` returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +96,23 @@ class _Held:
 
     tracker: Tracker | None
     binding: Binding
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """What is saved: the arrays, those of them that are not empty, what goes with each, and what takes them in.
+
+    It is exchanged as a whole, by one assignment, so that whatever interrupts an update finds the one or the other.
+    """
+
+    arrays: Mapping[str, Memory]
+    memory: Mapping[str, Memory]
+    held: Mapping[str, _Held]
+    ready: Any
+
+    def trackers(self) -> dict[str, Tracker]:
+        """Return the tracker of each array that has one."""
+        return {name: each.tracker for name, each in self.held.items() if each.tracker is not None}
 
 
 class Checkpoint:
@@ -90,8 +127,9 @@ class Checkpoint:
     arrays : mapping of str to array
         What to save: memory of any kind that :func:`dirtylog.track` takes. Write to the arrays in place (``w += 1``,
         ``w[:] = ...``): a name that is bound to another array later (``w = w + 1``) is not followed, and a warning
-        says so where it can be noticed. :meth:`update` goes on with another array, of any size. An array may be empty,
-        of shape ``(0, 4)``, say: its type and shape are saved.
+        says so where it can be noticed. :meth:`update` goes on with another array, of any size. An array may be empty, of shape
+        ``(0, 4)``, say: its type and shape are saved. A type that NumPy does not know by itself, such as bfloat16,
+        comes back as bytes or integers of its size: take a ``.view`` of it.
     every : float, optional
         Save from a background thread every so many seconds, too; such a checkpoint has no step and is loaded as the
         latest. The thread holds :attr:`lock` while it copies: hold it yourself around writes that belong together. An
@@ -180,17 +218,19 @@ class Checkpoint:
         # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
         # nobody who holds this one waits for `lock`.
         self._saving = threading.RLock()
+        # Whether its holder is in the middle of something.
+        self._busy = False
+        # Whether this is the child of a fork.
+        self._inherited = False
         self._moment = moment
         self._backend = backend
         self._step = -1
         self._error: BaseException | None = None
         self._said: set[str] = set()
+        _checkpoints.add(self)
         self._unbound: set[str] = set()
         self._ended = threading.Event()
-        self._arrays: dict[str, Memory] = {}
-        # Those of them that are not empty.
-        self._memory: dict[str, Memory] = {}
-        self._held: dict[str, _Held] = {}
+        self._saved = _Saved({}, {}, {}, None)
         kept = keeper(where)
         self._back: _BackEnd
         if kept is directories:
@@ -219,11 +259,20 @@ class Checkpoint:
                 )
             self.directory = where
             self._back = kept.Stored(where, keep=keep, note=self._note)
-        self._take(arrays)
         self._thread: threading.Thread | None = None
-        if every is not None:
-            self._thread = threading.Thread(target=self._run, args=(every,), name="dirtylog-checkpoint", daemon=True)
-            self._thread.start()
+        try:
+            self._take(arrays)
+            if every is not None:
+                self._thread = threading.Thread(
+                    target=self._run, args=(every,), name="dirtylog-checkpoint", daemon=True
+                )
+                self._thread.start()
+        except BaseException:
+            # Nobody gets this object, and so nobody could close it: an interrupt may come when the thread runs already.
+            self._ended.set()
+            for tracker in self._saved.trackers().values():
+                tracker.close()
+            raise
 
     @staticmethod
     def _check_space(arrays: Mapping[str, Memory], moment: str) -> None:
@@ -236,29 +285,35 @@ class Checkpoint:
 
     def _take(self, arrays: Mapping[str, Memory]) -> None:
         """Track arrays in place of those of the same names; all of them or none."""
-        with ExitStack() as stack:
-            taken = {}
+        taken: dict[str, _Held] = {}
+        before = self._saved
+        ready: Any = None
+        try:
             empty = without_items(arrays)
             for name in arrays:
                 binding = Binding(arrays, name)
-                tracker = None
-                if name not in empty:
-                    tracker = stack.enter_context(track(arrays[name], backend=self._backend))
+                tracker = None if name in empty else track(arrays[name], backend=self._backend)
                 taken[name] = _Held(tracker, binding)
-            before = {name: self._held[name] for name in arrays if name in self._held}
-            known, held_of = {**self._arrays, **arrays}, {**self._held, **taken}
-            trackers = {name: each.tracker for name, each in held_of.items() if each.tracker is not None}
-            memory = {name: known[name] for name in known if name in trackers}
-            ready = self._back.ready(memory, trackers, [name for name in arrays if name in trackers])
-            self._arrays, self._held, self._memory = known, held_of, memory
-            self._back.go_on(ready)
-            stack.pop_all()
+            saved = _Saved({**before.arrays, **arrays}, {}, {**before.held, **taken}, None)
+            trackers = saved.trackers()
+            memory = {name: saved.arrays[name] for name in saved.arrays if name in trackers}
+            ready = self._back.ready(before.ready, memory, trackers, [name for name in arrays if name in trackers])
+            self._saved = replace(saved, memory=memory, ready=ready)
+        finally:
+            # What is not saved is closed, be it what was before, or what an interrupt kept from being saved.
+            current = self._saved
+            kept = {id(tracker) for tracker in current.trackers().values()}
+            try:
+                for other in (before.ready, ready):
+                    if other is not None and other is not current.ready:
+                        self._back.close(other)
+            finally:
+                for held in (*before.held.values(), *taken.values()):
+                    if held.tracker is not None and id(held.tracker) not in kept:
+                        held.tracker.close()
         self._unbound -= set(arrays)
         for held in taken.values():
             held.binding.settle(arrays)
-        for held in before.values():
-            if held.tracker is not None:
-                held.tracker.close()
 
     def update(self, arrays: Mapping[str, Memory]) -> None:
         """Go on with other arrays under these names; the next checkpoint holds them whole, and of the others a diff.
@@ -291,8 +346,16 @@ class Checkpoint:
         with ExitStack() as locked, self._alone(locked):
             if self.closed:
                 raise ValueError("the checkpoint is closed")
-            self._check_space({**self._arrays, **arrays}, self._moment)
+            self._check_space({**self._saved.arrays, **arrays}, self._moment)
             self._take(arrays)
+
+    def _renew_locks(self) -> None:
+        """Take new locks in the child of a fork, where those that threads of the parent held are held for ever."""
+        ended = self._ended.is_set()
+        self.lock, self._saving, self._ended = threading.RLock(), threading.RLock(), threading.Event()
+        self._busy, self._inherited = False, True
+        if ended:
+            self._ended.set()
 
     @property
     def closed(self) -> bool:
@@ -302,9 +365,10 @@ class Checkpoint:
     def _run(self, every: float) -> None:
         while not self._ended.wait(every):
             try:
-                with ExitStack() as until_taken, self._alone(until_taken):
-                    if not self._ended.is_set():
-                        self._save(None, None, until_taken)
+                with ExitStack() as until_taken, self._alone(until_taken, ends=True):
+                    self._save(None, None, until_taken)
+            except _EndedError:
+                return
             except Exception as error:
                 self._note(error)
 
@@ -322,8 +386,8 @@ class Checkpoint:
 
     def _check_bindings(self) -> None:
         """Warn of arrays that nobody can write to any more; before anything is done, for a warning may be an error."""
-        for name in self._arrays:
-            if name not in self._unbound and self._held[name].binding.lost(self._arrays):
+        for name, held in self._saved.held.items():
+            if name not in self._unbound and held.binding.lost(self._saved.arrays):
                 self._unbound.add(name)
                 warnings.warn(
                     f"the array {name!r} has no other reference than the checkpoint's: was the name bound to a new "
@@ -334,23 +398,51 @@ class Checkpoint:
                 )
 
     @contextmanager
-    def _alone(self, locked: ExitStack) -> Iterator[None]:
+    def _alone(self, locked: ExitStack, *, ends: bool = False, within: bool = False) -> Iterator[None]:
         """Hold `lock`, to be left with `locked`, and `_saving`; while another save writes, hold neither.
 
         Otherwise writers would wait for all of that save, and not only for the moment of this one. Whoever holds `lock`
         and saves makes them wait.
+
+        With `ends`, for the thread: whoever closes the checkpoint waits for it, and may hold both, so it looks now and
+        then whether it is to end. With `within`, for closing, the thread that saves may do this in the middle of it,
+        and the child of a fork may.
         """
+        # The child of a fork has others.
+        lock, saving = self.lock, self._saving
         while True:
-            locked.enter_context(self.lock)
-            if self._saving.acquire(blocking=False):
+            self._acquire(lock, ends)
+            locked.callback(lock.release)
+            if saving.acquire(blocking=False):
                 break
             locked.close()
-            with self._saving:  # until it ends
-                pass
+            self._acquire(saving, ends)  # until it ends
+            saving.release()
+        busy = self._busy
         try:
+            if ends and self._ended.is_set():
+                raise _EndedError
+            if self._inherited and not within:
+                raise DirtyLogError(
+                    "this checkpoint belongs to the parent process: a fork's child is not tracked; close it here and "
+                    "make another one, in a directory of its own"
+                )
+            if busy and not within:
+                raise DirtyLogError(
+                    "this thread is in the middle of a save or an update, of which progress= or a signal handler calls "
+                    "for another; nothing has changed: call again when it has ended"
+                )
+            self._busy = True
             yield
         finally:
-            self._saving.release()
+            self._busy = busy
+            saving.release()
+
+    def _acquire(self, lock: threading.RLock, ends: bool) -> None:
+        """Take a lock; for the thread, as long as it is not to end."""
+        while not lock.acquire(timeout=INTERVAL if ends else -1):
+            if self._ended.is_set():
+                raise _EndedError
 
     def save(self, *, step: int | None = None, state: object = None, progress: Progress | None = None) -> Any:
         """Write what changed since the last checkpoint.
@@ -397,9 +489,10 @@ class Checkpoint:
         progress: Progress | None = None,
     ) -> Any:
         """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
-        names = frozenset(self._arrays) - frozenset(self._memory)
-        empty = noted(self._arrays, names) if names else None
-        written = self._back.save(self._memory, step, state, until_taken, progress, empty)
+        saved = self._saved
+        names = frozenset(saved.arrays) - frozenset(saved.memory)
+        empty = noted(saved.arrays, names) if names else None
+        written = self._back.save(saved.ready, saved.memory, step, state, until_taken, progress, empty)
         self._step = self._step if step is None else step
         return written
 
@@ -408,12 +501,23 @@ class Checkpoint:
         self._ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with ExitStack() as locked, self._alone(locked):
-            self._back.close()
-            for held in self._held.values():
-                if held.tracker is not None:
-                    held.tracker.close()
+        with ExitStack() as locked, self._alone(locked, within=True):
+            self._back.close(self._saved.ready)
+            for tracker in self._saved.trackers().values():
+                tracker.close()
             self._raise_earlier()
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            "a Checkpoint is neither copied nor pickled: one at a time writes to its directory; make another one there"
+        )
 
     def __enter__(self) -> Self:
         """Return the checkpoint."""

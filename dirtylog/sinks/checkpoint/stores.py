@@ -83,7 +83,6 @@ class Stored:
         self._repo = _repository(where, create=True)
         self._keep = keep
         self._note = note
-        self._sink: StoreSink | None = None
         # How many snapshots there are; None if they have to be counted.
         self._count: int | None = None
         if keep is not None:
@@ -98,8 +97,14 @@ class Stored:
                 "repository yourself, or save to another one"
             )
 
-    def ready(self, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]) -> StoreSink:
-        """Return what takes in the new ones of some arrays, for :meth:`go_on`; nothing has changed yet."""
+    def ready(
+        self,
+        before: StoreSink | None,
+        arrays: Mapping[str, Memory],
+        trackers: Mapping[str, Tracker],
+        new: Iterable[str],
+    ) -> StoreSink:
+        """Return what takes in all of some arrays, whichever are new; nothing has changed yet."""
         if not arrays:
             raise ValueError("all arrays are empty; in a store at least one must have an item")
         log, places, first = DirtyLog(), {}, 0
@@ -110,14 +115,9 @@ class Stored:
         # One without a base writes everything, over whatever is there.
         return StoreSink(log.observer("checkpoint", everything=True), arrays, self._repo, BRANCH, places=places)
 
-    def go_on(self, ready: StoreSink) -> None:
-        """Save these arrays from now on."""
-        before, self._sink = self._sink, ready
-        if before is not None:
-            before.close()
-
     def save(
         self,
+        ready: StoreSink,
         arrays: Mapping[str, Memory],
         step: int | None,
         state: object,
@@ -126,13 +126,12 @@ class Stored:
         empty: list[list[Any]] | None = None,
     ) -> Saved:
         """Save; all of it with the lock held."""
-        assert self._sink is not None
         count = self._count
         if count is None:
             count = sum(1 for _ in versions(self._repo, branch=BRANCH)) if self._keep is not None else 0
         self._count = None
         noted = {"keep": self._keep, **({"empty": empty} if empty else {})}
-        saved = self._sink.save(step=step, state=state, about=noted, progress=progress)
+        saved = ready.save(step=step, state=state, about=noted, progress=progress)
         self._count = count + 1
         self._thin()
         return saved
@@ -151,10 +150,9 @@ class Stored:
             # The checkpoint is written. What could not be removed is tried again after the next.
             self._note(error if isinstance(error, DirtyLogError | OSError) else DirtyLogError(str(error)))
 
-    def close(self) -> None:
-        """End the sink; a commit in doubt is resolved if the store answers."""
-        if self._sink is not None:
-            self._sink.close()
+    def close(self, ready: StoreSink) -> None:
+        """End a sink; a commit in doubt is resolved if the store answers."""
+        ready.close()
 
 
 def steps(where: Any) -> list[int]:

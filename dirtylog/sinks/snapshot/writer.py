@@ -408,8 +408,8 @@ def parent_link(
     # Upkeep gives a file another digest, and the file then says whose memory it holds.
     if expected is not None and expected not in (tip.digest, tip.identity):
         raise SnapshotError(
-            f"{parent_path}: this is another snapshot than the one of digest {expected}, over which the pages are dirty; "
-            "save a full one"
+            f"{parent_path}: this is another snapshot than the one of digest {expected}, over which the pages are "
+            "dirty; save a full one"
         )
     full = full_every is not None and above.length > full_every
     if above.length >= MAX_CHAIN and not full:
@@ -494,8 +494,8 @@ def save_diff(
     full_every : int, optional
         Write a full snapshot instead where the parent's chain has so many diffs, so that no chain grows longer.
     parent_digest : str, optional
-        The `digest` that the parent's :class:`Info` had when it was written. If another snapshot has its name by now, it
-        is refused; by default whatever has the name is believed. One that was merged or flattened since is the same.
+        The `digest` that the parent's :class:`Info` had when it was written. If another snapshot has its name by now,
+        it is refused; by default whatever has the name is believed. One that was merged or flattened since is the same.
     search : sequence of str or path
         Directories to look for ancestors in, after each file's own.
 

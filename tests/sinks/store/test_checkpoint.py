@@ -173,11 +173,11 @@ def test_a_save_that_fails_changes_nothing_and_loses_nothing(where, flaky):
     with dl.Checkpoint(where, these) as checkpoint:
         checkpoint.save(step=0)
         these["w"][3] = 3
-        repo, checkpoint._back._sink._repo = checkpoint._back._sink._repo, flaky(repository(where), 1)
+        repo, checkpoint._saved.ready._repo = checkpoint._saved.ready._repo, flaky(repository(where), 1)
         with pytest.raises(OSError, match="does not answer"):
             checkpoint.save(step=1)
         assert dl.Checkpoint.steps(where) == [0]
-        checkpoint._back._sink._repo = repo
+        checkpoint._saved.ready._repo = repo
         assert checkpoint.save(step=1).pages == 1
     same(dl.Checkpoint.load(where, 1), these)
 

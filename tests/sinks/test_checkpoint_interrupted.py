@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import dirtylog as dl
+from dirtylog.sinks.checkpoint import checkpoint as checkpoints
 
 from .. import warm
 
@@ -196,6 +197,46 @@ def test_the_child_of_a_fork_waits_for_no_save_of_a_thread_that_it_does_not_have
     assert said.split() == [b"True", b"0"]
     found = dl.Checkpoint.load(tmp_path / "c", 2)["w"]
     assert (found[7], found.sum()) == (7, 506)
+
+
+class Box:
+    """Lends the memory of an array, which may become another one, as that of a tensor."""
+
+    def __init__(self, array):
+        self.array = array
+
+    @property
+    def __array_interface__(self):
+        return self.array.__array_interface__
+
+
+@pytest.mark.parametrize("size", [3000, 9000, 40])
+def test_an_array_whose_memory_lies_elsewhere_by_now_is_followed(tmp_path, size):
+    box, w = Box(np.zeros(3000)), np.zeros(700)
+    with open_checkpoint(tmp_path, {"box": box, "w": w}) as checkpoint:
+        for step in range(6):
+            if step in (2, 4):
+                box.array = np.full(size, step + 0.5)
+            box.array[[-1, step]] = w[step] = step
+            checkpoint.save(step=step)
+            found = dl.Checkpoint.load(tmp_path, step)
+            assert (found["box"] == box.array).all()
+            assert (found["w"] == w).all()
+
+
+def test_the_thread_says_that_nobody_writes_to_an_array_any_more(tmp_path, monkeypatch):
+    noted = threading.Event()
+    real = checkpoints.Checkpoint._note
+
+    def note(self, error):
+        real(self, error)
+        noted.set()
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "_note", note)
+    checkpoint = open_checkpoint(tmp_path, {"w": np.zeros(9)}, every=0.001)
+    assert noted.wait(60)
+    with pytest.raises(RuntimeWarning, match="the array 'w' has no other reference"):
+        checkpoint.close()
 
 
 @pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -1,7 +1,10 @@
-"""Notices that the array which a checkpoint was given has lost its last other reference: nobody can write to it.
+"""Notices that the array which a checkpoint was given is not what is written to any more.
 
 ``w = w + 1`` makes a new array; the checkpoint still holds the old one and would save it for ever. References are
 counted, so it is noticed where they are: for NumPy arrays whose memory is their own, another array's, or a mapping.
+
+``p.data = other`` of a PyTorch tensor, a write to a pandas Series that has a copy, or ``w.resize(n, refcheck=False)``
+leave the object and move its memory, of which the tracker sees nothing: then it lies elsewhere.
 """
 
 from __future__ import annotations
@@ -9,11 +12,22 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-__all__ = ["Binding"]
+from dirtylog._bits.flat import flat_array
+
+if TYPE_CHECKING:
+    from dirtylog._typing import Memory
+
+__all__ = ["Binding", "place_of"]
+
+
+def place_of(memory: Memory, what: str) -> tuple[int, int]:
+    """Return where memory lies now: its address, and how many bytes there are."""
+    flat = flat_array(memory, what=what, empty=True)
+    return flat.ctypes.data, flat.nbytes
 
 
 def _references(arrays: Mapping[Any, Any], name: Any) -> int:

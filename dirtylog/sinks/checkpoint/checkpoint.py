@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, SupportsIndex
 from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.checkpoint import directory as directories
-from dirtylog.sinks.checkpoint.binding import Binding
+from dirtylog.sinks.checkpoint.binding import Binding, place_of
 from dirtylog.sinks.checkpoint.chains import Chain
 from dirtylog.sinks.checkpoint.directory import PAGE_SIZE, Change, Record
 from dirtylog.sinks.checkpoint.empties import A_BYTE, noted, without_items
@@ -92,10 +92,11 @@ class _BackEnd(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What goes with one array: its tracker, unless it is empty, and who else refers to it."""
+    """What goes with one array: its tracker, unless it is empty, who else refers to it, and where it lay."""
 
     tracker: Tracker | None
     binding: Binding
+    place: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,8 @@ class Checkpoint:
     arrays : mapping of str to array
         What to save: memory of any kind that :func:`dirtylog.track` takes. Write to the arrays in place (``w += 1``,
         ``w[:] = ...``): a name that is bound to another array later (``w = w + 1``) is not followed, and a warning
-        says so where it can be noticed. :meth:`update` goes on with another array, of any size. An array may be empty, of shape
+        says so where it can be noticed. :meth:`update` goes on with another array, of any size. An object whose memory
+        moves (``p.data = ...`` of a PyTorch tensor) is followed, and saved whole once. An array may be empty, of shape
         ``(0, 4)``, say: its type and shape are saved. A type that NumPy does not know by itself, such as bfloat16,
         comes back as bytes or integers of its size: take a ``.view`` of it.
     every : float, optional
@@ -292,8 +294,9 @@ class Checkpoint:
             empty = without_items(arrays)
             for name in arrays:
                 binding = Binding(arrays, name)
+                place = place_of(arrays[name], f"memory {name!r}")
                 tracker = None if name in empty else track(arrays[name], backend=self._backend)
-                taken[name] = _Held(tracker, binding)
+                taken[name] = _Held(tracker, binding, place)
             saved = _Saved({**before.arrays, **arrays}, {}, {**before.held, **taken}, None)
             trackers = saved.trackers()
             memory = {name: saved.arrays[name] for name in saved.arrays if name in trackers}
@@ -366,6 +369,7 @@ class Checkpoint:
         while not self._ended.wait(every):
             try:
                 with ExitStack() as until_taken, self._alone(until_taken, ends=True):
+                    self._check_bindings()
                     self._save(None, None, until_taken)
             except _EndedError:
                 return
@@ -489,6 +493,10 @@ class Checkpoint:
         progress: Progress | None = None,
     ) -> Any:
         """Save; where a child holds the moment, leave `until_taken`, and with it the lock, as soon as it does."""
+        # What lies elsewhere by now is another array: of what is written there, its tracker sees nothing.
+        places = {name: place_of(memory, f"memory {name!r}") for name, memory in self._saved.memory.items()}
+        if moved := [name for name, place in places.items() if place != self._saved.held[name].place]:
+            self._take({name: self._saved.arrays[name] for name in moved})
         saved = self._saved
         names = frozenset(saved.arrays) - frozenset(saved.memory)
         empty = noted(saved.arrays, names) if names else None

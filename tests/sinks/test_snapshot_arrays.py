@@ -81,6 +81,47 @@ def test_arrays_by_name_come_back_as_they_were(tmp_path, page_size):
     assert info(tmp_path / "base").state == {"step": 2}
 
 
+@pytest.mark.parametrize(
+    ("make", "fits"),
+    [
+        (lambda: np.zeros((3, 4)), True),
+        (lambda: bytearray(96), True),
+        (lambda: np.zeros((8, 12), np.uint8), True),
+        (lambda: np.zeros((3, 4), order="F"), False),
+        (lambda: np.zeros((3, 4), ">f8"), False),
+        (lambda: np.zeros((3, 4), np.int64), False),
+        (lambda: np.zeros((4, 3)), False),
+        (lambda: np.zeros(12), False),
+    ],
+)
+def test_arrays_in_which_the_bytes_would_be_other_values_are_not_filled(tmp_path, make, fits):
+    array = np.arange(12.0).reshape(3, 4)
+    save(tmp_path / "0", {"w": array, "b": np.zeros(5)})
+    out = {"w": make(), "b": np.zeros(5)}
+    if fits:
+        restore(tmp_path / "0", out=out)
+        assert bytes(memoryview(out["w"]).cast("B")) == array.tobytes()
+        return
+    before = out["w"].copy()
+    everything = {"w": DirtyPages._all(1), "b": DirtyPages._all(1)}
+    for options in ({}, {"only": everything}):
+        with pytest.raises(
+            ValueError, match=r"out\['w'\] is .*; the snapshot has float64 of shape \(3, 4\) in order C"
+        ):
+            restore(tmp_path / "0", out=out, **options)
+    assert (out["w"] == before).all()
+
+
+def test_an_axis_of_one_item_lies_anywhere(tmp_path):
+    array = np.arange(12.0).reshape(3, 1, 4)
+    out = np.zeros((1, 3, 4)).transpose(1, 0, 2)
+    assert out.strides != array.strides
+    save(tmp_path / "0", array)
+    assert (restore(tmp_path / "0", out=out) == array).all()
+    save(tmp_path / "1", memoryview(array).cast("B"))
+    assert (restore(tmp_path / "1", out=out) == array).all()
+
+
 def test_an_array_without_a_name_comes_back_as_it_was(tmp_path):
     array = np.asfortranarray(np.arange(3000.0).reshape(3, 1000))
     save(tmp_path / "base", array)

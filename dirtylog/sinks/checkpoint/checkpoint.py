@@ -620,7 +620,8 @@ class Checkpoint:
         step : int, optional
             Which one; the latest by default.
         into : mapping of str to array, optional
-            Arrays of the same names and sizes to fill in place: all is read, and checked on the way.
+            Arrays of the same names, types, shapes and orders, or bytes, to fill in place: all is read, and checked on
+            the way.
         verify : bool
             Check every byte first. Without, what is mapped is checked only as far as the files' sizes and page sets.
         progress : callable, optional
@@ -640,6 +641,8 @@ class Checkpoint:
             It is damaged.
         ValueError
             `verify` of a store, which keeps no digests, or `progress` of one; or `into` does not fit.
+        TypeError
+            `into` is not a mapping.
 
         Notes
         -----
@@ -649,6 +652,8 @@ class Checkpoint:
         mapping. Loading is O(files of the chain), and short runs of pages are copied at once:
         :class:`~dirtylog.sinks.snapshot.Mapped`. From a store all is read at once, into new arrays in C order.
         """
+        if into is not None and not isinstance(into, Mapping):
+            raise TypeError(f"into is {type(into).__name__}; it must be a mapping of names to arrays")
         return keeper(directory).load(directory, step, into, verify, progress)
 
     @staticmethod

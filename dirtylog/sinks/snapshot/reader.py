@@ -30,7 +30,7 @@ from dirtylog.sinks.snapshot.footer import Footer, SnapshotError
 from dirtylog.sinks.snapshot.index import Index, index
 from dirtylog.sinks.snapshot.layout import Layout
 from dirtylog.sinks.snapshot.parts import Written, extents_of, fetch, put_back
-from dirtylog.sinks.snapshot.space import Space, blank
+from dirtylog.sinks.snapshot.space import Space, blank, dtype_of, said
 
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
@@ -41,7 +41,7 @@ __all__ = ["info", "restore", "verify"]
 SPAN = 1 << 20
 
 
-def _outputs(footer: Footer, out: Any) -> Space:
+def _outputs(footer: Footer, out: Any, name: str) -> Space:
     """Return the caller's memory as the snapshot's page space."""
     space = Space(out, footer.page_size, writable=True)
     if footer.named != space.named:
@@ -57,6 +57,13 @@ def _outputs(footer: Footer, out: Any) -> Space:
         if region.nbytes != row[5]:
             what = f"out[{row[0]!r}]" if footer.named else "out"
             raise ValueError(f"{what} has {region.nbytes} bytes; the snapshot has {row[5]}")
+        if not region.is_like(row, name):
+            what = f"out[{row[0]!r}]" if footer.named else "out"
+            raise ValueError(
+                f"{what} is {said(region.dtype, region.shape, region.order)}; the snapshot has "
+                f"{said(dtype_of(row[1], name), row[2], row[3])}, and its values would be others: pass an array like "
+                "that one, or bytes"
+            )
     return space
 
 
@@ -76,7 +83,7 @@ def restore(
     path : str or path
         The snapshot.
     out : array, buffer, or mapping of str to them, optional
-        Writable contiguous memory of exactly the snapshot's size; by default new arrays.
+        Writable memory like what was saved: arrays of the same type, shape and order, or bytes, by default new arrays.
     only : DirtyPages, tracker, or mapping of str to them, optional
         Put back only these pages of `out`: pages of the whole memory; or what tracks it, which then starts clean again;
         or for arrays by name, the pages or the tracker of each.
@@ -98,7 +105,7 @@ def restore(
         A file of the chain is missing, damaged or not the one its child was taken over. Footers are checked before
         `out` is touched; where data turns out to be damaged, `out` is left half-written.
     ValueError
-        `out` has another size; the snapshot is larger than `limit`.
+        `out` has another size, or is an array of another type, shape or order; the snapshot is larger than `limit`.
 
     Notes
     -----
@@ -139,7 +146,7 @@ def restore(
             result, arrays = blank(footer, name)
             space = Space(arrays if footer.named else result, footer.page_size, writable=True)
         else:
-            result, space = out, _outputs(footer, out)
+            result, space = out, _outputs(footer, out, name)
             space.clear()
         lay(links, space.scatter, progress)
         return result
@@ -150,7 +157,7 @@ def restore(
 def _put_back(name: str, directories: list[str], out: Any, only: Any) -> None:
     """Put back pages of `out`; each tracker starts clean once all of its pages are back."""
     found: Index = settled(lambda: index(name, directories))
-    space = _outputs(found.footer, out)
+    space = _outputs(found.footer, out, name)
 
     def back(start: int, nbytes: int, what: str, written: DirtyPages | Written) -> None:
         def put(pages: DirtyPages) -> None:

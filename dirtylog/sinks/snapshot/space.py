@@ -26,10 +26,12 @@ from dirtylog.sources.memory import probe
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["Space", "arrays_of", "blank", "check_row", "dtype_of"]
+__all__ = ["Space", "arrays_of", "blank", "check_row", "dtype_of", "said"]
 
 # The name of the only region of memory that was given without one.
 NAMELESS = ""
+# Type and order of what is bytes, or was given as such.
+BYTES = ("|u1", "C")
 
 
 # One type as NumPy writes it: byte order, letter, size, unit of time. Where there is a count before it, or a comma, it
@@ -71,6 +73,12 @@ def _order(array: npt.NDArray[Any]) -> str | tuple[int, ...]:
     return tuple(sorted(range(array.ndim), key=lambda axis: -array.strides[axis]))
 
 
+def _axes(order: str | tuple[int, ...], shape: tuple[int, ...]) -> list[int]:
+    """Return the axes, widest first; those of one item lie anywhere."""
+    axes = range(len(shape)) if isinstance(order, str) else order
+    return [axis for axis in (reversed(axes) if order == "F" else axes) if shape[axis] != 1]
+
+
 def _dtype(kind: Any) -> np.dtype[Any]:
     return np.lib.format.descr_to_dtype(_type(kind))
 
@@ -104,12 +112,13 @@ class Region:
         Whether it is to be written.
     """
 
-    __slots__ = ("end", "kind", "name", "nbytes", "order", "shape", "start", "view")
+    __slots__ = ("dtype", "end", "kind", "name", "nbytes", "order", "shape", "start", "view")
 
     def __init__(self, name: str, memory: Memory, start: int, *, writable: bool) -> None:
         what = f"memory {name!r}" if name else "out" if writable else "memory"
         self.view: memoryview = flat_bytes(memory, writable=writable, what=what)
         array = array_of(memory, what)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8)
         self.kind: Any = "|u1"
         self.order: str | tuple[int, ...] = "C"
         self.shape: tuple[int, ...] = (self.view.nbytes,)
@@ -122,8 +131,9 @@ class Region:
                     f"{what} has the type {array.dtype}, which cannot be written down ({error}); pass its bytes, "
                     ".view(numpy.uint8) of it, and keep the type"
                 ) from None
-            self.shape = array.shape
-            self.order = _order(array)
+            # As it comes back: of a type that NumPy does not know by itself, the size is left.
+            self.dtype = np.lib.format.descr_to_dtype(self.kind)
+            self.shape, self.order = array.shape, _order(array)
         self.name: str = name
         self.nbytes: int = self.view.nbytes
         self.start: int = start
@@ -141,6 +151,16 @@ class Region:
     def row(self) -> Row:
         """Return what the footer says of it."""
         return (self.name, self.kind, self.shape, self.order, self.start, self.nbytes)
+
+    def is_like(self, row: Row, name: str) -> bool:
+        """Say whether it has the values of an array that was saved, if it has the same bytes; bytes are any array's."""
+        if BYTES in ((self.kind, self.order), (row[1], row[3])):
+            return True
+        return (
+            self.shape == row[2]
+            and self.dtype == dtype_of(row[1], name)
+            and _axes(self.order, self.shape) == _axes(row[3], row[2])
+        )
 
 
 class Space:
@@ -286,6 +306,11 @@ class Space:
         """Fill with zeros."""
         for region in self.regions:
             np.frombuffer(region.view, np.uint8)[:] = 0
+
+
+def said(dtype: np.dtype[Any], shape: tuple[int, ...], order: str | tuple[int, ...]) -> str:
+    """Describe an array for an error."""
+    return f"{dtype} of shape {shape} in order {order}"
 
 
 def check_row(row: Row, name: str) -> np.dtype[Any]:

@@ -361,6 +361,70 @@ def test_after_the_last_file_was_harmed_the_save_after_the_next_stands_for_itsel
         assert (array == these[name]).all()
 
 
+LOOKS = {
+    "load": lambda path: dl.Checkpoint.load(path)["w"][0],
+    "load into": lambda path: dl.Checkpoint.load(path, into={"w": np.zeros(9000)})["w"][0],
+    "verify": lambda path: dl.Checkpoint.load(path, verify=True)["w"][0],
+    "state": dl.Checkpoint.state_of,
+    "steps": lambda path: dl.Checkpoint.steps(path)[-1],
+    "history": lambda path: dl.Checkpoint.history(path)[-1].step,
+    "survey": lambda path: directory.survey(path)[-1][1].step,
+    "described": lambda path: directory.described(path, None)[0],
+    "whole": lambda path: directory.whole(path, None)["w"][0],
+    "export": lambda path: export(path, path / "out.npz") and np.load(path / "out.npz")["w"][0],
+}
+
+
+class Removing:
+    """Lists the files of a directory, and saves between some lists and the look at what was listed."""
+
+    def __init__(self, monkeypatch, lists, saves):
+        self.real, self.left, self.saves, self.listed = directory.files, set(lists), saves, 0
+        monkeypatch.setattr(directory, "files", self)
+
+    def __call__(self, path):
+        found = self.real(path)
+        self.listed += 1
+        if self.listed in self.left:
+            self.left.remove(self.listed)
+            before = self.listed
+            self.saves()
+            self.listed = before  # a save lists as well
+        return found
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("keep", [1, 2])
+def test_whoever_looks_while_what_was_listed_is_removed_looks_again(tmp_path, monkeypatch, look, keep):
+    w = np.zeros(9000)
+    with open_checkpoint(tmp_path, {"w": w}, keep=keep) as checkpoint:
+
+        def saves():
+            for _ in range(2 * keep):
+                w[0] += 1
+                checkpoint.save(step=int(w[0]), state=w[0])
+
+        saves()
+        # The first list is that of whoever looks again; the second, that of the function itself.
+        removing = Removing(monkeypatch, [2], saves)
+        assert LOOKS[look](tmp_path) == w[0] == 4 * keep
+        assert removing.listed > 3
+
+
+def test_a_step_that_is_removed_while_it_is_looked_for_is_not_kept(tmp_path, monkeypatch):
+    these = arrays()
+    with open_checkpoint(tmp_path, these, keep=2) as checkpoint:
+
+        def saves(*steps):
+            for step in steps:
+                checkpoint.save(step=step)
+
+        saves(0, 1, 2)
+        Removing(monkeypatch, [2], lambda: saves(3, 4, 5, 6))
+        with pytest.raises(KeyError, match="no checkpoint of step 1; it has those of 5, 6"):
+            dl.Checkpoint.load(tmp_path, 1)
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_directory_that_became_another_one_is_noticed(tmp_path, number):
     """As by an older copy that was put back, or by a program that began anew there: the names are the same."""

@@ -9,12 +9,13 @@ they are diffs over it; it is not listed.
 from __future__ import annotations
 
 import bisect
+import functools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from dirtylog._core import compare_pages
 from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import empties
 from dirtylog.sinks.snapshot import Entry, Info, SnapshotError
-from dirtylog.sinks.snapshot.chain import Layer, StrPath, follow, settled
+from dirtylog.sinks.snapshot.chain import RETRIES, Layer, StrPath, follow, settled
 from dirtylog.sinks.snapshot.footer import Footer
 from dirtylog.sinks.snapshot.space import arrays_of, dtype_of
 
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from dirtylog.sinks.snapshot.chain import Progress
 
 __all__ = ["Change", "Record", "about", "changed", "files", "find", "history", "kept", "name_of", "newest", "to_keep"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Of what no tracker has counted.
 PAGE_SIZE = 4096
@@ -112,6 +116,24 @@ def noted_for(path: str, state: Any) -> dict[str, Any]:
     number, step = _number(path), came["step"]
     noted = {"step": step, "keep": keep, "since": number, "reached": -1 if step is None else step, "user": came["user"]}
     return {**noted, "empty": came["empty"]} if "empty" in came else noted
+
+
+def _beside_writers(look: Callable[Concatenate[StrPath, P], T]) -> Callable[Concatenate[StrPath, P], T]:
+    """Let a function look at a directory again if a file is gone by now that was listed: it is not kept any more."""
+
+    @functools.wraps(look)
+    def again(directory: StrPath, /, *arguments: P.args, **options: P.kwargs) -> T:
+        path = os.path.abspath(os.fspath(directory))
+        for _ in range(RETRIES):
+            listed = files(path)
+            try:
+                return look(directory, *arguments, **options)
+            except SnapshotError:
+                if not set(listed) - set(files(path)):
+                    raise
+        raise SnapshotError(f"{path}: a writer removed what was being looked at {RETRIES} times; try again")
+
+    return again
 
 
 def _number(path: str) -> int:
@@ -210,6 +232,8 @@ def _found_beside_damage(there: list[str], step: int | None) -> str:
         try:
             noted = about(path)
         except SnapshotError as error:
+            if not os.path.lexists(path):
+                raise  # gone, and not damaged
             damage = damage or error
             newer.append((error, since))
             continue
@@ -233,6 +257,7 @@ def _step(path: str) -> int | None:
     return step
 
 
+@_beside_writers
 def history(directory: StrPath) -> list[Record]:
     """List the checkpoints that are kept, oldest first."""
     return [_record(path) for path in _kept_files(os.path.abspath(os.fspath(directory)))]
@@ -243,6 +268,7 @@ def _record(path: str) -> Record:
     return Record(_noted(info)["step"], info.time, info)
 
 
+@_beside_writers
 def survey(directory: StrPath) -> list[tuple[str, Record | None, str | None]]:
     """List the files that are kept, oldest first: path, and what it is, or why it cannot be read."""
     found: list[tuple[str, Record | None, str | None]] = []
@@ -250,15 +276,19 @@ def survey(directory: StrPath) -> list[tuple[str, Record | None, str | None]]:
         try:
             found.append((path, _record(path), None))
         except SnapshotError as error:
+            if not os.path.lexists(path):
+                raise
             found.append((path, None, str(error).removeprefix(f"{path}: ")))
     return found
 
 
+@_beside_writers
 def steps(directory: StrPath) -> list[int]:
     """List the steps that are kept, oldest first."""
     return [step for step, _ in kept(os.path.abspath(os.fspath(directory))) if step is not None]
 
 
+@_beside_writers
 def load(
     directory: StrPath,
     step: int | None,
@@ -279,6 +309,7 @@ def load(
         return _all_of(path, mapped.restored())
 
 
+@_beside_writers
 def whole(directory: StrPath, step: int | None, progress: Progress | None = None) -> dict[str, Any]:
     """Read the arrays of a checkpoint."""
     path = find(directory, step)
@@ -294,11 +325,13 @@ def _all_of(path: str, found: Any) -> dict[str, Any]:
     return empties.woven(found if isinstance(found, dict) else {}, _empty(path), path)
 
 
+@_beside_writers
 def state_of(directory: StrPath, step: int | None) -> Any:
     """Return the state that was saved with a checkpoint."""
     return about(find(directory, step))["user"]
 
 
+@_beside_writers
 def described(directory: StrPath, step: int | None) -> tuple[int | None, list[tuple[str, str, list[int], int]], Any]:
     """Return the step of a checkpoint, name, type, shape and bytes of each of its arrays, and its state."""
     path = find(directory, step)
@@ -311,6 +344,7 @@ def described(directory: StrPath, step: int | None) -> tuple[int | None, list[tu
     return noted["step"], empties.described(arrays, noted.get("empty", []), path), noted["user"]
 
 
+@_beside_writers
 def diff(directory: StrPath, a: int, b: int | None) -> dict[str, Change]:
     """Say what changed from the older of two steps to the newer."""
     older, newer = sorted(find(directory, step) for step in (a, b))

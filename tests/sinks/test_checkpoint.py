@@ -1,6 +1,7 @@
 """Checkpoint: all arrays of one step or none, only what changed, and no more than is kept."""
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -688,6 +689,72 @@ def test_an_export_to_zarr_holds_the_arrays(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(tmp_path)) == ["c", "c.npz", "out.zarr", "out.zarr.one.zarr"]
+
+
+def test_an_export_of_one_array_reads_no_other_into_memory_and_checks_all(tmp_path, monkeypatch):
+    these = {**arrays(), "none": np.zeros((0, 3), np.int16)}
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        checkpoint.save()
+        write(these, 7)
+        checkpoint.save()
+    read, real = [], snapshot.read
+    monkeypatch.setattr(snapshot, "restore", lambda *_, **__: pytest.fail("all arrays were read"))
+    monkeypatch.setattr(snapshot, "read", lambda path, region: read.append(region) or real(path, region=region))
+    assert export(tmp_path / "c", tmp_path / "some.npz", names=["none", "f", "b", "f"]) == ["none", "f", "b"]
+    assert read == ["f", "b"]
+    with np.load(tmp_path / "some.npz") as found:
+        for name in ("none", "f", "b"):
+            assert (found[name] == these[name]).all()
+            assert (found[name].dtype, found[name].shape) == (these[name].dtype, these[name].shape)
+    with pytest.raises(KeyError, match="has no array 'x'; it has b, f, none, w"):
+        export(tmp_path / "c", tmp_path / "other.npz", names=["x"])
+    with open(tmp_path / "c" / "0000000002.ckpt", "r+b") as file:
+        file.write(b"?")  # of the array that is not asked for
+    with pytest.raises(SnapshotError, match="does not match its digest"):
+        export(tmp_path / "c", tmp_path / "other.npz", names=["f"])
+    assert sorted(os.listdir(tmp_path)) == ["c", "some.npz"]
+
+
+def test_an_export_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    exporting = sys.modules["dirtylog.sinks.checkpoint.export"]  # which the function of that name hides
+    synced, real_sync, real_rename = [], os.fsync, exporting.rename_new
+
+    def fsync(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        real_sync(descriptor)
+
+    def rename_new(part, path):
+        assert os.stat(part).st_ino in synced
+        real_rename(part, path)
+        synced.clear()
+
+    these = arrays()
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        checkpoint.save()
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(exporting, "rename_new", rename_new)
+    export(tmp_path / "c", tmp_path / "out.npz")
+    assert (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.parametrize("why", ["no directory", "a full disk"])
+def test_an_export_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path, monkeypatch, why):
+    these = arrays()
+    with open_checkpoint(tmp_path / "c", these) as checkpoint:
+        checkpoint.save()
+    target = tmp_path / "out.npz"
+    if why == "no directory":
+        target = tmp_path / "not" / "out.npz"
+    else:
+
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(OSError, match="No s") as caught:
+        export(tmp_path / "c", target)
+    assert caught.value.filename == str(target)
+    assert os.listdir(tmp_path) == ["c"]
 
 
 def test_an_export_that_will_not_do_leaves_nothing(tmp_path, monkeypatch):

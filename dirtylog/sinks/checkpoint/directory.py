@@ -310,10 +310,18 @@ def load(
 
 
 @_beside_writers
-def whole(directory: StrPath, step: int | None, progress: Progress | None = None) -> dict[str, Any]:
-    """Read the arrays of a checkpoint."""
+def whole(
+    directory: StrPath, step: int | None, names: Sequence[str] | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Read the arrays of a checkpoint, or those of some names, and check them."""
     path = find(directory, step)
-    return _all_of(path, snapshot.restore(path, progress=progress))
+    if names is None:
+        return _all_of(path, snapshot.restore(path, progress=progress))
+    empty = empties.woven({}, _empty(path), path)
+    empties.check_names(names, [*empty, *(row[0] for row in _footer(path).regions if row[0])])
+    # Digests are of pages of all arrays: all are checked, a window at a time, and then these alone are read.
+    snapshot.verify(path, progress=progress)
+    return {name: empty[name] if name in empty else snapshot.read(path, region=name) for name in names}
 
 
 def _empty(path: str) -> Any:

@@ -14,7 +14,7 @@ from dirtylog.sinks.snapshot.space import dtype_of
 if TYPE_CHECKING:
     from dirtylog._typing import Memory
 
-__all__ = ["A_BYTE", "described", "noted", "rows", "split", "without_items", "woven"]
+__all__ = ["A_BYTE", "check_names", "described", "noted", "rows", "split", "without_items", "woven"]
 
 # What stands for memory where there is none.
 A_BYTE = bytes(1)
@@ -77,6 +77,19 @@ def rows(note: object, where: str) -> list[Row]:
             raise SnapshotError(f"{where}: what is noted of its empty arrays cannot be used")
         found.append((row[0], row[1], row[2], tuple(row[3])))
     return sorted(found, key=lambda row: row[0])
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse a name that no array has.
+
+    Raises
+    ------
+    KeyError
+        There is none.
+    """
+    for name in names:
+        if name not in known:
+            raise KeyError(f"the checkpoint has no array {name!r}; it has {', '.join(sorted(known)[:20])}")
 
 
 def _made(row: Row, where: str) -> Any:

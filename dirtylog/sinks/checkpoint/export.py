@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dirtylog.errors import BackendUnavailable
-from dirtylog.sinks.checkpoint import directory as directories
+from dirtylog.sinks._bytes.pageio import sync_directory
 from dirtylog.sinks.checkpoint.checkpoint import keeper
 from dirtylog.sinks.snapshot.chain import Progress, StrPath
 from dirtylog.sinks.snapshot.staged import rename_new
@@ -96,6 +96,8 @@ def export(
         The ending is unknown, or an array's name or type will not do for it.
     FileExistsError
         There is something of that name.
+    OSError
+        The disk is full, ...
     BackendUnavailable
         ``.zarr`` needs the package zarr.
     SnapshotError
@@ -103,7 +105,7 @@ def export(
 
     Notes
     -----
-    Takes the memory of the arrays that are written.
+    Takes the memory of the arrays that are written, and of a directory checks all of the checkpoint.
     """
     path = os.path.abspath(os.fspath(target))
     ending = os.path.splitext(path)[1]
@@ -111,23 +113,35 @@ def export(
         raise ValueError(f"{path} ends in {ending!r}; it must end in one of {', '.join(KINDS)}")
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "an export overwrites nothing; remove it, or give another name", path)
-    kept = keeper(directory)
-    arrays: dict[str, Any] = (
-        directories.whole(directory, step, progress) if kept is directories else kept.load(directory, step)
-    )
-    chosen = list(arrays) if names is None else list(dict.fromkeys(names))
+    wanted = None if names is None else list(dict.fromkeys(names))
+    arrays: dict[str, Any] = keeper(directory).whole(directory, step, wanted, progress)
+    chosen = list(arrays) if wanted is None else wanted
     for name in chosen:
-        if name not in arrays:
-            raise KeyError(f"the checkpoint has no array {name!r}; it has {', '.join(sorted(arrays)[:20])}")
         # The name becomes a path inside the file.
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
             raise ValueError(f"the array {name!r} cannot be written by that name: it is a path out of the file")
     staging = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{secrets.token_hex(8)}{ending}")
     try:
         KINDS[ending](staging, {name: arrays[name] for name in chosen})
+        _sync(staging)
         rename_new(staging, path)
-    except BaseException:
+        with suppress(OSError):  # it is there
+            sync_directory(os.path.dirname(path))
+    except BaseException as error:
         with suppress(FileNotFoundError):
             shutil.rmtree(staging) if os.path.isdir(staging) else os.unlink(staging)
+        if isinstance(error, OSError) and error.errno and str(error.filename or staging).startswith(staging):
+            # By the name that was asked for.
+            raise OSError(error.errno, os.strerror(error.errno), path) from error
         raise
     return chosen
+
+
+def _sync(path: str) -> None:
+    """Have a file on disk, or all files below a directory, so that a power cut leaves no name without its content."""
+    below = [os.path.join(place, name) for place, _, names in os.walk(path) for name in names]
+    for each in below if os.path.isdir(path) else [path]:
+        with open(each, "rb") as file:
+            os.fsync(file.fileno())
+    for place, _, _ in os.walk(path):
+        sync_directory(place)

@@ -5,7 +5,7 @@ What :mod:`dirtylog.sinks.checkpoint.directory` and :mod:`dirtylog.sinks.checkpo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dirtylog._typing import Memory
     from dirtylog.sinks.snapshot.chain import Progress
 
-__all__ = ["Stored", "described", "diff", "history", "load", "state_of", "steps"]
+__all__ = ["Stored", "described", "diff", "history", "load", "state_of", "steps", "whole"]
 
 BRANCH = "main"
 
@@ -194,6 +194,22 @@ def load(
         raise ValueError(f"into has {sorted(rest)}; the checkpoint has {sorted(names)}")
     found = branches.restore(repo, version.snapshot, names=names, out=rest)
     return empties.woven(found, empty, said) if into is None else into
+
+
+def whole(
+    where: Any, step: int | None, names: Sequence[str] | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Read the arrays of a checkpoint, or those of some names."""
+    repo = _repository(where)
+    version = _find(repo, where, step)
+    found, empty, said = _names(version), _empty(version), f"snapshot {version.snapshot}"
+    if names is None or found is None:
+        return empties.woven(branches.restore(repo, version.snapshot, names=found), empty, said)
+    there = empties.woven({}, empty, said)
+    empties.check_names(names, [*there, *found])
+    rest = [name for name in names if name not in there]
+    read = branches.restore(repo, version.snapshot, names=rest) if rest else {}
+    return {name: there[name] if name in there else read[name] for name in names}
 
 
 def state_of(where: Any, step: int | None) -> Any:

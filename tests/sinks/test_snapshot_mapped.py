@@ -78,6 +78,89 @@ def test_more_runs_than_are_kept_in_order_are_laid_file_by_file(tmp_path, monkey
     assert (snapshot.read(path, rows=slice(5000, 900_000)) == memory[5000:900_000]).all()
 
 
+@pytest.mark.parametrize("page_size", [512, 4096])
+@pytest.mark.parametrize("limit", [65530, 40, None])
+def test_where_holes_take_room_they_are_not_mapped(tmp_path, monkeypatch, page_size, limit):
+    """In a tmpfs, which is simulated here."""
+    rng = np.random.default_rng(5)
+    memory = np.zeros(200 * 4096 - 300, np.uint8)
+    for first in rng.integers(0, 190, 12) * 4096 + 700:
+        memory[first : first + int(rng.integers(1, 60_000))] = rng.integers(1, 255)
+    memory[-1] = 3
+    path = tmp_path / "base"
+    about = snapshot.save(path, memory, page_size=page_size, sync=False)
+    monkeypatch.setattr(mapped, "holes_take_room", lambda path: True)
+    if limit is None:  # more runs than are kept in order
+        monkeypatch.setattr(mapped, "MAX_ROWS", 1)
+    else:
+        monkeypatch.setattr(mapped, "_spare_mappings", lambda: limit)
+    with snapshot.open(path) as opened:
+        assert (opened.array == memory).all()
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            lines = [line.split(maxsplit=5) for line in maps if line.rstrip().endswith(str(path))]
+        # As far as it is mapped, the file has data there; the rest was copied.
+        held = np.zeros(-(-memory.size // 4096), bool)
+        pages = np.arange(about.npages)[memory_pages(memory, page_size).any(axis=1)]
+        held[pages * page_size // 4096] = True
+        for span, _, offset, *_ in lines:
+            begin, end = (int(each, 16) for each in span.split("-"))
+            assert held[int(offset, 16) // 4096 : (int(offset, 16) + end - begin) // 4096].all()
+        assert bool(lines) == (limit is not None)
+        opened.array[:] = 9
+        opened.reset()
+        assert (opened.array == memory).all()
+        opened.array[50_000:90_000] = 7
+        opened.reset(DirtyPages.from_runs([[45_000 // page_size, 60_000 // page_size]], opened.npages, page_size))
+        assert (opened.array == memory).all()
+
+
+def memory_pages(memory, page_size):
+    """Return memory as rows of pages, filled up with zeros."""
+    padded = np.zeros(-(-memory.size // page_size) * page_size, np.uint8)
+    padded[: memory.size] = memory
+    return padded.reshape(-1, page_size)
+
+
+FULL = """
+import ctypes, os, sys
+import numpy as np
+from dirtylog.sinks import snapshot
+
+place = sys.argv[1].encode()
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
+if (
+    libc.unshare(CLONE_NEWNS)
+    or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None)
+    or libc.mount(b"none", place, b"tmpfs", 0, b"size=1m")
+):
+    print("not allowed:", os.strerror(ctypes.get_errno()))
+    sys.exit()
+memory = np.zeros(8 << 20, np.uint8)
+memory[[5, 4_000_000]] = 7
+snapshot.save(sys.argv[1] + "/base", memory, sync=False)
+with open(sys.argv[1] + "/rest", "wb", buffering=0) as rest:
+    try:
+        while True:
+            rest.write(bytes(4096))
+    except OSError:
+        pass
+with snapshot.open(sys.argv[1] + "/base") as mapped:
+    print(int(mapped.array.sum()))
+    mapped.array[1_000_000] = 1
+    mapped.reset()
+    print(int(mapped.array.sum()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="this system has no tmpfs")
+def test_a_snapshot_in_a_tmpfs_that_is_full_is_read(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=False)
+    if done.stdout.startswith("not allowed"):
+        pytest.skip(done.stdout.strip())
+    assert (done.returncode, done.stdout.split()) == (0, ["14", "14"]), done.stderr
+
+
 def test_arrays_by_name_have_their_own_type_shape_and_order(tmp_path):
     arrays = {"f": np.asfortranarray(np.arange(3000.0).reshape(30, 100)), "n": np.arange(5, dtype=">i2")}
     snapshot.save(tmp_path / "s", arrays)

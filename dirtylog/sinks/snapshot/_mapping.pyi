@@ -5,8 +5,9 @@ import numpy.typing as npt
 
 from dirtylog._typing import Memory as MemoryLike
 
-__all__ = ["Memory", "read_parts"]
+__all__ = ["Memory", "holes_take_room", "read_parts"]
 
+def holes_take_room(path: str) -> bool: ...
 def read_parts(
     path: str, digest: bytes, footer: int, buffer: MemoryLike, begin: int, pieces: npt.NDArray[np.int64]
 ) -> bool: ...

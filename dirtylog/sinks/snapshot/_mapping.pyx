@@ -21,7 +21,7 @@ from posix.unistd cimport close
 from dirtylog._bits.copying cimport HeldBuffer, check_plain, extents_pointer, hold
 from dirtylog.sinks.snapshot._files cimport DIGEST_AT, DIGEST_BYTES, TRAILER_BYTES, dl_open_regular, dl_read_all
 
-__all__ = ["Memory", "read_parts"]
+__all__ = ["Memory", "holes_take_room", "read_parts"]
 
 
 cdef extern from *:
@@ -40,6 +40,21 @@ cdef extern from *:
         return mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | DL_RESERVE, -1, 0);
     }
 
+    #ifdef __linux__
+    #include <sys/vfs.h>
+    #endif
+
+    /* tmpfs gives a hole a page when it is read through a mapping. */
+    static int dl_holes_take_room(const char *path)
+    {
+    #ifdef __linux__
+        struct statfs about;
+        return statfs(path, &about) == 0 && about.f_type == 0x01021994;
+    #else
+        return 0;
+    #endif
+    }
+
     static int dl_map_over(void *address, size_t nbytes, int fd, off_t offset)
     {
         return mmap(address, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | DL_RESERVE, fd, offset)
@@ -48,6 +63,7 @@ cdef extern from *:
     """
     void *MAP_FAILED
     int MADV_DONTNEED
+    int dl_holes_take_room(const char *path) nogil
     void *dl_map_nothing(size_t nbytes) nogil
     int dl_map_over(void *address, size_t nbytes, int fd, off_t offset) nogil
     int munmap(void *address, size_t nbytes) nogil
@@ -101,6 +117,19 @@ cdef int copy_parts(int fd, char *target, const int64_t *pieces, Py_ssize_t n, i
         if error:
             return error
     return 0
+
+
+def holes_take_room(path):
+    """Say whether the file system of a file makes room for a hole that is read through a mapping.
+
+    Where there is none left, as in a tmpfs that is full, the reader is ended by SIGBUS.
+    """
+    cdef bytes name = os.fsencode(path)
+    cdef const char *text = name
+    cdef bint answer
+    with nogil:
+        answer = dl_holes_take_room(text)
+    return answer
 
 
 def read_parts(path, bytes digest not None, int64_t footer, buffer, int64_t begin,

@@ -18,10 +18,10 @@ from dirtylog._bits.pages import DirtyPages
 from dirtylog._bits.vouched import forget_range, vouch_for_range
 from dirtylog.sinks.snapshot import footer as footers
 from dirtylog.sinks.snapshot import reader
-from dirtylog.sinks.snapshot._mapping import Memory
+from dirtylog.sinks.snapshot._mapping import Memory, holes_take_room
 from dirtylog.sinks.snapshot.chain import ChainMovedError, Info, Layer, StrPath, checked_path, directories_of, settled
 from dirtylog.sinks.snapshot.footer import SnapshotError
-from dirtylog.sinks.snapshot.index import Index, index
+from dirtylog.sinks.snapshot.index import MAX_ROWS, Index, index
 from dirtylog.sinks.snapshot.parts import Written, extents_of, put_back
 from dirtylog.sinks.snapshot.space import NAMELESS, arrays_of
 
@@ -80,6 +80,18 @@ def _plan(
     return [(whole[mapped[i] : mapped[i + 1]], parts[copied[i] : copied[i + 1]]) for i in range(len(files))]
 
 
+def _least_mapped(files: list[npt.NDArray[np.int64]]) -> int:
+    """Return how long a piece must be to be mapped, in bytes: as few as the process may have are the longest."""
+    lengths = np.concatenate([np.empty(0, np.int64), *(pieces[:, 1] for pieces in files)])
+    # A run in the middle of another mapping makes two more. Half of what may be made is left to others.
+    budget = _spare_mappings() // 4
+    least = MAPPED_FROM * mmap.PAGESIZE
+    if np.count_nonzero(lengths >= least) > budget:
+        # The longest of them, and none that is as long as one that is left out.
+        least = int(np.partition(lengths, -budget - 1)[-budget - 1]) + 1
+    return least
+
+
 class _Layout:
     """The chain's files over one reserved range."""
 
@@ -93,13 +105,7 @@ class _Layout:
             return
         nbytes = found.footer.nbytes
         layers = [each for each in found.pieces(np.array([[0, nbytes]])) if each[0]]
-        lengths = np.concatenate([np.empty(0, np.int64), *(pieces[:, 1] for _, pieces in layers)])
-        # A run in the middle of another mapping makes two more. Half of what may be made is left to others.
-        budget = _spare_mappings() // 4
-        least = MAPPED_FROM * mmap.PAGESIZE
-        if np.count_nonzero(lengths >= least) > budget:
-            # The longest of them, and none that is as long as one that is left out.
-            least = int(np.partition(lengths, -budget - 1)[-budget - 1]) + 1
+        least = _least_mapped([pieces for _, pieces in layers])
         # Of the base too, where the system's pages are larger than a file's blocks.
         copied = [self.copied]
         plans = _plan([pieces for _, pieces in layers], nbytes, footers.footer_offset(nbytes), least)
@@ -114,7 +120,17 @@ class _Layout:
     def _base(self, found: Index) -> None:
         path, digest, offset = found.files[0]
         nbytes = found.footer.nbytes
-        ((whole, parts),) = _plan([np.array([[0, nbytes, 0]])], nbytes, offset, 0)
+        pieces, least = np.array([[0, nbytes, 0]]), 0
+        if holes_take_room(path):
+            # What the file does not hold is zero here without it.
+            with Layer(path, digest) as layer:
+                if layer.footer.rows > MAX_ROWS:
+                    self._copy(layer, path, digest, offset)
+                    self.copied = np.array([[0, nbytes]])
+                    return
+                pieces = np.concatenate([_NO_PIECES, *layer.pieces()])
+            least = _least_mapped([pieces])
+        ((whole, parts),) = _plan([pieces], nbytes, offset, least)
         if not self.memory.lay(path, bytes.fromhex(digest), offset, whole, parts):
             raise ChainMovedError(path)
         self.copied = parts[:, :2]
@@ -123,10 +139,14 @@ class _Layout:
         """Copy each file over the one before it: for more runs than are kept in order."""
         for path, digest, offset in found.files[1:]:
             with Layer(path, digest) as layer:
-                for pieces in layer.pieces():
-                    if not self.memory.lay(path, bytes.fromhex(digest), offset, _NO_PIECES, pieces):
-                        raise ChainMovedError(path)
+                self._copy(layer, path, digest, offset)
         self.copied = np.array([[0, found.footer.nbytes]])
+
+    def _copy(self, layer: Layer, path: str, digest: str, offset: int) -> None:
+        """Copy what a file holds, a block of its runs at a time."""
+        for pieces in layer.pieces():
+            if not self.memory.lay(path, bytes.fromhex(digest), offset, _NO_PIECES, pieces):
+                raise ChainMovedError(path)
 
 
 class Mapped:
@@ -152,7 +172,8 @@ class Mapped:
     The files are looked through when it is opened, and laid over each other at the first use of the memory:
     :attr:`array`, :attr:`regions`, ``mapped["name"]``. The base is mapped, each run of pages of a diff is mapped over
     it; where the system allows no more mappings (``vm.max_map_count``) the shortest runs are copied. From then on
-    the files may be removed or replaced: what is mapped stays. No descriptor is kept.
+    the files may be removed or replaced: what is mapped stays. No descriptor is kept. In a tmpfs, where reading a hole
+    takes room that may not be left, holes are not mapped: they are zeros of this process.
 
     All processes that open a snapshot share its pages in the page cache. A page that is written is copied first: files
     never change. The memory lives for as long as an array over it does, also after :meth:`close`; the child of a

@@ -1,6 +1,8 @@
 """A migration over several channels: a page over the same one each time, and nothing is done before all of them are."""
 
 import contextlib
+import gc
+import mmap
 import queue
 import random
 import re
@@ -80,6 +82,20 @@ def migrated(source, channels, hub=None, receiver=None, **options):
         hub.waiting.put(None)
         destination.join()
     return outcome, destination.answer
+
+
+@pytest.mark.thread_unsafe(reason="it disables the garbage collector")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_memory_is_its_owners_when_the_calls_have_returned(channels):
+    """And not when the garbage collector comes."""
+    source, out = Scribbler(7, NPAGES), mmap.mmap(-1, NPAGES * PAGE)
+    gc.disable()
+    try:
+        _, memory = migrated(source, channels, receiver={"out": out}, **ROUNDS)
+        assert memory is out
+        out.close()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("channels", "compress", "cache"), [(2, False, 0), (5, True, 3 << 20), (3, False, 1 << 26)])
@@ -190,10 +206,10 @@ def test_what_one_channel_raises_ends_it_and_is_no_broken_line(channel, monkeypa
 def test_a_sender_that_gives_up_is_no_broken_line_whichever_channel_ends_first(monkeypatch):
     whole = others.Others.hang_up
 
-    def hang_up(beside):
+    def hang_up(beside, channel):
         # The others have seen their ends before it is asked what was wrong with them.
         beside.wait()
-        return whole(beside)
+        return whole(beside, channel)
 
     monkeypatch.setattr(others.Others, "hang_up", hang_up)
     source, again = Source(7, npages=NPAGES), []

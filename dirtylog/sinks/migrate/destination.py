@@ -77,11 +77,7 @@ class Copy:
     when: When = "at-once"
     faults: Faults | None = None
     started: bool = False
-    others: Others = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Begin without other channels."""
-        self.others = Others(self)
+    others: Others = field(default_factory=Others)
 
     @property
     def session(self) -> str:
@@ -115,7 +111,7 @@ class Copy:
                 if self.stage == Stage.FAULTS:
                     self.fill()
             except (OSError, WireError) as error:
-                problem = self.others.hang_up()
+                problem = self.others.hang_up(self.channel)
                 if isinstance(error, Refusal):
                     # The sender has given up, and ended its other channels after it had said so.
                     problem, self.channel.broken = None, False
@@ -150,7 +146,7 @@ class Copy:
 
     def close(self) -> None:
         """Close the sockets that `reconnect` and `another` gave, if any."""
-        self.others.hang_up()
+        self.others.hang_up(self.channel)
         own, self.own = self.own, None
         if own is not None:
             own.close()
@@ -232,7 +228,7 @@ class Copy:
         self.channel.send(Kind.READY, READY.pack(self.stage, first.number, applied, nonce), counted=False)
         if self.stage == Stage.PART:
             try:
-                self.others.join(nonce)
+                self.others.join(self, nonce)
             except (OSError, WireError):
                 self.channel.broken = True
                 raise
@@ -313,7 +309,7 @@ class Copy:
 
         digest = self.frames(self.channel, filling.parts[0], progress)
         self.others.wait()
-        if problem := self.others.hang_up():
+        if problem := self.others.hang_up(self.channel):
             raise problem
         if missing := filling.missing():
             raise WireError(f"the sender says that was all, and {missing} pages never came")

@@ -70,19 +70,18 @@ class Beside:
 class Others:
     """The channels of a line beside its first one.
 
-    Parameters
-    ----------
-    copy : Copy
-        The migration that they are of.
+    Notes
+    -----
+    Whose they are is kept by each of them, as long as there is one, and not here: the migration keeps this, and the two
+    together would keep the memory that it fills from its owner until the garbage collector comes.
     """
 
-    def __init__(self, copy: Copy) -> None:
-        self.copy = copy
+    def __init__(self) -> None:
         self.beside: list[Beside] = []
 
-    def join(self, nonce: bytes) -> None:
-        """Take in the other channels, and let each fill its part in a thread of its own."""
-        copy, filling = self.copy, self.copy.filling
+    def join(self, copy: Copy, nonce: bytes) -> None:
+        """Take in the other channels of a migration, and let each fill its part in a thread of its own."""
+        filling = copy.filling
         assert filling is not None
         waiting = dict(enumerate(filling.parts))
         del waiting[0]
@@ -115,8 +114,14 @@ class Others:
             one.start(part)
         raise Broken(f"{len(waiting)} channels never came")
 
-    def hang_up(self) -> Exception | None:
-        """End the other channels; return what was wrong with one of them, if that came first."""
+    def hang_up(self, channel: Channel) -> Exception | None:
+        """End them, and tell the first channel whether its line is broken.
+
+        Returns
+        -------
+        Exception or None
+            What was wrong with one of them, if that came first.
+        """
         beside, self.beside = self.beside, []
         problem: Exception | None = None
         for one in beside:
@@ -125,9 +130,9 @@ class Others:
                 problem = one.error
         if isinstance(problem, (OSError, Broken)):
             # A line is all of its channels.
-            self.copy.channel.broken = True
+            channel.broken = True
         elif problem is not None:
-            self.copy.channel.broken = False
+            channel.broken = False
         return problem
 
     def wait(self) -> None:

@@ -1,7 +1,11 @@
 """Threads beside the one that runs a test."""
 
+import sys
 import threading
 from contextlib import contextmanager
+
+# Whether only one thread runs Python at a time.
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import dirtylog as dl
 from dirtylog import _core
 
-from ..side_by_side import side_by_side
+from ..side_by_side import GIL, side_by_side
 
 NPAGES = 40_000  # more than one group of lines: the summary has several words
 WRITERS = 3
@@ -391,6 +391,7 @@ def no_forced_switches():
     sys.setswitchinterval(before)
 
 
+@pytest.mark.skipif(not GIL, reason="no GIL to give up: when another thread runs is the scheduler's business")
 @pytest.mark.parametrize("name", BULK_OPERATIONS)
 def test_another_thread_runs_python_during_bulk_work(operations, no_forced_switches, name):
     operation = operations[name]

@@ -19,6 +19,7 @@ from dirtylog.sinks.checkpoint import directory, export
 from dirtylog.sinks.snapshot import SnapshotError, staged
 
 from .. import warm
+from ..side_by_side import GIL
 
 
 def arrays():
@@ -549,11 +550,7 @@ def test_another_array_of_a_name_is_saved_whole_and_then_by_what_changes(tmp_pat
         checkpoint.update({"w": w})
 
 
-# Without a GIL they are not counted in one place.
-REFERENCES_ARE_COUNTED = getattr(sys, "_is_gil_enabled", lambda: True)()
-
-
-@pytest.mark.skipif(not REFERENCES_ARE_COUNTED, reason="no GIL: references are not counted in one place")
+@pytest.mark.skipif(not GIL, reason="no GIL: references are not counted in one place")
 @pytest.mark.parametrize("make", [lambda: np.zeros(1000), lambda: dl.zeros((1000,)), lambda: np.zeros(2000)[500:]])
 def test_an_array_that_nobody_else_refers_to_is_said_once(tmp_path, make):
     w, kept = make(), np.zeros(10)
@@ -898,7 +895,7 @@ def test_an_array_that_comes_to_have_items_is_tracked_once_it_is_told(tmp_path):
         checkpoint.save(step=0)
         w = np.ones((3, 4))
         said = pytest.warns(RuntimeWarning, match="'w' has no other reference")
-        with said if REFERENCES_ARE_COUNTED else contextlib.nullcontext():
+        with said if GIL else contextlib.nullcontext():  # without one, references are not counted in one place
             checkpoint.save(step=1)
         checkpoint.update({"w": w})
         checkpoint.save(step=2)

@@ -277,7 +277,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 from dirtylog import DirtyBitmap, DirtyLog
-from dirtylog.sinks.migrate import connect, send
+from dirtylog.sinks.migrate import Control, connect, send
 from tests.sinks.test_migrate_door import TOKEN, certificate
 memory = np.random.default_rng(0).integers(0, 256, 1 << 24, np.uint8)
 log = DirtyLog()
@@ -289,7 +289,8 @@ def reconnect(number):
     breaks.append(number)
     return connect(address, keys)
 with connect(address, keys) as sock:
-    send(sock, memory, log.observer("migration"), postcopy=0, reconnect=reconnect)
+    # In the background half a second's worth, however busy the machine is: what a copy asks for goes at once.
+    send(sock, memory, log.observer("migration"), postcopy=0, reconnect=reconnect, control=Control(32 << 20))
 print(len(breaks))
 """
 
@@ -347,9 +348,9 @@ def test_a_line_with_tls_that_breaks_while_the_copy_runs_is_replaced(listening):
                 wrong.append(page)
 
     def start(memory):
+        lines[0].shutdown(socket.SHUT_RDWR)
         users.append(threading.Thread(target=use, args=(memory,), daemon=True))
         users[0].start()
-        lines[0].shutdown(socket.SHUT_RDWR)
 
     def accept(breaks=0):
         lines.append(listener.accept(60))

@@ -203,13 +203,15 @@ def test_two_harvesters_share_the_marks_and_take_each_once():
     assert np.array_equal(taken[0] + taken[1], expected)
 
 
+@pytest.mark.parametrize("words", [range(8), (0, 1, 2, 5, 7)], ids=["all over", "in part"])
 @pytest.mark.parametrize("summary", [True, False], ids=["own", "foreign"])
-def test_a_mark_in_a_line_that_is_dirty_all_over_is_harvested_once(summary):
-    # The harvester fills each line before it takes it, so that it takes words by the line, in the
+def test_a_mark_in_a_line_that_is_dirty_already_is_harvested_once(summary, words):
+    # The harvester marks `words` of each line before it takes it, so that it takes words two at a time, in the
     # very moment in which a writer that jumps about changes one of them.
     npages = 2**17
     bitmap = dl.DirtyBitmap(npages) if summary else dl.DirtyBitmap.from_buffer(np.zeros(npages // 64, np.uint64))
-    background = dl.DirtyPages.from_indices(np.arange(0, npages, 64), npages)
+    first = np.arange(0, npages, 64)
+    background = dl.DirtyPages.from_indices(first[np.isin(first // 64 % 8, words)], npages)
     pages = np.setdiff1d(np.arange(npages), background.indices())
     np.random.default_rng(1).shuffle(pages)
     for _ in range(40):

@@ -85,15 +85,23 @@ def migrated(source, channels, hub=None, receiver=None, **options):
 
 
 @pytest.mark.thread_unsafe(reason="it disables the garbage collector")
+@pytest.mark.parametrize("cut", [(), (None, 300_000), (None, None, 300_000), (300_000,)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_memory_is_its_owners_when_the_calls_have_returned(channels):
-    """And not when the garbage collector comes."""
-    source, out = Scribbler(7, NPAGES), mmap.mmap(-1, NPAGES * PAGE)
+def test_memory_is_its_owners_when_the_calls_have_returned(channels, cut):
+    """And not when the garbage collector comes, whichever channel has broken meanwhile."""
+    source, hub = Scribbler(7, NPAGES), Hub(cut)
+    sent, out = (mmap.mmap(-1, NPAGES * PAGE) for _ in range(2))
+    sent[:] = source.memory.tobytes()
+    source.memory = np.frombuffer(sent, np.uint8)
     gc.disable()
     try:
-        _, memory = migrated(source, channels, receiver={"out": out}, **ROUNDS)
+        receiver = {"out": out, "reconnect": hub.accept}
+        result, memory = migrated(source, channels, hub, receiver, reconnect=hub.connect, **ROUNDS)
         assert memory is out
+        assert result.breaks == (0 < len(cut) <= channels)
         out.close()
+        del source.memory
+        sent.close()
     finally:
         gc.enable()
 

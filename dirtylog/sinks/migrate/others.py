@@ -126,8 +126,10 @@ class Others:
         problem: Exception | None = None
         for one in beside:
             one.close()
-            if problem is None and one.error is not None and one.first:
-                problem = one.error
+            # Its traceback leads back to the channel: each would keep the other, and the memory that both lead to.
+            error, one.error = one.error, None
+            if problem is None and error is not None and one.first:
+                problem = error
         if isinstance(problem, (OSError, Broken)):
             # A line is all of its channels.
             channel.broken = True

@@ -106,6 +106,35 @@ def test_memory_is_its_owners_when_the_calls_have_returned(channels, cut):
         gc.enable()
 
 
+@pytest.mark.thread_unsafe(reason="it disables the garbage collector")
+@pytest.mark.parametrize(("channels", "cut"), [(1, (300_000,)), (3, (300_000,)), (3, (None, 300_000))])
+def test_memory_is_its_owners_when_the_calls_have_failed(channels, cut):
+    source, hub, failed = Scribbler(7, NPAGES), Hub(cut), []
+    sent, out = (mmap.mmap(-1, NPAGES * PAGE) for _ in range(2))
+    sent[:] = source.memory.tobytes()
+
+    def fail(end, *args, **options):
+        try:
+            end(*args, **options)
+        except MigrationError:
+            failed.append(end)
+
+    gc.disable()
+    try:
+        with hub.connect() as here, hub.accept() as there:
+            more = {"out": out, "another": hub.accept}
+            copy = threading.Thread(target=fail, args=(receive, there), kwargs=more)
+            copy.start()
+            fail(send, here, sent, source.observer, channels=channels, another=hub.connect, **ROUNDS)
+            hub.waiting.put(None)
+            copy.join()
+        assert len(failed) == 2
+        out.close()
+        sent.close()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(("channels", "compress", "cache"), [(2, False, 0), (5, True, 3 << 20), (3, False, 1 << 26)])
 def test_memory_arrives_over_several_channels(channels, compress, cache):
     source = Scribbler(channels, NPAGES)

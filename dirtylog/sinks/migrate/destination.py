@@ -111,11 +111,7 @@ class Copy:
                 if self.stage == Stage.FAULTS:
                     self.fill()
             except (OSError, WireError) as error:
-                problem = self.others.hang_up(self.channel)
-                if isinstance(error, Refusal):
-                    # The sender has given up, and ended its other channels after it had said so.
-                    problem, self.channel.broken = None, False
-                self.again(problem or error)
+                self.again(self.first_of(error))
             except Replaced as replaced:
                 self.hello, channel = replaced.hello, replaced.one.channel
                 channel.bytes_sent += self.channel.bytes_sent
@@ -124,12 +120,25 @@ class Copy:
             else:
                 return
 
+    def first_of(self, error: Exception) -> Exception:
+        """Hang up on the other channels; return what was wrong with one of them, if that came before `error`."""
+        problem = self.others.hang_up(self.channel)
+        if isinstance(error, Refusal):
+            # The sender has given up, and ended its other channels after it had said so.
+            self.channel.broken = False
+            return error
+        return problem or error
+
     def again(self, error: Exception) -> None:
         """Take another line in place of a broken one. Raises `error` where there is none."""
         if self.control.cancelled:
             raise Cancelled("it was cancelled") from error
         if self.reconnect is None or not self.channel.broken:
-            raise error
+            try:
+                raise error
+            finally:
+                # Its traceback leads here: each would keep the other, and the memory.
+                del error
         self.breaks += 1
         # The sender hears of it, though what came was damaged and the line is not.
         self.channel.cut()
@@ -310,7 +319,11 @@ class Copy:
         digest = self.frames(self.channel, filling.parts[0], progress)
         self.others.wait()
         if problem := self.others.hang_up(self.channel):
-            raise problem
+            try:
+                raise problem
+            finally:
+                # As in `again`.
+                del problem
         if missing := filling.missing():
             raise WireError(f"the sender says that was all, and {missing} pages never came")
         if self.state is not None:

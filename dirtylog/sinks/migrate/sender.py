@@ -92,7 +92,11 @@ class _Attempt:
         """Replace a broken line; return how far the copy is. Raises `error` where there is none to replace."""
         while True:
             if self.reconnect is None or not self.sender.channel.broken or isinstance(error, Refusal):
-                raise error
+                try:
+                    raise error
+                finally:
+                    # Its traceback leads here: each would keep the other, and the memory.
+                    del error
             self.control._check()
             self.breaks += 1
             self.control.breaks = self.breaks

@@ -427,6 +427,18 @@ def test_a_step_that_is_removed_while_it_is_looked_for_is_not_kept(tmp_path, mon
             dl.Checkpoint.load(tmp_path, 1)
 
 
+def test_what_was_removed_while_a_step_was_looked_for_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    these = arrays()
+    for run in ((0, 1, 2), (5, 6, 7)):
+        with open_checkpoint(tmp_path, these) as checkpoint:
+            for step in run:
+                write(these, step)
+                checkpoint.save(step=step)
+    Removing(monkeypatch, [2], lambda: os.unlink(tmp_path / "0000000004.ckpt"))
+    # A warning would be an error here.
+    assert dl.Checkpoint.load(tmp_path, 1)["b"][-1] == 1
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_directory_that_became_another_one_is_noticed(tmp_path, number):
     """As by an older copy that was put back, or by a program that began anew there: the names are the same."""

@@ -20,15 +20,34 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("c_compiler")
 
 SETUP = """
+import os
 from setuptools import Extension, setup
 from Cython.Build import cythonize
 import dirtylog
+beside = os.path.dirname(os.path.dirname(dirtylog.__file__))
 setup(
     name="downstream",
     ext_modules=cythonize(
-        [Extension("downstream_cython", ["downstream_cython.pyx"], include_dirs=[dirtylog.get_include()])]
+        [Extension("downstream_cython", ["downstream_cython.pyx"], include_dirs=[dirtylog.get_include()])],
+        include_path=[beside],
     ) + [Extension("downstream_c", ["downstream_c.c"], include_dirs=[dirtylog.get_include()])],
 )
+"""
+
+# As an editable installation does it: the package is imported, and is in no directory of sys.path.
+EDITABLE = """
+import importlib.util
+import sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "dirtylog":
+            where = {0!r}
+            return importlib.util.spec_from_file_location(
+                name, where + "/__init__.py", submodule_search_locations=[where]
+            )
+
+sys.meta_path.append(Finder)
 """
 
 
@@ -47,11 +66,11 @@ def downstream(tmp_path_factory):
     for name in ("downstream_c.c", "downstream_cython.pyx"):
         shutil.copy(HERE / name, directory)
     (directory / "setup.py").write_text(SETUP)
-    package_parent = Path(dl.__file__).parent.parent
+    (directory / "sitecustomize.py").write_text(EDITABLE.format(str(Path(dl.__file__).parent)))
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(package_parent), "CFLAGS": "-O0"},
+        env={**os.environ, "PYTHONPATH": str(directory), "CFLAGS": "-O0"},
         capture_output=True,
         text=True,
         check=False,

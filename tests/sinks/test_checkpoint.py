@@ -256,6 +256,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         ("keep is True", {"keep": True}),
         ("keep is 2.0", {"keep": 2.0}),
         ("full_every is True", {"full_every": True}),
+        ("digest is 'md5'", {"digest": "md5"}),
     ]:
         with pytest.raises(ValueError, match=match):
             dl.Checkpoint(tmp_path / "c", these, **options)

@@ -20,7 +20,7 @@ from dirtylog.sinks import snapshot
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.empties import A_BYTE
 from dirtylog.sinks.snapshot import Info, SnapshotError
-from dirtylog.sinks.snapshot.footer import best_digest
+from dirtylog.sinks.snapshot.footer import best_digest, hasher
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sinks.snapshot.upkeep import thin
 from dirtylog.sources.memory import Tracker
@@ -74,6 +74,7 @@ class Chain:
         self._keep = keep
         self._full_every = full_every
         self._digest = digest or best_digest()
+        hasher(self._digest)  # an error now, and not at the first save
         self._sync = sync
         self._moment = moment
         self._note = note

@@ -158,9 +158,9 @@ class Checkpoint:
     Raises
     ------
     ValueError
-        `every`, `keep`, `full_every`, `moment` or an array will not do, or not for a store.
+        `every`, `keep`, `full_every`, `digest`, `moment` or an array will not do, or not for a store.
     BackendUnavailable
-        A store needs the packages icechunk and zarr.
+        A store needs the packages icechunk and zarr, and a digest may need xxhash.
 
     Notes
     -----

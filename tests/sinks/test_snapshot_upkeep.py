@@ -317,11 +317,25 @@ def test_an_announcement_of_a_dead_process_is_not_believed_and_cleaned_away(tree
     tree.line("a", "b")
     program = (
         "import os, sys\nfrom dirtylog.sinks.snapshot.removal import Removal\n"
-        "Removal(sys.argv[1], ['b'], patience=0, sync=False).__enter__()\nos._exit(0)"
+        "held = Removal(sys.argv[1], ['b'], patience=0, sync=False).__enter__()\nos._exit(0)"
     )
     subprocess.run([sys.executable, "-c", program, str(tree.directory)], check=True, env=ENVIRONMENT)
     assert os.listdir(tree.directory / removal.ANNOUNCEMENTS)
     tree.diff("c", "b")
     assert len(clean(tree.directory, dry_run=True)) == 1
     assert len(clean(tree.directory)) == 1
+    assert sorted(os.listdir(tree.directory)) == ["a", "b", "c"]
+
+
+def test_an_announcement_that_nobody_holds_any_more_is_withdrawn(tree):
+    """As where an interrupt comes when it was made, and its block is not entered yet."""
+    tree.line("a", "b")
+    held = removal.Removal(str(tree.directory), ["b"], patience=0, sync=False).__enter__()
+    with pytest.raises(SnapshotError, match="about to be removed"):
+        tree.diff("c", "b")
+    del held
+    tree.diff("c", "b")
+    # And this as where it comes between the end of an announcement and that of its directory.
+    (tree.directory / removal.ANNOUNCEMENTS).mkdir()
+    assert clean(tree.directory) == []
     assert sorted(os.listdir(tree.directory)) == ["a", "b", "c"]

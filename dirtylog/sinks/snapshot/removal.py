@@ -26,7 +26,7 @@ from dirtylog.sinks._bytes.pageio import sync_directory
 from dirtylog.sinks.snapshot.footer import SnapshotError
 from dirtylog.sinks.snapshot.staged import own_name, part_files, writer_died
 
-__all__ = ["PATIENCE", "Removal", "announced", "clear", "stale"]
+__all__ = ["PATIENCE", "Removal", "announced", "clear", "clear_last", "stale"]
 
 ANNOUNCEMENTS = ".dirtylog.removing"
 UNFINISHED = ".new"
@@ -86,10 +86,15 @@ def clear(path: str) -> None:
     """Remove an announcement, and the directory of announcements if it was the last."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+    clear_last(os.path.dirname(os.path.dirname(path)))
+
+
+def clear_last(directory: str) -> None:
+    """Remove the directory of announcements if it is empty: whoever removed the last may have been interrupted."""
     try:
-        os.rmdir(os.path.dirname(path))
+        os.rmdir(os.path.join(directory, ANNOUNCEMENTS))
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
             raise
 
 
@@ -118,9 +123,9 @@ class Removal:
     """
 
     def __init__(self, directory: str, names: Collection[str], *, patience: float, sync: bool) -> None:
+        self.name: str = own_name()
         self.directory = directory
         self.sync = sync
-        self.name: str = own_name()
         self.path: str = os.path.join(directory, ANNOUNCEMENTS, self.name)
         self._text: bytes = json.dumps(sorted(names)).encode("ascii")
         self._patience = patience
@@ -206,3 +211,9 @@ class Removal:
     ) -> None:
         """Withdraw the announcement."""
         self._withdraw()
+
+    def __del__(self) -> None:
+        """Withdraw what an interrupt kept from being withdrawn: it would be believed as long as this process lives."""
+        if self.name in _ours:
+            with contextlib.suppress(OSError):
+                self._withdraw()

@@ -559,4 +559,5 @@ def clean(directory: StrPath = ".", *, elsewhere: bool = False, dry_run: bool = 
                 os.unlink(path)
         for path in announcements:
             removal.clear(path)
+        removal.clear_last(place)
     return sorted([*left, *announcements])

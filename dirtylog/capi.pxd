@@ -4,8 +4,8 @@
 #     cdef const capi.dirtylog_bitmap *log = capi.bitmap(obj)      # with the GIL; valid while obj lives
 #     with nogil: capi.mark(log, page)
 #
-# Compile with include_dirs=[dirtylog.get_include()]; where dirtylog is installed with -e, Cython also needs the directory
-# that holds the package, by include_path= of cythonize. What is declared here is only ever added to.
+# Compile with include_dirs=[dirtylog.get_include()]; where dirtylog is installed with -e, Cython also needs the
+# directory that has the package in it, by include_path= of cythonize. What is declared here is only ever added to.
 from libc.stdint cimport int64_t, uint64_t
 
 

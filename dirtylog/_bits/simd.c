@@ -565,10 +565,8 @@ DL_CX16 DL_INLINE unsigned take_dirty_pairs(uint64_t *line, unsigned mask, uint6
 
 #define DL_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,lzcnt,cx16")))
 
-DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
+DL_AVX2 DL_INLINE unsigned dirty_of_avx2(__m256i low, __m256i high)
 {
-    __m256i low = _mm256_loadu_si256((const __m256i *)line);
-    __m256i high = _mm256_loadu_si256((const __m256i *)(line + 4));
     __m256i any = _mm256_or_si256(low, high);
     if (_mm256_testz_si256(any, any))
         return 0;
@@ -578,11 +576,37 @@ DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
     return ~clean & 0xff;
 }
 
+DL_AVX2 DL_INLINE unsigned line_mask_avx2(const uint64_t *line)
+{
+    return dirty_of_avx2(_mm256_loadu_si256((const __m256i *)line), _mm256_loadu_si256((const __m256i *)(line + 4)));
+}
+
 #define popcount_words_avx2 popcount_by_words
+
+/* Of four words, the halves of those in a mask, one after the other: a byte each, lowest first. */
+static const uint64_t halves_of[16] = {
+    0,      0x0100,     0x0302,     0x03020100,     0x0504,     0x05040100,     0x05040302,     0x050403020100,
+    0x0706, 0x07060100, 0x07060302, 0x070603020100, 0x07060504, 0x070605040100, 0x070605040302, 0x0706050403020100,
+};
+
+/* Writes four words and four numbers, of which those of `dirty` come first. */
+DL_AVX2 DL_INLINE size_t gather_four_avx2(__m256i words, unsigned dirty, int64_t first, uint64_t *masks, int64_t *firsts)
+{
+    __m256i halves = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)halves_of[dirty]));
+    __m256i starts = _mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_setr_epi64x(0, 64, 128, 192));
+    _mm256_storeu_si256((__m256i *)masks, _mm256_permutevar8x32_epi32(words, halves));
+    _mm256_storeu_si256((__m256i *)firsts, _mm256_permutevar8x32_epi32(starts, halves));
+    return (size_t)__builtin_popcount(dirty);
+}
 
 DL_AVX2 DL_INLINE size_t gather_line_avx2(const uint64_t *line, int64_t first, uint64_t *masks, int64_t *firsts)
 {
-    return line_mask_avx2(line) ? gather_line_scalar(line, first, masks, firsts) : 0;
+    __m256i low = _mm256_loadu_si256((const __m256i *)line), high = _mm256_loadu_si256((const __m256i *)(line + 4));
+    unsigned dirty = dirty_of_avx2(low, high);
+    if (!dirty)
+        return 0;
+    size_t found = gather_four_avx2(low, dirty & 15, first, masks, firsts);
+    return found + gather_four_avx2(high, dirty >> 4, first + 4 * DL_WORD_PAGES, masks + found, firsts + found);
 }
 
 /* The pages of eight entries, none of them empty, if each has one; nothing is written otherwise. */

@@ -440,6 +440,31 @@ def test_what_was_removed_while_a_step_was_looked_for_is_not_said_to_be_damaged(
     assert dl.Checkpoint.load(tmp_path, 1)["b"][-1] == 1
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_reason_to_remove_what_is_not_kept(tmp_path, monkeypatch, code):
+    these = arrays()
+
+    def full(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with open_checkpoint(tmp_path, these, keep=3) as checkpoint:
+        for step in range(5):
+            write(these, step)
+            checkpoint.save(step=step)
+        assert len(os.listdir(tmp_path)) == 5
+        write(these, 5)
+        with monkeypatch.context() as patched:
+            patched.setattr(snapshot, "save_diff", full)
+            with pytest.raises(OSError, match=os.strerror(code)):
+                checkpoint.save(step=5)
+        # The full one stays below the oldest, since little changed: it took in the diff between them.
+        assert sorted(os.listdir(tmp_path)) == [directory.name_of(number) for number in (1, 3, 4, 5)]
+        assert checkpoint.save(step=5).kind == "diff"
+    assert dl.Checkpoint.steps(tmp_path) == [3, 4, 5]
+    for name, array in dl.Checkpoint.load(tmp_path).items():
+        assert (array == these[name]).all()
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_directory_that_became_another_one_is_noticed(tmp_path, number):
     """As by an older copy that was put back, or by a program that began anew there: the names are the same."""

@@ -226,6 +226,16 @@ def test_reset_puts_back_what_was_written_and_nothing_else(tmp_path, page_size):
             opened.reset(DirtyPages.from_indices([1], 5, page_size))
 
 
+def test_reset_of_something_else_is_refused(tmp_path):
+    path, memory = chain_of(tmp_path, diffs=1)
+    with snapshot.open(path) as opened:
+        for dirty in (5, [1, 2], "all"):
+            with pytest.raises(TypeError, match="is neither DirtyPages nor a tracker"):
+                opened.reset(dirty)
+            with pytest.raises(TypeError, match="is neither DirtyPages nor a tracker"):
+                snapshot.restore(path, out=memory, only=dirty)
+
+
 def test_reset_by_a_tracker_starts_clean_again(tmp_path):
     path, memory = chain_of(tmp_path)
     with snapshot.open(path) as opened, dl.track(opened.array) as tracker:

@@ -10,9 +10,10 @@ are removed. It then holds what its child expects of its parent, so the chain ab
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from dirtylog.log import DirtyLog, Observer
@@ -117,8 +118,32 @@ class Chain:
     ) -> Info:
         """Save, and note the empty ones; where a child holds the moment, leave `until_taken`, and with it the lock."""
         last, count = self._files or directories.newest(self._directory)
+        try:
+            info = self._write(last + 1, ready, arrays, step, state, until_taken, progress, empty)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and self._keep is not None and count > self._keep:
+                # For the next one: as long as nothing is saved, nothing else would remove what is not kept.
+                with suppress(OSError, SnapshotError):
+                    self._remove(self._keep)
+            raise
+        self._files = last + 1, count + 1
+        self._thin(count + 1)
+        return info
+
+    def _write(
+        self,
+        number: int,
+        ready: dict[str, Observer],
+        arrays: Mapping[str, Memory],
+        step: int | None,
+        state: object,
+        until_taken: ExitStack | None,
+        progress: Progress | None,
+        empty: list[list[Any]] | None,
+    ) -> Info:
+        """Write the file of a number, and commit the epochs."""
         # A number of its own each time: what an interrupted save has left, finished or not, is in nobody's way.
-        number, self._files = last + 1, None
+        self._files = None
         path = os.path.join(self._directory, directories.name_of(number))
         rises = self._since > 0 and (step is None or step > self._reached)
         since = self._since if rises else number
@@ -158,8 +183,6 @@ class Chain:
                 ) from None
             self._parent, self._layout = (path, info.digest), layout
             self._since, self._reached = since, reached
-            self._files = number, count + 1
-        self._thin(count + 1)
         return info
 
     def _thin(self, count: int) -> None:
@@ -167,14 +190,16 @@ class Chain:
         keep = self._keep
         if keep is None or count < 2 * keep:
             return
-        self._files = None
         try:
-            thin(
-                self._directory, lambda entries: directories.to_keep(entries, keep), patience=PATIENCE, sync=self._sync
-            )
+            self._remove(keep)
         except (OSError, SnapshotError) as error:
             # The checkpoint is written. What could not be removed is tried again after the next.
             self._note(error)
+
+    def _remove(self, keep: int) -> None:
+        """Remove what is not kept, and let what is take in what it needs of that."""
+        self._files = None
+        thin(self._directory, lambda entries: directories.to_keep(entries, keep), patience=PATIENCE, sync=self._sync)
 
     def close(self, ready: dict[str, Observer]) -> None:
         """There is nothing to let go."""

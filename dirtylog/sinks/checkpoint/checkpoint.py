@@ -137,7 +137,8 @@ class Checkpoint:
         latest. The thread holds :attr:`lock` while it copies: hold it yourself around writes that belong together. An
         error there is raised by the next call.
     keep : int, optional
-        How many checkpoints can be loaded; all by default. Older ones are merged and removed by themselves.
+        How many checkpoints can be loaded; all by default. Older ones are merged and removed by themselves, when there
+        are twice as many, or the disk is full.
     full_every : int
         Write all arrays again where a chain has so many diffs, so that loading never reads more files than that. Where
         `keep` holds chains shorter, none gets so long. Not for a store, of which every snapshot stands for itself.

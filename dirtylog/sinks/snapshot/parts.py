@@ -42,6 +42,8 @@ def put_back(written: DirtyPages | Written, put: Callable[[DirtyPages], object])
     if isinstance(written, DirtyPages):
         put(written)
         return written
+    if not (hasattr(written, "peek") and hasattr(written, "harvest")):
+        raise TypeError(f"{type(written).__name__} is neither DirtyPages nor a tracker, which say what was written")
     done = late = written.peek()
     while late:
         put(late)

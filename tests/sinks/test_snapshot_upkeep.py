@@ -1,5 +1,6 @@
 """Directories of snapshots kept in order: every one that is left restores at every moment, whoever dies or writes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -339,3 +340,17 @@ def test_an_announcement_that_nobody_holds_any_more_is_withdrawn(tree):
     (tree.directory / removal.ANNOUNCEMENTS).mkdir()
     assert clean(tree.directory) == []
     assert sorted(os.listdir(tree.directory)) == ["a", "b", "c"]
+
+
+def test_a_prune_for_which_the_disk_has_no_room_names_the_directory(tree, monkeypatch):
+    tree.line("a", "b", "c")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        prune(tree.directory, keep_last=1)
+    monkeypatch.undo()
+    assert caught.value.filename == str(tree.directory)
+    assert sorted(os.listdir(tree.directory)) == tree.check() == ["a", "b", "c"]

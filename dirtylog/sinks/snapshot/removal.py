@@ -149,6 +149,11 @@ class Removal:
                 os.rename(staging, self.path)
             except FileNotFoundError:
                 continue  # another remover has just ended and taken the directory along
+            except OSError as error:
+                if error.errno is None:  # a signal handler's TimeoutError, say
+                    raise
+                # Of a file that nobody asked for, and a write does not name it at all.
+                raise OSError(error.errno, os.strerror(error.errno), self.directory) from None
             return
 
     def _recent(self, path: str) -> bool:

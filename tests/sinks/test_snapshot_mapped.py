@@ -226,6 +226,26 @@ def test_reset_puts_back_what_was_written_and_nothing_else(tmp_path, page_size):
             opened.reset(DirtyPages.from_indices([1], 5, page_size))
 
 
+@pytest.mark.parametrize("written", [1, 200 << 12])
+def test_what_another_thread_closes_in_the_middle_of_a_reset_is_put_back_or_refused(tmp_path, monkeypatch, written):
+    path, memory = chain_of(tmp_path, diffs=1)
+    real, opened = mapped.extents_of, snapshot.open(path)
+    array = opened.array
+
+    def closed_meanwhile(*arguments):
+        opened.close()
+        return real(*arguments)
+
+    monkeypatch.setattr(mapped, "extents_of", closed_meanwhile)
+    array[:written] ^= 1
+    dirty = DirtyPages.from_runs([[0, -(-written // 4096)]], opened.npages)
+    with pytest.raises(ValueError, match="is closed; open it again"):
+        opened.reset(dirty)
+    with pytest.raises(ValueError, match="is closed; open it again"):
+        opened.restored()
+    assert (array[written:] == memory[written:]).all()
+
+
 def test_reset_of_something_else_is_refused(tmp_path):
     path, memory = chain_of(tmp_path, diffs=1)
     with snapshot.open(path) as opened:

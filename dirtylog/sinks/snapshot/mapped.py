@@ -225,10 +225,14 @@ class Mapped:
         layout: _Layout = settled(work)
         return layout
 
-    def _use(self) -> npt.NDArray[np.uint8]:
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError(f"the snapshot {self.path!r} is closed; open it again")
+
+    def _use(self) -> tuple[npt.NDArray[np.uint8], dict[str, Any], _Layout]:
+        """Return the memory as bytes, by names, and how it is laid: all of it stays though another thread closes."""
         with self._lock:
-            if self.closed:
-                raise ValueError(f"the snapshot {self.path!r} is closed; open it again")
+            self._check_open()
             if self._array is None:
                 self._layout = self._laid()
                 memory = self._layout.memory
@@ -238,38 +242,38 @@ class Mapped:
                 array = np.frombuffer(memoryview(memory), np.uint8)
                 self._arrays = arrays_of(self._index.footer.regions, array, self.path)
                 self._array = array
-            return self._array
+            assert self._layout is not None
+            return self._array, self._arrays, self._layout
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
         """All of the memory, as bytes: writable, copied on write."""
-        return self._use()
+        return self._use()[0]
 
     @property
     def regions(self) -> dict[str, Any]:
         """The arrays by name, in the order in which they were saved, each with its dtype, shape and order."""
-        self._use()
-        return {name: self._arrays[name] for name in self.names}
+        _, arrays, _ = self._use()
+        return {name: arrays[name] for name in self.names}
 
     def restored(self) -> Any:
         """Return the memory as :func:`restore` does: the array as it was saved, or the arrays by their names."""
-        self._use()
-        return self.regions if self._index.footer.named else self._arrays[NAMELESS]
+        return self.regions if self._index.footer.named else self._use()[1][NAMELESS]
 
     def __getitem__(self, name: str) -> Any:
         """Return the array of a name."""
-        self._use()
+        _, arrays, _ = self._use()
         if name not in self.names:
             raise KeyError(f"{self.path} has no array {name!r}; it has {list(self.names)}")
-        return self._arrays[name]
+        return arrays[name]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         """Return :attr:`array`, for `numpy.asarray` and for what takes memory."""
         if copy or (dtype is not None and np.dtype(dtype) != np.uint8):
             if copy is False:
                 raise ValueError("the memory is bytes; another dtype would be a copy")
-            return self._use().astype(dtype or np.uint8)
-        return self._use()
+            return self.array.astype(dtype or np.uint8)
+        return self.array
 
     # ---- putting back -----------------------------------------------------------------------------------------------
 
@@ -316,31 +320,31 @@ class Mapped:
         ...         put_back.indices().tolist(), int(mapped.array.max())
         ([1], 1)
         """
-        array = self._use()
+        array, _, layout = self._use()
         if dirty is None:
             everything = DirtyPages._all(self.npages, self.page_size, exact=True)
-            self._put_back(everything, array)
+            self._put_back(everything, array, layout)
             return everything
-        return put_back(dirty, lambda pages: self._put_back(pages, array))
+        return put_back(dirty, lambda pages: self._put_back(pages, array, layout))
 
-    def _put_back(self, pages: DirtyPages, array: npt.NDArray[np.uint8]) -> None:
+    def _put_back(self, pages: DirtyPages, array: npt.NDArray[np.uint8], layout: _Layout) -> None:
         extents = extents_of(pages, self.nbytes, "the memory")
-        assert self._layout is not None
         long = extents[:, 1] >= GIVEN_BACK * mmap.PAGESIZE
         if long.any():
             short = [extents[~long]]
             for begin, length in extents[long].tolist():
-                whole, parts = self._backed(begin, begin + length)
-                self._layout.memory.forget(whole)
+                whole, parts = self._backed(begin, begin + length, layout.copied)
+                layout.memory.forget(whole)
                 short.append(parts)
             extents = np.concatenate(short)
         if len(extents):
             copy_extents(self._source(), array, extents)
 
-    def _backed(self, begin: int, end: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _backed(
+        self, begin: int, end: int, copied: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Divide a range into whole pages that are mappings of files, and the rest."""
-        assert self._layout is not None
-        size, copied = mmap.PAGESIZE, self._layout.copied
+        size = mmap.PAGESIZE
         # A part of a diff may lie within one of the base.
         stops = np.maximum.accumulate(copied.sum(axis=1))
         part = copied[int(np.searchsorted(stops, begin, "right")) : int(np.searchsorted(copied[:, 0], end))]
@@ -364,6 +368,7 @@ class Mapped:
 
     def _source(self) -> Memory:
         with self._lock:
+            self._check_open()
             if self._pristine is None:
                 self._pristine = self._laid()
             return self._pristine.memory

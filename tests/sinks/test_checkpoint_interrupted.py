@@ -11,6 +11,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks.checkpoint import checkpoint as checkpoints
+from dirtylog.sinks.snapshot import _child
 
 from .. import warm
 from ..side_by_side import GIL
@@ -151,6 +152,74 @@ def test_a_call_in_the_middle_of_a_save_is_refused_and_changes_nothing(tmp_path,
         w[9] = 9
         checkpoint.save()
     assert (dl.Checkpoint.load(tmp_path)["w"] == w).all()
+
+
+BEHIND_THE_LOCK = """
+import signal, sys, threading
+import numpy as np
+import dirtylog as dl
+
+signal.alarm(60)
+checkpoint = dl.Checkpoint(sys.argv[1], {"w": np.zeros(500)}, sync=False, moment="fork")
+writers_may, waits = threading.Event(), threading.Event()
+
+class Saving:
+    \"\"\"The lock that a save holds, which says when another thread waits for it.\"\"\"
+
+    def __init__(self):
+        self.lock = threading.RLock()
+
+    def acquire(self, blocking=True, timeout=-1):
+        if self.lock.acquire(blocking=False):
+            return True
+        if blocking:
+            waits.set()
+        return blocking and self.lock.acquire()
+
+    def release(self):
+        self.lock.release()
+
+checkpoint._saving = Saving()
+
+def other():
+    writers_may.wait()
+    with checkpoint.lock:
+        try:
+            checkpoint.save(step=2)
+        except ValueError as error:
+            print(error)
+
+def told(done, total):
+    if not writers_may.is_set():
+        writers_may.set()
+        waits.wait()
+        try:
+            getattr(checkpoint, sys.argv[2])()
+        except dl.DirtyLogError as error:
+            print(str(error)[:45])
+
+thread = threading.Thread(target=other)
+thread.start()
+checkpoint.save(step=1, progress=told)
+thread.join()
+checkpoint.close()
+"""
+
+
+@pytest.mark.skipif(not _child.available(), reason="no fork without handlers and signals on this system")
+@pytest.mark.parametrize(
+    ("call", "says", "steps"),
+    [
+        ("save", b"this thread is in the middle of a save or an ", [1, 2]),
+        ("close", b"the checkpoint is closed", [1]),
+    ],
+)
+def test_a_call_in_the_middle_of_a_save_waits_for_nobody_who_waits_for_the_save(tmp_path, call, says, steps):
+    with warm.started(BEHIND_THE_LOCK, tmp_path / "c", call) as process:
+        said = process.stdout.read()
+        assert process.wait(60) == 0
+    assert said.splitlines() == [says]
+    assert dl.Checkpoint.steps(tmp_path / "c") == steps
 
 
 FORKED = """

@@ -221,8 +221,8 @@ class Checkpoint:
         # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
         # nobody who holds this one waits for `lock`.
         self._saving = threading.RLock()
-        # Whether its holder is in the middle of something.
-        self._busy = False
+        # The thread that holds it and is in the middle of something.
+        self._busy: int | None = None
         # Whether this is the child of a fork.
         self._inherited = False
         self._moment = moment
@@ -357,7 +357,7 @@ class Checkpoint:
         """Take new locks in the child of a fork, where those that threads of the parent held are held for ever."""
         ended = self._ended.is_set()
         self.lock, self._saving, self._ended = threading.RLock(), threading.RLock(), threading.Event()
-        self._busy, self._inherited = False, True
+        self._busy, self._inherited = None, True
         if ended:
             self._ended.set()
 
@@ -413,6 +413,16 @@ class Checkpoint:
         then whether it is to end. With `within`, for closing, the thread that saves may do this in the middle of it,
         and the child of a fork may.
         """
+        me = threading.get_ident()
+        if self._busy == me:
+            # It holds `_saving`. It must not wait for `lock`, which it may have left: whoever has that may wait for it.
+            if not within:
+                raise DirtyLogError(
+                    "this thread is in the middle of a save or an update, of which progress= or a signal handler calls "
+                    "for another; nothing has changed: call again when it has ended"
+                )
+            yield
+            return
         # The child of a fork has others.
         lock, saving = self.lock, self._saving
         while True:
@@ -423,7 +433,6 @@ class Checkpoint:
             locked.close()
             self._acquire(saving, ends)  # until it ends
             saving.release()
-        busy = self._busy
         try:
             if ends and self._ended.is_set():
                 raise _EndedError
@@ -432,15 +441,10 @@ class Checkpoint:
                     "this checkpoint belongs to the parent process: a fork's child is not tracked; close it here and "
                     "make another one, in a directory of its own"
                 )
-            if busy and not within:
-                raise DirtyLogError(
-                    "this thread is in the middle of a save or an update, of which progress= or a signal handler calls "
-                    "for another; nothing has changed: call again when it has ended"
-                )
-            self._busy = True
+            self._busy = me
             yield
         finally:
-            self._busy = busy
+            self._busy = None
             saving.release()
 
     def _acquire(self, lock: threading.RLock, ends: bool) -> None:

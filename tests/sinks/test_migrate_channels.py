@@ -135,6 +135,37 @@ def test_memory_is_its_owners_when_the_calls_have_failed(channels, cut):
         gc.enable()
 
 
+@pytest.mark.thread_unsafe(reason="it disables the garbage collector")
+@pytest.mark.parametrize("call", ["progress", "start"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_memory_is_its_owners_when_what_the_receiver_calls_has_raised(channels, call):
+    source, hub, failed = Scribbler(7, NPAGES), Hub(), []
+    out = mmap.mmap(-1, NPAGES * PAGE)
+
+    def mistaken(*_):
+        raise ZeroDivisionError
+
+    def fail(end, *args, **options):
+        try:
+            end(*args, **options)
+        except (MigrationError, ZeroDivisionError) as error:
+            failed.append(type(error))
+
+    gc.disable()
+    try:
+        with hub.connect() as here, hub.accept() as there:
+            more = {"out": out, "another": hub.accept, call: mistaken}
+            copy = threading.Thread(target=fail, args=(receive, there), kwargs=more)
+            copy.start()
+            fail(send, here, source.memory, source.observer, channels=channels, another=hub.connect, **ROUNDS)
+            hub.waiting.put(None)
+            copy.join()
+        assert ZeroDivisionError in failed
+        out.close()
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize(("channels", "compress", "cache"), [(2, False, 0), (5, True, 3 << 20), (3, False, 1 << 26)])
 def test_memory_arrives_over_several_channels(channels, compress, cache):
     source = Scribbler(channels, NPAGES)

@@ -18,24 +18,40 @@ __all__ = ["fail"]
 
 def fail(copy: Copy, error: BaseException) -> None:
     """End as what there is demands; raises what the caller is told, or returns where the copy may run."""
+    told = _told(copy, error)
+    if told is None:
+        return
+    try:
+        if told is error:
+            raise told
+        raise told from error
+    finally:
+        # The traceback of what is raised leads here: each would keep the other, and the memory.
+        del told, error
+
+
+def _told(copy: Copy, error: BaseException) -> BaseException | None:
+    """End as what there is demands; return what the caller is told, None where the copy may run."""
     expected = isinstance(error, (OSError, WireError))
     if copy.stage == Stage.FAULTS:
-        _fail_faulting(copy, error, expected)
+        told = _told_of_faults(copy, error, expected)
+        if told is not None:
+            return told
     if copy.faults is not None and copy.stage != Stage.RUNS:
         copy.faults.release()
     if copy.stage == Stage.RUNS:
         if expected:
             # Only the answer may be lost; nothing turns this into a failure.
-            return
+            return None
         error.add_note(f"the copy has the right to run, and the source has not; session {copy.session}")
-        raise error
+        return error
     if copy.stage == Stage.HAVE and copy.channel.broken and expected and copy.faults is None:
-        raise MigrationError(
+        return MigrationError(
             f"the copy is complete and was not told to run before the line broke: settle session {copy.session}, "
             f"or ask the source's end ({error})",
             uncertain=True,
             session=copy.session,
-        ) from error
+        )
     try:
         # Before the sender hears so: it takes the right back on this word.
         copy.move(Stage.GONE)
@@ -45,17 +61,17 @@ def fail(copy: Copy, error: BaseException) -> None:
             copy.channel.refuse(str(error) if plainly else _summary(error))
     if isinstance(error, Cancelled):
         number = copy.filling.number if copy.filling else 0
-        raise MigrationError(f"the migration was cancelled in round {number}", session=copy.session) from error
+        return MigrationError(f"the migration was cancelled in round {number}", session=copy.session)
     if not expected:
         if copy.session:
             error.add_note(f"the copy was given up before it was told to run, and must not; session {copy.session}")
-        raise error
+        return error
     number = copy.filling.number if copy.filling else 0
-    raise MigrationError(f"migration failed in round {number}: {error}", session=copy.session) from error
+    return MigrationError(f"migration failed in round {number}: {error}", session=copy.session)
 
 
-def _fail_faulting(copy: Copy, error: BaseException, expected: bool) -> None:
-    """End a copy that has the right to run and may lack pages; raises, or returns where it lacks none."""
+def _told_of_faults(copy: Copy, error: BaseException, expected: bool) -> BaseException | None:
+    """End a copy that has the right to run and may lack pages; return what the caller is told, None where it runs."""
     assert copy.faults is not None
     # Before its line is closed. What is lacking stays guarded: it never reads as zeros.
     copy.faults.stop()
@@ -68,19 +84,19 @@ def _fail_faulting(copy: Copy, error: BaseException, expected: bool) -> None:
             error.add_note(f"the journal could not be written ({type(problem).__name__}: {problem})")
         if expected:
             copy.begin()
-        return
+        return None
     if not copy.started:
         # Nothing has run here, and the source may go on; it did not hear of the right, or asks.
-        _give_up(copy, error, expected)
+        return _give_up(copy, error, expected)
     lost = f"the copy runs, and waits where it lacks {copy.faults.left} pages; session {copy.session}"
     if expected:
-        raise MigrationError(f"{lost}: the line to the source broke ({error})", session=copy.session) from error
+        return MigrationError(f"{lost}: the line to the source broke ({error})", session=copy.session)
     error.add_note(lost)
-    raise error
+    return error
 
 
-def _give_up(copy: Copy, error: BaseException, expected: bool) -> None:
-    """Say that a copy that has the right to run and did not begin never will; raises what the caller is told."""
+def _give_up(copy: Copy, error: BaseException, expected: bool) -> BaseException:
+    """Say that a copy that has the right to run and did not begin never will; return what the caller is told."""
     assert copy.faults is not None
     left = copy.faults.left
     # Durable before anybody is told: whoever reads it lets the source go on.
@@ -91,9 +107,9 @@ def _give_up(copy: Copy, error: BaseException, expected: bool) -> None:
         copy.faults.release()
     lost = f"the copy was given up before it ran, lacking {left} pages: the source may go on; session {copy.session}"
     if expected:
-        raise MigrationError(f"{lost}: the line to the source broke ({error})", session=copy.session) from error
+        return MigrationError(f"{lost}: the line to the source broke ({error})", session=copy.session)
     error.add_note(lost)
-    raise error
+    return error
 
 
 def _summary(error: BaseException) -> str:

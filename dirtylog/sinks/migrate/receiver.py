@@ -139,7 +139,12 @@ def receive(
     finally:
         copy.close()
         control._off()
-    if copy.problem is not None:
-        copy.problem.add_note(f"the copy has the right to run, and the source has not; session {copy.session}")
-        raise copy.problem
+    problem, copy.problem = copy.problem, None
+    if problem is not None:
+        problem.add_note(f"the copy has the right to run, and the source has not; session {copy.session}")
+        try:
+            raise problem
+        finally:
+            # As in `fail`.
+            del problem
     return copy.result

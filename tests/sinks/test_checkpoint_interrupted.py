@@ -156,6 +156,35 @@ def test_a_call_in_the_middle_of_a_save_is_refused_and_changes_nothing(tmp_path,
     assert (dl.Checkpoint.load(tmp_path)["w"] == w).all()
 
 
+@pytest.mark.parametrize("call", ["save", "update", "close"])
+def test_a_call_by_the_thread_of_a_store_that_tells_how_far_it_is_does_not_wait_for_the_save(
+    tmp_path, monkeypatch, call
+):
+    w, said = np.zeros(500), []
+    with open_checkpoint(tmp_path, {"w": w}) as checkpoint:
+        calls = {"save": checkpoint.save, "update": lambda: checkpoint.update({"w": w}), "close": checkpoint.close}
+        real = checkpoint._back.save
+
+        def save(*arguments):
+            *_, progress, _ = arguments
+            thread = threading.Thread(target=progress, args=(1, 2))
+            thread.start()
+            thread.join(60)
+            said.append("goes on")
+            return real(*arguments)
+
+        def told(done, total):
+            if not said:
+                with pytest.raises(dl.DirtyLogError, match="in the middle of a save or an update"):
+                    calls[call]()
+                said.append("refused")
+
+        monkeypatch.setattr(checkpoint._back, "save", save)
+        checkpoint.save(step=1, progress=told)
+    assert said == ["refused", "goes on"]
+    assert (dl.Checkpoint.load(tmp_path, 1)["w"] == w).all()
+
+
 BEHIND_THE_LOCK = """
 import signal, sys, threading
 import numpy as np

@@ -223,6 +223,8 @@ class Checkpoint:
         self._saving = threading.RLock()
         # The thread that holds it and is in the middle of something.
         self._busy: int | None = None
+        # The threads of a store in which it is told how far it is.
+        self._told: set[int] = set()
         # Whether this is the child of a fork.
         self._inherited = False
         self._moment = moment
@@ -357,7 +359,7 @@ class Checkpoint:
         """Take new locks in the child of a fork, where those that threads of the parent held are held for ever."""
         ended = self._ended.is_set()
         self.lock, self._saving, self._ended = threading.RLock(), threading.RLock(), threading.Event()
-        self._busy, self._inherited = None, True
+        self._busy, self._told, self._inherited = None, set(), True
         if ended:
             self._ended.set()
 
@@ -414,9 +416,10 @@ class Checkpoint:
         and the child of a fork may.
         """
         me = threading.get_ident()
-        if self._busy == me:
+        if self._busy == me or me in self._told:
             # It holds `_saving`. It must not wait for `lock`, which it may have left: whoever has that may wait for it.
-            if not within:
+            # A thread of a store holds nothing, and the save waits for it.
+            if not within or self._busy != me:
                 raise DirtyLogError(
                     "this thread is in the middle of a save or an update, of which progress= or a signal handler calls "
                     "for another; nothing has changed: call again when it has ended"
@@ -503,11 +506,26 @@ class Checkpoint:
         if moved := [name for name, place in places.items() if place != self._saved.held[name].place]:
             self._take({name: self._saved.arrays[name] for name in moved})
         saved = self._saved
+        if progress is not None:
+            progress = self._telling(progress)
         names = frozenset(saved.arrays) - frozenset(saved.memory)
         empty = noted(saved.arrays, names) if names else None
         written = self._back.save(saved.ready, saved.memory, step, state, until_taken, progress, empty)
         self._step = self._step if step is None else step
         return written
+
+    def _telling(self, progress: Progress) -> Progress:
+        """Return what calls `progress` and knows the thread that it does so in."""
+
+        def told(done: int, total: int) -> None:
+            me = threading.get_ident()
+            self._told.add(me)
+            try:
+                progress(done, total)
+            finally:
+                self._told.discard(me)
+
+        return told
 
     def close(self) -> None:
         """End the thread and the tracking; writes nothing. Raises what the thread met; does nothing a second time."""

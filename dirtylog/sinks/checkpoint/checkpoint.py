@@ -334,6 +334,8 @@ class Checkpoint:
         ------
         ValueError
             The checkpoint is closed, or an array will not do; nothing has changed.
+        DirtyLogError
+            As for :meth:`save`.
 
         Examples
         --------
@@ -482,6 +484,9 @@ class Checkpoint:
             raises, and :class:`~dirtylog.sinks.store.BranchMoved` and :class:`~dirtylog.sinks.store.InDoubt`.
         ValueError
             `step` is negative, the checkpoint is closed, or an array that was empty is not any more.
+        DirtyLogError
+            It was called in the middle of a save or an update, by `progress` or a signal handler, or in the child of a
+            fork; nothing has changed.
         Exception
             What the background thread met since the last call.
         """
@@ -528,7 +533,15 @@ class Checkpoint:
         return told
 
     def close(self) -> None:
-        """End the thread and the tracking; writes nothing. Raises what the thread met; does nothing a second time."""
+        """End the thread and the tracking; writes nothing. Raises what the thread met; does nothing a second time.
+
+        Raises
+        ------
+        DirtyLogError
+            It was called by the `progress` of a save to a store; call it again when that has ended.
+        Exception
+            What the background thread met since the last call.
+        """
         self._ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()

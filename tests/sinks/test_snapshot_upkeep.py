@@ -1,6 +1,7 @@
 """Directories of snapshots kept in order: every one that is left restores at every moment, whoever dies or writes."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -326,6 +327,19 @@ def test_an_announcement_of_a_dead_process_is_not_believed_and_cleaned_away(tree
     assert len(clean(tree.directory, dry_run=True)) == 1
     assert len(clean(tree.directory)) == 1
     assert sorted(os.listdir(tree.directory)) == ["a", "b", "c"]
+
+
+def test_an_announcement_whose_making_is_interrupted_is_let_go_in_silence(tree, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "own_name", interrupted)
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(KeyboardInterrupt):
+        removal.Removal(str(tree.directory), ["b"], patience=0, sync=False)
+    gc.collect()
+    assert [str(each.exc_value) for each in said] == []
 
 
 def test_an_announcement_that_nobody_holds_any_more_is_withdrawn(tree):

@@ -122,8 +122,11 @@ class Removal:
     A context manager; while it is entered, no diff over one of the snapshots appears.
     """
 
+    # Of one that an interrupt kept from getting a name, and so from announcing anything.
+    name: str = ""
+
     def __init__(self, directory: str, names: Collection[str], *, patience: float, sync: bool) -> None:
-        self.name: str = own_name()
+        self.name = own_name()
         self.directory = directory
         self.sync = sync
         self.path: str = os.path.join(directory, ANNOUNCEMENTS, self.name)

@@ -89,6 +89,33 @@ def test_a_checkpoint_that_nobody_gets_leaves_no_thread(tmp_path, monkeypatch):
     assert not started[0].is_alive()
 
 
+def take(lock, free):
+    free.append(lock.acquire(blocking=False))
+    if free[0]:
+        lock.release()
+
+
+@pytest.mark.parametrize("call", ["save", "update"])
+def test_a_call_that_is_interrupted_leaves_no_lock(tmp_path, call):
+    w, v = np.zeros(500), np.zeros(500)
+    with open_checkpoint(tmp_path, {"w": w, "v": v}) as checkpoint:
+        calls = {"save": checkpoint.save, "update": lambda: checkpoint.update({"v": v})}
+        for line in range(100):
+            came = interrupted_at(line, dl.Checkpoint._alone.__wrapped__, calls[call])
+            for lock in (checkpoint.lock, checkpoint._saving):
+                free = []
+                thread = threading.Thread(target=take, args=(lock, free))
+                thread.start()
+                thread.join()
+                assert free == [True]
+            w[line] = line + 1
+            checkpoint.save()
+            if not came:
+                break
+    assert line > 10
+    assert (dl.Checkpoint.load(tmp_path)["w"] == w).all()
+
+
 class Watched:
     """A lock that says when somebody waits for it."""
 
@@ -103,6 +130,9 @@ class Watched:
 
     def release(self):
         self.lock.release()
+
+    def _is_owned(self):
+        return self.lock._is_owned()
 
     def __enter__(self):
         return self.acquire()
@@ -209,6 +239,9 @@ class Saving:
 
     def release(self):
         self.lock.release()
+
+    def _is_owned(self):
+        return self.lock._is_owned()
 
 checkpoint._saving = Saving()
 

@@ -249,6 +249,9 @@ def test_whoever_waits_for_the_end_of_a_save_does_not_hold_the_lock_of_writers_m
         def release(self):
             self.lock.release()
 
+        def _is_owned(self):
+            return self.lock._is_owned()
+
     monkeypatch.setattr(checkpoint, "_saving", Watched(checkpoint._saving))
     with monkeypatch.context() as patched:
         patched.setattr(snapshot, "save", slowly)

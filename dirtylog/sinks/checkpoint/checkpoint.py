@@ -53,6 +53,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _is_owned(lock: Any) -> bool:
+    """Say whether this thread holds a lock, as `threading.Condition` asks it."""
+    return bool(lock._is_owned())
+
+
 class _EndedError(Exception):
     """The thread is to end."""
 
@@ -351,11 +356,16 @@ class Checkpoint:
         """
         if not isinstance(arrays, Mapping):
             raise ValueError("arrays must be a mapping of names to arrays")
-        with ExitStack() as locked, self._alone(locked):
-            if self.closed:
-                raise ValueError("the checkpoint is closed")
-            self._check_space({**self._saved.arrays, **arrays}, self._moment)
-            self._take(arrays)
+        held = self._held()
+        try:
+            with ExitStack() as locked, self._alone(locked):
+                if self.closed:
+                    raise ValueError("the checkpoint is closed")
+                self._check_space({**self._saved.arrays, **arrays}, self._moment)
+                self._take(arrays)
+        except BaseException:
+            self._let_go(held)
+            raise
 
     def _renew_locks(self) -> None:
         """Take new locks in the child of a fork, where those that threads of the parent held are held for ever."""
@@ -452,6 +462,18 @@ class Checkpoint:
             self._busy = None
             saving.release()
 
+    def _held(self) -> list[threading.RLock]:
+        """List the locks that this thread holds, for :meth:`_let_go`."""
+        return [lock for lock in (self.lock, self._saving) if _is_owned(lock)]
+
+    def _let_go(self, held: list[threading.RLock]) -> None:
+        """Leave no lock held that was not before: an interrupt may come between its step and what remembers it."""
+        if self._saving not in held and self._busy == threading.get_ident():
+            self._busy = None
+        for lock in (self.lock, self._saving):
+            while lock not in held and _is_owned(lock):
+                lock.release()
+
     def _acquire(self, lock: threading.RLock, ends: bool) -> None:
         """Take a lock; for the thread, as long as it is not to end."""
         while not lock.acquire(timeout=INTERVAL if ends else -1):
@@ -490,13 +512,18 @@ class Checkpoint:
         Exception
             What the background thread met since the last call.
         """
-        with ExitStack() as until_taken, self._alone(until_taken):
-            if self.closed:
-                raise ValueError("the checkpoint is closed")
-            self._raise_earlier()
-            self._check_bindings()
-            number = self._step + 1 if step is None else whole(step, "step", 0)
-            return self._save(number, state, until_taken, progress)
+        held = self._held()
+        try:
+            with ExitStack() as until_taken, self._alone(until_taken):
+                if self.closed:
+                    raise ValueError("the checkpoint is closed")
+                self._raise_earlier()
+                self._check_bindings()
+                number = self._step + 1 if step is None else whole(step, "step", 0)
+                return self._save(number, state, until_taken, progress)
+        except BaseException:
+            self._let_go(held)
+            raise
 
     def _save(
         self,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from pathlib import Path
 
@@ -160,7 +161,8 @@ def c_program(c_compiler, tmp_path):
         flags.append("-static")  # with the C library of that machine, which is not installed on this one
 
     def run(source, *more):
-        program = tmp_path / source.stem
+        # Of its own: threads of one test may compile beside each other, and start what another one writes.
+        program = Path(tempfile.mkdtemp(dir=tmp_path)) / source.stem
         files = [source, *(package / name for name in more)]
         command = [c_compiler, *flags, f"-I{package / 'include'}", f"-I{package}", *files, "-o", program]
         subprocess.run(command, check=True)

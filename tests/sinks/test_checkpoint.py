@@ -252,6 +252,7 @@ def test_wrong_arguments_are_refused(tmp_path):
     for match, options in [
         ("every is 0", {"every": 0}),
         ("every is '3'", {"every": "3"}),
+        ("every is True", {"every": True}),
         ("keep is 0", {"keep": 0}),
         ("keep is True", {"keep": True}),
         ("keep is 2.0", {"keep": 2.0}),

@@ -16,6 +16,7 @@ from dirtylog.sinks.snapshot import _child
 
 from .. import warm
 from ..side_by_side import GIL
+from .lender import Box
 
 
 def open_checkpoint(directory, these, **options):
@@ -331,17 +332,6 @@ def test_the_child_of_a_fork_waits_for_no_save_of_a_thread_that_it_does_not_have
     assert said.split() == [b"True", b"0"]
     found = dl.Checkpoint.load(tmp_path / "c", 2)["w"]
     assert (found[7], found.sum()) == (7, 506)
-
-
-class Box:
-    """Lends the memory of an array, which may become another one, as that of a tensor."""
-
-    def __init__(self, array):
-        self.array = array
-
-    @property
-    def __array_interface__(self):
-        return self.array.__array_interface__
 
 
 @pytest.mark.parametrize("size", [3000, 9000, 40])

@@ -95,6 +95,7 @@ class Chain:
         arrays: Mapping[str, Memory],
         trackers: Mapping[str, Tracker],
         new: Iterable[str],
+        moved: bool = False,
     ) -> dict[str, Observer]:
         """Return what takes in the new ones of some arrays, and the others from `before`; nothing has changed yet."""
         observers = {}

@@ -75,9 +75,17 @@ class _BackEnd(Protocol):
     """Where checkpoints go."""
 
     def ready(
-        self, before: Any, arrays: Mapping[str, Memory], trackers: Mapping[str, Tracker], new: Iterable[str]
+        self,
+        before: Any,
+        arrays: Mapping[str, Memory],
+        trackers: Mapping[str, Tracker],
+        new: Iterable[str],
+        moved: bool = False,
     ) -> Any:
-        """Return what takes in the new ones of some arrays, and the others from `before`; nothing has changed yet."""
+        """Return what takes in the new ones of some arrays, and the others from `before`; nothing has changed yet.
+
+        With `moved`, nobody has said that they are new: their memory was found elsewhere.
+        """
 
     def save(
         self,
@@ -210,7 +218,7 @@ class Checkpoint:
         store: Any = None,
     ) -> None:
         if every is not None:
-            if not isinstance(every, numbers.Real) or not 0 < every < threading.TIMEOUT_MAX:
+            if isinstance(every, bool) or not isinstance(every, numbers.Real) or not 0 < every < threading.TIMEOUT_MAX:
                 raise ValueError(f"every is {every!r}; it must be a number of seconds above 0")
             every = float(every)  # whatever kind of number it is: a lock waits for those of Python alone
         if keep is not None:
@@ -237,9 +245,9 @@ class Checkpoint:
         self._step = -1
         self._error: BaseException | None = None
         self._said: set[str] = set()
-        _checkpoints.add(self)
         self._unbound: set[str] = set()
         self._ended = threading.Event()
+        _checkpoints.add(self)  # when it has all that the child of a fork renews
         self._saved = _Saved({}, {}, {}, None)
         kept = keeper(where)
         self._back: _BackEnd
@@ -293,7 +301,7 @@ class Checkpoint:
         stand_ins: dict[str, Memory] = {name: A_BYTE if name in empty else arrays[name] for name in arrays}
         check_moment(moment, Space(stand_ins, PAGE_SIZE))
 
-    def _take(self, arrays: Mapping[str, Memory]) -> None:
+    def _take(self, arrays: Mapping[str, Memory], moved: bool = False) -> None:
         """Track arrays in place of those of the same names; all of them or none."""
         taken: dict[str, _Held] = {}
         before = self._saved
@@ -308,7 +316,8 @@ class Checkpoint:
             saved = _Saved({**before.arrays, **arrays}, {}, {**before.held, **taken}, None)
             trackers = saved.trackers()
             memory = {name: saved.arrays[name] for name in saved.arrays if name in trackers}
-            ready = self._back.ready(before.ready, memory, trackers, [name for name in arrays if name in trackers])
+            new = [name for name in arrays if name in trackers]
+            ready = self._back.ready(before.ready, memory, trackers, new, moved)
             self._saved = replace(saved, memory=memory, ready=ready)
         finally:
             # What is not saved is closed, be it what was before, or what an interrupt kept from being saved.
@@ -536,7 +545,7 @@ class Checkpoint:
         # What lies elsewhere by now is another array: of what is written there, its tracker sees nothing.
         places = {name: place_of(memory, f"memory {name!r}") for name, memory in self._saved.memory.items()}
         if moved := [name for name, place in places.items() if place != self._saved.held[name].place]:
-            self._take({name: self._saved.arrays[name] for name in moved})
+            self._take({name: self._saved.arrays[name] for name in moved}, moved=True)
         saved = self._saved
         if progress is not None:
             progress = self._telling(progress)
@@ -572,11 +581,16 @@ class Checkpoint:
         self._ended.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        with ExitStack() as locked, self._alone(locked, within=True):
-            self._back.close(self._saved.ready)
-            for tracker in self._saved.trackers().values():
-                tracker.close()
-            self._raise_earlier()
+        held = self._held()
+        try:
+            with ExitStack() as locked, self._alone(locked, within=True):
+                self._back.close(self._saved.ready)
+                for tracker in self._saved.trackers().values():
+                    tracker.close()
+                self._raise_earlier()
+        except BaseException:
+            self._let_go(held)
+            raise
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
         """Refuse to be copied or pickled.

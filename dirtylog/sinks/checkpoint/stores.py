@@ -16,7 +16,7 @@ from dirtylog.log import DirtyLog
 from dirtylog.sinks.checkpoint import empties
 from dirtylog.sinks.checkpoint.directory import PAGE_SIZE, Change, Record, differing
 from dirtylog.sinks.store import branch as branches
-from dirtylog.sinks.store.branch import Version, versions
+from dirtylog.sinks.store.branch import BranchMoved, Version, since, versions
 from dirtylog.sinks.store.sink import Saved, StoreSink
 from dirtylog.sources.memory import Tracker
 
@@ -103,8 +103,20 @@ class Stored:
         arrays: Mapping[str, Memory],
         trackers: Mapping[str, Tracker],
         new: Iterable[str],
+        moved: bool = False,
     ) -> StoreSink:
-        """Return what takes in all of some arrays, whichever are new; nothing has changed yet."""
+        """Return what takes in all of some arrays, whichever are new; nothing has changed yet.
+
+        Raises
+        ------
+        BranchMoved
+            Somebody else has committed, and nobody has said that this checkpoint goes on from there.
+        """
+        if moved and before is not None and before.base is not None and since(self._repo, BRANCH, before.base):
+            raise BranchMoved(
+                f"{BRANCH!r} is not at {before.base} any more: somebody else has committed. Restore from the branch, "
+                "or tell the checkpoint to go on from there: update()"
+            )
         if not arrays:
             raise ValueError("all arrays are empty; in a store at least one must have an item")
         log, places, first = DirtyLog(), {}, 0

@@ -13,6 +13,8 @@ from dirtylog import cli
 from dirtylog.sinks.checkpoint import export
 from dirtylog.sinks.store import BranchMoved, StoreSink, repository
 
+from ..lender import Box
+
 
 def arrays():
     return {
@@ -245,6 +247,24 @@ def test_a_strangers_commit_is_refused_and_an_update_goes_on_from_there(where, t
         checkpoint.update(these)
         assert checkpoint.save().whole == ("w",)
     same(dl.Checkpoint.load(where), these)
+
+
+@pytest.mark.parametrize("size", [600, 9000])
+def test_memory_that_moved_goes_over_no_strangers_commit(where, tracked, size):
+    box, theirs = Box(np.zeros(600)), {"x": dl.zeros(512)}
+    with dl.Checkpoint(where, {"box": box}) as checkpoint:
+        checkpoint.save()
+        box.array = np.full(size, 1.5)
+        assert checkpoint.save().whole == ("box",)
+        same(dl.Checkpoint.load(where), {"box": box.array})
+        StoreSink(tracked(theirs), theirs, repository(where)).save()
+        box.array = np.full(size, 2.5)
+        with pytest.raises(BranchMoved, match="somebody else has committed"):
+            checkpoint.save()
+        same(dl.Checkpoint.load(where), theirs)
+        checkpoint.update({"box": box})
+        checkpoint.save()
+    same(dl.Checkpoint.load(where), {"box": box.array})
 
 
 @pytest.mark.parametrize(

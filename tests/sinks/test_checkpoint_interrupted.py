@@ -12,6 +12,7 @@ import pytest
 
 import dirtylog as dl
 from dirtylog.sinks.checkpoint import checkpoint as checkpoints
+from dirtylog.sinks.checkpoint.turns import Turns
 from dirtylog.sinks.snapshot import _child
 
 from .. import warm
@@ -102,8 +103,8 @@ def test_a_call_that_is_interrupted_leaves_no_lock(tmp_path, call):
     with open_checkpoint(tmp_path, {"w": w, "v": v}) as checkpoint:
         calls = {"save": checkpoint.save, "update": lambda: checkpoint.update({"v": v})}
         for line in range(100):
-            came = interrupted_at(line, dl.Checkpoint._alone.__wrapped__, calls[call])
-            for lock in (checkpoint.lock, checkpoint._saving):
+            came = interrupted_at(line, Turns.alone.__wrapped__, calls[call])
+            for lock in (checkpoint.lock, checkpoint._turns.saving):
                 free = []
                 thread = threading.Thread(target=take, args=(lock, free))
                 thread.start()
@@ -145,7 +146,7 @@ class Watched:
 def test_whoever_holds_the_lock_may_close_though_the_thread_waits_for_it(tmp_path):
     w = np.zeros(500)
     with open_checkpoint(tmp_path, {"w": w}, every=0.001) as checkpoint:
-        checkpoint.lock = Watched()
+        checkpoint._turns.lock = Watched()
         with checkpoint.lock:
             assert checkpoint.lock.waits.wait(60)
             checkpoint.close()
@@ -156,7 +157,7 @@ def test_progress_may_close_though_the_thread_waits_for_the_save(tmp_path):
     w = np.zeros(500)
     checkpoint = open_checkpoint(tmp_path, {"w": w}, every=0.001)
     w[:] = 1
-    checkpoint.lock = Watched()
+    checkpoint._turns.lock = Watched()
 
     def told(done, total):
         assert checkpoint.lock.waits.wait(60)
@@ -244,7 +245,7 @@ class Saving:
     def _is_owned(self):
         return self.lock._is_owned()
 
-checkpoint._saving = Saving()
+checkpoint._turns.saving = Saving()
 
 def other():
     writers_may.wait()

@@ -252,7 +252,7 @@ def test_whoever_waits_for_the_end_of_a_save_does_not_hold_the_lock_of_writers_m
         def _is_owned(self):
             return self.lock._is_owned()
 
-    monkeypatch.setattr(checkpoint, "_saving", Watched(checkpoint._saving))
+    monkeypatch.setattr(checkpoint._turns, "saving", Watched(checkpoint._turns.saving))
     with monkeypatch.context() as patched:
         patched.setattr(snapshot, "save", slowly)
         first = threading.Thread(target=checkpoint.save)

@@ -10,20 +10,19 @@ import numbers
 import os
 import threading
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self, SupportsIndex
 
-from dirtylog.errors import DirtyLogError
 from dirtylog.sinks._bytes.whole import whole
 from dirtylog.sinks.checkpoint import directory as directories
 from dirtylog.sinks.checkpoint.binding import Binding, place_of
 from dirtylog.sinks.checkpoint.chains import Chain
 from dirtylog.sinks.checkpoint.directory import PAGE_SIZE, Change, Record
 from dirtylog.sinks.checkpoint.empties import A_BYTE, noted, without_items
+from dirtylog.sinks.checkpoint.turns import EndedError, Turns
 from dirtylog.sinks.snapshot.moment import check_moment
 from dirtylog.sinks.snapshot.space import Space
 from dirtylog.sources.memory import Tracker, track
@@ -37,29 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "keeper"]
 
 FULL_EVERY = 1000
-# How often the thread looks whether it is to end while it waits for a lock, in seconds.
-INTERVAL = 0.05
-
-_checkpoints: weakref.WeakSet[Checkpoint] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """Give each checkpoint locks that no thread of the parent holds."""
-    for checkpoint in list(_checkpoints):
-        checkpoint._renew_locks()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _is_owned(lock: Any) -> bool:
-    """Say whether this thread holds a lock, as `threading.Condition` asks it."""
-    return bool(lock._is_owned())
-
-
-class _EndedError(Exception):
-    """The thread is to end."""
 
 
 def keeper(directory: Any) -> ModuleType:
@@ -230,24 +206,13 @@ class Checkpoint:
         if (directory is None) == (store is None):
             raise ValueError("say where: a directory or the address of a store, or None and a repository as store=")
         where = directory if store is None else store
-        self.lock: threading.RLock = threading.RLock()
-        # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
-        # nobody who holds this one waits for `lock`.
-        self._saving = threading.RLock()
-        # The thread that holds it and is in the middle of something.
-        self._busy: int | None = None
-        # The threads of a store in which it is told how far it is.
-        self._told: set[int] = set()
-        # Whether this is the child of a fork.
-        self._inherited = False
+        self._turns = Turns()
         self._moment = moment
         self._backend = backend
         self._step = -1
         self._error: BaseException | None = None
         self._said: set[str] = set()
         self._unbound: set[str] = set()
-        self._ended = threading.Event()
-        _checkpoints.add(self)  # when it has all that the child of a fork renews
         self._saved = _Saved({}, {}, {}, None)
         kept = keeper(where)
         self._back: _BackEnd
@@ -287,7 +252,7 @@ class Checkpoint:
                 self._thread.start()
         except BaseException:
             # Nobody gets this object, and so nobody could close it: an interrupt may come when the thread runs already.
-            self._ended.set()
+            self._turns.end()
             for tracker in self._saved.trackers().values():
                 tracker.close()
             raise
@@ -365,37 +330,29 @@ class Checkpoint:
         """
         if not isinstance(arrays, Mapping):
             raise ValueError("arrays must be a mapping of names to arrays")
-        held = self._held()
-        try:
-            with ExitStack() as locked, self._alone(locked):
-                if self.closed:
-                    raise ValueError("the checkpoint is closed")
-                self._check_space({**self._saved.arrays, **arrays}, self._moment)
-                self._take(arrays)
-        except BaseException:
-            self._let_go(held)
-            raise
-
-    def _renew_locks(self) -> None:
-        """Take new locks in the child of a fork, where those that threads of the parent held are held for ever."""
-        ended = self._ended.is_set()
-        self.lock, self._saving, self._ended = threading.RLock(), threading.RLock(), threading.Event()
-        self._busy, self._told, self._inherited = None, set(), True
-        if ended:
-            self._ended.set()
+        with self._turns.undoing(), ExitStack() as locked, self._turns.alone(locked):
+            if self.closed:
+                raise ValueError("the checkpoint is closed")
+            self._check_space({**self._saved.arrays, **arrays}, self._moment)
+            self._take(arrays)
 
     @property
     def closed(self) -> bool:
         """Whether it has ended."""
-        return self._ended.is_set()
+        return self._turns.ended
+
+    @property
+    def lock(self) -> threading.RLock:
+        """What a save holds at the moment that it saves, and writers around writes that belong together."""
+        return self._turns.lock
 
     def _run(self, every: float) -> None:
-        while not self._ended.wait(every):
+        while not self._turns.wait(every):
             try:
-                with ExitStack() as until_taken, self._alone(until_taken, ends=True):
+                with ExitStack() as until_taken, self._turns.alone(until_taken, ends=True):
                     self._check_bindings()
                     self._save(None, None, until_taken)
-            except _EndedError:
+            except EndedError:
                 return
             except Exception as error:
                 self._note(error)
@@ -424,70 +381,6 @@ class Checkpoint:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-
-    @contextmanager
-    def _alone(self, locked: ExitStack, *, ends: bool = False, within: bool = False) -> Iterator[None]:
-        """Hold `lock`, to be left with `locked`, and `_saving`; while another save writes, hold neither.
-
-        Otherwise writers would wait for all of that save, and not only for the moment of this one. Whoever holds `lock`
-        and saves makes them wait.
-
-        With `ends`, for the thread: whoever closes the checkpoint waits for it, and may hold both, so it looks now and
-        then whether it is to end. With `within`, for closing, the thread that saves may do this in the middle of it,
-        and the child of a fork may.
-        """
-        me = threading.get_ident()
-        if self._busy == me or me in self._told:
-            # It holds `_saving`. It must not wait for `lock`, which it may have left: whoever has that may wait for it.
-            # A thread of a store holds nothing, and the save waits for it.
-            if not within or self._busy != me:
-                raise DirtyLogError(
-                    "this thread is in the middle of a save or an update, of which progress= or a signal handler calls "
-                    "for another; nothing has changed: call again when it has ended"
-                )
-            yield
-            return
-        # The child of a fork has others.
-        lock, saving = self.lock, self._saving
-        while True:
-            self._acquire(lock, ends)
-            locked.callback(lock.release)
-            if saving.acquire(blocking=False):
-                break
-            locked.close()
-            self._acquire(saving, ends)  # until it ends
-            saving.release()
-        try:
-            if ends and self._ended.is_set():
-                raise _EndedError
-            if self._inherited and not within:
-                raise DirtyLogError(
-                    "this checkpoint belongs to the parent process: a fork's child is not tracked; close it here and "
-                    "make another one, in a directory of its own"
-                )
-            self._busy = me
-            yield
-        finally:
-            self._busy = None
-            saving.release()
-
-    def _held(self) -> list[threading.RLock]:
-        """List the locks that this thread holds, for :meth:`_let_go`."""
-        return [lock for lock in (self.lock, self._saving) if _is_owned(lock)]
-
-    def _let_go(self, held: list[threading.RLock]) -> None:
-        """Leave no lock held that was not before: an interrupt may come between its step and what remembers it."""
-        if self._saving not in held and self._busy == threading.get_ident():
-            self._busy = None
-        for lock in (self.lock, self._saving):
-            while lock not in held and _is_owned(lock):
-                lock.release()
-
-    def _acquire(self, lock: threading.RLock, ends: bool) -> None:
-        """Take a lock; for the thread, as long as it is not to end."""
-        while not lock.acquire(timeout=INTERVAL if ends else -1):
-            if self._ended.is_set():
-                raise _EndedError
 
     def save(self, *, step: int | None = None, state: object = None, progress: Progress | None = None) -> Any:
         """Write what changed since the last checkpoint.
@@ -521,18 +414,13 @@ class Checkpoint:
         Exception
             What the background thread met since the last call.
         """
-        held = self._held()
-        try:
-            with ExitStack() as until_taken, self._alone(until_taken):
-                if self.closed:
-                    raise ValueError("the checkpoint is closed")
-                self._raise_earlier()
-                self._check_bindings()
-                number = self._step + 1 if step is None else whole(step, "step", 0)
-                return self._save(number, state, until_taken, progress)
-        except BaseException:
-            self._let_go(held)
-            raise
+        with self._turns.undoing(), ExitStack() as until_taken, self._turns.alone(until_taken):
+            if self.closed:
+                raise ValueError("the checkpoint is closed")
+            self._raise_earlier()
+            self._check_bindings()
+            number = self._step + 1 if step is None else whole(step, "step", 0)
+            return self._save(number, state, until_taken, progress)
 
     def _save(
         self,
@@ -548,25 +436,12 @@ class Checkpoint:
             self._take({name: self._saved.arrays[name] for name in moved}, moved=True)
         saved = self._saved
         if progress is not None:
-            progress = self._telling(progress)
+            progress = self._turns.telling(progress)
         names = frozenset(saved.arrays) - frozenset(saved.memory)
         empty = noted(saved.arrays, names) if names else None
         written = self._back.save(saved.ready, saved.memory, step, state, until_taken, progress, empty)
         self._step = self._step if step is None else step
         return written
-
-    def _telling(self, progress: Progress) -> Progress:
-        """Return what calls `progress` and knows the thread that it does so in."""
-
-        def told(done: int, total: int) -> None:
-            me = threading.get_ident()
-            self._told.add(me)
-            try:
-                progress(done, total)
-            finally:
-                self._told.discard(me)
-
-        return told
 
     def close(self) -> None:
         """End the thread and the tracking; writes nothing. Raises what the thread met; does nothing a second time.
@@ -578,19 +453,14 @@ class Checkpoint:
         Exception
             What the background thread met since the last call.
         """
-        self._ended.set()
+        self._turns.end()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        held = self._held()
-        try:
-            with ExitStack() as locked, self._alone(locked, within=True):
-                self._back.close(self._saved.ready)
-                for tracker in self._saved.trackers().values():
-                    tracker.close()
-                self._raise_earlier()
-        except BaseException:
-            self._let_go(held)
-            raise
+        with self._turns.undoing(), ExitStack() as locked, self._turns.alone(locked, within=True):
+            self._back.close(self._saved.ready)
+            for tracker in self._saved.trackers().values():
+                tracker.close()
+            self._raise_earlier()
 
     def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
         """Refuse to be copied or pickled.

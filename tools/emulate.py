@@ -1,9 +1,10 @@
 """Build dirtylog for 64-bit Arm with Debian's cross compiler, and run tests of it under qemu's user-mode emulator.
 
-``python tools/emulate.py [--scratch DIR] [--drivers] [pytest arguments]``: fetches Debian's Python for arm64 into the
-scratch directory, without touching the system's packages, builds a copy of the checkout for it, runs the C programs of
-``tests/core``, and then pytest. ``--drivers`` runs the C programs alone, which needs neither Python nor network. Exits
-with pytest's status, 1 if a C program failed, or 2 where a tool is missing
+``python tools/emulate.py [--scratch DIR] [--drivers | --fetch] [pytest arguments]``: fetches Debian's Python for arm64
+into the scratch directory, without touching the system's packages, builds a copy of the checkout for it, runs the C
+programs of ``tests/core``, and then pytest. ``--drivers`` runs the C programs alone, which needs neither Python nor
+network; ``--fetch`` only fetches. Exits with pytest's status, 1 if a C program failed, or 2 where a tool is missing or
+nothing can be fetched
 (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user).
 
 An emulator on x86 has the memory order of x86: what runs here is the code, and not its order on a real Arm.
@@ -94,7 +95,9 @@ def main() -> int:
     """Build, run, and hand on pytest's exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scratch.add_argument(parser)
-    parser.add_argument("--drivers", action="store_true", help="run the C programs alone")
+    alone = parser.add_mutually_exclusive_group()
+    alone.add_argument("--drivers", action="store_true", help="run the C programs alone")
+    alone.add_argument("--fetch", action="store_true", help="fetch Python into the scratch directory, and run nothing")
     options, pytest_arguments = parser.parse_known_args()
     for tool in (COMPILER, EMULATOR):
         if shutil.which(tool) is None:
@@ -104,10 +107,16 @@ def main() -> int:
             )
             return 2
     with scratch.directory(options.scratch, "emulate") as target:
-        failed = drivers(target)
+        failed = 0 if options.fetch else drivers(target)
         if options.drivers or failed:
             return failed != 0
-        tree = fetch_python(target)
+        try:
+            tree = fetch_python(target)
+        except RuntimeError as error:
+            print(f"Python for arm64 cannot be fetched: {error}", file=sys.stderr)
+            return 2
+        if options.fetch:
+            return 0
         copy = scratch.copy(target / "copy")
         build(copy, tree)
         command = interpreter(target, tree)

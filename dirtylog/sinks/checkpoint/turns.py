@@ -70,7 +70,7 @@ class Turns:
         self.lock: threading.RLock = threading.RLock()
         # Held for all of a save, and taken with `lock` held: after `lock` is released at the moment that is saved,
         # nobody who holds this one waits for `lock`.
-        self.saving = threading.RLock()
+        self.saving: threading.RLock = threading.RLock()
         # The thread that holds it and is in the middle of something.
         self._busy: int | None = None
         # The threads of a store in which it is told how far it is.

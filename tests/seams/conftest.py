@@ -13,6 +13,8 @@ import pytest
 
 import dirtylog as dl
 
+from ..tracing import traced
+
 PACKAGE = str(Path(dl.__file__).parent)
 
 
@@ -70,14 +72,11 @@ def _interrupted_at(n, call, files=("",)):
                 raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
     try:
-        call()
+        with traced(trace):
+            call()
     except KeyboardInterrupt:
         return True
-    finally:
-        sys.settrace(before)
     return False
 
 

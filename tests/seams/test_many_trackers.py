@@ -8,6 +8,8 @@ import pytest
 import dirtylog as dl
 from dirtylog.sources.memory import _tracking
 
+from ..tracing import traced
+
 PAGE = mmap.PAGESIZE
 
 
@@ -52,8 +54,6 @@ def test_an_arena_of_nothing_or_of_objects_is_refused(request_, match):
 
 def steps(operation):
     """Bytecode lines of the library that an operation runs: a count, where a clock would be noise."""
-    import sys
-
     count = 0
 
     def trace(frame, event, argument):
@@ -63,12 +63,8 @@ def steps(operation):
         count += 1
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with traced(trace):
         operation()
-    finally:
-        sys.settrace(before)
     return count
 
 

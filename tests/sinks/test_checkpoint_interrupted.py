@@ -1,10 +1,10 @@
 """Checkpoint: interrupts, calls in the middle of itself, forks and arrays that move lose nothing."""
 
+import contextlib
 import copy
 import gc
 import os
 import pickle
-import sys
 import threading
 
 import numpy as np
@@ -17,6 +17,7 @@ from dirtylog.sinks.snapshot import _child
 
 from .. import warm
 from ..side_by_side import GIL
+from ..tracing import traced
 from .lender import Box
 
 
@@ -39,14 +40,8 @@ def interrupted_at(line, function, call):
                 raise KeyboardInterrupt
         return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
+    with contextlib.suppress(KeyboardInterrupt), traced(trace):
         call()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
     return raised
 
 

@@ -95,13 +95,19 @@ def test_get_dirty_log_with_rings_is_refused(vm):
     refused(errno.ENXIO, vm.get_dirty_log, 0)
 
 
-@needs_kvm
-def test_pages_survive_a_reset_of_the_rings_that_fails(vm):
+def guest_after_a_reset_that_failed(vm):
+    """Return a guest whose page 5 was read from the ring, and not taken back by KVM."""
     guest = machine(vm, "ring", 100)
     guest.write([GFN + 5])
     vm._handle = Failing(vm._handle, "reset_rings", [OSError(errno.EIO, "no reset")])
     with pytest.raises(OSError, match="no reset"):
         vm.harvest_rings()
+    return guest
+
+
+@needs_kvm
+def test_pages_survive_a_reset_of_the_rings_that_fails(vm):
+    guest = guest_after_a_reset_that_failed(vm)
     guest.write([GFN + 6])
     harvested = vm.harvest_rings()[0]
     assert (pages(harvested), harvested.exact) == ([5, 6], True)
@@ -164,11 +170,7 @@ def test_a_ring_called_full_by_a_run_that_began_during_a_harvest_is_not_stuck(vm
 
 @needs_kvm
 def test_a_ring_that_is_full_of_what_kvm_has_not_taken_back_is_not_stuck(vm):
-    guest = machine(vm, "ring", 100)
-    guest.write([GFN + 5])
-    vm._handle = Failing(vm._handle, "reset_rings", [OSError(errno.EIO, "no reset")])
-    with pytest.raises(OSError, match="no reset"):
-        vm.harvest_rings()
+    guest_after_a_reset_that_failed(vm)
     vm._rings.note_full(vm._rings.rings[0], vm._rings.harvests)
     harvested = vm.harvest_rings()[0]
     assert (pages(harvested), harvested.exact) == ([5], True)
